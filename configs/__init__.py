@@ -1,0 +1,1 @@
+"""Recipes: YAML files that `rwkv-cluster` accepts, shipped with the package."""

@@ -1,0 +1,200 @@
+"""RWKV-7's operator in chunked matrix form, with a hand-written backward.
+
+Inside a chunk let c_t be the product of the decays d_1..d_t, per key channel. With the left factors
+a_t c_{t-1} and r_t c_t, and the right factors b_s / c_s and k_s / c_s, every entry of left @ right^T is an
+inner product with exactly the decay that lies between its two times. With u_t = S_{t-1} a_t,
+"ab" the part of the masked left @ right^T where a meets b (and so on), and S_0 the state at the chunk's start:
+
+    (1 - ab) U = ak V + (a c_{t-1}) S_0^T                       unit lower triangular: solved by substitution
+    Y          = rb U + rk V + (r c_t) S_0^T
+    S_L        = (S_0 + U^T (b/c) + V^T (k/c)) diag(c_L)
+
+The inverse of (1 - ab) is never built by doubling (Neumann series), which is unstable for correlated keys.
+RWKV-7's decay is above 0.545, so 1/c stays below 2e4 in a chunk of 16: harmless in float32.
+
+Forward keeps the state at segment boundaries and nothing else; backward recomputes a segment before it
+differentiates it, which costs about a quarter more arithmetic and saves what autograd would hold.
+
+Legend: B batch, T time, H heads, N head size, L chunk length, n chunks in the segment. State [value, key].
+Stacked rows: left is [a; r], right is [b; k], uv is [U; V], all [n,BH,2L,N] with BH = B*H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from rwkv_cluster.kernels import chunk_layout as layout
+from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 16
+
+
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.wkv7`, same arguments and results; differentiable once in every argument."""
+    return _Wkv7.apply(r, w, k, v, a, b, initial_state(r, state))
+
+
+class _Wkv7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = layout.empty_padded(r, CHUNK)
+        s = state.flatten(0, 1)  # [BH,N,N]
+        boundaries = []
+        for segment in layout.segments(r, CHUNK):
+            boundaries.append(s)
+            part = _prepare(r, w, k, v, a, b, segment)
+            s = _advance(part, s)[-1].clone()
+            _read(part, layout.store(y, segment, CHUNK))
+        ctx.save_for_backward(r, w, k, v, a, b, *boundaries)
+        return layout.trimmed(y, r.shape[1]), s.view(state.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
+        *inputs, _ = saved = ctx.saved_tensors
+        inputs, boundaries = saved[:6], saved[6:]
+        grads = [layout.empty_padded(x, CHUNK) for x in inputs]
+        g = dstate.flatten(0, 1)  # [BH,N,N]
+        for segment, s in reversed(list(zip(layout.segments(dy, CHUNK), boundaries, strict=True))):
+            part = _prepare(*inputs, segment)
+            _advance(part, s)
+            targets = [layout.store(x, segment, CHUNK) for x in grads]
+            g = _differentiate(part, layout.load(dy, segment, CHUNK), g, targets)
+        return *(layout.trimmed(x, dy.shape[1]) for x in grads), g.view(dstate.shape)
+
+
+@dataclass
+class _Segment:
+    """One segment's factors, and after `_advance` its U and states."""
+
+    rate: Tensor  # [n,BH,L,N]   sigmoid(w); log d = LOG_DECAY_SCALE * rate
+    scale: Tensor  # [n,BH,2L,N] c_{t-1}, then c_t
+    inverse_c: Tensor  # [n,BH,L,N]
+    total: Tensor  # [n,BH,1,N]  c_L
+    left: Tensor  # [n,BH,2L,N]
+    right: Tensor  # [n,BH,2L,N]
+    right_end: Tensor  # [n,BH,2L,N] right * c_L: decayed to the chunk's end
+    products: Tensor  # [n,BH,2L,2L] masked left @ right^T
+    solver: Tensor  # [n,BH,L,L]  (1 - ab)^-1
+    uv: Tensor  # [n,BH,2L,N]
+    states: Tensor  # [n+1,BH,N,N]
+
+
+@lru_cache(maxsize=8)
+def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """log c_{t-1} and log c_t as a matrix [2L,L] on the rates, and the causal mask [2L,2L]."""
+    inclusive = torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril()
+    sums = torch.cat([inclusive.tril(-1), inclusive])
+    return sums * LOG_DECAY_SCALE, torch.cat([sums, sums], dim=1)
+
+
+def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, segment: slice) -> _Segment:
+    r, k, v, a, b = (layout.load(x, segment, CHUNK) for x in (r, k, v, a, b))
+    rate = torch.sigmoid(layout.load(w, segment, CHUNK, -math.inf), out=layout.empty_chunks(r, CHUNK))
+    sums, mask = _tables(rate.dtype, rate.device)
+    scale = (sums @ rate).exp_()  # [n,B,H,2L,N]
+    inverse_c = scale[..., CHUNK:, :].reciprocal()
+    total = scale[..., -1:, :]
+    left, right, uv = (layout.empty_chunks(r, 2 * CHUNK) for _ in range(3))
+    torch.mul(a, scale[..., :CHUNK, :], out=left[..., :CHUNK, :])
+    torch.mul(r, scale[..., CHUNK:, :], out=left[..., CHUNK:, :])
+    torch.mul(b, inverse_c, out=right[..., :CHUNK, :])
+    torch.mul(k, inverse_c, out=right[..., CHUNK:, :])
+    uv[..., CHUNK:, :] = v
+    rate, scale, inverse_c, total, left, right, uv = (
+        x.flatten(1, 2) for x in (rate, scale, inverse_c, total, left, right, uv)
+    )
+    products = (left @ _t(right)).mul_(mask)
+    ab = products[..., :CHUNK, :CHUNK]
+    one = torch.eye(CHUNK, dtype=ab.dtype, device=ab.device).expand_as(ab)
+    solver = torch.linalg.solve_triangular(-ab, one, upper=False, unitriangular=True)
+    n, heads, _, size = uv.shape
+    states = uv.new_empty(n + 1, heads, size, size)
+    return _Segment(rate, scale, inverse_c, total, left, right, right * total, products, solver, uv, states)
+
+
+def _advance(p: _Segment, state: Tensor) -> Tensor:
+    """Fill U and the states of the segment from the state [BH,N,N] at its start; returns the states."""
+    u = p.solver @ (p.products[..., :CHUNK, CHUNK:] @ p.uv[..., CHUNK:, :])  # the part of U without S_0
+    from_state = p.solver @ p.left[..., :CHUNK, :]  # U += from_state @ S_0^T
+    p.states[0] = state
+    s, *after = p.states.unbind()
+    walk = zip(u, from_state, p.uv, p.right_end, p.total, after, strict=True)
+    for u_c, from_state_c, uv_c, right_c, total_c, next_s in walk:
+        uv_c[:, :CHUNK] = u_c.baddbmm_(from_state_c, _t(s))
+        s = torch.mul(s, total_c, out=next_s).baddbmm_(_t(uv_c), right_c)
+    return p.states
+
+
+def _read(p: _Segment, y: Tensor) -> None:
+    """Write y [n,B,H,L,N]."""
+    from_chunk = p.products[..., CHUNK:, :] @ p.uv
+    from_state = p.left[..., CHUNK:, :] @ _t(p.states[:-1])
+    torch.add(from_chunk.view(y.shape), from_state.view(y.shape), out=y)
+
+
+def _differentiate(p: _Segment, dy: Tensor, g: Tensor, targets: list[Tensor]) -> Tensor:
+    """Backward of a segment.
+
+    dy [n,B,H,L,N]; g [BH,N,N] is the gradient of the segment's last state. Writes the gradients of
+    r, w, k, v, a, b into `targets` [n,B,H,L,N] and returns the gradient of the segment's first state.
+    """
+    sums, mask = _tables(g.dtype, g.device)
+    zdy = torch.empty_like(p.uv)  # [Z; dY], Z the gradient of the right-hand side that U solves
+    zdy[..., CHUNK:, :] = dy.flatten(1, 2)
+    ends, g = _retreat(p, zdy, g)
+    dproducts = (zdy @ _t(p.uv)).mul_(mask)
+    dleft = (dproducts @ p.right).add_(zdy @ p.states[:-1])
+    dright = (_t(dproducts) @ p.left).addcmul_(p.uv @ ends, p.total)
+    dv = (_t(p.products[..., CHUNK:]) @ zdy).add_(p.right_end[..., CHUNK:, :] @ _t(ends))
+
+    # d log c: each factor times its gradient; the decay of the whole chunk acts on the state at its end.
+    dlog = dleft * p.left
+    for half in (slice(0, CHUNK), slice(CHUNK, None)):
+        dlog[..., CHUNK:, :].addcmul_(p.right[..., half, :], dright[..., half, :], value=-1)
+    drate = _t(sums) @ dlog
+    at_end = torch.stack([(x * s).sum(-2, keepdim=True) for x, s in zip(ends, p.states[1:], strict=True)])
+    drate.add_(at_end, alpha=LOG_DECAY_SCALE).mul_(p.rate)
+
+    dr, dw, dk, dv_out, da, db = targets
+    shape = dy.shape
+    as_out = lambda x: x.unflatten(1, shape[1:3])
+    torch.mul(as_out(dleft[..., :CHUNK, :]), as_out(p.scale[..., :CHUNK, :]), out=da)
+    torch.mul(as_out(dleft[..., CHUNK:, :]), as_out(p.scale[..., CHUNK:, :]), out=dr)
+    torch.mul(as_out(dright[..., :CHUNK, :]), as_out(p.inverse_c), out=db)
+    torch.mul(as_out(dright[..., CHUNK:, :]), as_out(p.inverse_c), out=dk)
+    torch.mul(as_out(drate), as_out(1 - p.rate), out=dw)
+    dv_out.copy_(as_out(dv))
+    return g
+
+
+def _retreat(p: _Segment, zdy: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Walk the state's gradient backwards, filling Z.
+
+    Returns the gradient of the state at each chunk's end [n,BH,N,N], and at the segment's start [BH,N,N].
+    """
+    solver_t = _t(p.solver)
+    z = solver_t @ (_t(p.products[..., CHUNK:, :CHUNK]) @ zdy[..., CHUNK:, :])
+    from_state = solver_t @ p.right_end[..., :CHUNK, :]  # Z += from_state @ G^T
+    grads = p.states.new_empty(p.states.shape)
+    grads[-1] = g
+    *before, g = grads.unbind()
+    walk = list(zip(z, from_state, zdy, p.left, p.total, before, strict=True))
+    for z_c, from_state_c, zdy_c, left_c, total_c, next_g in reversed(walk):
+        zdy_c[:, :CHUNK] = z_c.baddbmm_(from_state_c, _t(g))
+        g = torch.mul(g, total_c, out=next_g).baddbmm_(_t(zdy_c), left_c)
+    return grads[1:], grads[0]
+
+
+def _t(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)

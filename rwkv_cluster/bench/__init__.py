@@ -1,0 +1,1 @@
+"""Measurements that a reader can repeat: `rwkv-cluster bench data | wkv | step`. Each module has `run` and `format`."""

@@ -1,0 +1,231 @@
+"""Whole training steps per second: this package, and the package rwkv-trainer where it is at hand, in turns.
+
+Each contender lives in a process of its own and makes one step (forward, backward, AdamW) when told to; the parent
+alternates between them, so that a machine whose speed drifts treats both alike. Times are of the whole step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=__doc__.splitlines()[0])
+    made.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
+    made.add_argument("--n-layer", type=int, default=6)
+    made.add_argument("--n-embd", type=int, default=256)
+    made.add_argument("--head-size", type=int, default=64)
+    made.add_argument("--vocab-size", type=int, default=256)
+    made.add_argument("--batch", type=int, default=4, help="samples in a step")
+    made.add_argument("--ctx-len", type=int, default=512)
+    made.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    made.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--repeats", type=int, default=5, help="counted steps of each, after one that is not")
+    made.add_argument("--seed-package", help="folder that contains rwkv_trainer; default: the installed one")
+    made.add_argument("--worker", choices=["ours", "rwkv-trainer"], help=argparse.SUPPRESS)
+    return made
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure as the arguments say. Times in seconds, memory in MB; ratios are pair by pair."""
+    options = parser().parse_args(arguments)
+    workers = {"ours": _start("ours", arguments)}
+    if options.model_type == "x070":  # the only version that rwkv-trainer runs without CUDA
+        rival = _start("rwkv-trainer", arguments)
+        if rival is not None:
+            workers["rwkv-trainer"] = rival
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for index in range(options.repeats + 1):
+        for name, worker in workers.items():
+            figures = _ask(worker)
+            if index:
+                rounds[name].append(figures)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait(timeout=60)
+    return _summary(vars(options), rounds, options.batch * options.ctx_len)
+
+
+def _start(name: str, arguments: Sequence[str]) -> subprocess.Popen[str] | None:
+    """A worker that is ready to step; None when the rival cannot be imported."""
+    command = [sys.executable, "-m", "rwkv_cluster.bench.step", *arguments, "--worker", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(parser().parse_args(arguments).threads)}
+    worker = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    if _next_figures(worker) is not None:
+        return worker
+    reason = worker.stderr.read().strip().splitlines()
+    if name == "ours":
+        raise RuntimeError(f"the benchmark's own worker failed: {reason[-1] if reason else 'no message'}")
+    return None
+
+
+def _ask(worker: subprocess.Popen[str]) -> dict[str, float]:
+    worker.stdin.write("step\n")
+    worker.stdin.flush()
+    figures = _next_figures(worker)
+    if figures is None:
+        raise RuntimeError(f"a benchmark worker ended: {worker.stderr.read().strip().splitlines()[-1:]}")
+    return figures
+
+
+def _next_figures(worker: subprocess.Popen[str]) -> dict[str, float] | None:
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    return None
+
+
+def _summary(
+    settings: dict[str, Any], rounds: dict[str, list[dict[str, float]]], tokens: int
+) -> dict[str, Any]:
+    results = {
+        name: {
+            "cpu_s": _spread([figures["cpu_s"] for figures in steps]),
+            "wall_s": _spread([figures["wall_s"] for figures in steps]),
+            "tokens_per_cpu_s": tokens / statistics.median(figures["cpu_s"] for figures in steps),
+            "peak_mb": max(figures["peak_mb"] for figures in steps),
+        }
+        for name, steps in rounds.items()
+    }
+    summary: dict[str, Any] = {"settings": settings, "results": results}
+    if "rwkv-trainer" in rounds:
+        pairs = zip(rounds["rwkv-trainer"], rounds["ours"], strict=True)
+        summary["speedup"] = _spread([theirs["cpu_s"] / ours["cpu_s"] for theirs, ours in pairs])
+    return summary
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def format(result: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [f"{'':14}{'tokens/cpu-s':>14}{'cpu s/step':>12}{'wall s/step':>13}{'peak MB':>10}"]
+    for name, row in result["results"].items():
+        lines.append(
+            f"{name:14}{row['tokens_per_cpu_s']:14,.0f}{row['cpu_s']['median']:12.3f}"
+            f"{row['wall_s']['median']:13.3f}{row['peak_mb']:10,.0f}"
+        )
+    if "speedup" in result:
+        ratio = result["speedup"]
+        lines.append(
+            f"speed-up over rwkv-trainer: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        )
+    else:
+        lines.append("rwkv-trainer is not at hand (or has no CPU path for this model): no comparison")
+    return "\n".join(lines)
+
+
+def _our_step(options: argparse.Namespace) -> Callable[[], None]:
+    import torch
+
+    from rwkv_cluster.config import ModelConfig, TrainingConfig
+    from rwkv_cluster.model.init import initialize
+    from rwkv_cluster.model.loss import head_loss
+    from rwkv_cluster.model.rwkv import RWKV
+    from rwkv_cluster.train.optimizer import build_optimizer
+    from rwkv_cluster.train.precision import DTYPES
+
+    config = ModelConfig(
+        model_type=options.model_type,
+        n_layer=options.n_layer,
+        n_embd=options.n_embd,
+        head_size_a=options.head_size,
+        ctx_len=options.ctx_len,
+        vocab_size=options.vocab_size,
+    )
+    model = RWKV(config, grad_cp=bool(options.grad_cp))
+    initialize(model, 0)
+    model.compute_dtype = DTYPES[options.precision]
+    optimizer = build_optimizer(model, config.model_type, TrainingConfig())
+    tokens = torch.randint(0, options.vocab_size, (options.batch, options.ctx_len + 1))
+
+    def step() -> None:
+        hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
+        head_loss(hidden, model.head.weight, tokens[:, 1:].flatten(), l2wrap=1e-4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _rival_step(options: argparse.Namespace) -> Callable[[], None]:
+    """rwkv-trainer 0.1.27: its own model class, loss and loop over time, with AdamW on all parameters."""
+    if options.seed_package:
+        sys.path.insert(0, options.seed_package)
+    os.environ |= {
+        "RWKV_MY_TESTING": options.model_type,
+        "RWKV_HEAD_SIZE_A": str(options.head_size),
+        "RWKV_CTXLEN": str(options.ctx_len),
+        "RWKV_FLOAT_MODE": options.precision,
+        "RWKV_TORCH_FALLBACK": "1",
+        "RWKV_JIT_ON": "1",
+    }
+    import torch
+    from rwkv_trainer.model.model import RWKV
+
+    names = argparse.Namespace(
+        n_layer=options.n_layer, n_embd=options.n_embd, dim_att=options.n_embd, dim_ffn=options.n_embd * 4,
+        vocab_size=options.vocab_size, ctx_len=options.ctx_len, head_size_a=options.head_size, head_size_divisor=8,
+        dropout=0.0, grad_cp=options.grad_cp, my_testing=options.model_type, tiny_att_dim=0, tiny_att_layer=0,
+        head_qk=0, my_qa_mask=0, pre_ffn=0, my_pos_emb=0, my_pile_stage=3, train_type="",
+        layerwise_lr=1, accelerator="CPU", lr_init=6e-4, betas=(0.9, 0.99), adam_eps=1e-18, weight_decay=0.0,
+    )  # fmt: skip
+    model = RWKV(names)
+    initial = model.generate_init_weight()
+    model.load_state_dict(initial)
+    model = model.to(torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), eps=1e-18)
+    tokens = torch.randint(0, options.vocab_size, (options.batch, options.ctx_len + 1))
+
+    def step() -> None:
+        model.training_step((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), 0).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _work(options: argparse.Namespace) -> None:
+    """Worker: say ready, then make a step for every line on stdin and print its figures."""
+    import resource
+
+    import torch
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    step = _our_step(options) if options.worker == "ours" else _rival_step(options)
+    sys.stdout.write("{}\n")
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        step()
+        figures = {
+            "wall_s": time.perf_counter() - wall,
+            "cpu_s": time.process_time() - cpu,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        }
+        sys.stdout.write(json.dumps(figures) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _work(parser().parse_args())

@@ -1,0 +1,211 @@
+"""The command line: argv -> one verb -> its result on stdout, and an exit code.
+
+stdout is for results, stderr for people. An error of ours is one sentence and its exit code; any other
+exception keeps its traceback and says that it is a bug. Nothing heavy is imported before the verb is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
+
+VERBS: dict[str, str] = {
+    "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
+    "init": "write the initial weights, WORK_DIR/out/rwkv-init.pth",
+    "train": "prepare and initialise what is missing, then train; the same command again continues",
+    "generate": "continue a text with a trained model",
+    "eval": "loss and perplexity on the validation file",
+    "inspect": "architecture and sizes of an RWKV .pth file",
+    "config": "the resolved configuration, and where each value came from",
+    "bench": "measure this machine: data, wkv or step",
+}
+CONFIG_VERBS = ("prepare", "init", "train", "eval", "config")
+TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
+
+INTERRUPTED = 130  # as a shell reports SIGINT
+BROKEN_PIPE = 141  # as a shell reports SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` is without the program's name. Returns the exit code and never raises."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a name that the terminal cannot show is no reason to fail
+    try:
+        with _log_to_stderr():
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # argparse: --help or a malformed command line
+        return error.code if isinstance(error.code, int) else 1
+    except RWKVClusterError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `rwkv-cluster config x.yaml | head`
+        _silence_stdout()
+        return BROKEN_PIPE
+    except Exception:
+        traceback.print_exc()
+        _complain("this is a bug in rwkv-cluster: please report it with the text above")
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    verb = argv[0] if argv else ""
+    if verb and not verb.startswith("-") and verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        nearest = f"Nearest: {near[0]}" if near else f"Verbs: {', '.join(VERBS)}"
+        raise ConfigError(f"'{verb}' is not a verb. {nearest}")
+    argv, overrides = split_overrides(argv) if verb in CONFIG_VERBS else (argv, [])
+    options, extra = build_parser().parse_known_args(argv)
+    if options.version:
+        from rwkv_cluster import __version__
+
+        print(f"rwkv-cluster {__version__}")
+        return 0
+    if not options.verb:
+        raise ConfigError(f"no verb given. Verbs: {', '.join(VERBS)}; --help explains them")
+    if extra and options.verb != "bench":
+        raise ConfigError(_unknown_option(extra[0], options.verb))
+    from rwkv_cluster import verbs
+
+    report = verbs.run(options, overrides, extra)
+    if rank() in (None, 0):
+        print(json.dumps(report.data, indent=2, default=str) if options.json else report.text.rstrip("\n"))
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without the overrides, and the overrides as `section.field=value`.
+
+    An override is `--section.field=value` or `--section.field value`, or the same for a top-level field.
+    Raises ConfigError for an override without a value.
+    """
+    rest: list[str] = []
+    overrides: list[str] = []
+    remaining = iter(argv)
+    for argument in remaining:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--":
+            rest += [argument, *remaining]
+        elif not argument.startswith("--") or ("." not in name and name not in TOP_LEVEL_FIELDS):
+            rest.append(argument)
+        elif equals:
+            overrides.append(f"{name}={value}")
+        else:
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"--{name} needs a value: --{name}=VALUE")
+            overrides.append(f"{name}={following}")
+    return rest, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but overrides. Importing nothing heavy, it answers `--help` at once."""
+    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="rwkv-cluster",
+        description="Train RWKV-5, RWKV-6 and RWKV-7 from one YAML file.",
+        epilog="Overrides, anywhere after a verb that takes CONFIG: --section.field=value, as in the file;\n"
+        f"lists as '[a, b]'. WORK_DIR stands for its configs/config.yaml.\n\nexit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    by_verb = {
+        verb: subparsers.add_parser(verb, help=text, description=f"{text}.", allow_abbrev=False)
+        for verb, text in VERBS.items()
+    }
+    for verb, subparser in by_verb.items():
+        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
+        if verb in CONFIG_VERBS:
+            subparser.add_argument("config", metavar="CONFIG", help="YAML file, shipped recipe, or WORK_DIR")
+            subparser.epilog = "Any field may be set with --section.field=value."
+    by_verb["init"].add_argument("--force", action="store_true", help="replace weights that exist")
+    by_verb["eval"].add_argument(
+        "--weights", metavar="PTH", help="weights to use instead of the run's newest"
+    )
+    by_verb["inspect"].add_argument("path", metavar="PTH", help="an RWKV weights file")
+    generate = by_verb["generate"]
+    generate.add_argument(
+        "source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one"
+    )
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)"
+    )
+    generate.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
+    generate.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
+    by_verb["bench"].add_argument("what", metavar="{data,wkv,step}", choices=("data", "wkv", "step"))
+    by_verb["bench"].epilog = "Further arguments go to the benchmark."
+    return parser
+
+
+def _unknown_option(argument: str, verb: str) -> str:
+    name = argument.removeprefix("--").partition("=")[0]
+    if verb in CONFIG_VERBS and argument.startswith("--"):
+        from rwkv_cluster.config import Config
+        from rwkv_cluster.field_types import unknown_field
+
+        sentence = unknown_field(Config, "", name.replace("-", "_")).partition(". ")[2]
+        return f"{argument} is not an option of {verb}. {sentence}"
+    return f"{argument} is not an argument of {verb}. See rwkv-cluster {verb} --help"
+
+
+def rank() -> int | None:
+    """This process's rank as a launcher, Lightning or Slurm has set it, or None for a single process."""
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(variable, "").isdecimal():
+            return int(os.environ[variable])
+    return None
+
+
+def _complain(message: str) -> None:
+    prefix = "" if rank() is None else f"rank {rank()}: "
+    with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
+        print(f"rwkv-cluster: {prefix}{message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Show the library's log messages to the person at the terminal while a verb runs."""
+    logger = logging.getLogger("rwkv_cluster")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere, so that it does not report the broken pipe again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

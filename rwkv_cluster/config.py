@@ -1,0 +1,278 @@
+"""What the user said about a run: typed, validated, frozen. `Config` holds nothing about the machine it runs on.
+
+Field names follow RWKV-LM's scripts where they have a word for it (`n_embd`, `micro_bsz`, `lr_init`, ...) and
+the field's standard term otherwise. Every field carries its description; the README's table is made from them.
+Reading YAML and applying overrides lives in `rwkv_cluster.configfile`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ModelType = Literal["x052", "x060", "x070"]
+Precision = Literal["fp32", "bf16", "fp16"]
+WkvBackend = Literal["auto", "reference", "chunked"]
+TokenizerType = Literal["byte", "integer", "angle", "generic"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration. Unknown fields are refused; positional arguments follow field order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = list(type(self).model_fields)
+        if len(args) > len(names):
+            raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(args)}")
+        super().__init__(**dict(zip(names, args)), **kwargs)  # noqa: B905 -- fewer arguments than fields is the rule
+
+
+class ModelConfig(Section):
+    """Architecture. Widths: C = n_embd, A = dim_att, F = dim_ffn, N = head_size_a, H = A / N heads."""
+
+    model_type: ModelType = Field(
+        "x060", description="architecture: x052 (RWKV-5.2), x060 (RWKV-6), x070 (RWKV-7)"
+    )
+    n_layer: int = Field(3, ge=1, description="number of blocks")
+    n_embd: int = Field(128, ge=1, description="width C; a multiple of head_size_a")
+    ctx_len: int = Field(1024, ge=1, description="tokens in a training sample")
+    vocab_size: int | None = Field(
+        None, ge=2, description="rows of emb and head; default: the tokenizer's vocabulary size"
+    )
+    head_size_a: int = Field(64, ge=1, description="head size N")
+    dim_att: int | None = Field(
+        None, ge=1, description="attention width A; default n_embd (x070 allows only that)"
+    )
+    dim_ffn: int | None = Field(
+        None,
+        ge=1,
+        description="channel-mix width F; default 4 C (x070) or 32 * floor(3.5 C / 32) (x052, x060)",
+    )
+    mix_lora_rank: int | None = Field(
+        None, ge=1, description="x060: rank of the token-shift LoRA; default 32"
+    )
+    decay_lora_rank: int | None = Field(None, ge=1, description="x060, x070: rank of the decay LoRA")
+    a_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the in-context learning-rate LoRA")
+    v_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the value-residual LoRA")
+    gate_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the gate LoRA")
+    block0_value_residual: bool = Field(
+        True, description="x070: keep the unused v0, v1, v2 of block 0, as RWKV-LM's trainer does"
+    )
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> ModelConfig:
+        att = self.dim_att or self.n_embd
+        if att % self.head_size_a:
+            lower = att // self.head_size_a * self.head_size_a
+            nearest = f"{lower} or {lower + self.head_size_a}" if lower else f"{self.head_size_a}"
+            field = "dim_att" if self.dim_att else "n_embd"
+            raise ValueError(
+                f"{field} is {att}, which is not a multiple of head_size_a {self.head_size_a}. "
+                f"Use {field} {nearest}, or a head_size_a that divides {att}"
+            )
+        if self.model_type == "x070":
+            if att != self.n_embd:
+                raise ValueError(
+                    f"dim_att is {att}, but x070 needs dim_att = n_embd ({self.n_embd}). Remove dim_att"
+                )
+            if self.dim_ffn not in (None, 4 * self.n_embd):
+                raise ValueError(
+                    f"dim_ffn is {self.dim_ffn}, but x070 needs dim_ffn = 4 * n_embd ({4 * self.n_embd}). Remove dim_ffn"
+                )
+        elif self.dim_ffn is None and self.n_embd * 3.5 < 32:
+            raise ValueError(f"n_embd {self.n_embd} is too small for the default dim_ffn. Set dim_ffn")
+        return self
+
+
+class TokenizerConfig(Section):
+    """How text becomes token ids. Id 0 always means end of document."""
+
+    type: str = Field(
+        "byte",
+        description="byte, integer, angle, generic, or `package.module:ClassName` of a class with encode, decode, "
+        "vocab_size",
+    )
+    vocab_file: str | None = Field(
+        None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt"
+    )
+    max_value: int = Field(359, ge=0, description="integer: largest value; ids are value + 1")
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        if value not in TokenizerType.__args__ and ":" not in value:
+            raise ValueError(
+                f"tokenizer type is '{value}'. Use one of byte, integer, angle, generic, or `package.module:ClassName`"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _vocab_file_given(self) -> TokenizerConfig:
+        if self.type == "generic" and not self.vocab_file:
+            raise ValueError("tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file")
+        return self
+
+
+class DataConfig(Section):
+    """What to train on and how it is prepared into `<work_dir>/data`."""
+
+    sequence_length: int = Field(
+        1024, ge=1, description="a 1-D integer array is cut into documents of this length"
+    )
+    n_epochs_duplication: int = Field(
+        3, ge=1, description="copies of every document in the token file, each pass shuffled anew"
+    )
+    inputs: list[str] = Field(
+        default_factory=list,
+        description="files, folders or globs: .npy, .jsonl, .txt and other text, each also .gz or .zst; a .bin/.idx "
+        "pair by its prefix or .bin; `stdlib:` for the source files of the running Python's standard library",
+    )
+    file_pattern: str = Field("*", description="which files of a folder are read, e.g. '*.py'")
+    text_field: str = Field(
+        "text", description="field of a JSONL object that holds the text or a list of integers"
+    )
+    skip_bad_lines: bool = Field(
+        False, description="leave out JSONL lines that cannot be read, and count them"
+    )
+    tokenizer: TokenizerConfig = Field(
+        default_factory=TokenizerConfig, description="how text becomes token ids"
+    )
+    validation_fraction: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of documents held out for validation; equal documents stay together",
+    )
+    shuffle: bool = Field(True, description="shuffle documents, each pass anew")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the shuffle and of the validation split")
+    write_jsonl: bool = Field(
+        True,
+        description="also write data/train.jsonl in the seed package's layout, for inputs that are not JSONL yet",
+    )
+    num_workers: int = Field(0, ge=0, description="processes that tokenize; 0: every core")
+
+
+class TrainingConfig(Section):
+    """Optimisation. The global batch is micro_bsz * world size * accumulate_grad_batches samples of ctx_len tokens."""
+
+    lr_init: float = Field(6e-4, ge=0, description="learning rate after warm-up")
+    lr_final: float = Field(6e-5, ge=0, description="learning rate at the end of the horizon")
+    warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warm-up, from 1 % of the rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay")
+    adam_eps: float = Field(1e-18, ge=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.001, ge=0, description="decoupled weight decay of the matrices")
+    micro_bsz: int = Field(16, ge=1, description="samples per rank and micro batch")
+    grad_cp: int = Field(
+        1, ge=0, le=1, description="1: recompute each block's activations in the backward pass"
+    )
+    epoch_save: int = Field(1, ge=1, description="write out/rwkv-<epoch>.pth every this many epochs")
+    precision: Precision = Field(
+        "bf16",
+        description="of activations: fp32, bf16 or fp16 (CUDA only); masters and optimizer are always fp32",
+    )
+    strategy: str = Field("auto", description="auto or ddp")
+    num_epochs: int | None = Field(
+        None, ge=1, description="passes over the token file's slots; default 1 without another bound"
+    )
+    max_steps: int | None = Field(None, ge=1, description="end after this many optimizer steps")
+    max_tokens: int | None = Field(
+        None, ge=1, description="end after this many tokens (RWKV-LM's exit_tokens)"
+    )
+    samples_per_epoch: int | None = Field(
+        None,
+        ge=1,
+        description="samples in an epoch; default: one pass over the slots. 40320 is RWKV-LM's mini-epoch",
+    )
+    accumulate_grad_batches: int | None = Field(
+        None,
+        ge=1,
+        description="micro batches per optimizer step; default 1, or derived from global_batch_size",
+    )
+    global_batch_size: int | None = Field(
+        None, ge=1, description="samples per optimizer step over all ranks; accumulation follows from it"
+    )
+    gradient_clip_val: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    l2wrap: float = Field(
+        1e-4, ge=0, description="weight of RWKV-LM's extra gradient on the largest logit; 0: none"
+    )
+    layerwise_lr: bool = Field(True, description="learning-rate multipliers by parameter group, as RWKV-LM")
+    random_seed: int = Field(-1, ge=-1, le=2**63 - 1, description="seed of the initial weights; -1: 0")
+    init_from: str | None = Field(
+        None, description="start from the weights in this RWKV .pth instead of a fresh initialisation"
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
+    devices: int = Field(
+        1, ge=1, description="processes on this machine when no launcher has set the world size"
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of each rank; default torch's own choice"
+    )
+    val_interval_steps: int | None = Field(
+        None, ge=1, description="evaluate every this many steps; default: at each epoch's end"
+    )
+    val_max_tokens: int = Field(
+        262_144, ge=1, description="most tokens of the validation file that one evaluation reads"
+    )
+    wkv_backend: WkvBackend = Field(
+        "auto", description="WKV operator: auto, reference (a loop) or chunked (matrix form)"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_accumulate(self) -> TrainingConfig:
+        if self.global_batch_size is not None and self.accumulate_grad_batches is not None:
+            raise ValueError(
+                "set global_batch_size or accumulate_grad_batches, not both: one follows from the other"
+            )
+        return self
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        if value not in ("auto", "ddp"):
+            raise ValueError(f"strategy is '{value}'. Use auto or ddp")
+        return value
+
+
+class CheckpointConfig(Section):
+    """Full-state checkpoints under `<work_dir>/out/checkpoints/step-XXXXXXXX/`."""
+
+    save_interval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="write a full-state checkpoint every this many steps; default: at each epoch's end",
+    )
+    save_interval_s: float | None = Field(
+        600.0, gt=0, description="and whenever this many seconds have passed; null: never"
+    )
+    keep_last: int = Field(3, ge=1, description="full-state checkpoints that are kept")
+
+
+class LoggingConfig(Section):
+    """Records of a run. `logs/metrics.jsonl`, `logs/metrics.csv` and `out/train_log.txt` are always written."""
+
+    log_interval_steps: int = Field(
+        10, ge=1, description="a progress line every this many steps when not on a terminal"
+    )
+    progress_bar: bool = Field(True, description="progress bar on a terminal")
+    tensorboard: bool = Field(False, description="also write TensorBoard events (extra: tensorboard)")
+    wandb_project: str | None = Field(
+        None, description="also log to this Weights & Biases project (extra: wandb)"
+    )
+    sample_prompt: str | None = Field(
+        None, description="text that the trained model continues at the end; default: none for integers"
+    )
+    sample_tokens: int = Field(200, ge=0, description="length of that sample in tokens; 0: no sample")
+
+
+class Config(Section):
+    """A whole run: the file's sections and the work directory."""
+
+    work_dir: str = Field("work", min_length=1, description="the one directory of the run")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="architecture")
+    data: DataConfig = Field(default_factory=DataConfig, description="data")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="optimisation")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="records")

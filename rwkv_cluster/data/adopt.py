@@ -1,0 +1,86 @@
+"""Token files that others made: checked once, then used where they are, or read as documents beside other inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
+from rwkv_cluster.data.manifest import FileRecord
+from rwkv_cluster.errors import DataError
+
+_BLOCK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckedPair:
+    """A token file whose every token is in the vocabulary. content: sha256 of both files, back to back."""
+
+    tokens: IndexedTokens
+    bin: FileRecord
+    idx: FileRecord
+    content: str
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.tokens.doc_idx) - 1
+
+
+def check_pair(prefix: Path, vocab_size: int) -> CheckedPair:
+    """Read a token file once. Raises DataError naming document and position of a token outside the vocabulary."""
+    tokens = open_tokens(prefix)
+    if tokens.n_tokens == 0:
+        raise DataError(f"{bin_path(prefix)} has no tokens")
+    digest = hashlib.sha256()
+    for start in range(0, tokens.n_tokens, _BLOCK_TOKENS):
+        block = tokens.read(start, min(start + _BLOCK_TOKENS, tokens.n_tokens))
+        _check_tokens(tokens, block, start, vocab_size)
+        digest.update(block.data)
+    bin_record = FileRecord(bytes=tokens.n_tokens * tokens.dtype.itemsize, sha256=digest.hexdigest())
+    idx_digest = hashlib.sha256()
+    with open(idx_path(prefix), "rb", buffering=0) as handle:
+        while content := handle.read(1 << 20):
+            digest.update(content)
+            idx_digest.update(content)
+    idx_record = FileRecord(bytes=idx_path(prefix).stat().st_size, sha256=idx_digest.hexdigest())
+    return CheckedPair(tokens, bin_record, idx_record, digest.hexdigest())
+
+
+def _check_tokens(tokens: IndexedTokens, block: np.ndarray, start: int, vocab_size: int) -> None:
+    if block.size == 0 or (block.max() < vocab_size and block.min() >= 0):
+        return
+    index = int(np.argmax((block < 0) | (block >= vocab_size)))
+    position = start + index
+    item = int(np.searchsorted(tokens.pointers, position * tokens.dtype.itemsize, side="right")) - 1
+    document = int(np.searchsorted(tokens.doc_idx, item, side="right")) - 1
+    first = int(tokens.pointers[int(tokens.doc_idx[document])]) // tokens.dtype.itemsize
+    raise DataError(
+        f"{bin_path(tokens.prefix)}: document {document}, token {position - first}: id {block[index]} is not in the "
+        f"tokenizer's vocabulary, 0 to {vocab_size - 1}. Use the tokenizer that made the file"
+    )
+
+
+def token_documents(prefix: Path, vocab_size: int) -> Iterator[Iterator[np.ndarray]]:
+    """The documents of a token file, each as pieces of ids without a final 0. Raises DataError as `check_pair` does."""
+    tokens = open_tokens(prefix)
+    itemsize = tokens.dtype.itemsize
+    for document in range(len(tokens.doc_idx) - 1):
+        first, last = int(tokens.doc_idx[document]), int(tokens.doc_idx[document + 1])
+        if first == last:
+            continue
+        start = int(tokens.pointers[first]) // itemsize
+        stop = int(tokens.pointers[last - 1]) // itemsize + int(tokens.sizes[last - 1])
+        if stop > start and tokens.read(stop - 1, stop)[0] == 0:
+            stop -= 1
+        yield _pieces(tokens, start, stop, vocab_size)
+
+
+def _pieces(tokens: IndexedTokens, start: int, stop: int, vocab_size: int) -> Iterator[np.ndarray]:
+    for first in range(start, stop, _BLOCK_TOKENS):
+        block = tokens.read(first, min(first + _BLOCK_TOKENS, stop))
+        _check_tokens(tokens, block, first, vocab_size)
+        yield block

@@ -1,0 +1,74 @@
+"""Token file -> tensors: training samples by sample number, validation windows in file order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rwkv_cluster.data.sampler import SamplePlan
+
+
+class TokenDataset(Dataset[Tensor]):
+    """Samples of one token file, addressed by sample number (from 1).
+
+    tokens: 1-D integer array, memory-mapped. Documents are not looked at: a sample is a flat slice, as in RWKV-LM.
+    """
+
+    def __init__(self, tokens: np.ndarray, plan: SamplePlan) -> None:
+        self._tokens = tokens
+        self._plan = plan
+
+    def __getitem__(self, sample: int) -> Tensor:
+        """[T + 1] int64: inputs are all but the last, targets all but the first."""
+        offset = self._plan.offset(sample)
+        return torch.from_numpy(self._tokens[offset : offset + self._plan.ctx_len + 1].astype(np.int64))
+
+    def __getitems__(self, samples: Sequence[int]) -> Tensor:
+        """[len(samples), T + 1] int64."""
+        return torch.stack([self[sample] for sample in samples])
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Batch sampler: the sample numbers of one rank's micro batches, from `start_step` to `total_steps`."""
+
+    plan: SamplePlan
+    start_step: int
+    total_steps: int
+    rank: int
+    world_size: int
+    micro_bsz: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.total_steps):
+            yield from self.plan.rank_samples(
+                step, rank=self.rank, world_size=self.world_size, micro_bsz=self.micro_bsz
+            )
+
+    def __len__(self) -> int:
+        per_step = self.plan.global_batch_size // (self.world_size * self.micro_bsz)
+        return (self.total_steps - self.start_step) * per_step
+
+
+def validation_batches(
+    tokens: np.ndarray, *, ctx_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Tensor]:
+    """[b, length + 1] int64 windows that cover the first `max_tokens` targets of a file once, in file order.
+
+    The last window may be shorter than ctx_len and then comes alone. Ranks take whole batches in turn, so the sum
+    over ranks does not depend on their number.
+    """
+    n_targets = min(len(tokens) - 1, max_tokens)
+    full, rest = divmod(n_targets, ctx_len)
+    starts = [index * ctx_len for index in range(full)]
+    batches = [(starts[i : i + batch_size], ctx_len) for i in range(0, full, batch_size)]
+    if rest:
+        batches.append(([full * ctx_len], rest))
+    for group, length in batches[rank::world_size]:
+        rows = [tokens[start : start + length + 1].astype(np.int64) for start in group]
+        yield torch.from_numpy(np.stack(rows))

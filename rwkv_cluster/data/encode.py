@@ -1,0 +1,301 @@
+"""From documents to token ids: what a worker process does with a block of lines or a group of files.
+
+Every document ends with token 0. Values (arrays, lists in JSONL) mean what the tokenizer says: integer and angle
+tokenizers map value v to id v + 1; for every other tokenizer they are token ids already, and a final 0 that is there
+is not doubled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rwkv_cluster.data.readers import BadLine, LineBlock, Values, decode_text, parse_line
+from rwkv_cluster.data.sources import Source, read_blocks
+from rwkv_cluster.errors import DataError
+from rwkv_cluster.tokenizer import (
+    AngleTokenizer,
+    ByteTokenizer,
+    GenericTokenizer,
+    IntegerTokenizer,
+    TokenizationError,
+    encode_to_array,
+    id_dtype,
+)
+
+LARGE_TEXT_BYTES = 16 << 20  # a larger file is encoded piece by piece, by one process
+_SHOWN_BAD_LINES = 3
+_NO_BYTES = b""
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """Text files for one worker, each with its number among all sources."""
+
+    files: tuple[tuple[int, Source], ...]
+
+
+@dataclass(frozen=True)
+class Large:
+    """A text file that is too large for `encode_files`; the caller streams it."""
+
+    number: int
+    source: Source
+
+
+@dataclass
+class Encoded:
+    """Documents as token ids, in input order.
+
+    tokens: 1-D, of the token file's dtype, each document with its final 0. lengths: [n] int64. digests: [n] uint64 when
+    there is a validation split. jsonl: the documents as lines. contents: sha256 of the sources that were read whole.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    digests: np.ndarray | None = None
+    jsonl: bytes = _NO_BYTES
+    n_empty: int = 0
+    n_bad_lines: int = 0
+    bad_lines: list[str] = field(default_factory=list)
+    contents: list[tuple[int, str]] = field(default_factory=list)
+    n_read: int = 0
+
+
+class DocumentDigest:
+    """64 bits that are equal for documents of equal tokens (without the final 0) and depend on the seed."""
+
+    def __init__(self, key: bytes) -> None:
+        self._hash = hashlib.blake2b(key=key, digest_size=8)
+
+    def update(self, ids: np.ndarray) -> None:
+        """Take the next tokens in."""
+        self._hash.update(np.ascontiguousarray(ids).data)
+
+    def value(self) -> int:
+        """The digest of all tokens so far."""
+        return int.from_bytes(self._hash.digest(), "little")
+
+
+class DocumentEncoder:
+    """Encodes documents for one token file. Holds no state: copies of it in worker processes give the same result.
+
+    digest_key: seed of the documents' digests, or None without a validation split. with_jsonl: also give the documents
+    as JSONL, for inputs that are not JSONL yet.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        text_field: str = "text",
+        skip_bad_lines: bool = False,
+        digest_key: int | None = None,
+        with_jsonl: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = int(tokenizer.vocab_size)
+        self.dtype = np.dtype(id_dtype(self.vocab_size))
+        self.with_jsonl = with_jsonl
+        self._text_field = text_field
+        self._skip_bad_lines = skip_bad_lines
+        self._digest_key = None if digest_key is None else digest_key.to_bytes(8, "little")
+        self._offset = 1 if isinstance(tokenizer, IntegerTokenizer | AngleTokenizer) else 0
+        self._trusted = type(tokenizer) in (ByteTokenizer, IntegerTokenizer, AngleTokenizer, GenericTokenizer)
+        self._encode = tokenizer.encode_to_array if self._trusted else partial(encode_to_array, tokenizer)
+
+    def encode_text(self, text: str, place: str) -> np.ndarray:
+        """Ids of a text, without a final 0. Raises DataError that begins with `place` and names the byte."""
+        try:
+            ids = self._encode(text)
+        except TokenizationError as error:
+            raise DataError(f"{place}: {error}") from error
+        if not self._trusted:
+            self._check_ids(ids, place)
+        return ids
+
+    def encode_list(self, values: list[int], place: str) -> np.ndarray:
+        """Ids of a list of integers from JSONL, without a final 0."""
+        try:
+            array = np.array(values, np.int64)
+        except OverflowError:
+            index = next(index for index, value in enumerate(values) if not -(2**63) <= value < 2**63)
+            raise DataError(f"{place}: index {index}: {str(values[index])[:20]}... is out of range") from None
+        ids = self.encode_values(Values(place, array.reshape(1, -1), 0, one_dimensional=True))[0]
+        return ids[:-1] if not self._offset and len(ids) and ids[-1] == 0 else ids
+
+    def encode_values(self, values: Values, final_zero: bool = False) -> np.ndarray:
+        """Ids [n, L] of rows of values, or [n, L + 1] with the final 0."""
+        rows = values.rows
+        values.check_whole()
+        values.check_range(self.vocab_size - 1 - self._offset, "values" if self._offset else "token ids")
+        ids = np.zeros((len(rows), rows.shape[1] + final_zero), self.dtype)
+        np.add(
+            rows, self._offset, out=ids[:, : rows.shape[1]], dtype=self.dtype, casting="unsafe"
+        )  # in range: checked
+        return ids
+
+    def encode_rows(self, values: Values) -> Encoded:
+        """Each row of values as a document."""
+        ids = self.encode_values(values, final_zero=True)
+        lengths = np.full(len(ids), ids.shape[1], np.int64)
+        if not self._offset and (ids[:, -2] == 0).any():
+            encoded = self._collect([row[:-1] if row[-2] == 0 else row for row in ids], terminated=True)
+        else:
+            encoded = Encoded(ids.reshape(-1), lengths, self._digests(ids[:, :-1]))
+        if self.with_jsonl:
+            encoded.jsonl = b"".join(map(values_line, np.asarray(values.rows)))
+        return encoded
+
+    def encode_lines(self, block: LineBlock) -> Encoded:
+        """The documents of a block of JSONL lines."""
+        documents: list[np.ndarray] = []
+        bad: list[str] = []
+        n_empty, name = 0, str(block.path)
+        if block.too_long:
+            bad.append(f"{name}:{block.first_line}: is longer than 32 MiB")
+        for number, line in block.lines():
+            try:
+                value = parse_line(line, self._text_field)
+            except BadLine as error:
+                bad.append(f"{name}:{number}: {error}")
+                if not self._skip_bad_lines:
+                    break
+                continue
+            if not value or (type(value) is str and value.isspace()):
+                n_empty += 1
+            elif type(value) is str:
+                documents.append(self.encode_text(value, f"{name}:{number}"))
+            else:
+                documents.append(self.encode_list(value, f"{name}:{number}"))
+        if bad and not self._skip_bad_lines:
+            raise DataError(f"{bad[0]}. Fix the line or set data.skip_bad_lines")
+        encoded = self._collect(documents)
+        encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
+        encoded.bad_lines, encoded.n_read = bad[:_SHOWN_BAD_LINES], len(block.data)
+        return encoded
+
+    def encode_files(self, block: FileBlock) -> list[Encoded | Large]:
+        """One document for each text file, or Large where a file exceeds LARGE_TEXT_BYTES."""
+        results: list[Encoded | Large] = []
+        for number, source in block.files:
+            digest = hashlib.sha256()
+            content = _read_limited(read_blocks(source, digest), LARGE_TEXT_BYTES)
+            if content is None:
+                results.append(Large(number, source))
+                continue
+            encoded = self._encode_file(content, source)
+            encoded.contents, encoded.n_read = [(number, digest.hexdigest())], len(content)
+            results.append(encoded)
+        return list(_merged(results))
+
+    def _encode_file(self, content: bytes, source: Source) -> Encoded:
+        try:
+            text = decode_text(content, source.path)
+        except DataError:
+            if not source.optional:
+                raise
+            text = ""
+        if not text or text.isspace():
+            return Encoded(np.empty(0, self.dtype), np.empty(0, np.int64), self._digests([]), n_empty=1)
+        encoded = self._collect([self.encode_text(text, str(source.path))])
+        if self.with_jsonl:
+            encoded.jsonl = text_line(text)
+        return encoded
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether documents get a digest, for a validation split."""
+        return self._digest_key is not None
+
+    def new_digest(self) -> DocumentDigest:
+        """Digest of a document that comes in pieces."""
+        return DocumentDigest(self._digest_key or b"")
+
+    def _digests(self, documents: Iterable[np.ndarray]) -> np.ndarray | None:
+        if not self.has_digests:
+            return None
+        digests = []
+        for document in documents:
+            digest = self.new_digest()
+            digest.update(document)
+            digests.append(digest.value())
+        return np.array(digests, np.uint64)
+
+    def _collect(self, documents: list[np.ndarray], terminated: bool = False) -> Encoded:
+        """Put documents back to back; each gets a final 0 unless it has one. Those without a token are left out."""
+        kept = [document for document in documents if len(document) > terminated]
+        n_empty = len(documents) - len(kept)
+        bare = [document[:-1] for document in kept] if terminated else kept
+        lengths = np.fromiter(map(len, bare), np.int64, len(bare)) + 1
+        tokens = np.zeros(int(lengths.sum()), self.dtype)
+        zero = tokens[:1]
+        if bare:
+            np.concatenate(
+                [part for document in bare for part in (document, zero)], out=tokens, casting="unsafe"
+            )
+        return Encoded(tokens, lengths, self._digests(bare), n_empty=n_empty)
+
+    def _check_ids(self, ids: np.ndarray, place: str) -> None:
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            index = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            raise DataError(
+                f"{place}: token {index}: the tokenizer gave id {ids[index]}, but its vocab_size is {self.vocab_size}. "
+                "Correct the tokenizer"
+            )
+
+
+def values_line(values: np.ndarray) -> bytes:
+    """The JSONL line of a row of values: `{"text": "0 45 90"}`."""
+    whole = values if values.dtype.kind in "iu" else values.astype(np.int64)
+    return ('{"text": "' + " ".join(map(str, whole.tolist())) + '"}\n').encode()
+
+
+def text_line(text: str) -> bytes:
+    """The JSONL line of a text, ASCII-escaped."""
+    return (json.dumps({"text": text}) + "\n").encode()
+
+
+def _read_limited(blocks: Iterable[bytes], limit: int) -> bytes | None:
+    """The blocks joined, or None when they exceed `limit` bytes."""
+    pieces, size = [], 0
+    for block in blocks:
+        pieces.append(block)
+        size += len(block)
+        if size > limit:
+            return None
+    return b"".join(pieces)
+
+
+def _merged(results: list[Encoded | Large]) -> Iterable[Encoded | Large]:
+    """Neighbouring results as one, so that little travels between processes."""
+    run: list[Encoded] = []
+    for result in results:
+        if isinstance(result, Large):
+            yield from _joined(run)
+            run = []
+            yield result
+        else:
+            run.append(result)
+    yield from _joined(run)
+
+
+def _joined(run: list[Encoded]) -> Iterable[Encoded]:
+    if not run:
+        return
+    digests = [encoded.digests for encoded in run if encoded.digests is not None]
+    yield Encoded(
+        tokens=np.concatenate([encoded.tokens for encoded in run]),
+        lengths=np.concatenate([encoded.lengths for encoded in run]),
+        digests=np.concatenate(digests) if digests else None,
+        jsonl=b"".join(encoded.jsonl for encoded in run),
+        n_empty=sum(encoded.n_empty for encoded in run),
+        contents=[content for encoded in run for content in encoded.contents],
+        n_read=sum(encoded.n_read for encoded in run),
+    )

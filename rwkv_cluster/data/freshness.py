@@ -1,0 +1,147 @@
+"""Is prepared data still what the configuration asks for? If not, why not: that is what the user is told.
+
+Content decides, by sha256. So that a large input is not read at every start, `inputs.json` beside the manifest keeps
+each input's path, size and times; an input whose record is unchanged is not read again. That file is a cache: without
+it, or on another machine, the inputs are read and the answer is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.encode import DocumentEncoder
+from rwkv_cluster.data.manifest import DataManifest
+from rwkv_cluster.data.readers import array_values
+from rwkv_cluster.data.sources import Source, content_digest
+from rwkv_cluster.workdir import atomic_write
+
+CACHE_NAME = "inputs.json"
+FORMAT = 1  # raise when the same input and options give other bytes than before
+_RECENT_NS = 3_000_000_000  # a file changed this recently may change again within its time stamp's resolution
+
+
+def content_options(data: DataConfig, *, jsonl: bool) -> dict[str, Any]:
+    """The settings that decide what is written, as they are compared and stored."""
+    names = (
+        "sequence_length",
+        "n_epochs_duplication",
+        "text_field",
+        "skip_bad_lines",
+        "validation_fraction",
+        "shuffle",
+    )
+    return {name: getattr(data, name) for name in names} | {
+        "seed": data.seed,
+        "write_jsonl": data.write_jsonl and jsonl,
+        "format": FORMAT,
+    }
+
+
+def new_array_digest(array: np.ndarray, sequence_length: int) -> Any:
+    """sha256 object to be fed the array's documents as token ids: fewer bytes than the values, and as telling."""
+    return hashlib.sha256(f"{array.shape} {sequence_length} ".encode())
+
+
+def array_digest(array: np.ndarray, name: str, encoder: DocumentEncoder, sequence_length: int) -> str:
+    """The same digest as a preparation takes on its way. Raises DataError for values that cannot be encoded."""
+    digest = new_array_digest(array, sequence_length)
+    for values in array_values(array, name, sequence_length):
+        digest.update(encoder.encode_rows(values).tokens.data)
+    return digest.hexdigest()
+
+
+def source_digest(arrays: Sequence[str], sources: Sequence[Source], contents: Sequence[str]) -> str:
+    """One sha256 for the whole input: what each part is and its content, in order. File names do not count."""
+    parts = [["array", digest] for digest in arrays]
+    parts += [
+        [source.kind, source.compression, source.optional, content]
+        for source, content in zip(sources, contents, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def source_stat(source: Source) -> list[Any]:
+    """Path, kind, and size and times of each file of a source: equal lists mean that nothing was written to it."""
+    record: list[Any] = [os.path.abspath(source.path), source.kind]
+    for path in source.files():
+        status = os.stat(path)
+        record += [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return record
+
+
+def write_cache(out_dir: Path, stats: Sequence[list[Any]], contents: Sequence[str]) -> None:
+    """Remember the content of the sources whose files were not changed in the last seconds."""
+    settled = time.time_ns() - _RECENT_NS
+    entries = [
+        [record if max(record[3::3] + record[4::3]) < settled else None, content]
+        for record, content in zip(stats, contents, strict=True)
+    ]
+    atomic_write(out_dir / CACHE_NAME, json.dumps(entries).encode())
+
+
+def read_cache(out_dir: Path) -> list[list[Any]]:
+    """[record or None, sha256] of each source, or an empty list where the file is absent or unusable."""
+    try:
+        entries = json.loads((out_dir / CACHE_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    well_formed = isinstance(entries, list) and all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) for entry in entries
+    )
+    return entries if well_formed else []
+
+
+def why_stale(
+    manifest: DataManifest,
+    out_dir: Path,
+    *,
+    name: str,
+    tokenizer: dict[str, Any],
+    options: dict[str, Any],
+    n_arrays: int,
+    array_digests: Callable[[], list[str]],
+    sources: Sequence[Source],
+) -> str | None:
+    """Why the data must be prepared again, in words, or None. Reads the inputs whose record has changed."""
+    if manifest.name != name:
+        return f"the prepared data is named '{manifest.name}', not '{name}'"
+    if manifest.tokenizer != tokenizer:
+        return f"the tokenizer changed ({_difference(manifest.tokenizer, tokenizer)})"
+    if manifest.options != options:
+        return f"the options changed ({_difference(manifest.options, options)})"
+    if manifest.n_sources != n_arrays + len(sources):
+        return f"the input has {n_arrays + len(sources)} files or arrays, it had {manifest.n_sources}"
+    cache = read_cache(out_dir)
+    known = cache if len(cache) == len(sources) else [[None, ""]] * len(sources)
+    stats = [source_stat(source) for source in sources]
+    contents = [
+        content if record == found else content_digest(source)
+        for source, found, (record, content) in zip(sources, stats, known, strict=True)
+    ]
+    if source_digest(array_digests(), sources, contents) != manifest.source_digest:
+        changed = [
+            s.path for s, new, (_, old) in zip(sources, contents, known, strict=True) if old and new != old
+        ]
+        return f"the content of {changed[0]} changed" if changed else "the content of the input changed"
+    if [record for record, _ in known] != stats:
+        write_cache(out_dir, stats, contents)
+    return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in changed)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

@@ -1,0 +1,200 @@
+"""What a prepared directory says about itself. `manifest.json` is written last: a directory without one is not prepared.
+
+The manifest depends on the input, the tokenizer and the options only; it names no path outside its directory (but for
+a token file that is used in place) and no time, so equal preparations have equal manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.workdir import sha256_file
+
+MANIFEST_NAME = "manifest.json"
+VERSION = 1
+_MAX_BYTES = 16 << 20
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PlainName = Annotated[str, Field(pattern=f"^{_NAME}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Part):
+    """Size and content of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class ValidationRecord(_Part):
+    """The held-out documents, in `val.bin` and `val.idx`."""
+
+    n_tokens: Count
+    n_documents: Count
+
+
+class DataManifest(_Part):
+    """A prepared directory.
+
+    prefix: of the training token file, relative to the directory; `adopted`, when set, is the absolute prefix of a
+    token file that is used where it is, and then holds instead. Use `token_prefix`. n_documents: items in the file,
+    duplication included. n_source_documents: documents in the input, those held out included. files: by name, of this
+    directory or beside `adopted`. options: the settings that decide the content.
+    """
+
+    version: Literal[1]
+    name: PlainName
+    prefix: PlainName
+    adopted: str | None = None
+    n_tokens: Count
+    n_documents: Count
+    n_source_documents: Count
+    n_empty_documents: Count = 0
+    n_bad_lines: Count = 0
+    dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**63)]
+    files: dict[PlainName, FileRecord]
+    validation: ValidationRecord | None = None
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+    n_sources: Count
+    source_digest: Sha256
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> DataManifest:
+        if self.adopted is not None and (not os.path.isabs(self.adopted) or ".." in Path(self.adopted).parts):
+            raise ValueError("adopted is not an absolute path")
+        needed = {f"{self.prefix}.bin", f"{self.prefix}.idx"} | (
+            {"val.bin", "val.idx"} if self.validation else set()
+        )
+        if missing := sorted(needed - set(self.files)):
+            raise ValueError(f"files lacks {', '.join(missing)}")
+        return self
+
+    @property
+    def options_digest(self) -> str:
+        """sha256 of the options."""
+        return hashlib.sha256(_canonical(self.options)).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the training tokens, their dtype or the vocabulary size."""
+        content = [self.files[f"{self.prefix}.{suffix}"].sha256 for suffix in ("bin", "idx")]
+        return hashlib.sha256(_canonical([content, self.dtype, self.vocab_size])).hexdigest()[:16]
+
+    def token_prefix(self, out_dir: Path) -> Path:
+        """Prefix of the training token file of the prepared directory `out_dir`."""
+        return Path(self.adopted) if self.adopted is not None else Path(out_dir) / self.prefix
+
+    def validation_prefix(self, out_dir: Path) -> Path | None:
+        """Prefix of the held-out token file, or None."""
+        return Path(out_dir) / "val" if self.validation else None
+
+    def path_of(self, out_dir: Path, file_name: str) -> Path:
+        """Where a file of `files` lies."""
+        of_tokens = file_name in (f"{self.prefix}.bin", f"{self.prefix}.idx")
+        if self.adopted is not None and of_tokens:
+            return Path(f"{self.adopted}{Path(file_name).suffix}")
+        return Path(out_dir) / file_name
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json."""
+        return (json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def check_name(name: str) -> str:
+    """`name` when it can be the name of prepared data; DataError otherwise (no separators, no leading dot or dash)."""
+    if not re.fullmatch(_NAME, name):
+        raise DataError(
+            f"data name {name!r} cannot be a file name here. Use letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def load_manifest(out_dir: str | Path, *, verify: bool = False) -> DataManifest:
+    """Manifest of a prepared directory, after checking that its files are there with the sizes it says.
+
+    verify: also read every file and compare its sha256. Raises MissingDataError or DataError.
+    """
+    directory = Path(out_dir)
+    manifest = parse_manifest(_read(directory / MANIFEST_NAME), directory / MANIFEST_NAME)
+    for name, record in manifest.files.items():
+        path = manifest.path_of(directory, name)
+        _check_file(path, record, verify, may_link=path.parent != directory)
+    return manifest
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as handle:
+            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+                raise DataError(f"{path} is not a regular file. Prepare the data again")
+            content = handle.read(_MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise MissingDataError(
+            f"{path} does not exist: the data is not prepared. Run `rwkv-cluster prepare`"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Prepare the data again") from error
+    if len(content) > _MAX_BYTES:
+        raise DataError(
+            f"{path} has more than {_MAX_BYTES} bytes and cannot be a manifest. Prepare the data again"
+        )
+    return content
+
+
+def parse_manifest(content: bytes, path: Path) -> DataManifest:
+    """DataManifest from the bytes of a manifest.json. Raises DataError naming `path` and the fault."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({str(error)[:100]}). Prepare the data again") from None
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != VERSION or isinstance(version, bool):
+        raise DataError(
+            f"{path} has manifest version {str(version)[:40]}, expected {VERSION}. Prepare the data again"
+        )
+    try:
+        return DataManifest.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part)[:60] for part in first["loc"]) or "its fields"
+        raise DataError(f"{path}: {place}: {first['msg']}. Prepare the data again") from None
+
+
+def _check_file(path: Path, record: FileRecord, verify: bool, may_link: bool) -> None:
+    try:
+        status = os.stat(path, follow_symlinks=may_link)
+    except OSError as error:
+        raise MissingDataError(
+            f"{path}, which the manifest lists: {error.strerror}. Prepare the data again"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}, which the manifest lists, is not a regular file. Prepare the data again")
+    if status.st_size != record.bytes:
+        raise DataError(
+            f"{path} has {status.st_size} bytes, but the manifest says {record.bytes}. It was changed or cut. "
+            "Prepare the data again"
+        )
+    if verify and sha256_file(path) != record.sha256:
+        raise DataError(
+            f"{path} is not the file that was prepared: its sha256 differs. Prepare the data again"
+        )

@@ -1,0 +1,423 @@
+"""Prepare data: inputs -> `train.bin`, `train.idx`, `vocab.txt`, `manifest.json` in one directory.
+
+Documents are tokenized in input order into a spool (`data.spool`), by worker processes where there is much of it, then
+split and shuffled into the token files (`data.order`). Everything happens in a temporary folder of the same
+directory; the old manifest is removed, the files are renamed into place, and the new manifest is written last, so a
+preparation that is killed at any point leaves nothing that a later run trusts. The same input, options and seed give
+the same bytes on any machine, in any directory, with any number of cores.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.adopt import check_pair
+from rwkv_cluster.data.binidx import TokenFileWriter
+from rwkv_cluster.data.encode import DocumentEncoder
+from rwkv_cluster.data.fill import Filled, Filler, Progress
+from rwkv_cluster.data.freshness import (
+    CACHE_NAME,
+    array_digest,
+    content_options,
+    source_digest,
+    source_stat,
+    why_stale,
+    write_cache,
+)
+from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
+from rwkv_cluster.data.manifest import (
+    MANIFEST_NAME,
+    VERSION,
+    DataManifest,
+    FileRecord,
+    ValidationRecord,
+    check_name,
+    load_manifest,
+)
+from rwkv_cluster.data.order import below, everything, not_below, split_threshold, write_documents
+from rwkv_cluster.data.sources import Source, find_sources
+from rwkv_cluster.data.spool import Spool
+from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
+from rwkv_cluster.workdir import (
+    TEMPORARY_PREFIX,
+    atomic_write,
+    fsync_directory,
+    remove_temporaries,
+    sha256_file,
+)
+
+__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "write_pair"]
+
+log = logging.getLogger("rwkv_cluster")
+
+_LOCK_NAME = ".prepare.lock"
+_LOCK_TIMEOUT_S = 24 * 3600.0
+_VALIDATION = "val"
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    arrays: Sequence[np.ndarray] = (),
+    name: str = "train",
+) -> DataManifest:
+    """Prepare `arrays` and then `data.inputs` into `out_dir`, or use what is there again when nothing has changed.
+
+    arrays: 1-D or 2-D, integers or whole numbers; see `data.readers`. tokenizer: any object with encode, decode and
+    vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. Raises DataError, with the
+    document and the reason; an earlier preparation then stays as it was.
+    """
+    if not data.inputs and not len(arrays):
+        raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
+    if check_name(name) == _VALIDATION:
+        raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
+    job = _Job(
+        data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name
+    )
+    with _disk_errors(job.out_dir):
+        job.out_dir.mkdir(parents=True, exist_ok=True)
+        with _only_one(job.out_dir):
+            remove_temporaries(job.out_dir)
+            found = job.reusable()
+            if isinstance(found, DataManifest):
+                log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(found))
+                return found
+            log.info("preparing data in %s: %s", out_dir, found)
+            manifest = job.adopt() if job.is_in_place else job.run()
+    log.info("data prepared in %s: %s", out_dir, _summary(manifest))
+    return manifest
+
+
+def reason_to_prepare(
+    data: DataConfig,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    arrays: Sequence[np.ndarray] = (),
+    name: str = "train",
+) -> str | None:
+    """Why `prepare` would do its work anew, or None when it would use what is there. Writes nothing."""
+    job = _Job(
+        data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name
+    )
+    found = job.reusable()
+    return found if isinstance(found, str) else None
+
+
+def adopt(prefix: str | Path, tokenizer: Any, out_dir: str | Path) -> DataManifest:
+    """Use the token file `<prefix>.bin`/`.idx` where it is: read it once, check every token, write a manifest to it."""
+    return prepare(DataConfig(inputs=[f"{prefix}.bin"]), tokenizer, out_dir)
+
+
+def write_pair(
+    sources: Sequence[Source], encoder: DocumentEncoder, prefix: Path, *, passes: int, seed: int | None
+) -> TokenFileWriter:
+    """The documents of `sources` as one token file, without a manifest. seed: None keeps the input order."""
+    with _disk_errors(prefix.parent):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(prefix.parent) as folder:
+            spool = Spool(folder, encoder.dtype, with_digests=False)
+            Filler(encoder, spool, None, folder).fill((), sources, sequence_length=1, num_workers=0)
+            spool.finish()
+            _require_documents(spool, sources)
+            with TokenFileWriter(prefix, encoder.dtype) as writer:
+                write_documents(spool, writer, everything, folder, passes=passes, seed=seed)
+    return writer
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `prepare`: what goes in and where it comes out."""
+
+    data: DataConfig
+    tokenizer: Any
+    out_dir: Path
+    arrays: tuple[np.ndarray, ...]
+    sources: tuple[Source, ...]
+    name: str
+
+    @property
+    def writes_jsonl(self) -> bool:
+        """Whether to write the documents as JSONL: when that is asked for and some are not JSONL yet."""
+        convertible = bool(self.arrays) or any(source.kind in ("array", "text") for source in self.sources)
+        return self.data.write_jsonl and convertible
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the input is one token file, to be used where it is."""
+        only_tokens = not self.arrays and len(self.sources) == 1 and self.sources[0].kind == "tokens"
+        return only_tokens and self.data.validation_fraction == 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"in_place": True} if self.is_in_place else content_options(self.data, jsonl=self.writes_jsonl)
+
+    def reusable(self) -> DataManifest | str:
+        """The manifest of an earlier preparation that still holds, or why there is none."""
+        try:
+            manifest = load_manifest(self.out_dir)
+        except MissingDataError as error:
+            exists = (self.out_dir / MANIFEST_NAME).exists()
+            return str(error) if exists else "it has not been prepared yet"
+        except DataError as error:
+            return str(error)
+        reason = why_stale(
+            manifest,
+            self.out_dir,
+            name=self.name,
+            tokenizer=tokenizer_identity(self.tokenizer),
+            options=self.options,
+            n_arrays=len(self.arrays),
+            array_digests=self._array_digests,
+            sources=self.sources,
+        )
+        return manifest if reason is None else reason
+
+    def _array_digests(self) -> list[str]:
+        encoder, length = DocumentEncoder(self.tokenizer), self.data.sequence_length
+        return [array_digest(array, f"array {n}", encoder, length) for n, array in enumerate(self.arrays, 1)]
+
+    def run(self) -> DataManifest:
+        """Tokenize, split, shuffle, commit."""
+        self._refuse_overwriting_inputs()
+        stats = [source_stat(source) for source in self.sources]
+        with _temporary_folder(self.out_dir) as folder:
+            finished = folder / "finished"
+            finished.mkdir()
+            spool, filled, jsonl = self._fill(folder, finished)
+            parts = self._write(spool, folder, finished)
+            files = parts[0].files | (parts[1].files if len(parts) > 1 else {})
+            if jsonl is not None:
+                files[jsonl.path.name] = jsonl.digest
+            manifest = self._manifest(
+                files | {"vocab.txt": self._save_vocab(finished)},
+                n_tokens=parts[0].n_tokens,
+                n_documents=parts[0].n_documents,
+                n_source_documents=spool.n_documents,
+                n_empty_documents=filled.n_empty,
+                n_bad_lines=filled.n_bad_lines,
+                dtype=spool.dtype.name,
+                source_digest=source_digest(filled.arrays, self.sources, filled.contents),
+                validation=_validation_record(parts),
+            )
+            _commit(self.out_dir, manifest, finished, self._stale_files(manifest))
+        write_cache(self.out_dir, stats, filled.contents)
+        return manifest
+
+    def adopt(self) -> DataManifest:
+        """Check a token file and refer to it."""
+        (source,) = self.sources
+        stats = [source_stat(source)]
+        pair = check_pair(source.path, int(self.tokenizer.vocab_size))
+        inside = source.path.absolute().parent == self.out_dir.absolute() and source.path.name == self.name
+        files = {f"{self.name}.bin": pair.bin, f"{self.name}.idx": pair.idx}
+        with _temporary_folder(self.out_dir) as folder:
+            finished = folder / "finished"
+            finished.mkdir()
+            manifest = self._manifest(
+                files | {"vocab.txt": self._save_vocab(finished)},
+                adopted=None if inside else os.path.abspath(source.path),
+                n_tokens=pair.tokens.n_tokens,
+                n_documents=pair.n_documents,
+                n_source_documents=pair.n_documents,
+                dtype=pair.tokens.dtype.name,
+                source_digest=source_digest([], self.sources, [pair.content]),
+            )
+            _commit(self.out_dir, manifest, finished, ())
+        write_cache(self.out_dir, stats, [pair.content])
+        return manifest
+
+    def _fill(self, folder: Path, finished: Path) -> tuple[Spool, Filled, HashedFile | None]:
+        encoder = DocumentEncoder(
+            self.tokenizer,
+            text_field=self.data.text_field,
+            skip_bad_lines=self.data.skip_bad_lines,
+            digest_key=self.data.seed if self.data.validation_fraction else None,
+            with_jsonl=self.writes_jsonl,
+        )
+        spool = Spool(folder, encoder.dtype, with_digests=encoder.has_digests)
+        with ExitStack() as files:
+            jsonl = (
+                files.enter_context(HashedFile(finished / f"{self.name}.jsonl"))
+                if self.writes_jsonl
+                else None
+            )
+            filled = Filler(encoder, spool, jsonl, folder).fill(
+                self.arrays,
+                self.sources,
+                sequence_length=self.data.sequence_length,
+                num_workers=self.data.num_workers,
+            )
+        spool.finish()
+        _require_documents(spool, self.sources)
+        if filled.n_bad_lines:
+            log.warning(
+                "%d lines were left out, the first: %s", filled.n_bad_lines, "; ".join(filled.bad_lines)
+            )
+        return spool, filled, jsonl
+
+    def _write(self, spool: Spool, folder: Path, finished: Path) -> list[TokenFileWriter]:
+        fraction = self.data.validation_fraction
+        threshold = split_threshold(spool, fraction) if fraction else 0
+        seed = self.data.seed if self.data.shuffle else None
+        progress = Progress("writing")
+        with TokenFileWriter(finished / self.name, spool.dtype) as train:
+            chosen = not_below(threshold) if fraction else everything
+            passes = self.data.n_epochs_duplication
+            write_documents(spool, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
+        if not fraction:
+            return [train]
+        with TokenFileWriter(finished / _VALIDATION, spool.dtype) as held_out:
+            write_documents(spool, held_out, below(threshold), folder, passes=1, seed=seed, side=1)
+        return [train, held_out]
+
+    def _save_vocab(self, finished: Path) -> FileDigest:
+        path = finished / "vocab.txt"
+        save_vocab(self.tokenizer, path)
+        return FileDigest(path.stat().st_size, sha256_file(path))
+
+    def _manifest(self, files: dict[str, Any], **fields: Any) -> DataManifest:
+        records = {
+            name: record if isinstance(record, FileRecord) else FileRecord(**record._asdict())
+            for name, record in files.items()
+        }
+        return DataManifest(
+            version=VERSION,
+            name=self.name,
+            prefix=self.name,
+            vocab_size=int(self.tokenizer.vocab_size),
+            files=records,
+            tokenizer=tokenizer_identity(self.tokenizer),
+            options=self.options,
+            n_sources=len(self.arrays) + len(self.sources),
+            **fields,
+        )
+
+    def _stale_files(self, manifest: DataManifest) -> set[str]:
+        """What an earlier preparation of the same name wrote and this one does not replace."""
+        try:
+            previous = load_manifest(self.out_dir)
+        except DataError:
+            return set()
+        if "in_place" in previous.options or previous.name != self.name:
+            return set()
+        inputs = {os.path.realpath(path) for source in self.sources for path in source.files()}
+        stale = set(previous.files) - set(manifest.files)
+        return {name for name in stale if os.path.realpath(self.out_dir / name) not in inputs}
+
+    def _refuse_overwriting_inputs(self) -> None:
+        names = [
+            f"{self.name}.bin",
+            f"{self.name}.idx",
+            f"{self.name}.jsonl" if self.writes_jsonl else "vocab.txt",
+        ]
+        if self.data.validation_fraction:
+            names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx"]
+        outputs = {os.path.realpath(self.out_dir / name) for name in [*names, "vocab.txt", MANIFEST_NAME]}
+        for source in self.sources:
+            for path in source.files():
+                if os.path.realpath(path) in outputs:
+                    raise DataError(
+                        f"{path} is an input and would be overwritten by the output. Move it to another folder"
+                    )
+
+
+def _validation_record(parts: list[TokenFileWriter]) -> ValidationRecord | None:
+    if len(parts) == 1:
+        return None
+    return ValidationRecord(n_tokens=parts[1].n_tokens, n_documents=parts[1].n_documents)
+
+
+def _require_documents(spool: Spool, sources: Sequence[Source]) -> None:
+    if spool.n_documents:
+        return
+    names = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+    raise DataError(
+        f"no document was found in {names}: the input is empty or blank. Give it some text or integers"
+    )
+
+
+def _commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterable[str]) -> None:
+    """Put finished files in place. Between the first and the last step the directory is not a prepared one."""
+    for name in (MANIFEST_NAME, CACHE_NAME):
+        (out_dir / name).unlink(missing_ok=True)
+    fsync_directory(out_dir)
+    for name in stale:
+        (out_dir / name).unlink(missing_ok=True)
+    for path in sorted(finished.iterdir()):
+        os.replace(path, out_dir / path.name)
+    fsync_directory(out_dir)
+    atomic_write(out_dir / MANIFEST_NAME, manifest.to_json())
+
+
+@contextmanager
+def _temporary_folder(directory: Path) -> Iterator[Path]:
+    folder = directory / f"{TEMPORARY_PREFIX}prepare-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
+    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline, told = time.monotonic() + _LOCK_TIMEOUT_S, False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another process has been preparing data in {directory} for a day. End it"
+                    ) from None
+                if not told:
+                    log.info("waiting for another process that prepares data in %s", directory)
+                told = True
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk or a missing permission is the user's to mend, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DataError):
+            raise
+        free = shutil.disk_usage(directory).free // 2**20 if directory.exists() else 0
+        raise DataError(
+            f"data cannot be prepared in {directory}: {error.strerror or error} (at {error.filename or 'a file'}; "
+            f"{free} MiB are free there)"
+        ) from error
+
+
+def _summary(manifest: DataManifest) -> str:
+    held_out = f", {manifest.validation.n_documents} held out" if manifest.validation else ""
+    return (
+        f"{manifest.n_tokens:,} tokens, {manifest.n_documents:,} documents from {manifest.n_source_documents:,}"
+        f"{held_out}, {manifest.dtype}, vocabulary {manifest.vocab_size:,}"
+    )

@@ -1,0 +1,187 @@
+"""Which tokens a step trains on: a pure function of the step, the same for every split into ranks.
+
+RWKV-LM's order (`src/dataset.py`): the token file is cut into slots of `ctx_len` tokens; with a prime p ≡ 2 (mod 3)
+the map j -> κ j³ mod p is a bijection of the residues, so samples j = 1 … p visit every slot once, in an order
+that looks random and needs no state. Sample numbers run on over epochs, ranks and restarts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rwkv_cluster.errors import ConfigError, DataError
+
+_MILLER_RABIN_BASES = (
+    2,
+    3,
+    5,
+    7,
+    11,
+    13,
+    17,
+    19,
+    23,
+    29,
+    31,
+    37,
+)  # exact below 3.3e24 (Sorenson and Webster 2015)
+
+
+def is_prime(number: int) -> bool:
+    """Whether `number` is prime. Deterministic for every token count that can exist."""
+    if number < 2:
+        return False
+    for base in _MILLER_RABIN_BASES:
+        if number % base == 0:
+            return number == base
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    return not any(_is_witness(base, number, odd, twos) for base in _MILLER_RABIN_BASES)
+
+
+def _is_witness(base: int, number: int, odd: int, twos: int) -> bool:
+    power = pow(base, odd, number)
+    if power in (1, number - 1):
+        return False
+    for _ in range(twos - 1):
+        power = power * power % number
+        if power == number - 1:
+            return False
+    return True
+
+
+def largest_magic_prime(n_tokens: int, ctx_len: int) -> int | None:
+    """Largest prime p ≡ 2 (mod 3) with p <= n_tokens div ctx_len - 1, or None when there is none.
+
+    The -1 leaves the one token that the last slot's targets reach beyond it.
+    """
+    for candidate in range(n_tokens // ctx_len - 1, 1, -1):
+        if candidate % 3 == 2 and is_prime(candidate):
+            return candidate
+    return None
+
+
+def require_magic_prime(n_tokens: int, ctx_len: int) -> int:
+    """`largest_magic_prime`, or a DataError that says how many tokens and which ctx_len would do."""
+    prime = largest_magic_prime(n_tokens, ctx_len)
+    if prime is None:
+        needed = 3 * ctx_len
+        remedy = f"a model.ctx_len of at most {n_tokens // 3}" if n_tokens >= 3 else "at least 3 tokens"
+        raise DataError(
+            f"the prepared data has {n_tokens} tokens, too few for ctx_len {ctx_len}: {needed} are needed. "
+            f"Add data, or use {remedy}"
+        )
+    return prime
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Step -> token offsets, for one token file, context length and global batch.
+
+    ctx_len: T, tokens in a sample. magic_prime: p. global_batch_size: samples in an optimizer step over all ranks.
+    """
+
+    ctx_len: int
+    magic_prime: int
+    global_batch_size: int
+
+    @property
+    def multiplier(self) -> int:
+        """κ = floor(p (√5 - 1) / 2), the golden factor evaluated first in float64, as RWKV-LM does."""
+        return int(self.magic_prime * ((math.sqrt(5) - 1) / 2))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.ctx_len * self.global_batch_size
+
+    def offset(self, sample: int) -> int:
+        """First token of sample number `sample` (from 1). Exact: Python integers do not overflow."""
+        return self.multiplier * sample**3 % self.magic_prime * self.ctx_len
+
+    def samples(self, step: int) -> range:
+        """Sample numbers of optimizer step `step` (from 0), in order, over all ranks and micro batches."""
+        first = 1 + step * self.global_batch_size
+        return range(first, first + self.global_batch_size)
+
+    def rank_samples(self, step: int, *, rank: int, world_size: int, micro_bsz: int) -> list[list[int]]:
+        """The micro batches of one rank at one step: lists of `micro_bsz` sample numbers.
+
+        Interleaved as in RWKV-LM (sample number = first + index * world_size + rank), so that the ranks' lists
+        together are `samples(step)` for every split.
+        """
+        mine = self.samples(step)[rank::world_size]
+        return [list(mine[start : start + micro_bsz]) for start in range(0, len(mine), micro_bsz)]
+
+
+def accumulation(
+    *, micro_bsz: int, world_size: int, accumulate_grad_batches: int | None, global_batch_size: int | None
+) -> int:
+    """Micro batches per optimizer step. Raises ConfigError, with values that would do, when they do not multiply out."""
+    if global_batch_size is None:
+        return accumulate_grad_batches or 1
+    per_pass = micro_bsz * world_size
+    if global_batch_size % per_pass == 0:
+        return global_batch_size // per_pass
+    below = global_batch_size // per_pass * per_pass
+    batches = f"{below} or {below + per_pass}" if below else str(per_pass)
+    if global_batch_size % world_size:
+        remedy = f"Use training.global_batch_size {batches}"
+    else:
+        share = global_batch_size // world_size
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        remedy = f"Use training.global_batch_size {batches}, or a training.micro_bsz of {_listing(divisors)}"
+    raise ConfigError(
+        f"training.global_batch_size {global_batch_size} is not a multiple of micro_bsz {micro_bsz} * "
+        f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}. {remedy}"
+    )
+
+
+def _listing(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    shown = numbers if len(numbers) <= 12 else [*numbers[:11], numbers[-1]]
+    return ", ".join(map(str, shown[:-1])) + f" or {shown[-1]}"
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Where a run ends. `tokens` is the learning rate's horizon; it can be below steps * tokens_per_step."""
+
+    total_steps: int
+    tokens: int
+    epoch_samples: int
+    global_batch_size: int
+
+    def epoch_end(self, epoch: int) -> int:
+        """Number of steps after which epoch `epoch` (from 0) is complete, at most `total_steps`."""
+        return min(self.total_steps, -(-(epoch + 1) * self.epoch_samples // self.global_batch_size))
+
+    def epoch_of(self, step: int) -> int:
+        """Epoch that optimizer step `step` (from 0) belongs to."""
+        return step * self.global_batch_size // self.epoch_samples
+
+
+def horizon(
+    plan: SamplePlan,
+    *,
+    num_epochs: int | None,
+    max_steps: int | None,
+    max_tokens: int | None,
+    samples_per_epoch: int | None,
+) -> Horizon:
+    """The earliest of the given bounds; one epoch when none is given."""
+    epoch_samples = samples_per_epoch or plan.magic_prime
+    if num_epochs is None and max_steps is None and max_tokens is None:
+        num_epochs = 1
+    bounds = []
+    if num_epochs is not None:
+        steps = -(-num_epochs * epoch_samples // plan.global_batch_size)
+        bounds.append((steps, steps * plan.tokens_per_step))
+    if max_steps is not None:
+        bounds.append((max_steps, max_steps * plan.tokens_per_step))
+    if max_tokens is not None:
+        bounds.append((-(-max_tokens // plan.tokens_per_step), max_tokens))
+    total_steps, tokens = min(bounds)
+    return Horizon(total_steps, tokens, epoch_samples, plan.global_batch_size)

@@ -1,0 +1,242 @@
+"""From the entries of `data.inputs` to the files that are read, in an order that no locale or file system changes.
+
+An entry is, in this order of precedence:
+
+- `stdlib:`: the `.py` files of the running Python's standard library, without its tests, IDLE, lib2to3 and installed
+  packages. Files that are empty or not UTF-8 are left out.
+- an existing file;
+- an existing folder: its files, and those of its subfolders, whose name matches `file_pattern`, sorted by path;
+  names that begin with a dot are left out, links to folders are not followed;
+- the prefix of an existing `.bin`/`.idx` pair;
+- a glob pattern (`**` crosses folders): the files it matches, sorted.
+
+A file's kind follows from its name, after a final `.gz` or `.zst`: `.npy` array, `.jsonl` or `.ndjson` one JSON
+object a line, `.bin` or `.idx` a token file, anything else one text document.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import stat
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import zstandard
+
+from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.binidx import bin_path, idx_path
+from rwkv_cluster.errors import DataError, MissingDataError
+
+Kind = Literal["array", "jsonl", "text", "tokens"]
+
+_STDLIB = "stdlib:"
+_STDLIB_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_KINDS: dict[str, Kind] = {
+    ".npy": "array",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".bin": "tokens",
+    ".idx": "tokens",
+}
+_ZSTD_INPUT = 4096  # zstd expands a block 30,000 times at most, so this bounds what one call can return
+_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read. For kind "tokens", `path` is the pair's prefix. `optional`: left out when it is not UTF-8."""
+
+    path: Path
+    kind: Kind
+    compression: str = ""
+    optional: bool = False
+
+    def files(self) -> list[Path]:
+        """The files whose content decides what this source holds."""
+        return [bin_path(self.path), idx_path(self.path)] if self.kind == "tokens" else [self.path]
+
+
+def find_sources(data: DataConfig) -> list[Source]:
+    """Every file that `data.inputs` names, in order. Raises DataError naming the entry that leads nowhere."""
+    sources = []
+    for entry in data.inputs:
+        found = _expand(entry, data.file_pattern)
+        if not found:
+            raise DataError(
+                f"data.inputs: '{entry}' has no file that matches data.file_pattern '{data.file_pattern}'. "
+                "Change the entry or the pattern"
+            )
+        sources += found
+    return sources
+
+
+def _expand(entry: str, pattern: str) -> list[Source]:
+    if entry.startswith(_STDLIB):
+        return _stdlib_sources(entry, pattern)
+    if not entry or "\0" in entry:
+        raise DataError(f"data.inputs: {entry!r} is not a path. Name a file, a folder or a pattern")
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return _unique_pairs([source_at(file) for file in _walk(path, pattern)])
+    if path.exists():
+        return [source_at(path)]
+    if bin_path(path).exists() or idx_path(path).exists():
+        return [_token_source(path)]
+    if matches := [Path(match) for match in glob.glob(str(path), recursive=True)]:
+        files = sorted((match for match in matches if not match.is_dir()), key=os.fsencode)
+        return _unique_pairs([source_at(file) for file in files])
+    raise MissingDataError(
+        f"data.inputs: '{entry}' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from "
+        f"{Path.cwd()}). Correct the entry"
+    )
+
+
+def _walk(folder: Path, pattern: str, left_out: set[str] = frozenset()) -> list[Path]:  # type: ignore[assignment]
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}") from error
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in left_out
+            and not (left_out and name.startswith("config-"))
+        ]
+        files += [
+            Path(root, name) for name in names if not name.startswith(".") and fnmatchcase(name, pattern)
+        ]
+    return sorted(files, key=lambda path: os.fsencode(path.relative_to(folder)).split(b"/"))
+
+
+def _stdlib_sources(entry: str, pattern: str) -> list[Source]:
+    if entry != _STDLIB:
+        raise DataError(
+            f"data.inputs: '{entry}' is not known. Use 'stdlib:' alone, and data.file_pattern to choose files"
+        )
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in _walk(folder, pattern, _STDLIB_LEFT_OUT) if file.suffix == ".py"]
+    return [Source(file, "text", optional=True) for file in files]
+
+
+def source_at(path: Path) -> Source:
+    """The source in one file, by its name. Raises DataError for what is missing or not a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise MissingDataError(f"{path} does not exist. Correct the path") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path} is not a regular file. Name files, folders or patterns in data.inputs")
+    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
+    inner = path.with_suffix("") if compression else path
+    kind = _KINDS.get(inner.suffix.lower(), "text")
+    if kind != "tokens":
+        return Source(path, kind, compression)
+    if compression:
+        raise DataError(f"{path}: a compressed token file cannot be read. Decompress it")
+    return _token_source(path.with_suffix(""))
+
+
+def _token_source(prefix: Path) -> Source:
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            raise MissingDataError(
+                f"{path} does not exist. A token file is a pair {prefix.name}.bin and {prefix.name}.idx"
+            )
+    return Source(prefix, "tokens")
+
+
+def _unique_pairs(sources: list[Source]) -> list[Source]:
+    """A walk meets a pair twice, by its `.bin` and by its `.idx`."""
+    return list(dict.fromkeys(sources))
+
+
+def read_blocks(source: Source, digest: Any = None) -> Iterator[bytes]:
+    """Decompressed content of a file in blocks. `digest` (a hashlib object) is fed the file's own bytes.
+
+    Raises DataError naming the file when it cannot be read, or when compressed data is damaged or ends too early.
+    """
+    try:
+        with open(source.path, "rb", buffering=0) as handle:
+            raw = iter(lambda: handle.read(_READ), b"")
+            hashed = raw if digest is None else _feeding(raw, digest)
+            yield from _DECOMPRESSORS[source.compression](hashed)
+    except _DecompressionError as error:
+        raise DataError(f"{source.path}: {error}. Make the file again") from error
+    except OSError as error:
+        raise DataError(f"{source.path}: {error.strerror or error}") from error
+
+
+class _DecompressionError(Exception):
+    """What is wrong with compressed data; `read_blocks` adds the file."""
+
+
+def _feeding(blocks: Iterator[bytes], digest: Any) -> Iterator[bytes]:
+    for block in blocks:
+        digest.update(block)
+        yield block
+
+
+def _gunzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    stream, inside = zlib.decompressobj(zlib.MAX_WBITS | 16), False
+    for block in blocks:
+        while block:
+            inside = True
+            try:
+                content = stream.decompress(block, _READ)
+            except zlib.error as error:
+                raise _DecompressionError(f"is not valid gzip data ({error})") from error
+            if content:
+                yield content
+            block = stream.unconsumed_tail
+            if stream.eof:  # a further member, or the zero padding that tape tools add, may follow
+                block = stream.unused_data.lstrip(b"\0")
+                stream, inside = zlib.decompressobj(zlib.MAX_WBITS | 16), False
+    while inside and not stream.eof and (content := stream.decompress(b"", _READ)):
+        yield content
+    if inside and not stream.eof:
+        raise _DecompressionError("the gzip data ends too early: the file is truncated")
+
+
+def _unzstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    stream, inside = zstandard.ZstdDecompressor().decompressobj(), False
+    for block in blocks:
+        for start in range(0, len(block), _ZSTD_INPUT):
+            piece = block[start : start + _ZSTD_INPUT]
+            while piece:
+                inside = True
+                try:
+                    content = stream.decompress(piece)
+                except zstandard.ZstdError as error:
+                    raise _DecompressionError(f"is not valid zstd data ({error})") from error
+                if content:
+                    yield content
+                piece = b""
+                if stream.eof:
+                    piece = stream.unused_data
+                    stream, inside = zstandard.ZstdDecompressor().decompressobj(), False
+    if inside:
+        raise _DecompressionError("the zstd data ends too early: the file is truncated")
+
+
+_DECOMPRESSORS = {"": iter, "gzip": _gunzip, "zstd": _unzstd}
+
+
+def content_digest(source: Source) -> str:
+    """sha256 of the source's own files, back to back."""
+    digest = hashlib.sha256()
+    for path in source.files():
+        for _ in read_blocks(Source(path, "text"), digest):
+            pass
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""The one exception family, each member with its fixed exit code.
+
+A message is for the person at the terminal and says: what went wrong, where, what was found, what was
+wanted, and what to do next. The command line prints it without a traceback; every other exception is a
+bug and keeps its traceback. Members also derive from the built-in that a Python caller would expect.
+"""
+
+from __future__ import annotations
+
+
+class RWKVClusterError(Exception):
+    """Base of every error that is the user's to mend. Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(RWKVClusterError, ValueError):
+    """The YAML file, an override or an argument is wrong. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(RWKVClusterError, ValueError):
+    """Input data, a token file or a vocabulary is missing, malformed or unusable. Exit code 3."""
+
+    exit_code = 3
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """An input or token file does not exist. Exit code 3."""
+
+
+class CheckpointError(RWKVClusterError, RuntimeError):
+    """A checkpoint or weights file is missing, damaged, unsafe or does not fit. Exit code 4."""
+
+    exit_code = 4
+
+
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """A checkpoint or weights file does not exist. Exit code 4."""
+
+
+class KernelError(RWKVClusterError, RuntimeError):
+    """No WKV backend can run what was asked on this device. Exit code 5."""
+
+    exit_code = 5
+
+
+class LaunchError(RWKVClusterError, RuntimeError):
+    """A job cannot be launched, or the work directory is held by another run. Exit code 6."""
+
+    exit_code = 6
+
+
+class TrainingError(RWKVClusterError, RuntimeError):
+    """Training cannot go on, for instance after a non-finite loss. Exit code 1."""
+
+
+class Preempted(RWKVClusterError):
+    """A signal or a STOP file ended the run after a checkpoint; the same command continues. Exit code 75."""
+
+    exit_code = 75
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "training failed, or a bug in this program",
+    2: "configuration",
+    3: "data",
+    4: "checkpoint",
+    5: "kernel",
+    6: "launch or lock",
+    75: "preempted: run the same command again to continue",
+}

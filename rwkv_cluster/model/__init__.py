@@ -1,0 +1,1 @@
+"""The three RWKV architectures, their weights files, initial values, loss and generation."""

@@ -1,0 +1,97 @@
+"""Text from a trained model, one token at a time in constant memory: the state replaces the context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.errors import ConfigError, TrainingError
+from rwkv_cluster.model.rwkv import RWKV
+
+PROMPT_CHUNK = 512  # prompt tokens per forward pass: bounds the memory, whatever the prompt's length
+END_OF_DOCUMENT = 0
+
+
+def generate(
+    model: RWKV,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    seed: int = 0,
+    stop_token: int | None = END_OF_DOCUMENT,
+) -> list[int]:
+    """Continuation of `prompt_ids`, without the prompt and without the stop token: at most `n_tokens` ids.
+
+    Args:
+        model: on any device, in any dtype.
+        prompt_ids: token ids; empty means the start of a document.
+        n_tokens: length of the continuation, unless `stop_token` comes first.
+        temperature: 0 takes the most probable token each time (the first, in a tie); greater is more random.
+        top_p: share of probability, in (0, 1], from which tokens are drawn, the most probable first.
+        seed: of the draws; the same seed gives the same tokens.
+        stop_token: token that ends the continuation; None: never.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        TrainingError: the model's logits are not finite.
+    """
+    tokens = stream(model, prompt_ids, temperature=temperature, top_p=top_p, seed=seed)
+    continuation: list[int] = []
+    while len(continuation) < n_tokens:
+        token = next(tokens)
+        if token == stop_token:
+            break
+        continuation.append(token)
+    return continuation
+
+
+def stream(
+    model: RWKV, prompt_ids: Sequence[int], *, temperature: float = 1.0, top_p: float = 0.9, seed: int = 0
+) -> Iterator[int]:
+    """Endless continuation of `prompt_ids`, token by token. Arguments and errors as `generate`."""
+    vocab_size = model.head.weight.shape[0]
+    prompt = list(prompt_ids) or [END_OF_DOCUMENT]
+    bad = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise ConfigError(f"prompt has token id {bad}, but the model's vocabulary is 0 to {vocab_size - 1}")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature is {temperature}. Use 0 (most probable token) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}. Use a number above 0 and at most 1")
+    return _continue(model, prompt, temperature, top_p, torch.Generator("cpu").manual_seed(seed))
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token id from fp32 logits [V] on the CPU.
+
+    As the `rwkv` package's sample_logits: top_p selects on the plain probabilities, then the temperature
+    reshapes what is left.
+    """
+    if not logits.isfinite().all():
+        raise TrainingError("the model's logits are not finite. Use an earlier checkpoint or a lower rate")
+    if temperature == 0:
+        return int(logits.argmax())
+    ordered, order = torch.softmax(logits, dim=-1).sort(descending=True, stable=True)  # [V]
+    kept = 1 + int((ordered.cumsum(0) < top_p).sum())  # the fewest that reach top_p
+    weights = torch.softmax(logits[order[:kept]] / temperature, dim=-1)
+    return int(order[torch.multinomial(weights, 1, generator=generator)])
+
+
+@torch.inference_mode()
+def _continue(
+    model: RWKV, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
+) -> Iterator[int]:
+    device = model.emb.weight.device
+    state = model.initial_state(batch_size=1)
+    pending = prompt
+    while True:
+        for start in range(0, len(pending), PROMPT_CHUNK):
+            tokens = torch.tensor([pending[start : start + PROMPT_CHUNK]], device=device)  # [1,T]
+            logits, state = model.forward_last(tokens, state)  # [1,V]
+        token = sample(logits[0].float().cpu(), temperature, top_p, generator)
+        yield token
+        pending = [token]

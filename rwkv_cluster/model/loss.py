@@ -1,0 +1,105 @@
+"""The head and the loss in one: cross entropy plus RWKV-LM's L2Wrap, a chunk of rows at a time.
+
+Logits exist for `chunk_rows` rows at a time: both gradients are formed in the forward pass, in the buffer of the
+probabilities, so that nothing of size (M, V) outlives its chunk. What it costs: the head's weight gradient
+[V, C] in fp32 from forward to backward.
+
+M rows (B * T), C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_cluster.model.layers import linear
+
+CHUNK_ELEMENTS = 1 << 24  # logits in flight: 64 MiB of fp32
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int | None = None
+) -> Tensor:
+    """Mean cross entropy of softmax(hidden Wᵀ) against `targets`.
+
+    The gradient also carries L2Wrap: at the largest logit m of a row (the first, in a tie) l2wrap * m / M is
+    added, scaled like the rest by the upstream gradient. The reported value does not contain it.
+
+    Args:
+        hidden: [M, C], any float dtype; products run in it, softmax and loss in fp32 (float64 for float64).
+        weight: [V, C], used in hidden's dtype.
+        targets: int64 [M].
+        l2wrap: weight of the extra gradient, 1e-4 in RWKV-LM; 0 for none.
+        chunk_rows: rows at a time; by default as many as have 2**24 logits.
+
+    Returns:
+        Scalar in fp32 (float64 for float64).
+    """
+    rows = chunk_rows or max(16, CHUNK_ELEMENTS // weight.shape[0])
+    wanted = torch.is_grad_enabled()  # inside a Function it never is
+    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, wanted)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        l2wrap: float,
+        chunk_rows: int,
+        wanted: bool,
+    ) -> Tensor:
+        needs_hidden, needs_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=accurate, device=hidden.device)
+        cast_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = linear(hidden[part], cast_weight)  # [chunk, V]
+            loss, grad_logits = _softmax_loss(logits, targets[part], l2wrap, accurate)
+            total += loss
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = linear(grad_logits, cast_weight.t())
+            if grad_weight is not None:
+                grad_weight += linear(grad_logits.t(), hidden[part].t())
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.n_rows, ctx.weight_dtype = hidden.shape[0], weight.dtype
+        return total / hidden.shape[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad / ctx.n_rows  # the mean's 1 / M comes last: in fp16 the gradients would vanish with it
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _softmax_loss(
+    logits: Tensor, targets: Tensor, l2wrap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of logits [m,V] and its gradient [m,V] by the logits, L2Wrap included."""
+    target = targets.unsqueeze(-1)  # [m,1]
+    largest, where = logits.max(dim=-1, keepdim=True)  # [m,1]; the first of equals
+    largest = largest.to(dtype)
+    probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
+    # the largest probability is 1 / sum(exp(logit - largest)), at least 1 / V: its logarithm never overflows
+    log_sum = -probabilities.gather(-1, where).log()
+    loss = (log_sum + largest - logits.gather(-1, target).to(dtype)).sum()
+    probabilities.scatter_add_(-1, target, torch.full_like(largest, -1.0))
+    if l2wrap:
+        probabilities.scatter_add_(-1, where, l2wrap * largest)
+    return loss, probabilities

@@ -1,0 +1,130 @@
+"""The RWKV language model: embedding, blocks, head. Parameter names and shapes are RWKV-LM's.
+
+B batch, T time, C width, V vocabulary, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.model import rwkv5, rwkv6, rwkv7
+from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
+from rwkv_cluster.model.shapes import Widths
+
+VERSIONS: dict[str, ModuleType] = {"x052": rwkv5, "x060": rwkv6, "x070": rwkv7}
+
+
+class BlockState(NamedTuple):
+    """What a block carries from one segment of a sequence to the next."""
+
+    att_shift: Tensor  # [B,C] last input of the time mix
+    wkv: Tensor  # [B,H,N,N] fp32; [key, value] in x052 and x060, [value, key] in x070
+    ffn_shift: Tensor  # [B,C] last input of the channel mix
+
+
+State = list[BlockState]
+
+
+class Block(nn.Module):
+    """One layer: x + time mix, then x + channel mix, each on its own layer norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+        super().__init__()
+        version = VERSIONS[config.model_type]
+        if layer == 0:
+            self.ln0 = LayerNorm(config.n_embd)
+        self.ln1 = LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
+        self.att = version.TimeMix(config, layer, wkv_backend)
+        self.ffn = version.ChannelMix(config, layer)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: BlockState | None
+    ) -> tuple[Tensor, Tensor | None, BlockState | None]:
+        """x [B,T,C], v_first [B,T,C] of x070 (None before block 0 and elsewhere); a state if one came."""
+        before, wkv, ffn_before = state or (None, None, None)
+        att_input = self.ln1(x)
+        out, v_first, wkv = self.att(att_input, v_first, before, wkv)
+        x = x + out
+        ffn_input = self.ln2(x)
+        x = x + self.ffn(ffn_input, ffn_before)
+        if state is None:
+            return x, v_first, None
+        return x, v_first, BlockState(att_input[:, -1].clone(), wkv, ffn_input[:, -1].clone())
+
+
+class RWKV(nn.Module):
+    """RWKV-5.2, RWKV-6 or RWKV-7 by `config.model_type`.
+
+    Parameters are NaN until `rwkv_cluster.model.init.initialize` or a checkpoint fills them. Activations have
+    the dtype `compute_dtype`, by default that of the parameters.
+
+    Args:
+        config: architecture; `vocab_size` must be set.
+        grad_cp: recompute each block in the backward pass instead of keeping its activations.
+        wkv_backend: which WKV operator, see `rwkv_cluster.kernels.ops`.
+
+    Raises:
+        ConfigError: `vocab_size` is not set.
+    """
+
+    def __init__(self, config: ModelConfig, *, grad_cp: bool = False, wkv_backend: str = "auto") -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
+        self.config = config
+        self.grad_cp = grad_cp
+        self.compute_dtype: torch.dtype | None = None
+        self.emb = Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
+        self.ln_out = LayerNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
+        """Logits [B,T,V] of int tokens [B,T], continuing from `state` if given."""
+        return self.head(self._run(tokens, state)[0])
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Activations [B,T,C] after ln_out, on which `head_loss` applies the head."""
+        return self._run(tokens, None)[0]
+
+    def forward_with_state(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Logits [B,T,V] and the state after the last token, to be passed in with the tokens that follow."""
+        hidden, state = self._run(tokens, state or self.initial_state(tokens.shape[0]))
+        return self.head(hidden), state
+
+    def forward_last(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits [B,V] after the last token alone, and the state there."""
+        hidden, state = self._run(tokens, state)
+        return self.head(hidden[:, -1]), state
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state before any token: zeros."""
+        widths = Widths.of(self.config)
+        shift = self.emb.weight.new_zeros(batch_size, widths.embd, dtype=self.compute_dtype)
+        wkv_dtype = torch.promote_types(shift.dtype, torch.float32)
+        wkv = shift.new_zeros(batch_size, widths.n_head, widths.head_size, widths.head_size, dtype=wkv_dtype)
+        return [BlockState(shift, wkv, shift) for _ in self.blocks]
+
+    def _run(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        x = self.emb(tokens)  # [B,T,C]
+        x = self.blocks[0].ln0(x if self.compute_dtype is None else x.to(self.compute_dtype))
+        v_first: Tensor | None = None
+        after: State = []
+        for layer, block in enumerate(self.blocks):
+            before = None if state is None else state[layer]
+            if self.grad_cp and torch.is_grad_enabled():
+                x, v_first, block_state = checkpoint(
+                    block, x, v_first, before, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, block_state = block(x, v_first, before)
+            after.append(block_state)
+        return self.ln_out(x), after

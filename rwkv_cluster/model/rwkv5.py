@@ -1,0 +1,68 @@
+"""RWKV-5.2 ("x052"): RWKV_TimeMix_RWKV5 and RWKV_ChannelMix of RWKV-LM's RWKV-v5/src/model.py.
+
+B batch, T time, H heads, N head size, C width, A = H * N attention width.
+Token mixes interpolate between the previous and the current token; decay = exp(-exp(w)) is constant.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.model.layers import HeadNorm, Linear, previous_tokens, squared_relu, uninitialized
+from rwkv_cluster.model.shapes import Widths
+
+
+class TimeMix(nn.Module):
+    """Attention of RWKV-5: one learned decay per head and key channel."""
+
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+        super().__init__()
+        widths = Widths.of(config)
+        C, A, H, N = widths.embd, widths.att, widths.n_head, widths.head_size
+        self.n_head, self.wkv_backend = H, wkv_backend
+        for name in ("k", "v", "r", "g"):
+            self.register_parameter(f"time_mix_{name}", uninitialized(1, 1, C))
+        self.time_decay = uninitialized(H, N)
+        self.time_faaaa = uninitialized(H, N)
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.gate = Linear(C, A)
+        self.output = Linear(A, C)
+        self.ln_x = HeadNorm(A)
+
+    def forward(
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None
+    ) -> tuple[Tensor, None, Tensor]:
+        """x [B,T,C], before [B,C], wkv [B,H,N,N] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
+        shifted = previous_tokens(x, before)
+        mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
+        x_r, x_k, x_v, x_g = (torch.lerp(shifted, x, mix.to(x.dtype)) for mix in mixes)
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
+        decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
+        y, wkv = ops.wkv5(r, k, v, decay, bonus, wkv, backend=self.wkv_backend)
+        return self.output(self.ln_x(y) * F.silu(self.gate(x_g))), v_first, wkv
+
+
+class ChannelMix(nn.Module):
+    """Feed-forward of RWKV-5: relu(k)² under a sigmoid receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        widths = Widths.of(config)
+        self.time_mix_k = uninitialized(1, 1, widths.embd)
+        self.time_mix_r = uninitialized(1, 1, widths.embd)
+        self.key = Linear(widths.embd, widths.ffn)
+        self.receptance = Linear(widths.embd, widths.embd)
+        self.value = Linear(widths.ffn, widths.embd)
+
+    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
+        shifted = previous_tokens(x, before)
+        x_k = torch.lerp(shifted, x, self.time_mix_k.to(x.dtype))
+        x_r = torch.lerp(shifted, x, self.time_mix_r.to(x.dtype))
+        return torch.sigmoid(self.receptance(x_r)) * self.value(squared_relu(self.key(x_k)))

@@ -1,0 +1,108 @@
+"""RWKV-7 ("x070"): RWKV_Tmix_x070 and RWKV_CMix_x070 of RWKV-LM's RWKV-v7/train_temp/src/model.py.
+
+B batch, T time, H heads, N head size, C = H * N width; ranks Dw, Da, Dv, Dg of the four LoRAs.
+Δ = σ(x) - x is the token shift; ω the decay logit, decay = exp(-e^{-1/2} sigmoid(ω)).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, squared_relu, uninitialized
+from rwkv_cluster.model.shapes import Widths
+
+KAPPA_EPS = 1e-12
+
+
+class TimeMix(nn.Module):
+    """Attention of RWKV-7: a state that is decayed, corrected along κ and written with v kᵀ."""
+
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+        super().__init__()
+        widths = Widths.of(config)
+        C, H, N = widths.embd, widths.n_head, widths.head_size
+        self.layer, self.n_head, self.wkv_backend = layer, H, wkv_backend
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
+            self.register_parameter(name, uninitialized(1, 1, C))
+        for name, rank in (("w", widths.decay_rank), ("a", widths.a_rank), ("g", widths.gate_rank)):
+            self.register_parameter(f"{name}1", uninitialized(C, rank))
+            self.register_parameter(f"{name}2", uninitialized(rank, C))
+        if layer > 0 or config.block0_value_residual:
+            self.v0 = uninitialized(1, 1, C)
+            self.v1 = uninitialized(C, widths.v_rank)
+            self.v2 = uninitialized(widths.v_rank, C)
+            for parameter in (self.v0, self.v1, self.v2):
+                parameter.requires_grad_(layer > 0)  # block 0 defines v_first and never uses them
+        self.r_k = uninitialized(H, N)
+        self.receptance = Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.output = Linear(C, C)
+        self.ln_x = HeadNorm(C)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, v_first [B,T,C] (None in block 0), before [B,C], wkv [B,H,N,N] -> out, v_first, final wkv."""
+        x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before)
+        r = self.receptance(x_r)
+        k = self.key(x_k)
+        v = self.value(x_v)
+        omega = _lora(torch.tanh(linear(x_w, self.w1.t())), self.w2, self.w0)
+        a = torch.sigmoid(_lora(linear(x_a, self.a1.t()), self.a2, self.a0))
+        gate = _lora(torch.sigmoid(linear(x_g, self.g1.t())), self.g2)
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(_lora(linear(x_v, self.v1.t()), self.v2, self.v0)))
+
+        kappa = self._kappa(k)  # [B,T,H,N]
+        k = k * torch.addcmul(1 - self.k_a.to(k.dtype), a, self.k_a.to(k.dtype))  # k (1 + (a - 1) k_a)
+        r, omega, k, v_heads, a = (self._heads(z) for z in (r, omega, k, v, a))
+        y, wkv = ops.wkv7(r, omega, k, v_heads, -kappa, kappa * a, wkv, backend=self.wkv_backend)
+
+        z = self.ln_x(y)  # [B,T,C]
+        bonus = (r * k * self.r_k.to(r.dtype)).sum(-1, keepdim=True, dtype=_at_least_fp32(r))  # [B,T,H,1]
+        z = torch.addcmul(self._heads(z), bonus.to(z.dtype), v_heads).flatten(-2)  # [B,T,C]
+        return self.output(z * gate), v_first, wkv
+
+    def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
+        delta = shift_delta(x, before)
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        return [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in mixes]  # 6 x [B,T,C]
+
+    def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
+        return z.unflatten(-1, (self.n_head, -1))
+
+    def _kappa(self, k: Tensor) -> Tensor:
+        """Per-head unit vector along k ⊙ k_k: [B,T,C] -> [B,T,H,N]."""
+        q = self._heads(k * self.k_k.to(k.dtype))
+        return F.normalize(q.to(_at_least_fp32(q)), dim=-1, eps=KAPPA_EPS).to(k.dtype)
+
+
+class ChannelMix(nn.Module):
+    """Feed-forward of RWKV-7: relu(k)² without receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        widths = Widths.of(config)
+        self.x_k = uninitialized(1, 1, widths.embd)
+        self.key = Linear(widths.embd, widths.ffn)
+        self.value = Linear(widths.ffn, widths.embd)
+
+    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
+        k = torch.addcmul(x, shift_delta(x, before), self.x_k.to(x.dtype))
+        return self.value(squared_relu(self.key(k)))
+
+
+def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden [B,T,D] times up [D,C] plus bias [1,1,C]."""
+    return linear(hidden, up.t(), None if bias is None else bias.flatten())
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

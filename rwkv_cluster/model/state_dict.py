@@ -1,0 +1,284 @@
+"""RWKV-LM's weights file: a zip-format torch file that holds one flat dict of tensors, and nothing else.
+
+`load_pth` trusts no byte of it: every record's CRC is checked (torch.load alone accepts a flipped bit in
+silence), pickled code is refused, and what comes out is a dict of floating-point tensors. `save_pth` writes
+atomically, and the same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
+from rwkv_cluster.model.init import initial_value
+from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.workdir import atomic_writer
+
+WRAPPER_PREFIXES = ("_forward_module.", "model.")
+UNUSED_IN_BLOCK_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+LISTED_DIFFERENCES = 8
+TENSOR_BUILDERS = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w+Storage"
+)
+
+
+def save_pth(path: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write `state_dict` to `path` in RWKV-LM's format, atomically, in `dtype` (None: as they are).
+
+    Raises:
+        CheckpointError: a tensor has a NaN or infinite value, or the file cannot be written.
+    """
+    check_finite(state_dict, f"{path}: not written")
+    # a copy of its own for every tensor: torch.save would store the whole buffer behind a view
+    flat = {
+        name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
+        for name, tensor in state_dict.items()
+    }
+    try:
+        with atomic_writer(path) as handle:
+            torch.save(flat, handle)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror or error}. Free space or fix access"
+        ) from error
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """Read a weights file into tensors on the CPU, in the dtypes of the file, in the order of the file.
+
+    Raises:
+        MissingCheckpointError: no such file.
+        CheckpointError: damaged, truncated, in the format before torch 1.6, with anything but tensors
+            in it, or with pickled code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
+    _check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile bytes make the unpickler raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path}: refused: it is not a flat dict of tensors ({reason})") from error
+    return _tensors_only(path, content)
+
+
+def infer_model_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
+    """Architecture, widths and LoRA ranks of the weights. `ctx_len` is not in them and keeps its default.
+
+    Raises:
+        CheckpointError: not the weights of RWKV-5.2, RWKV-6 or RWKV-7.
+    """
+    tensors = strip_prefixes(state_dict)
+    model_type = _model_type(tensors)
+    try:
+        vocab_size, n_embd = tensors["emb.weight"].shape
+        per_head = tensors["blocks.0.att.r_k" if model_type == "x070" else "blocks.0.att.time_faaaa"]  # [H,N]
+        fields = {
+            "model_type": model_type,
+            "n_layer": _n_layer(tensors),
+            "n_embd": n_embd,
+            "vocab_size": vocab_size,
+            "dim_att": tensors["blocks.0.att.receptance.weight"].shape[0],
+            "dim_ffn": tensors["blocks.0.ffn.key.weight"].shape[0],
+            "head_size_a": per_head.shape[1],
+            **_lora_ranks(model_type, tensors),
+        }
+        return ModelConfig(**fields)
+    except KeyError as error:
+        raise CheckpointError(f"weights look like {model_type} but have no tensor {error}") from error
+    except (IndexError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"weights look like {model_type} but their shapes do not: {reason}") from error
+
+
+def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, Tensor]:
+    """The tensors as `model.load_state_dict` wants them: names without wrapper prefixes, the model's dtypes.
+
+    v0, v1, v2 of block 0, which no computation uses, are dropped, or filled with initial values, as the model
+    has them or not.
+
+    Raises:
+        CheckpointError: names or shapes differ, all listed; or a value is not finite.
+    """
+    tensors = strip_prefixes(state_dict)
+    wanted = model.state_dict()
+    for name in UNUSED_IN_BLOCK_0:
+        if name in wanted and name not in tensors:
+            tensors[name] = initial_value(model.config, name, wanted[name].shape, seed=0)
+        elif name not in wanted:
+            tensors.pop(name, None)
+    differences = _differences(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+    )
+    if differences:
+        listed = "; ".join(differences[:LISTED_DIFFERENCES])
+        left_out = len(differences) - LISTED_DIFFERENCES
+        more = f"; and {left_out} more" if left_out > 0 else ""
+        raise CheckpointError(
+            f"weights do not fit the configured model: {listed}{more}. Set model.* to the weights' shape"
+        )
+    check_finite(tensors, "weights are not usable")
+    return {name: tensors[name].to(target.dtype) for name, target in wanted.items()}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a weights file of `config`, in the model's order. Allocates none."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in RWKV(config).state_dict().items()}
+
+
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes that Lightning and DeepSpeed wrappers leave."""
+    stripped = {}
+    for name, tensor in state_dict.items():
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
+        stripped[name] = tensor
+    return stripped
+
+
+def check_finite(state_dict: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError, beginning with `what`, when any tensor has a NaN or infinite value."""
+    for name, tensor in state_dict.items():
+        # the sum settles almost every tensor in one pass; a finite one may overflow it, so look closely then
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(f"{what}: {name} has a NaN or infinite value. Use an earlier checkpoint")
+
+
+def _check_archive(path: Path) -> None:
+    """Every record of the zip file is whole, and its pickle builds tensors. Raises CheckpointError."""
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+        if magic[:1] == b"\x80":
+            raise CheckpointError(
+                f"{path}: refused: it has the pickle format from before torch 1.6, which cannot be verified. "
+                "Load it in an environment you trust and save it again with torch.save"
+            )
+        if magic != b"PK\x03\x04":
+            raise CheckpointError(
+                f"{path}: not a weights file: starts with {magic!r}, wanted b'PK\\x03\\x04'"
+            )
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if len({record.filename for record in records}) < len(records):
+                raise CheckpointError(f"{path}: refused: two records of the archive have the same name")
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise CheckpointError(f"{path}: refused: it is compressed, which torch.save never does")
+            bad = archive.testzip()
+            pickles = [record for record in records if record.filename.endswith("/data.pkl")]
+            if bad is None and len(pickles) == 1:
+                _check_pickle(path, archive.read(pickles[0]))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # damaged headers make zipfile raise anything
+        raise CheckpointError(f"{path}: damaged or truncated: {error}. Use another copy") from error
+    if bad is not None:
+        raise CheckpointError(f"{path}: damaged: record {bad} fails its checksum. Use another copy")
+
+
+def _check_pickle(path: Path, pickled: bytes) -> None:
+    """Only what builds tensors may be named in the pickle; torch.load's own list is the second wall."""
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str) and opcode.name not in ("GLOBAL", "INST"):
+            strings.append(argument)
+            continue
+        if opcode.name in ("GLOBAL", "INST"):
+            name = str(argument).replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            name = ".".join(strings[-2:])
+        else:
+            continue
+        if not TENSOR_BUILDERS.fullmatch(name):
+            raise CheckpointError(
+                f"{path}: refused: it names the Python object {name!r:.80}, where only dense tensors may be. "
+                "Nothing of it was run"
+            )
+
+
+def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a flat dict of tensors")
+    file_bytes = path.stat().st_size
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: has the key {name!r:.60}, expected a tensor's name")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {name!r:.80} is a {type(value).__name__}, expected a tensor")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name!r:.80} has dtype {value.dtype}, expected dense floats")
+        if value.numel() * value.element_size() > file_bytes:
+            raise CheckpointError(f"{path}: {name!r:.80} claims more values than the file has bytes")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def _model_type(tensors: Mapping[str, Tensor]) -> str:
+    if "blocks.0.att.r_k" in tensors:
+        return "x070"
+    if "blocks.0.att.time_maa_x" in tensors:
+        return "x060"
+    decay = tensors.get("blocks.0.att.time_decay")
+    if "blocks.0.att.gate.weight" in tensors and decay is not None and decay.ndim == 2 and decay.shape[1] > 1:
+        return "x052"
+    if "emb.weight" not in tensors or decay is None:
+        names = ", ".join(list(tensors)[:3]) or "no tensors at all"
+        raise CheckpointError(
+            f"weights are not those of an RWKV: found {names}, expected emb.weight, blocks.0.*"
+        )
+    raise CheckpointError(
+        "weights are those of an RWKV before 5.2. Supported: 5.2 (x052), 6 (x060) and 7 (x070)"
+    )
+
+
+def _n_layer(tensors: Mapping[str, Tensor]) -> int:
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,6})\.", name))}
+    if layers != set(range(len(layers))):
+        missing = min(set(range(len(layers))) - layers)
+        raise CheckpointError(f"weights have blocks up to {max(layers)} but no block {missing}")
+    return len(layers)
+
+
+def _lora_ranks(model_type: str, tensors: Mapping[str, Tensor]) -> dict[str, int | bool | None]:
+    att = "blocks.0.att."
+    if model_type == "x060":
+        return {
+            "mix_lora_rank": tensors[att + "time_maa_w1"].shape[1] // 5,
+            "decay_lora_rank": tensors[att + "time_decay_w1"].shape[1],
+        }
+    if model_type == "x070":
+        v1 = tensors.get("blocks.1.att.v1", tensors.get(att + "v1"))
+        return {
+            "decay_lora_rank": tensors[att + "w1"].shape[1],
+            "a_lora_rank": tensors[att + "a1"].shape[1],
+            "v_lora_rank": None if v1 is None else v1.shape[1],
+            "gate_lora_rank": tensors[att + "g1"].shape[1],
+            "block0_value_residual": att + "v1" in tensors,
+        }
+    return {}
+
+
+def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    missing = [f"{name} is missing" for name in wanted if name not in found]
+    unknown = [f"{name} is not part of the model" for name in found if name not in wanted]
+    shapes = [
+        f"{name} is {found[name]}, the model has {wanted[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    return shapes + missing + unknown

@@ -1,0 +1,1 @@
+"""Training: `run` tells the story, the other modules are its words."""

@@ -1,0 +1,235 @@
+"""What happens between optimizer steps: record, evaluate, export weights, save, stop."""
+
+from __future__ import annotations
+
+import resource
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.sampler import Horizon
+from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.train import checkpoint, distributed, random_state
+from rwkv_cluster.train.evaluate import EvalResult, evaluate
+from rwkv_cluster.train.module import StepResult, TrainingModule
+from rwkv_cluster.train.optimizer import optimizer_tensors
+from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.progress import Progress
+from rwkv_cluster.train.records import Records, StepRecord
+from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.workdir import WorkDir
+
+
+class StepClock(Callback):
+    """Seconds that an optimizer step took, from its first micro batch; pauses between steps do not count."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: TrainingModule, batch: Tensor, batch_idx: int
+    ) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds of the step that has just ended."""
+        assert self._started is not None
+        seconds, self._started = time.perf_counter() - self._started, None
+        return seconds
+
+
+class EpochMean:
+    """Running mean of the losses of an epoch; `sum` and `count` carry it over a resume."""
+
+    def __init__(self, sum: float = 0.0, count: int = 0) -> None:
+        self.sum = sum
+        self.count = count
+
+    def add(self, loss: float) -> None:
+        self.sum += loss
+        self.count += 1
+
+    def take(self) -> float:
+        """The mean so far; starts anew."""
+        mean = self.sum / self.count
+        self.sum, self.count = 0.0, 0
+        return mean
+
+
+class Bookkeeping(Callback):
+    """After each step, on every rank and in this order: evaluate, record, end the epoch, save, stop.
+
+    identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
+    without validation. As a context manager it closes the files it writes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        work: WorkDir,
+        horizon: Horizon,
+        *,
+        identity: dict[str, Any],
+        clock: StepClock,
+        stop_request: StopRequest,
+        records: Records | None,
+        progress: Progress | None,
+        val_tokens: np.ndarray | None,
+        epoch_mean: EpochMean,
+        start_epoch: int,
+        random_states: list[dict[str, Any]] | None,
+    ) -> None:
+        self.last_loss: float | None = None
+        self.last_val: EvalResult | None = None
+        self._config = config
+        self._work = work
+        self._horizon = horizon
+        self._identity = identity
+        self._clock = clock
+        self._stop_request = stop_request
+        self._records = records
+        self._progress = progress
+        self._val_tokens = val_tokens
+        self._epoch_mean = epoch_mean
+        self._start_epoch = start_epoch
+        self._random_states = random_states
+        self._saved_at = time.monotonic()
+
+    def __enter__(self) -> Bookkeeping:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in (self._records, self._progress):
+            if writer is not None:
+                writer.close()
+
+    def votes(self) -> tuple[bool, bool]:
+        """This rank's wish to (stop, save) at the next step boundary."""
+        interval = self._config.checkpoint.save_interval_s
+        overdue = interval is not None and time.monotonic() - self._saved_at > interval
+        return self._stop_request.requested(), overdue and distributed.rank() == 0
+
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        self._stop_request.install()
+        if self._random_states is not None:
+            random_state.restore(self._random_states, distributed.rank())
+        distributed.fault_point("train.step", step=module.step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        if module.result is None:
+            return
+        result, module.result = module.result, None
+        module.step += 1
+        distributed.fault_point("train.step", step=module.step)
+        self._finish_step(module, result, self._clock.lap())
+        trainer.should_stop = module.should_stop
+
+    def _finish_step(self, module: TrainingModule, result: StepResult, seconds: float) -> None:
+        self.last_loss = result.loss
+        self._epoch_mean.add(result.loss)
+        epoch = self._horizon.epoch_of(result.step)
+        epoch_ends = self._horizon.epoch_end(epoch) == module.step
+        run_ends = module.step == self._horizon.total_steps
+        training, saving = self._config.training, self._config.checkpoint
+
+        val_loss = None
+        if self._val_tokens is not None and (
+            run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)
+        ):
+            self.last_val = evaluate(
+                module.model,
+                self._val_tokens,
+                batch_size=training.micro_bsz,
+                max_tokens=training.val_max_tokens,
+            )
+            val_loss = self.last_val.loss
+        self._record(module, result, seconds, val_loss)
+        if epoch_ends:
+            self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
+        if run_ends:
+            self._export(module, "final")
+        save_asked = run_ends or module.should_save or module.should_stop
+        if save_asked or _is_due(module.step, saving.save_interval_steps, epoch_ends):
+            self._save(module)
+
+    def _record(
+        self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None
+    ) -> None:
+        record = StepRecord(
+            step=module.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            tokens=module.step * module.plan.tokens_per_step,
+            tokens_per_s=module.plan.tokens_per_step / seconds,
+            memory_mb=peak_memory_mb(module.device),
+            val_loss=val_loss,
+        )
+        if self._records is not None:
+            self._records.step(record)
+        if self._progress is not None:
+            self._progress.show(record)
+        for logger in module.loggers:
+            logger.log_metrics(record.metrics(), step=module.step)
+
+    def _end_epoch(self, module: TrainingModule, epoch: int, lr: float, *, run_ends: bool) -> None:
+        mean = self._epoch_mean.take()
+        if self._records is not None:
+            self._records.epoch(epoch, mean, lr, epoch - self._start_epoch)
+        if run_ends or (epoch + 1) % self._config.training.epoch_save == 0:
+            self._export(module, str(epoch))
+
+    def _export(self, module: TrainingModule, label: str) -> None:
+        """RWKV-LM's flat file of weights, in the training precision."""
+        if distributed.rank() == 0:
+            path = self._work.out / f"rwkv-{label}.pth"
+            save_pth(path, module.model.state_dict(), DTYPES[self._config.training.precision])
+
+    def _save(self, module: TrainingModule) -> None:
+        random_states = distributed.gather_objects(random_state.capture())
+        if random_states is not None:
+            checkpoint.save(
+                self._work.checkpoints,
+                module.step,
+                weights=module.model.state_dict(),
+                optimizer=optimizer_tensors(module.optimizers().optimizer),
+                state=self._state(module, random_states),
+            )
+            checkpoint.prune(self._work.checkpoints, self._config.checkpoint.keep_last)
+        distributed.barrier()
+        self._saved_at = time.monotonic()
+
+    def _state(self, module: TrainingModule, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self._identity,
+            "step": module.step,
+            "tokens_seen": module.step * module.plan.tokens_per_step,
+            "epoch_loss_sum": self._epoch_mean.sum,
+            "epoch_loss_count": self._epoch_mean.count,
+            "loss": self.last_loss,
+            "val_loss": self.last_val.loss if self.last_val else None,
+            "torch": torch.__version__,
+            "random_states": random_states,
+        }
+
+
+def _is_due(done: int, interval: int | None, epoch_ends: bool) -> bool:
+    return epoch_ends if interval is None else done % interval == 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB: the GPU allocator's on CUDA, resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -1,0 +1,44 @@
+"""Lightning's door to the token file: one loader whose order is the sampler's, for this rank."""
+
+from __future__ import annotations
+
+import numpy as np
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
+from rwkv_cluster.data.sampler import SamplePlan
+
+
+def _as_given(batch: Tensor) -> Tensor:
+    return batch
+
+
+class TokenDataModule(LightningDataModule):
+    """Micro batches [b, T + 1] int64 of this rank from `start_step` on.
+
+    Reading a sample is a slice of a memory-mapped file, microseconds: no worker processes are worth their trouble.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
+    ) -> None:
+        super().__init__()
+        self._dataset = TokenDataset(tokens, plan)
+        self._plan = plan
+        self._start_step = start_step
+        self._total_steps = total_steps
+        self._micro_bsz = micro_bsz
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None
+        batches = MicroBatches(
+            self._plan,
+            self._start_step,
+            self._total_steps,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            micro_bsz=self._micro_bsz,
+        )
+        return DataLoader(self._dataset, batch_sampler=batches, collate_fn=_as_given, num_workers=0)

@@ -1,0 +1,111 @@
+"""The ranks of a run: who this process is, what all agree on, and where tests break things.
+
+Launchers (torchrun, srun, deepspeed, Lightning's own) say who a process is through the environment; this is the one
+place that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv_cluster.errors import LaunchError
+
+FAULT_VARIABLE = "RWKV_CLUSTER_FAULT"
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number among all ranks; 0 without a launcher."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if name in os.environ and (name != "SLURM_PROCID" or "SLURM_NTASKS" in os.environ):
+            return int(os.environ[name])
+    return 0
+
+
+def launched_world_size() -> int | None:
+    """Number of ranks that a launcher has started, or None when there is no launcher."""
+    value = os.environ.get("WORLD_SIZE")
+    return int(value) if value else None
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def position() -> tuple[int, int]:
+    """(rank, world size) in the process group; (0, 1) when there is none."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum of `values` over all ranks, the same bits on each. Alone: `values` itself."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def all_gather_floats(value: float, device: torch.device) -> list[float]:
+    """Every rank's `value`, in rank order, on all ranks."""
+    if not is_distributed():
+        return [value]
+    row = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    row[dist.get_rank()] = value
+    return sum_over_ranks(row).tolist()
+
+
+def gather_objects(value: T) -> list[T] | None:
+    """On rank 0 the list of every rank's `value`, in rank order; None on the others."""
+    if not is_distributed():
+        return [value]
+    gathered: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def wait_for(ready: Callable[[], T | None], *, what: str, timeout_s: float, poll_s: float = 0.2) -> T:
+    """Poll until `ready` returns something other than None. Raises LaunchError, naming `what`, after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while (value := ready()) is None:
+        if time.monotonic() > deadline:
+            raise LaunchError(f"rank {rank()} waited {timeout_s:.0f} s for {what}. See the log of rank 0")
+        time.sleep(poll_s)
+    return value
+
+
+def fault_point(name: str, *, step: int | None = None) -> bool:
+    """Where tests make a run fail: does nothing unless the environment names this point.
+
+    RWKV_CLUSTER_FAULT is `point[@step][#rank]:action` with action `signal=NAME` (to this process), `sleep=SECONDS`
+    or `hit`; returns True for `hit`, so that the caller spoils its own value.
+    """
+    specification = os.environ.get(FAULT_VARIABLE)
+    if not specification:
+        return False
+    where, _, action = specification.partition(":")
+    where, _, wanted_rank = where.partition("#")
+    point, _, wanted_step = where.partition("@")
+    if (
+        point != name
+        or (wanted_step and int(wanted_step) != step)
+        or (wanted_rank and int(wanted_rank) != rank())
+    ):
+        return False
+    if action.startswith("signal="):
+        os.kill(os.getpid(), signal.Signals[action.removeprefix("signal=")])
+    elif action.startswith("sleep="):
+        time.sleep(float(action.removeprefix("sleep=")))
+    return action == "hit"

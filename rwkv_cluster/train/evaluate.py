@@ -1,0 +1,79 @@
+"""Loss on held-out tokens: the same number for every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.data.dataset import validation_batches
+from rwkv_cluster.data.prepare import load_manifest
+from rwkv_cluster.errors import DataError
+from rwkv_cluster.model.loss import head_loss
+from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.train import distributed
+from rwkv_cluster.train.weights import load_model
+from rwkv_cluster.workdir import WorkDir
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """loss: mean cross entropy in nats per token. n_tokens: targets that it is the mean of."""
+
+    loss: float
+    n_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(model: RWKV, tokens: np.ndarray, *, batch_size: int, max_tokens: int) -> EvalResult:
+    """Mean loss over the first `max_tokens` targets of `tokens`, in windows of ctx_len that start from a zero state.
+
+    Collective: every rank must call it, and takes its share of the batches.
+    """
+    device = model.head.weight.device
+    rank, world_size = distributed.position()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    batches = validation_batches(
+        tokens,
+        ctx_len=model.config.ctx_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        rank=rank,
+        world_size=world_size,
+    )
+    for batch in batches:
+        batch = batch.to(device)
+        targets = batch[:, 1:].flatten()
+        hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
+        loss = head_loss(hidden, model.head.weight, targets, l2wrap=0.0)
+        sums += torch.stack([loss.double() * targets.numel(), torch.full_like(sums[0], targets.numel())])
+    total, count = distributed.sum_over_ranks(sums).tolist()
+    return EvalResult(total / count, int(count))
+
+
+def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
+    """Loss of a run's newest weights, or of a .pth file, on all of the run's validation tokens.
+
+    Raises DataError when the work directory holds no validation data, CheckpointError when it holds no weights.
+    """
+    work = WorkDir(config.work_dir)
+    manifest = load_manifest(work.data)
+    prefix = manifest.validation_prefix(work.data)
+    if prefix is None:
+        raise DataError(
+            f"{work.data} has no validation data: data.validation_fraction was 0. "
+            "Set it and prepare the data in a new work_dir"
+        )
+    device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
+    model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
+    tokens = open_tokens(prefix).tokens
+    return evaluate(model, tokens, batch_size=config.training.micro_bsz, max_tokens=len(tokens))

@@ -1,0 +1,91 @@
+"""AdamW over RWKV-LM's parameter groups, and its state as named tensors.
+
+The parameters are the fp32 masters: layers cast them to the activation dtype where they use them, so gradients
+arrive in fp32 and this optimizer is all that mixed precision needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_cluster.config import ModelType, TrainingConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def group_of(
+    name: str, parameter: Tensor, model_type: ModelType, *, layerwise_lr: bool = True
+) -> tuple[float, bool]:
+    """(learning-rate multiplier, whether weight decay applies) of one parameter.
+
+    RWKV-LM: `RWKV-v7/train_temp/src/model.py` for x070, `RWKV-v5/src/model.py` for x052 and x060.
+    """
+    is_matrix = ".weight" in name and parameter.squeeze().ndim >= 2
+    if model_type == "x070":
+        multiplier = 2.0 if "att.w0" in name else 1.0
+        decays = is_matrix and multiplier == 1.0
+    elif "_w1" in name or "_w2" in name or "time_mix" in name or "time_maa" in name:
+        multiplier, decays = 1.0, False
+    elif "time_sta" in name:
+        multiplier, decays = 1.0, True
+    elif "time_decay" in name:
+        multiplier, decays = 2.0, False
+    else:
+        multiplier, decays = 1.0, is_matrix
+    return (multiplier if layerwise_lr else 1.0), decays
+
+
+def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW whose groups carry `lr_multiplier`, `weight_decay` and `names`. Frozen parameters are left out."""
+    members: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            key = group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
+            members.setdefault(key, []).append((name, parameter))
+    groups = [
+        {
+            "params": [parameter for _, parameter in named],
+            "names": [name for name, _ in named],
+            "lr_multiplier": multiplier,
+            "weight_decay": training.weight_decay if decays else 0.0,
+        }
+        for (multiplier, decays), named in sorted(members.items())
+    ]
+    return torch.optim.AdamW(
+        groups, lr=training.lr_init, betas=(training.beta1, training.beta2), eps=training.adam_eps, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+
+
+def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["names"], group["params"], strict=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """First and second moments as `<moment>/<parameter name>` -> fp32 tensor. The step count is the run's."""
+    return {
+        f"{moment}/{name}": optimizer.state[parameter][moment]
+        for name, parameter in named_parameters(optimizer)
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Put back what `optimizer_tensors` gave after `step` steps. Exact: nothing is converted."""
+    for name, parameter in named_parameters(optimizer):
+        state: dict[str, Any] = {
+            moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS
+        }
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = state

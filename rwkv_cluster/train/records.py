@@ -1,0 +1,95 @@
+"""What a run writes down: per-step metrics as JSON lines and CSV, and RWKV-LM's train_log.txt.
+
+A resumed run first drops the lines of steps that it is going to repeat, so that every file reads as if the run had
+never been interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rwkv_cluster.workdir import WorkDir, atomic_write
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics. step counts from 1 here: steps done. tokens: seen so far. memory_mb: peak of this process."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_s: float
+    memory_mb: float
+    val_loss: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The values that this step has, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+COLUMNS = tuple(field.name for field in fields(StepRecord))
+
+
+class Records:
+    """Appends to the record files of a work directory. Only rank 0 has one."""
+
+    def __init__(self, work: WorkDir, *, start_step: int, start_epoch: int, header: str) -> None:
+        self._jsonl_path = work.logs / "metrics.jsonl"
+        self._csv_path = work.logs / "metrics.csv"
+        self._log_path = work.out / "train_log.txt"
+        _keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
+        _keep_lines(
+            self._csv_path, lambda line: line.startswith(COLUMNS[0]) or int(line.split(",")[0]) <= start_step
+        )
+        _keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
+        new_csv = not self._csv_path.exists() or self._csv_path.stat().st_size == 0
+        self._jsonl = open(self._jsonl_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()
+        self._csv = open(self._csv_path, "a", encoding="utf-8", buffering=1, newline="")  # noqa: SIM115
+        if new_csv:
+            self._csv.write(",".join(COLUMNS) + "\n")
+        self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
+
+    def step(self, record: StepRecord) -> None:
+        values = record.metrics()
+        self._jsonl.write(json.dumps(values) + "\n")
+        row = io.StringIO()
+        csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in COLUMNS)
+        self._csv.write(row.getvalue())
+
+    def epoch(self, epoch: int, mean_loss: float, lr: float, session_epoch: int) -> None:
+        """RWKV-LM's line: index, mean loss, its exponential, lr of the last step, time, epoch of this session."""
+        perplexity = math.exp(mean_loss) if mean_loss < 700 else math.inf
+        self._append_log(
+            f"{epoch} {mean_loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.datetime.now()} {session_epoch}\n"
+        )
+
+    def _append_log(self, text: str) -> None:
+        with open(self._log_path, "a", encoding="utf-8") as handle:
+            handle.write(text)
+
+    def close(self) -> None:
+        self._jsonl.close()
+        self._csv.close()
+
+
+def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
+    """Rewrite `path` with the lines that are `wanted`. A line cut short by a kill is dropped."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and wanted(line):
+                kept.append(line)
+        except (ValueError, KeyError, IndexError):
+            continue
+    atomic_write(path, "".join(kept).encode())

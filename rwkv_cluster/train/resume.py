@@ -1,0 +1,89 @@
+"""May this checkpoint go on under this configuration? The fields that would change the run's meaning are compared."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
+from rwkv_cluster.train.checkpoint import Checkpoint
+
+log = logging.getLogger("rwkv_cluster")
+
+_FREE_SECTIONS = ("checkpoint", "logging")
+
+
+def run_identity(
+    config: Config, *, data_fingerprint: str, global_batch_size: int, magic_prime: int
+) -> dict[str, Any]:
+    """What a checkpoint records of its run: the resolved configuration, and the numbers that fix the samples."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "global_batch_size": global_batch_size,
+        "magic_prime": magic_prime,
+    }
+
+
+def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
+    """Refuse to continue `found` with another model (ConfigError), batch (ConfigError) or data (DataError).
+
+    Every difference is listed as `field: old -> new`. Other changes, a learning rate for instance, are logged.
+    """
+    old, new = found.state["config"], wanted["config"]
+    shape = _differences("model", old["model"], new["model"])
+    if found.state["global_batch_size"] != wanted["global_batch_size"]:
+        shape.append(
+            f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}"
+        )
+    starts = (old["training"]["init_from"], new["training"]["init_from"])
+    if starts[0] != starts[1]:
+        shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")
+    data = [
+        f"{label}: {found.state[key]} -> {wanted[key]}"
+        for key, label in (("data_fingerprint", "data (fingerprint)"), ("magic_prime", "magic prime"))
+        if found.state[key] != wanted[key]
+    ]
+    if shape or data:
+        kind = ConfigError if shape else DataError
+        raise kind(
+            f"{found.path} was trained with other settings: {'; '.join(shape + data)}. "
+            "Put them back to continue, or choose another work_dir for a new run"
+        )
+    changed = [
+        line
+        for section in new
+        if section not in ("model", "work_dir", *_FREE_SECTIONS)
+        for line in _differences(section, old.get(section, {}), new[section])
+    ]
+    for line in changed:
+        log.warning("continuing step %d with a changed setting: %s", found.step, line)
+
+
+def require_unchanged_data(found: Checkpoint | None, reason: str | None) -> None:
+    """Refuse to prepare data anew under checkpoints that were trained on what is there. Raises DataError."""
+    if found is not None and reason is not None:
+        raise DataError(
+            f"the data has to be prepared anew ({reason}), but {found.path} was trained on the data that is there. "
+            "Put the inputs and data settings back to continue, or choose another work_dir for a new run"
+        )
+
+
+def finished_beyond(found: Checkpoint, total_steps: int) -> None:
+    """Raises CheckpointError when a checkpoint lies beyond the run's end."""
+    if found.step > total_steps:
+        raise CheckpointError(
+            f"{found.path} is at step {found.step}, beyond this configuration's last step {total_steps}. "
+            "Raise training.num_epochs, max_steps or max_tokens, or choose another work_dir"
+        )
+
+
+def _differences(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in new:
+        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
+            lines += _differences(f"{section}.{key}", old[key], new[key])
+        elif old.get(key) != new[key]:
+            lines.append(f"{section}.{key}: {old.get(key)} -> {new[key]}")
+    return lines

@@ -1,0 +1,258 @@
+"""The story of a run: take the work directory, get the data, start or continue, train to the end, leave the results."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+
+from rwkv_cluster import configfile
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
+from rwkv_cluster.errors import Preempted
+from rwkv_cluster.tokenizer import build_tokenizer
+from rwkv_cluster.train import checkpoint, distributed, resume, strategy
+from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
+from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.loggers import loggers, require_packages
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.progress import Progress
+from rwkv_cluster.train.records import Records
+from rwkv_cluster.train.sample import sample_text
+from rwkv_cluster.train.session import Session, build_model, ensure_init_file, open_session, with_vocabulary
+from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.workdir import WorkDir, atomic_write, remove_temporaries
+
+log = logging.getLogger("rwkv_cluster")
+
+PREPARATION_TIMEOUT_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. loss: of the last step of this session, val_loss: of the last evaluation; None if there was none."""
+
+    step: int
+    total_steps: int
+    tokens_seen: int
+    loss: float | None
+    val_loss: float | None
+    work_dir: Path
+    final_path: Path
+    already_complete: bool
+    sample: str | None
+
+
+def prepare_data(
+    config: Config, *, tokenizer: Any = None, arrays: Sequence[np.ndarray] = (), name: str = "train"
+) -> DataManifest:
+    """Prepare `<work_dir>/data` without training. Raises DataError, or LaunchError when a run holds the directory.
+
+    tokenizer, arrays: objects to use instead of, and in addition to, what config.data names.
+    """
+    work = WorkDir(config.work_dir)
+    with _holding(work):
+        return _obtain_data(config, work, tokenizer or build_tokenizer(config.data.tokenizer), arrays, name)
+
+
+def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
+    """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path."""
+    work = WorkDir(config.work_dir)
+    vocab_size = (tokenizer or build_tokenizer(config.data.tokenizer)).vocab_size
+    with _holding(work):
+        return ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
+
+
+def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | None = None) -> TrainResult:
+    """Run or continue the run that `config` describes; the same call again continues where the last one ended.
+
+    tokenizer: object to use instead of what config.data.tokenizer names. manifest: data that is prepared already.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the run cannot start as described; nothing was changed.
+        LaunchError: another run holds the work directory.
+        TrainingError: the loss or a gradient is no longer finite.
+        Preempted: a signal or a STOP file ended the run after a checkpoint.
+    """
+    work = WorkDir(config.work_dir)
+    tokenizer = tokenizer or build_tokenizer(config.data.tokenizer)
+    require_packages(config.logging)
+    with _holding(work):
+        session = open_session(config, work, manifest or _obtain_data(config, work, tokenizer))
+        _write_config(session)
+        if session.start_step == session.horizon.total_steps:
+            return _already_complete(session)
+        with StopRequest(work.root / "STOP").listening() as stop_request:
+            return _fit(session, tokenizer, stop_request)
+
+
+@contextmanager
+def _holding(work: WorkDir) -> Iterator[None]:
+    """The work directory, created and locked by rank 0 for all ranks."""
+    if distributed.rank() != 0:
+        yield
+        return
+    work.create()
+    with work.lock():
+        for folder in (work.out, work.checkpoints, work.logs, work.configs):
+            remove_temporaries(folder)
+        (work.root / "STOP").unlink(missing_ok=True)
+        yield
+
+
+def _obtain_data(
+    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray] = (), name: str = "train"
+) -> DataManifest:
+    """Rank 0 prepares; the others wait until what is there fits the configuration. No collective is held meanwhile."""
+    if not config.data.inputs and not arrays:
+        return load_manifest(work.data)
+
+    def reason() -> str | None:
+        return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+
+    if distributed.rank() == 0:
+        resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), reason())
+        return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    distributed.wait_for(
+        lambda: True if reason() is None else None,
+        what="rank 0 to prepare the data",
+        timeout_s=PREPARATION_TIMEOUT_S,
+    )
+    return load_manifest(work.data)
+
+
+def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainResult:
+    config, found = session.config, session.found
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    model = build_model(session)
+    clock = StepClock()
+    bookkeeping = _bookkeeping(session, clock, stop_request)
+    module = TrainingModule(
+        model,
+        config.training,
+        session.plan,
+        session.horizon,
+        start_step=session.start_step,
+        optimizer_state=found.optimizer() if found else None,
+        votes=bookkeeping.votes,
+    )
+    with bookkeeping:
+        _trainer(session, [clock, bookkeeping]).fit(module, datamodule=_data(session))
+    if module.step < session.horizon.total_steps:
+        raise Preempted(
+            f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
+            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
+            "Run the same command again to continue"
+        )
+    return TrainResult(
+        step=module.step,
+        total_steps=session.horizon.total_steps,
+        tokens_seen=module.step * session.plan.tokens_per_step,
+        loss=bookkeeping.last_loss,
+        val_loss=bookkeeping.last_val.loss if bookkeeping.last_val else None,
+        work_dir=session.work.root,
+        final_path=session.work.final_weights,
+        already_complete=False,
+        sample=sample_text(model, tokenizer, config.logging),
+    )
+
+
+def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) -> Bookkeeping:
+    config, found = session.config, session.found
+    start_epoch = session.horizon.epoch_of(session.start_step)
+    is_rank_0 = distributed.rank() == 0
+    records = (
+        Records(
+            session.work,
+            start_step=session.start_step,
+            start_epoch=start_epoch,
+            header=config.model_dump_json(),
+        )
+        if is_rank_0
+        else None
+    )
+    return Bookkeeping(
+        config,
+        session.work,
+        session.horizon,
+        identity=session.identity,
+        clock=clock,
+        stop_request=stop_request,
+        records=records,
+        progress=Progress(config.logging, session.horizon.total_steps, session.start_step)
+        if is_rank_0
+        else None,
+        val_tokens=session.val_tokens(),
+        epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"])
+        if found
+        else EpochMean(),
+        start_epoch=start_epoch,
+        random_states=found.state["random_states"] if found else None,
+    )
+
+
+def _data(session: Session) -> TokenDataModule:
+    return TokenDataModule(
+        session.train_tokens(),
+        session.plan,
+        start_step=session.start_step,
+        total_steps=session.horizon.total_steps,
+        micro_bsz=session.config.training.micro_bsz,
+    )
+
+
+def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
+    """Lightning runs the loop and the devices. Order, records, checkpoints and the end are ours, by step."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    return Trainer(
+        **strategy.trainer_arguments(session.config.training, session.placement),
+        max_epochs=1,
+        accumulate_grad_batches=session.accumulate,
+        callbacks=callbacks,
+        logger=loggers(session.config.logging, session.work),
+        default_root_dir=session.work.root,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _write_config(session: Session) -> None:
+    """Leave the resolved configuration where `eval`, `generate` and people look for it."""
+    if distributed.rank() == 0:
+        atomic_write(session.work.configs / "config.yaml", configfile.dump_yaml(session.config).encode())
+        atomic_write(session.work.configs / "config.json", configfile.dump_json(session.config).encode())
+
+
+def _already_complete(session: Session) -> TrainResult:
+    assert session.found is not None
+    log.info(
+        "this run is complete at step %d; raise training.num_epochs, max_steps or max_tokens to go on",
+        session.start_step,
+    )
+    return TrainResult(
+        step=session.start_step,
+        total_steps=session.horizon.total_steps,
+        tokens_seen=session.found.state["tokens_seen"],
+        loss=session.found.state["loss"],
+        val_loss=session.found.state["val_loss"],
+        work_dir=session.work.root,
+        final_path=session.work.final_weights,
+        already_complete=True,
+        sample=None,
+    )

@@ -1,0 +1,159 @@
+"""Everything a session of a run needs before the first step, computed from the config, the data and the work directory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.data.prepare import DataManifest
+from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
+from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.model.init import initialize
+from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.state_dict import fit_state_dict, load_pth, save_pth
+from rwkv_cluster.train import distributed, resume
+from rwkv_cluster.train.checkpoint import Checkpoint, newest_verified
+from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.strategy import Placement, place
+from rwkv_cluster.workdir import WorkDir
+
+log = logging.getLogger("rwkv_cluster")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's part of a run. `found` is the checkpoint it continues, None at the beginning."""
+
+    config: Config
+    work: WorkDir
+    manifest: DataManifest
+    placement: Placement
+    plan: SamplePlan
+    horizon: Horizon
+    accumulate: int
+    found: Checkpoint | None
+
+    @property
+    def start_step(self) -> int:
+        return self.found.step if self.found else 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return resume.run_identity(
+            self.config,
+            data_fingerprint=self.manifest.fingerprint,
+            global_batch_size=self.plan.global_batch_size,
+            magic_prime=self.plan.magic_prime,
+        )
+
+    def train_tokens(self) -> np.ndarray:
+        """The training file's tokens, memory-mapped."""
+        return open_tokens(self.manifest.token_prefix(self.work.data)).tokens
+
+    def val_tokens(self) -> np.ndarray | None:
+        """The validation file's tokens; None when there are none to predict."""
+        prefix = self.manifest.validation_prefix(self.work.data)
+        if prefix is None or self.manifest.validation.n_tokens < 2:
+            return None
+        return open_tokens(prefix).tokens
+
+
+def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Session:
+    """Resolve sizes, find the newest verified checkpoint and check that it belongs to this run.
+
+    Raises ConfigError, DataError or CheckpointError before anything is written.
+    """
+    config = with_vocabulary(config, manifest.vocab_size)
+    training = config.training
+    placement = place(training)
+    accumulate = accumulation(
+        micro_bsz=training.micro_bsz,
+        world_size=placement.world_size,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        global_batch_size=training.global_batch_size,
+    )
+    plan = SamplePlan(
+        ctx_len=config.model.ctx_len,
+        magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
+        global_batch_size=training.micro_bsz * placement.world_size * accumulate,
+    )
+    end = horizon(
+        plan,
+        num_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        max_tokens=training.max_tokens,
+        samples_per_epoch=training.samples_per_epoch,
+    )
+    session = Session(
+        config, work, manifest, placement, plan, end, accumulate, newest_verified(work.checkpoints)
+    )
+    if session.found is not None:
+        resume.require_same_run(session.found, session.identity)
+        resume.finished_beyond(session.found, end.total_steps)
+    return session
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """`config` with model.vocab_size filled in from the tokenizer. Raises ConfigError when it is too small."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {wanted}, but the tokenizer has ids up to {vocab_size - 1}. "
+            f"Use at least {vocab_size}, or leave model.vocab_size out"
+        )
+    model = config.model.model_copy(update={"vocab_size": wanted or vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def build_model(session: Session) -> RWKV:
+    """The model with this session's starting weights, as fp32 masters.
+
+    At the beginning of a run rank 0 alone reads or makes them: DDP gives its parameters to all ranks.
+    """
+    training = session.config.training
+    model = RWKV(session.config.model, grad_cp=bool(training.grad_cp), wkv_backend=training.wkv_backend)
+    if session.found is not None:
+        model.load_state_dict(fit_state_dict(session.found.weights(), model))
+    elif distributed.rank() == 0:
+        path = ensure_init_file(session.config, session.work, force=training.init_from is not None)
+        model.load_state_dict(fit_state_dict(load_pth(path), model))
+    model.compute_dtype = DTYPES[training.precision]
+    return model
+
+
+def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> Path:
+    """Write out/rwkv-init.pth in the training precision unless a fitting one is there.
+
+    Raises CheckpointError when the file that is there, or training.init_from, is damaged or of another shape.
+    """
+    path = work.out / "rwkv-init.pth"
+    model = RWKV(config.model)
+    if path.exists() and not force:
+        _require_fitting(
+            path, model, f"Delete {path}, run `rwkv-cluster init --force`, or choose another work_dir"
+        )
+        log.info("initial weights: %s (already there)", path)
+        return path
+    if config.training.init_from is not None:
+        source = Path(config.training.init_from)
+        state = fit_state_dict(_require_fitting(source, model, "Set model.* to the file's shape"), model)
+    else:
+        initialize(model, max(config.training.random_seed, 0))
+        state = model.state_dict()
+    save_pth(path, state, DTYPES[config.training.precision])
+    return path
+
+
+def _require_fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Any]:
+    try:
+        weights = load_pth(path)
+        fit_state_dict(weights, model)
+    except CheckpointError as error:
+        raise type(error)(f"{path} cannot start this run: {error}. {remedy}") from error
+    return weights

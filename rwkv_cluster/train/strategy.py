@@ -1,0 +1,79 @@
+"""Config and launcher -> where and how Lightning runs: the one place that knows accelerators and strategies."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.train import distributed
+
+
+@dataclass(frozen=True)
+class Placement:
+    """accelerator: "cpu" or "cuda". world_size: ranks of the run; devices: of them on this machine."""
+
+    accelerator: str
+    world_size: int
+    devices: int
+    num_nodes: int
+
+
+class ScaledFp16(MixedPrecision):
+    """Loss scaling for fp16 without autocast: the model casts for itself."""
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def place(training: TrainingConfig) -> Placement:
+    """Ranks and devices from the launcher's environment, else from the configuration.
+
+    Raises ConfigError for a precision or accelerator that this machine does not have.
+    """
+    cuda = torch.cuda.is_available()
+    if training.accelerator == "cuda" and not cuda:
+        raise ConfigError(
+            "training.accelerator is cuda, but torch finds no CUDA device here. Use training.accelerator cpu, or look "
+            "at `nvidia-smi` and at the torch build"
+        )
+    accelerator = "cuda" if cuda and training.accelerator != "cpu" else "cpu"
+    if accelerator == "cpu" and training.precision == "fp16":
+        raise ConfigError(
+            "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"
+        )
+    world_size = distributed.launched_world_size() or training.devices
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", training.devices if world_size > 1 else 1))
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
+            f"Use training.devices {torch.cuda.device_count()}"
+        )
+    return Placement(accelerator, world_size, devices, world_size // devices)
+
+
+def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[str, Any]:
+    """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement."""
+    arguments: dict[str, Any] = {
+        "accelerator": placement.accelerator,
+        "devices": placement.devices,
+        "num_nodes": placement.num_nodes,
+        "strategy": _strategy(training, placement),
+    }
+    if training.precision == "fp16":
+        arguments["plugins"] = [ScaledFp16("16-mixed", "cuda")]
+    return arguments
+
+
+def _strategy(training: TrainingConfig, placement: Placement) -> Strategy | str:
+    if placement.world_size == 1 and training.strategy == "auto":
+        return SingleDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
+    backend = "nccl" if placement.accelerator == "cuda" else "gloo"
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)

@@ -1,0 +1,49 @@
+"""Weights by what a user names: a .pth file, or a work directory whose newest weights are meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.errors import MissingCheckpointError
+from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth
+from rwkv_cluster.train.checkpoint import newest_verified
+from rwkv_cluster.workdir import WorkDir
+
+
+def newest_weights(work: WorkDir) -> dict[str, Tensor]:
+    """The newest verified checkpoint's weights, else those of out/rwkv-final.pth.
+
+    Raises MissingCheckpointError when the directory has neither, CheckpointError when what is there is damaged.
+    """
+    found = newest_verified(work.checkpoints)
+    if found is not None:
+        return found.weights()
+    if work.final_weights.exists():
+        return load_pth(work.final_weights)
+    raise MissingCheckpointError(
+        f"{work.root} has no trained weights: no checkpoint and no {work.final_weights.name}. "
+        "Train first: `rwkv-cluster train CONFIG`"
+    )
+
+
+def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:
+    """An fp32 RWKV from a .pth file or a work directory, its architecture inferred from the tensors."""
+    weights = newest_weights(WorkDir(source)) if source.is_dir() else load_pth(source)
+    return model_from_weights(weights, ctx_len=ctx_len, device=device)
+
+
+def model_from_weights(
+    weights: dict[str, Tensor], *, ctx_len: int | None = None, device: str | torch.device = "cpu"
+) -> RWKV:
+    """An fp32 RWKV that holds `weights`."""
+    config: ModelConfig = infer_model_config(weights)
+    if ctx_len is not None:
+        config = config.model_copy(update={"ctx_len": ctx_len})
+    model = RWKV(config)
+    model.load_state_dict(fit_state_dict(weights, model))
+    return model.to(device)

@@ -1,0 +1,178 @@
+"""What each verb of the command line does: one call into the library, and its result as text and as data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_cluster.config import Config, TokenizerConfig
+from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.recipes import FoundConfig, find_config
+
+logger = logging.getLogger("rwkv_cluster")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A verb's result: `text` for people, `data` for `--json`."""
+
+    text: str
+    data: Any
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[str]) -> Report:
+    """Carry out the parsed command. Raises the library's errors."""
+    if options.verb == "generate":
+        return generate(
+            Path(options.source),
+            options.prompt,
+            n_tokens=options.tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            tokenizer=_tokenizer(options.tokenizer, options.vocab_file),
+        )
+    if options.verb == "inspect":
+        return inspect(Path(options.path))
+    if options.verb == "bench":
+        return bench(options.what, extra)
+    found = find_config(options.config, overrides)
+    if found.notice:
+        logger.info(found.notice)
+    if options.verb == "config":
+        return config(found)
+    if options.verb == "init":
+        return init(found.resolved.config, force=options.force)
+    if options.verb == "eval":
+        return evaluate(found.resolved.config, Path(options.weights) if options.weights else None)
+    verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train}
+    return verbs[options.verb](found.resolved.config)
+
+
+def prepare(config: Config) -> Report:
+    """Tokenize the data into the work directory."""
+    from rwkv_cluster.train.run import prepare_data
+
+    manifest = prepare_data(config)
+    amount = f"{manifest.n_tokens:,} tokens in {manifest.n_documents:,} documents ({manifest.dtype})"
+    return Report(f"{amount}, in {config.work_dir}/data", manifest.model_dump(mode="json"))
+
+
+def init(config: Config, *, force: bool) -> Report:
+    """Write the initial weights."""
+    from rwkv_cluster.train.run import initialize
+
+    path = initialize(config, force=force)
+    return Report(str(path), {"path": str(path)})
+
+
+def train(config: Config) -> Report:
+    """Train to the end of the run, from wherever it stands."""
+    from rwkv_cluster.train.run import train as train_run
+
+    result = train_run(config)
+    state = "already complete" if result.already_complete else "done"
+    lines = [f"{state}: step {result.step:,} of {result.total_steps:,}, {result.tokens_seen:,} tokens"]
+    losses = {"training loss": result.loss, "validation loss": result.val_loss}
+    lines += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    lines += [f"\nsample:\n{result.sample}\n"] if result.sample else []
+    lines += [
+        f"weights    {result.final_path}",
+        f"everything {config.work_dir}",
+        f'next       rwkv-cluster generate {config.work_dir} --prompt "..."',
+    ]
+    return Report("\n".join(lines), dataclasses.asdict(result))
+
+
+def generate(
+    source: Path,
+    prompt: str,
+    *,
+    n_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    tokenizer: TokenizerConfig | None,
+) -> Report:
+    """Continue `prompt` with the model in a work directory or .pth. Raises ConfigError for a bad number."""
+    rules = {
+        f"--tokens is {n_tokens}, expected an integer >= 1": n_tokens >= 1,
+        f"--temperature is {temperature:g}, expected a number >= 0": 0 <= temperature < float("inf"),
+        f"--top-p is {top_p:g}, expected a number > 0 and <= 1": 0 < top_p <= 1,
+        f"--seed is {seed}, expected an integer >= 0 and <= 2^63 - 1": 0 <= seed < 2**63,
+    }
+    for message, holds in rules.items():
+        if not holds:
+            raise ConfigError(message)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("--prompt is not UTF-8 text. Check the terminal's encoding") from error
+    from rwkv_cluster.train.sample import generate_text
+
+    text = generate_text(
+        source,
+        prompt,
+        n_tokens=n_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        tokenizer=tokenizer,
+    )
+    return Report(text, {"prompt": prompt, "text": text})
+
+
+def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:
+    """The tokenizer that the command line names, or None where it names none. Raises ConfigError."""
+    if kind is None and vocab_file is None:
+        return None
+    fields = [f"type={yaml_text(kind or 'generic')}"]
+    fields += [f"vocab_file={yaml_text(vocab_file)}"] if vocab_file else []
+    overrides = [f"data.tokenizer.{field}" for field in fields]
+    return parse_config(b"work_dir: none", "command line", overrides).config.data.tokenizer
+
+
+def evaluate(config: Config, weights: Path | None) -> Report:
+    """Loss on the validation file."""
+    from rwkv_cluster.train.evaluate import evaluate_run
+
+    result = evaluate_run(config, weights)
+    text = (
+        f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {result.n_tokens:,} tokens"
+    )
+    return Report(text, dataclasses.asdict(result) | {"perplexity": result.perplexity})
+
+
+def inspect(path: Path) -> Report:
+    """Architecture of a weights file. Raises CheckpointError where it is none."""
+    from rwkv_cluster.model.compatibility import inspect_rwkv_checkpoint
+
+    facts = inspect_rwkv_checkpoint(path)
+    if "detection_error" in facts:
+        raise CheckpointError(
+            f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}"
+        )
+    rows = {"file": facts["checkpoint_path"], "size": f"{facts['file_size_mb']:.1f} MB"}
+    rows |= {"parameters": f"{facts['num_parameters']:,}"} | facts["detected_config"]
+    width = max(len(name) for name in rows)
+    return Report("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), facts)
+
+
+def config(found: FoundConfig) -> Report:
+    """The resolved configuration; as text it is a YAML file whose comments name the sources."""
+    resolved = found.resolved
+    data = {"config": resolved.config.model_dump(mode="json"), "sources": resolved.sources}
+    return Report(dump_yaml(resolved.config, resolved.sources), data)
+
+
+def bench(what: str, arguments: Sequence[str]) -> Report:
+    """Run a benchmark with its own arguments."""
+    module = importlib.import_module(f"rwkv_cluster.bench.{what}")
+    result = module.run(list(arguments))
+    return Report(module.format(result), result)

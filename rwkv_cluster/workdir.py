@@ -1,0 +1,181 @@
+"""Every path of a run's one directory, and the ways anything in it comes to exist.
+
+A final path is never written in place: files and directories appear whole, by rename, after fsync
+(house rule: one writer, one commit). This module knows bytes and names, not tensors.
+
+    data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
+    out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
+    logs/      metrics.jsonl metrics.csv
+    configs/   config.json config.yaml (what the last run used)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rwkv_cluster.errors import ConfigError, LaunchError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes, read in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """Binary file that takes the name `path` only when the block ends without an exception."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that readers see the old file or the whole new one."""
+    with atomic_writer(path) as handle:
+        handle.write(content)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Directory to fill, renamed to `path` (which must not exist) when the block ends without an exception.
+
+    Every file in it is fsynced first, then the directory, then its parent.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        fsync_directory(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what killed writers left in `directory`. Only the holder of the work directory's lock may call this."""
+    for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class WorkDir:
+    """The directory of one run. Construction touches nothing; `create` makes the folders."""
+
+    def __init__(self, root: str | Path) -> None:
+        text = os.fspath(root)
+        if any(not character.isprintable() for character in text):
+            raise ConfigError(
+                f"work_dir {text!r} has a control character or an unprintable one. Choose another name"
+            )
+        try:
+            self.root = Path(text).expanduser().absolute()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"work_dir {text}: there is no such user. Write ./{text} for a folder"
+            ) from error
+        self.data = self.root / "data"
+        self.out = self.root / "out"
+        self.checkpoints = self.out / "checkpoints"
+        self.logs = self.root / "logs"
+        self.configs = self.root / "configs"
+
+    def create(self) -> None:
+        """Make every folder. Raises ConfigError where that is not possible."""
+        for folder in (self.data, self.out, self.checkpoints, self.logs, self.configs):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"work_dir {self.root} cannot be made: {error.strerror} at {error.filename}. "
+                    "Choose a directory that you may write to"
+                ) from error
+
+    @property
+    def final_weights(self) -> Path:
+        """Where a finished run leaves its weights."""
+        return self.out / "rwkv-final.pth"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.root / ".lock"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the work directory for this process. Raises LaunchError at once when another run holds it.
+
+        The kernel drops the lock with the process, so a killed run never leaves it taken.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"work_dir {self.root} cannot be used: {error.strerror} at {error.filename}. "
+                "Choose a directory that you may write to"
+            ) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LaunchError(self._holder_message()) from error
+            except OSError as error:
+                raise LaunchError(f"work_dir {self.root} cannot be locked: {error.strerror}") from error
+            holder = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _holder_message(self) -> str:
+        try:
+            holder = json.loads(self.lock_file.read_text())
+            who = f"by process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "by another process"
+        return f"work_dir {self.root} is in use {who}. Wait for it, end it, or choose another work_dir"

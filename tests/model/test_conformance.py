@@ -1,0 +1,70 @@
+"""Exported weights in the `rwkv` package: same logits, by sequence and token by token, and the same text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import some_tokens, tiny_model
+
+from rwkv_cluster.model.generate import generate
+from rwkv_cluster.model.state_dict import save_pth
+
+pytest.importorskip("rwkv")
+
+# one process per family: the package reads its settings when it is imported
+PROGRAM = """
+import copy, json, sys
+import numpy as np
+from rwkv.model import RWKV
+
+for name, prompt, n_tokens in json.load(open(sys.argv[1])):
+    model = RWKV(model=name, strategy="cpu fp32")
+    whole, state = model.forward(prompt, None, full_output=True)
+    steps, state = [], None
+    for token in prompt:
+        logits, state = model.forward([token], state)
+        steps.append(logits.numpy().copy())
+    text = []
+    for _ in range(n_tokens):
+        text.append(int(logits.argmax()))
+        logits, state = model.forward([text[-1]], state)
+    np.savez(name + ".npz", whole=whole.numpy(), steps=np.stack(steps), text=np.array(text))
+"""
+
+
+@pytest.mark.parametrize("family", [("x052", "x060"), ("x070",)], ids="+".join)
+def test_logits_and_text_equal_the_rwkv_package(tmp_path, family):
+    cases = []
+    for model_type in family:
+        shapes = {"": {}, "-wide": {"n_layer": 3, "n_embd": 128, "vocab_size": 300, "head_size_a": 64}}
+        if model_type == "x070":
+            shapes["-without-v"] = {"block0_value_residual": False, "gate_lora_rank": 40}
+        for suffix, changes in shapes.items():
+            model = tiny_model(model_type, **changes)
+            save_pth(tmp_path / f"{model_type}{suffix}.pth", model.state_dict())
+            cases.append((str(tmp_path / f"{model_type}{suffix}"), some_tokens(1, 11)[0].tolist(), 15, model))
+    (tmp_path / "cases.json").write_text(json.dumps([case[:3] for case in cases]))
+    flags = {"RWKV_V7_ON": "1" if family == ("x070",) else "0", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "cases.json")],
+        env={**os.environ, **flags},
+        check=True,
+        timeout=120,
+    )
+    for name, prompt, n_tokens, model in cases:
+        theirs = np.load(f"{name}.npz")
+        with torch.no_grad():
+            whole = model(torch.tensor([prompt]))[0].numpy()
+            steps, state = [], None
+            for token in prompt:
+                logits, state = model.forward_with_state(torch.tensor([[token]]), state)
+                steps.append(logits[0, 0].numpy())
+        for ours, wanted in ((whole, theirs["whole"]), (np.stack(steps), theirs["steps"])):
+            assert np.abs(ours - wanted).max() / np.abs(wanted).max() < 2e-5, name
+        text = generate(model, prompt, n_tokens, temperature=0, stop_token=None)
+        assert text == theirs["text"].tolist(), name
+        assert len(set(text)) > 1

@@ -1,0 +1,156 @@
+"""The three architectures: against the NumPy oracle, in segments, under checkpointing, in bf16."""
+
+import pytest
+import torch
+from numpy_rwkv import NumpyRWKV
+from tiny_models import VERSIONS, relative_error, some_tokens, tiny_config, tiny_model
+
+from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.model.layers import linear, squared_relu
+from rwkv_cluster.model.loss import head_loss
+from rwkv_cluster.model.rwkv import RWKV
+
+SHAPES = [
+    {},
+    {"n_layer": 1},
+    {"n_layer": 3, "n_embd": 48, "head_size_a": 8},
+    {"n_embd": 64, "head_size_a": 64},
+]
+
+
+def oracle_logits(model, tokens):
+    weights = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    return torch.stack([torch.from_numpy(NumpyRWKV(weights).logits(row.tolist())) for row in tokens])
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_logits_equal_the_numpy_oracle(model_type, changes):
+    model = tiny_model(model_type, **changes)
+    tokens = some_tokens(2, 19)
+    wanted = oracle_logits(model, tokens)
+    assert relative_error(model(tokens).double(), wanted) < 1e-5
+    assert relative_error(model.double()(tokens), wanted) < 1e-12
+
+
+def test_attention_narrower_than_the_model():
+    for model_type in ("x052", "x060"):
+        model = tiny_model(model_type, dim_att=16, dim_ffn=40)
+        assert model.blocks[0].att.key.weight.shape == (16, 32)
+        assert model.blocks[0].ffn.key.weight.shape == (40, 32)
+        tokens = some_tokens(1, 9)
+        assert relative_error(model(tokens).double(), oracle_logits(model, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_segments_equal_the_whole(model_type):
+    model = tiny_model(model_type)
+    tokens = some_tokens(2, 33)
+    whole = model(tokens)
+    parts, state = [], None
+    for begin, end in ((0, 17), (17, 18), (18, 19), (19, 33)):
+        logits, state = model.forward_with_state(tokens[:, begin:end], state)
+        parts.append(logits)
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
+    assert (
+        relative_error(model(tokens[:, 17:], model.forward_with_state(tokens[:, :17])[1]), whole[:, 17:])
+        < 1e-5
+    )
+    assert [part.dtype for part in state[0]] == [torch.float32] * 3
+    assert state[0].wkv.shape == (2, 2, 16, 16)
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_gradients_match_float64(model_type):
+    tokens = some_tokens(2, 21)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_model(model_type).to(dtype)
+        loss = head_loss(
+            model.hidden(tokens[:, :-1]).flatten(0, 1), model.head.weight, tokens[:, 1:].flatten(), 1e-4
+        )
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    unused = {name for name, grad in grads[0].items() if grad is None}
+    assert unused == ({f"blocks.0.att.v{i}" for i in range(3)} if model_type == "x070" else set())
+    for name in grads[0].keys() - unused:
+        assert relative_error(grads[0][name].double(), grads[1][name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_checkpointing_changes_nothing(model_type):
+    tokens = some_tokens(2, 20)
+    results = []
+    for grad_cp in (False, True):
+        model = tiny_model(model_type, n_layer=3)
+        model.grad_cp = grad_cp
+        model(tokens).square().mean().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_bf16_activations_on_fp32_masters(model_type):
+    model = tiny_model(model_type, noise=0.02)
+    tokens = some_tokens(2, 40)
+    wanted = model(tokens)
+    model.compute_dtype = torch.bfloat16
+    logits = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert relative_error(logits.float(), wanted) < 0.05
+    logits.float().logsumexp(-1).mean().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    state = model.forward_with_state(tokens)[1][0]
+    assert (state.att_shift.dtype, state.wkv.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_bf16_masters_equal_bf16_copies_of_fp32_masters(model_type):
+    tokens = some_tokens(1, 12)
+    rounded = tiny_model(model_type).bfloat16()
+    masters = tiny_model(model_type)
+    masters.compute_dtype = torch.bfloat16
+    assert torch.equal(rounded(tokens), masters(tokens))
+
+
+def test_backends_agree():
+    tokens = some_tokens(2, 37)
+    for model_type in VERSIONS:
+        logits = []
+        for backend in ("reference", "chunked"):
+            model = RWKV(tiny_config(model_type), wkv_backend=backend)
+            model.load_state_dict(tiny_model(model_type).state_dict())
+            logits.append(model(tokens))
+        assert relative_error(*logits) < 1e-5
+
+
+def test_a_model_that_was_never_initialised_gives_nan():
+    assert RWKV(tiny_config("x070"))(some_tokens(1, 3)).isnan().all()
+
+
+def test_vocab_size_is_required():
+    with pytest.raises(ConfigError, match="vocab_size is not set"):
+        RWKV(ModelConfig(model_type="x070"))
+
+
+def test_linear_and_its_gradients_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, upstream = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 40, 24), (56, 24), (56,), (3, 40, 56))
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [z.to(dtype).requires_grad_() for z in (x, weight, bias)]
+        y = linear(*inputs)
+        y.backward(upstream.to(dtype))
+        results.append([y, *(z.grad for z in inputs)])
+    for found, wanted in zip(*results, strict=True):
+        assert found.shape == wanted.shape
+        assert relative_error(found.double(), wanted) < 1e-6
+
+
+def test_squared_relu_gradient():
+    x = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(squared_relu, (x,))

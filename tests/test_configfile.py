@@ -1,0 +1,451 @@
+"""The configuration file: what is read, what is refused and in which words; text and Config agree."""
+
+# ruff: noqa: E501 -- one case of a table a line reads better
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from rwkv_cluster.config import Config, Section
+from rwkv_cluster.configfile import (
+    DEFAULT,
+    MAX_FAULTS,
+    dump_json,
+    dump_yaml,
+    field_table,
+    load_config,
+    parse_config,
+    resolve_config,
+)
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.field_types import is_section, iterate_fields
+from rwkv_cluster.yaml_nodes import MAX_BYTES, parse_scalar
+
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def parsed(text: str | bytes, overrides: Sequence[str] = ()) -> Config:
+    return parse_config(text.encode() if isinstance(text, str) else text, "run.yaml", overrides).config
+
+
+def fault(text: str | bytes, overrides: Sequence[str] = ()) -> str:
+    """The message that refuses `text`; every line of it must be printable and free of jargon."""
+    with pytest.raises(ConfigError) as caught:
+        parsed(text, overrides)
+    message = str(caught.value)
+    assert all(line.isprintable() for line in message.split("\n"))
+    assert not any(
+        word in message for word in ("pydantic", "http", "Input should", "Value error", "NoneType")
+    )
+    return message
+
+
+def test_a_file_sets_fields_and_leaves_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "work_dir: w\nmodel: {n_layer: 2}\ndata:\n  inputs:\n    - a.txt\n  tokenizer: {type: angle}\n"
+    )
+    config = load_config(path)
+    assert (config.work_dir, config.model.n_layer, config.data.inputs) == ("w", 2, ["a.txt"])
+    assert config.data.tokenizer.type == "angle"
+    assert config.training == Config().training
+
+
+def test_a_section_with_every_line_commented_out_is_the_default() -> None:
+    assert parsed("work_dir: w\nmodel:\n  # n_layer: 3\n").model == Config().model
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("yes", "yes"), ("off", "off"), ("12:30", "12:30"), ("1_000", "1_000"), ("2026-01-01", "2026-01-01"),
+        ("<<", "<<"), ("=", "="), ("0b11", "0b11"), ("1e3", 1000.0), ("1e-3", 0.001), ("6e-4", 6e-4), (".5", 0.5),
+        ("1.", 1.0), ("-0.5E+2", -50.0), ("0o7", 7), ("0x1F", 31), ("010", 10), ("-3", -3), ("+3", 3), ("true", True),
+        ("False", False), ("tRUE", "tRUE"), ("null", None), ("~", None), ("", None), (".inf", float("inf")),
+        ("e5", "e5"), (".", "."), ("1.2.3", "1.2.3"), ("0o8", "0o8"), ("+0o7", "+0o7"), ("١", "١"),
+    ],
+)  # fmt: skip
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
+
+
+def test_scalars_in_a_file() -> None:
+    config = parsed(
+        "data: {text_field: no, seed: 0o17}\ntraining: {lr_init: 1e-3, lr_final: 0, beta2: 0.5}\n"
+    )
+    assert (config.data.text_field, config.data.seed) == ("no", 15)
+    assert (config.training.lr_init, config.training.lr_final) == (0.001, 0.0)
+    assert type(config.training.lr_final) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  n_layer: six", "run.yaml:2: model.n_layer is 'six', expected an integer >= 1"),
+        ("model:\n  n_layer: '6'", "run.yaml:2: model.n_layer is '6', expected an integer >= 1. Remove the quotes"),
+        ("model: {n_layer: 3.0}", "run.yaml:1: model.n_layer is 3.0, expected an integer >= 1. Write 3"),
+        ("model: {n_layer: 3.5}", "run.yaml:1: model.n_layer is 3.5, expected an integer >= 1"),
+        ("model: {n_layer: true}", "run.yaml:1: model.n_layer is true, expected an integer >= 1"),
+        ("model: {n_layer: null}", "run.yaml:1: model.n_layer is null, expected an integer >= 1"),
+        ("model:\n  n_layer:\n    - 1", "run.yaml:2: model.n_layer is a list, expected an integer >= 1"),
+        ("model: {n_layer: {a: 1}}", "run.yaml:1: model.n_layer is a section, expected an integer >= 1"),
+        ("model: {n_layer: 0}", "run.yaml:1: model.n_layer is 0, expected an integer >= 1"),
+        ("model: {n_layer: 99999999999999999999}",
+         "run.yaml:1: model.n_layer is 99999999999999999999, expected an integer >= 1. The largest integer is 2^63 - 1"),
+        ("training:\n\n  beta1: 2", "run.yaml:3: training.beta1 is 2, expected a number >= 0 and < 1"),
+        ("training: {lr_init: .nan}",
+         "run.yaml:1: training.lr_init is .nan, expected a number >= 0. The number must be finite"),
+        ("training: {lr_init: 1e999}",
+         "run.yaml:1: training.lr_init is 1e999, expected a number >= 0. The number must be finite"),
+        ("training: {max_tokens: 1e9}",
+         "run.yaml:1: training.max_tokens is 1e9, expected an integer >= 1, or null. Write 1000000000"),
+        ("training: {max_tokens: 1_000_000}",
+         "run.yaml:1: training.max_tokens is '1_000_000', expected an integer >= 1, or null. Write 1000000"),
+        ("training: {max_tokens: 5M}",
+         "run.yaml:1: training.max_tokens is '5M', expected an integer >= 1, or null. "
+         "Write the number without a unit: 5000000"),
+        ("checkpoint: {save_interval_s: 10m}",
+         "run.yaml:1: checkpoint.save_interval_s is '10m', expected a number > 0, or null. "
+         "Write the number without a unit: 600"),
+        ("checkpoint: {save_interval_s: 3 parsecs}",
+         "run.yaml:1: checkpoint.save_interval_s is '3 parsecs', expected a number > 0, or null"),
+        ("training: {precision: bf-16}",
+         "run.yaml:1: training.precision is 'bf-16', expected fp32, bf16 or fp16. Nearest valid value: bf16"),
+        ("training: {strategy: dpd}", "run.yaml:1: training.strategy: strategy is 'dpd'. Use auto or ddp"),
+        ("data: {shuffle: yes}", "run.yaml:1: data.shuffle is 'yes', expected true or false. Write true"),
+        ("data: {shuffle: 0}", "run.yaml:1: data.shuffle is 0, expected true or false. Write false"),
+        ("data: {text_field: 5}", 'run.yaml:1: data.text_field is 5, expected text. Put it in quotes: "5"'),
+        ("data: {text_field: true}", 'run.yaml:1: data.text_field is true, expected text. Put it in quotes: "true"'),
+        ("data: {inputs: a.txt}",
+         "run.yaml:1: data.inputs is 'a.txt', expected a list of text such as [a, b]. Write [a.txt]"),
+        ("data:\n  inputs:\n    - a\n    - 7",
+         'run.yaml:4: data.inputs[1] is 7, expected a list of text such as [a, b]. Put it in quotes: "7"'),
+        ("work_dir: ''", "run.yaml:1: work_dir is '', expected text that is not empty"),
+        ("model: 3",
+         "run.yaml:1: model is 3, expected a section with model_type, n_layer, n_embd, ctx_len, vocab_size, head_size_a, "
+         "dim_att, dim_ffn, mix_lora_rank, decay_lora_rank, a_lora_rank, v_lora_rank, gate_lora_rank, "
+         "block0_value_residual"),
+        ("model:\n  n_layers: 3", "run.yaml:2: model has no field 'n_layers'. Nearest valid name: model.n_layer"),
+        ("n_layer: 3", "run.yaml:1: the configuration has no field 'n_layer'. Nearest valid name: model.n_layer"),
+        ("models:\n  n_layer: 3", "run.yaml:1: the configuration has no field 'models'. Nearest valid name: model"),
+        ("data:\n  tokenizer:\n    typ: byte",
+         "run.yaml:3: data.tokenizer has no field 'typ'. Nearest valid name: data.tokenizer.type"),
+        ("zzz: 3",
+         "run.yaml:1: the configuration has no field 'zzz'. "
+         "Valid names: work_dir, model, data, training, checkpoint, logging"),
+        ("model:\n  n_layer: 2\n  n_embd: 100",
+         "run.yaml:3: model: n_embd is 100, which is not a multiple of head_size_a 64. "
+         "Use n_embd 64 or 128, or a head_size_a that divides 100"),
+        ("training:\n  global_batch_size: 8\n  accumulate_grad_batches: 2",
+         "run.yaml:2: training: set global_batch_size or accumulate_grad_batches, not both: one follows from the other"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_exact_sentence(text: str, message: str) -> None:
+    assert fault(text) == message
+
+
+def test_every_fault_is_told_at_once() -> None:
+    message = fault("model:\n  n_layer: six\n  n_embd: 100\n  vocab_size: 1\nwork: x\n")
+    assert message.splitlines() == [
+        "run.yaml:2: model.n_layer is 'six', expected an integer >= 1",
+        "run.yaml:5: the configuration has no field 'work'. Nearest valid name: work_dir",
+        "run.yaml:4: model.vocab_size is 1, expected an integer >= 2, or null",
+    ]
+
+
+def test_a_file_of_nothing_but_faults_is_told_in_a_few_lines() -> None:
+    message = fault("\n".join(f"work_dirs{number}: 1" for number in range(49_000)))
+    assert len(message.splitlines()) == MAX_FAULTS + 1
+    assert message.splitlines()[1] == "run.yaml:2: " + message.splitlines()[0].split(": ", 1)[1].replace(
+        "0'", "1'"
+    )
+    assert len(fault(f"? {'x' * 500_000}\n: 1")) < 300
+    assert len(fault(f"model: {{model_type: {'x' * 500_000}, n_layer: {'1_' * 250_000}1}}")) < 600
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "the file is empty"),
+        (b"# only a comment\n", "the file is empty"),
+        (b"---\n", "the file has no settings"),
+        (b"[1, 2]", "expected `name: value` lines, found a list"),
+        (b"hello", "expected `name: value` lines, found 'hello'"),
+        (
+            b"a: !!python/object/apply:os.system [touch canary]",
+            "run.yaml:1: the tag .*os.system is not allowed",
+        ),
+        (b"a: !!python/name:os.system ''", "is not allowed"),
+        (b"work_dir: !!str w", "is not allowed"),
+        (b"!local {a: 1}", "is not allowed"),
+        (b"a: &x [*x]", r"\*x stands for nothing"),
+        (b"a: *nowhere", r"\*nowhere stands for nothing"),
+        (
+            b"work_dir: a\nmodel: {}\nwork_dir: b",
+            r"run.yaml:3: 'work_dir' is given twice \(first at run.yaml:1\)",
+        ),
+        (b"a: 1\n---\nb: 2", "run.yaml:2: a second document"),
+        (b"model:\n\tn_layer: 3", "run.yaml:2: the line is indented with a tab"),
+        (b"model: [", "this is not YAML"),
+        (b"model: {n_layer: 3\ndata: {}", "run.yaml:2: this is not YAML"),
+        (b"a: 'open", "this is not YAML"),
+        (b"? [a]\n: 3", "cannot be a field name"),
+        (b"work_dir: w\nx: \xff", "run.yaml:2: byte 15 .0xff. is not UTF-8"),
+        ("model: {}".encode("utf-16"), "is not UTF-8"),
+        (b"a: 1\nb: \x00", r"run.yaml:2: character '\\x00' is not allowed"),
+        (b"a: \x1b[31m", "is not allowed"),
+        (b'work_dir: "a\\0b"', "escaped character"),
+        (b"a: " + b"9" * 10_000, "too many digits"),
+        (b"[" * 100_000, "more than 32 deep"),
+        (b"{a: " * 100_000, "more than 32 deep"),
+        (b"- " * 100_000, "more than 32 deep"),
+        (b"a: " + b"x" * MAX_BYTES, "larger than"),
+        (b"a: [" + b"1," * 100_001 + b"]", "more than 100000 values"),
+    ],
+)
+def test_hostile_files_are_refused_with_their_reason(
+    content: bytes, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        parsed(content)
+    assert all(line.isprintable() for line in str(caught.value).split("\n"))
+    assert not list(tmp_path.iterdir())
+
+
+def alias_bomb(leaf: str) -> bytes:
+    lines = [f"a0: &a0 {leaf}"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 20)]
+    return "\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (alias_bomb("x"), "values once its aliases are expanded"),
+        (alias_bomb("x" * 100_000), "characters once its aliases are expanded"),
+        (b"\n".join([b"a0: &a0 x", *(b"a%d: &a%d [*a%d]" % (n, n, n - 1) for n in range(1, 40))]), "32 deep"),
+    ],
+)
+def test_alias_bombs_stay_small(content: bytes, expected: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=expected):
+        parsed(content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_honest_aliases_work_and_faults_are_placed_where_the_alias_stands() -> None:
+    config = parsed("data: {inputs: [&x a, *x, b]}\nwork_dir: *x\n")
+    assert (config.data.inputs, config.work_dir) == (["a", "a", "b"], "a")
+    assert fault("work_dir: &x w\nmodel:\n  n_layer: *x").startswith("run.yaml:3: model.n_layer is 'w'")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_harmless() -> None:
+    config = parsed(b"\xef\xbb\xbfwork_dir: w\r\nmodel:\r\n  n_layer: 2\r\n")
+    assert (config.work_dir, config.model.n_layer) == ("w", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("none.yaml", "no such file"), (".", "a folder"), ("a\0b", "cannot be read")]
+)
+def test_files_that_cannot_be_read(name: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / name)
+
+
+def test_a_device_that_never_ends_is_refused() -> None:
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("model.n_layer=2", "model.n_layer", 2),
+        ("--model.n_layer=2", "model.n_layer", 2),
+        ("--work_dir=a b: c # d", "work_dir", "a b: c # d"),
+        ("--data.tokenizer.type=angle", "data.tokenizer.type", "angle"),
+        ("--data.tokenizer={type: integer, max_value: 7}", "data.tokenizer.max_value", 7),
+        ("--data.inputs=[a, 'b, c']", "data.inputs", ["a", "b, c"]),
+        ("--training.lr_init=1e-3", "training.lr_init", 0.001),
+        ("--training.random_seed=-1", "training.random_seed", -1),
+        ("--data.text_field=5", "data.text_field", "5"),
+        ("--data.text_field='5'", "data.text_field", "5"),
+        ("--data.text_field=a=b", "data.text_field", "a=b"),
+        ("--checkpoint.save_interval_s=null", "checkpoint.save_interval_s", None),
+        ("--data.shuffle=false", "data.shuffle", False),
+    ],
+)
+def test_overrides_win_over_the_file(override: str, field: str, value: object) -> None:
+    resolved = parse_config(b"work_dir: w\nmodel: {n_layer: 5}\n", "run.yaml", [override])
+    found: Any = resolved.config
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert resolved.sources[field].startswith("--")
+
+
+def test_the_last_override_wins_and_a_mapping_leaves_its_neighbours() -> None:
+    text = "data: {tokenizer: {type: integer, max_value: 5}}"
+    overrides = ["model.n_layer=2", "model.n_layer=4", "data.tokenizer={max_value: 9}"]
+    config = parsed(text, overrides)
+    assert config.model.n_layer == 4
+    assert (config.data.tokenizer.type, config.data.tokenizer.max_value) == ("integer", 9)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.n_layer=six", "--model.n_layer=six: model.n_layer is 'six', expected an integer >= 1"),
+        ("model.n_layer=0", "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1"),
+        ("--model.n_lay=3", "--model.n_lay=3: model has no field 'n_lay'. Nearest valid name: model.n_layer"),
+        ("work_dir=", "--work_dir=: work_dir is null, expected text that is not empty"),
+        ("model.n_layer", "model.n_layer: an override is written --section.field=value"),
+        ("model..n_layer=3", "model..n_layer=3: an override is written --section.field=value"),
+        ("=3", "=3: an override is written --section.field=value"),
+        ("model.n_layer.deep=3", "run.yaml:2: model.n_layer is a section, expected an integer >= 1"),
+        ("work_dir=a\x1bb", "--work_dir=a\\x1bb: character '\\x1b' is not allowed here. Remove it"),
+        ("work_dir=\udcff", "--work_dir=\\udcff: character '\\udcff' is not allowed here. Remove it"),
+        ("model.n_embd=100",
+         "--model.n_embd=100: model: n_embd is 100, which is not a multiple of head_size_a 64. "
+         "Use n_embd 64 or 128, or a head_size_a that divides 100"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    assert fault("model:\n  n_layer: 5\n", [override]) == message
+
+
+def test_sources_name_line_override_or_default(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("work_dir: w\nmodel:\n  n_layer: 2\n")
+    resolved = resolve_config(path, ["model.n_embd=64"])
+    assert set(resolved.sources) == {name for name, _ in iterate_fields(Config)}
+    assert resolved.sources["work_dir"] == f"{path}:1"
+    assert resolved.sources["model.n_layer"] == f"{path}:3"
+    assert resolved.sources["model.n_embd"] == "--model.n_embd=64"
+    assert resolved.sources["model.ctx_len"] == DEFAULT
+    text = dump_yaml(resolved.config, resolved.sources)
+    assert any(
+        line.startswith("  n_layer: 2 ") and line.endswith(f"# {path}:3") for line in text.splitlines()
+    )
+    assert parsed(text) == resolved.config
+
+
+def test_json_holds_every_field() -> None:
+    config = Config(work_dir="w")
+    assert Config(**json.loads(dump_json(config))) == config
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+ODD_TEXT = st.sampled_from(
+    ["no", "1e-3", "007", "0o7", "12:30", "~", "null", "true", "", " x ", "- a", "a: b", "#", "'", '"', "\\", "\n", "\t",
+     "%x", "@a", "`", "*a", "&a", "!t", "|", ">", "\ufeff", "\u2028", "\x85", "\x7f", "🎉", "---", "...", "=", "<<", "?"]
+)  # fmt: skip
+
+
+def bounds(field: FieldInfo, low: Any, high: Any) -> dict[str, Any]:
+    for constraint in field.metadata:
+        low = max(low, getattr(constraint, "ge", low))
+        high = min(high, getattr(constraint, "le", getattr(constraint, "lt", high)))
+    return {"min_value": low, "max_value": high}
+
+
+def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Values that `field` accepts on its own."""
+    if name in ("strategy", "type"):
+        return st.sampled_from(
+            {"strategy": ["auto", "ddp"], "type": ["byte", "angle", "my.module:Class"]}[name]
+        )
+    if name == "work_dir":
+        return TEXT.filter(bool)
+    if name in ("n_embd", "head_size_a", "dim_att", "dim_ffn", "accumulate_grad_batches"):
+        return st.just(field.get_default(call_default_factory=True))  # bound to other fields
+    annotation = field.annotation
+    optional = type(None) in get_args(annotation)
+    kind = next(part for part in get_args(annotation) if part is not type(None)) if optional else annotation
+    if get_origin(kind) is Literal:
+        values: st.SearchStrategy[Any] = st.sampled_from(get_args(kind))
+    elif get_origin(kind) is list:
+        values = st.lists(TEXT | ODD_TEXT, max_size=4)
+    elif kind is bool:
+        values = st.booleans()
+    elif kind is int:
+        values = st.integers(**bounds(field, -(2**63) + 1, 2**63 - 1))
+    elif kind is float:
+        limits = bounds(field, 0.0, 1e300)
+        values = st.floats(
+            **limits, exclude_max=limits["max_value"] == 1.0, exclude_min=name == "save_interval_s"
+        )
+    else:
+        values = TEXT | ODD_TEXT
+    return st.none() | values if optional else values
+
+
+def section_values(section: type[Section]) -> st.SearchStrategy[Any]:
+    fields = {
+        name: section_values(field.annotation) if is_section(field.annotation) else field_values(name, field)
+        for name, field in section.model_fields.items()
+    }
+    return st.fixed_dictionaries({}, optional=fields).map(lambda values: section(**values))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(section_values(Config))
+def test_yaml_text_loads_to_an_equal_config(config: Config) -> None:
+    assert parsed(dump_yaml(config)) == config
+
+
+YAML_SOUP = st.lists(
+    st.sampled_from(
+        ["model", "data", "n_layer", "inputs", "tokenizer", "type", "work_dir", ":", ": ", "\n", "  ", "- ", "[", "]", "{",
+         "}", ",", "&a ", "*a", "!!str ", "!x ", "'", '"', "#", "|", ">", "1", "-1e3", "true", "null", "\t", "---\n",
+         "...", "%YAML 1.1\n", "\\", "\ud7ff", "\x00", "é", "? ", "<<", "?", "@", "`"]
+    ),
+    max_size=30,
+).map("".join)  # fmt: skip
+
+
+def outcome(content: bytes, overrides: Sequence[str] = ()) -> str:
+    """The message of the ConfigError, or nothing for a Config. Any other exception is a failure."""
+    try:
+        assert isinstance(parsed(content, overrides), Config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | YAML_SOUP.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(b"model:\n n_layer: 3")
+def test_any_bytes_give_a_config_or_a_config_error(content: bytes) -> None:
+    message = outcome(content)
+    assert message.startswith("run.yaml") or not message
+    assert all(line.isprintable() for line in message.split("\n"))
+
+
+FIELD_NAMES = st.sampled_from([name for name, _ in iterate_fields(Config)]) | st.text(max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(FIELD_NAMES, st.text(max_size=12) | YAML_SOUP)
+@example("model" + ".x" * 5000, "1")
+def test_any_override_gives_a_config_or_a_config_error(name: str, value: str) -> None:
+    message = outcome(b"model:\n  n_layer: 2\n", [f"--{name}={value}"])
+    assert all(line.isprintable() for line in message.split("\n"))
+
+
+def test_the_documentation_has_every_field_as_it_is() -> None:
+    table = field_table()
+    assert all(f"| `{name}` |" in table for name, _ in iterate_fields(Config))
+    renew = "renew it with: python -m rwkv_cluster.configfile > docs/configuration.md"
+    assert DOCUMENTATION.read_text() == table, f"docs/configuration.md differs from config.py; {renew}"

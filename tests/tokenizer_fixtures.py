@@ -1,0 +1,52 @@
+"""What the tests of tokenizers share: the C library built from today's sources, the World vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from rwkv_cluster import greedy, integers
+
+
+def compile_library(target: Path) -> None:
+    """Compile greedy.c with every warning an error; skips the test where there is no compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    source = Path(greedy.__file__).with_name("greedy.c")
+    subprocess.run([compiler, *flags, "-o", str(target), str(source)], check=True)
+
+
+@functools.cache
+def compiled_library() -> ctypes.CDLL:
+    """The library of greedy.c; it stays loaded when its file is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        compile_library(Path(folder) / "greedy.so")
+        library = greedy.load_library(Path(folder) / "greedy.so")
+    assert library is not None, "greedy.c and greedy.py disagree about VERSION"
+    return library
+
+
+@pytest.fixture(params=["native", "python"])
+def implementation(request, monkeypatch):
+    """Runs a test once with the C library and once as on a machine without a compiler."""
+    library = compiled_library() if request.param == "native" else None
+    for module in (greedy, integers):
+        monkeypatch.setattr(module, "library", lambda: library)
+    return request.param
+
+
+def world_file() -> Path:
+    spec = importlib.util.find_spec("rwkv")
+    if spec is None or spec.origin is None:
+        pytest.skip("the rwkv package is not installed")
+    return Path(spec.origin).with_name("rwkv_vocab_v20230424.txt")

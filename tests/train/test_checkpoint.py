@@ -1,0 +1,203 @@
+"""A checkpoint exists whole and verified, or not at all: truncation, bit flips, leftovers, order, deletion."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.train import checkpoint
+
+
+def _save(directory: Path, step: int, value: float = 1.0) -> Path:
+    return checkpoint.save(
+        directory,
+        step,
+        weights={"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)},
+        optimizer={"exp_avg/emb.weight": torch.full((3, 4), value)},
+        state={"step": step, "loss": 2.5},
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def test_round_trip(directory: Path) -> None:
+    _save(directory, 7, 0.1)
+    found = checkpoint.newest_verified(directory)
+    assert (found.step, found.state) == (7, {"step": 7, "loss": 2.5})
+    assert torch.equal(found.weights()["emb.weight"], torch.full((3, 4), 0.1))
+    assert torch.equal(found.optimizer()["exp_avg/emb.weight"], torch.full((3, 4), 0.1))
+
+
+def test_no_checkpoint_is_none(directory: Path, tmp_path: Path) -> None:
+    assert checkpoint.newest_verified(directory) is None
+    assert checkpoint.newest_verified(tmp_path / "absent") is None
+
+
+def test_newest_is_by_number_not_by_name_or_time(directory: Path) -> None:
+    for step in (999_999_99, 10, 9, 100_000_000):
+        _save(directory, step)
+    assert checkpoint.list_steps(directory) == [9, 10, 99_999_999, 100_000_000]
+    assert checkpoint.newest_verified(directory).step == 100_000_000
+
+
+def test_every_truncation_is_found_and_the_previous_is_used(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save(directory, 1)
+    newest = _save(directory, 2)
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for cut in {len(whole) * part // 20 for part in range(20)}:
+            file.write_bytes(whole[:cut])
+            caplog.clear()
+            assert checkpoint.newest_verified(directory).step == 1
+            assert file.name in caplog.text
+            assert "Step 1 is used instead" in caplog.text
+            if file.name != "manifest.json":
+                assert f"{cut} bytes, expected {len(whole)}" in caplog.text
+        file.write_bytes(whole)
+    assert checkpoint.newest_verified(directory).step == 2
+
+
+def test_300_of_300_flipped_bits_are_found(directory: Path) -> None:
+    path = _save(directory, 1)
+    files = sorted(path.iterdir())
+    draw = random.Random(0)
+    for _ in range(300):
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        altered = bytearray(whole)
+        altered[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(altered)
+        with pytest.raises(CheckpointError, match=file.name):
+            checkpoint.verify(path)
+        file.write_bytes(whole)
+    checkpoint.verify(path)
+
+
+def test_missing_and_foreign_and_left_over(directory: Path) -> None:
+    _save(directory, 1)
+    for name in checkpoint.PAYLOAD:
+        newest = _save(directory, 2)
+        (newest / name).unlink()
+        assert checkpoint.newest_verified(directory).step == 1
+    (directory / ".tmp-step-00000009-abc").mkdir()
+    (directory / "step-abc").mkdir()
+    (directory / "step-00000011").write_text("a file")
+    (directory / "rwkv-99.pth").write_text("stray")
+    assert checkpoint.list_steps(directory) == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null\n", b'{"format": 1}\n' + b"0" * 64 + b"\n"])
+def test_a_foreign_manifest_is_refused(directory: Path, content: bytes) -> None:
+    path = _save(directory, 1)
+    (path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        checkpoint.verify(path)
+
+
+def test_another_version_is_refused(directory: Path) -> None:
+    path = _save(directory, 1)
+    text = (path / "manifest.json").read_bytes().rpartition(b"}")[0] + b"}"
+    body = {**json.loads(text), "format": 99}
+    (path / "manifest.json").write_bytes(checkpoint._canonical(body))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        checkpoint.verify(path)
+
+
+def test_a_renamed_checkpoint_is_refused(directory: Path) -> None:
+    _save(directory, 1).rename(directory / "step-00000005")
+    with pytest.raises(CheckpointError, match="belongs to step 1"):
+        checkpoint.verify(directory / "step-00000005")
+
+
+def test_all_bad_is_an_error_that_lists_each(directory: Path) -> None:
+    for step in (1, 2):
+        (_save(directory, step) / "weights.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints") as caught:
+        checkpoint.newest_verified(directory)
+    assert "step-00000001/weights.pth" in str(caught.value)
+    assert "step-00000002/weights.pth" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("kind", ["weights", "optimizer"])
+def test_nan_is_not_saved(directory: Path, kind: str) -> None:
+    tensors = {"weights": {"a": torch.ones(2)}, "optimizer": {"b": torch.ones(2)}}
+    next(iter(tensors[kind].values()))[1] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        checkpoint.save(directory, 3, **tensors, state={})
+    assert list(directory.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(directory, 1)
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*bytes are free|It needs about"):
+        _save(directory, 2)
+    assert [entry.name for entry in directory.iterdir()] == ["step-00000001"]
+    assert checkpoint.newest_verified(directory).step == 1
+
+
+def test_prune_keeps_the_newest(directory: Path) -> None:
+    for step in (3, 10, 9, 200):
+        _save(directory, step)
+    checkpoint.prune(directory, 2)
+    assert checkpoint.list_steps(directory) == [10, 200]
+    assert len(list(directory.iterdir())) == 2
+    checkpoint.prune(directory, 1)
+    assert checkpoint.list_steps(directory) == [200]
+    checkpoint.prune(directory, 1)
+    assert checkpoint.list_steps(directory) == [200]
+
+
+def test_replaces_a_damaged_one_of_the_same_step(directory: Path) -> None:
+    (_save(directory, 4, 1.0) / "weights.pth").write_bytes(b"")
+    _save(directory, 4, 2.0)
+    assert checkpoint.newest_verified(directory).weights()["emb.weight"][0, 0] == 2.0
+
+
+class _Bomb:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_code_in_a_checkpoint_does_not_run(directory: Path, tmp_path: Path) -> None:
+    """A forger who also renews the checksums still gets nothing executed."""
+    path = _save(directory, 1)
+    canary = tmp_path / "canary"
+    torch.save({"emb.weight": torch.ones(1), "x": _Bomb(canary)}, path / "weights.pth")
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(path, 1))
+    with pytest.raises(CheckpointError, match=r"weights\.pth"):
+        checkpoint.newest_verified(directory).weights()
+    (path / "optimizer.pth").write_bytes(pickle.dumps(_Bomb(canary)))
+    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(path, 1))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pth"):
+        checkpoint.newest_verified(directory).optimizer()
+    assert not canary.exists()
+
+
+def test_a_checkpoint_copied_elsewhere_is_whole(directory: Path, tmp_path: Path) -> None:
+    _save(directory, 12)
+    shutil.copytree(directory, tmp_path / "copy")
+    assert checkpoint.newest_verified(tmp_path / "copy").step == 12
