@@ -12,13 +12,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
     made.add_argument("--n-layer", type=int, default=6)
     made.add_argument("--n-embd", type=int, default=256)
@@ -38,62 +39,66 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure as the arguments say. Times in seconds, memory in MB; ratios are pair by pair."""
     options = parser().parse_args(arguments)
-    workers = {"ours": _start("ours", arguments)}
+    workers = {"ours": _Worker("ours", arguments, options.threads)}
+    workers["ours"].require_ready()
     if options.model_type == "x070":  # the only version that rwkv-trainer runs without CUDA
-        rival = _start("rwkv-trainer", arguments)
-        if rival is not None:
+        rival = _Worker("rwkv-trainer", arguments, options.threads)
+        if rival.is_ready:
             workers["rwkv-trainer"] = rival
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for index in range(options.repeats + 1):
         for name, worker in workers.items():
-            figures = _ask(worker)
+            figures = worker.step()
             if index:
                 rounds[name].append(figures)
     for worker in workers.values():
-        worker.stdin.close()
-        worker.wait(timeout=60)
+        worker.end()
     return _summary(vars(options), rounds, options.batch * options.ctx_len)
 
 
-def _start(name: str, arguments: Sequence[str]) -> subprocess.Popen[str] | None:
-    """A worker that is ready to step; None when the rival cannot be imported."""
-    command = [sys.executable, "-m", "rwkv_cluster.bench.step", *arguments, "--worker", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(parser().parse_args(arguments).threads)}
-    worker = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    if _next_figures(worker) is not None:
-        return worker
-    reason = worker.stderr.read().strip().splitlines()
-    if name == "ours":
-        raise RuntimeError(f"the benchmark's own worker failed: {reason[-1] if reason else 'no message'}")
-    return None
+class _Worker:
+    """A process that makes one step whenever it is asked to."""
+
+    def __init__(self, name: str, arguments: Sequence[str], threads: int) -> None:
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rwkv_cluster.bench.step", *arguments, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        self.is_ready = self._answer() is not None
+
+    def require_ready(self) -> None:
+        if not self.is_ready:
+            self._errors.seek(0)
+            raise RuntimeError(f"the benchmark's worker ended: {self._errors.read()}")
+
+    def step(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        figures = self._answer()
+        self.is_ready = figures is not None
+        self.require_ready()
+        return figures or {}
+
+    def _answer(self) -> dict[str, float] | None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        return None
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
 
 
-def _ask(worker: subprocess.Popen[str]) -> dict[str, float]:
-    worker.stdin.write("step\n")
-    worker.stdin.flush()
-    figures = _next_figures(worker)
-    if figures is None:
-        raise RuntimeError(f"a benchmark worker ended: {worker.stderr.read().strip().splitlines()[-1:]}")
-    return figures
-
-
-def _next_figures(worker: subprocess.Popen[str]) -> dict[str, float] | None:
-    for line in worker.stdout:
-        if line.startswith("{"):
-            return json.loads(line)
-    return None
-
-
-def _summary(
-    settings: dict[str, Any], rounds: dict[str, list[dict[str, float]]], tokens: int
-) -> dict[str, Any]:
+def _summary(settings: dict[str, Any], rounds: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, Any]:
     results = {
         name: {
             "cpu_s": _spread([figures["cpu_s"] for figures in steps]),
@@ -124,9 +129,7 @@ def format(result: dict[str, Any]) -> str:
         )
     if "speedup" in result:
         ratio = result["speedup"]
-        lines.append(
-            f"speed-up over rwkv-trainer: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        )
+        lines.append(f"speed-up over rwkv-trainer: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})")
     else:
         lines.append("rwkv-trainer is not at hand (or has no CPU path for this model): no comparison")
     return "\n".join(lines)
@@ -179,7 +182,7 @@ def _rival_step(options: argparse.Namespace) -> Callable[[], None]:
         "RWKV_JIT_ON": "1",
     }
     import torch
-    from rwkv_trainer.model.model import RWKV
+    from rwkv_trainer.model.model import RWKV  # type: ignore[import-not-found]
 
     names = argparse.Namespace(
         n_layer=options.n_layer, n_embd=options.n_embd, dim_att=options.n_embd, dim_ffn=options.n_embd * 4,

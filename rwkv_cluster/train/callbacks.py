@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rwkv_cluster.config import Config
@@ -32,9 +32,7 @@ class StepClock(Callback):
     def __init__(self) -> None:
         self._started: float | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, module: TrainingModule, batch: Tensor, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         if self._started is None:
             self._started = time.perf_counter()
 
@@ -118,15 +116,17 @@ class Bookkeeping(Callback):
         overdue = interval is not None and time.monotonic() - self._saved_at > interval
         return self._stop_request.requested(), overdue and distributed.rank() == 0
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
         self._stop_request.install()
         if self._random_states is not None:
             random_state.restore(self._random_states, distributed.rank())
         distributed.fault_point("train.step", step=module.step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Tensor, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
+        assert isinstance(module, TrainingModule)
         if module.result is None:
             return
         result, module.result = module.result, None
@@ -144,9 +144,7 @@ class Bookkeeping(Callback):
         training, saving = self._config.training, self._config.checkpoint
 
         val_loss = None
-        if self._val_tokens is not None and (
-            run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)
-        ):
+        if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
             self.last_val = evaluate(
                 module.model,
                 self._val_tokens,
@@ -163,9 +161,7 @@ class Bookkeeping(Callback):
         if save_asked or _is_due(module.step, saving.save_interval_steps, epoch_ends):
             self._save(module)
 
-    def _record(
-        self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None
-    ) -> None:
+    def _record(self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None) -> None:
         record = StepRecord(
             step=module.step,
             loss=result.loss,
@@ -203,7 +199,7 @@ class Bookkeeping(Callback):
                 self._work.checkpoints,
                 module.step,
                 weights=module.model.state_dict(),
-                optimizer=optimizer_tensors(module.optimizers().optimizer),
+                optimizer=optimizer_tensors(module.optimizer),
                 state=self._state(module, random_states),
             )
             checkpoint.prune(self._work.checkpoints, self._config.checkpoint.keep_last)

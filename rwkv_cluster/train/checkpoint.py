@@ -113,8 +113,7 @@ def _require_finite(tensors: Mapping[str, Tensor], kind: str, step: int) -> None
 
 def _manifest_bytes(directory: Path, step: int) -> bytes:
     files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-        for name in PAYLOAD
+        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)} for name in PAYLOAD
     }
     return _canonical({"format": FORMAT, "step": step, "files": files})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
@@ -11,7 +13,7 @@ from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.sampler import SamplePlan
 
 
-def _as_given(batch: Tensor) -> Tensor:
+def _as_given(batch: Any) -> Any:
     return batch
 
 

@@ -98,11 +98,7 @@ def fault_point(name: str, *, step: int | None = None) -> bool:
     where, _, action = specification.partition(":")
     where, _, wanted_rank = where.partition("#")
     point, _, wanted_step = where.partition("@")
-    if (
-        point != name
-        or (wanted_step and int(wanted_step) != step)
-        or (wanted_rank and int(wanted_rank) != rank())
-    ):
+    if point != name or (wanted_step and int(wanted_step) != step) or (wanted_rank and int(wanted_rank) != rank()):
         return False
     if action.startswith("signal="):
         os.kill(os.getpid(), signal.Signals[action.removeprefix("signal=")])

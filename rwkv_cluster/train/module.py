@@ -23,7 +23,7 @@ from rwkv_cluster.train.schedule import learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. loss: mean over micro batches and ranks, without the L2Wrap term. grad_norm: before clipping."""
+    """One optimizer step. loss: mean over micro batches and ranks, without L2Wrap. grad_norm: before clipping."""
 
     step: int
     loss: float
@@ -70,8 +70,14 @@ class TrainingModule(LightningModule):
             self._optimizer_state = None
         return optimizer
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one optimizer, without Lightning's wrapper."""
+        (optimizer,) = self.trainer.optimizers
+        return optimizer
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        set_learning_rate(self.optimizers().optimizer, self.current_lr)
+        set_learning_rate(self.optimizer, self.current_lr)
 
     @property
     def current_lr(self) -> float:

@@ -17,9 +17,7 @@ from rwkv_cluster.config import ModelType, TrainingConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def group_of(
-    name: str, parameter: Tensor, model_type: ModelType, *, layerwise_lr: bool = True
-) -> tuple[float, bool]:
+def group_of(name: str, parameter: Tensor, model_type: ModelType, *, layerwise_lr: bool = True) -> tuple[float, bool]:
     """(learning-rate multiplier, whether weight decay applies) of one parameter.
 
     RWKV-LM: `RWKV-v7/train_temp/src/model.py` for x070, `RWKV-v5/src/model.py` for x052 and x060.
@@ -84,8 +82,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
     """Put back what `optimizer_tensors` gave after `step` steps. Exact: nothing is converted."""
     for name, parameter in named_parameters(optimizer):
-        state: dict[str, Any] = {
-            moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS
-        }
+        state: dict[str, Any] = {moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = state

@@ -14,6 +14,7 @@ from rwkv_cluster.train.records import StepRecord
 log = logging.getLogger("rwkv_cluster")
 
 _SMOOTHING = 0.95
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 
 
 class Progress:
@@ -22,42 +23,39 @@ class Progress:
     def __init__(self, logging_config: LoggingConfig, total_steps: int, start_step: int) -> None:
         self._interval = logging_config.log_interval_steps
         self._total = total_steps
-        self._start_step = start_step
-        self._started = time.monotonic()
+        self._timed_from: tuple[int, float] | None = None
         self._weight = 0.0
         self._weighted_loss = 0.0
+        self._weighted_seconds = 0.0
         self._val_loss: float | None = None
         self._bar: tqdm | None = None
         if logging_config.progress_bar and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05
-            )
+            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=_BAR, dynamic_ncols=True)
 
     def show(self, record: StepRecord) -> None:
-        # Both sums start at zero, so their quotient has no start-up bias.
+        # The sums start at zero, so their quotients have no start-up bias.
         self._weight = _SMOOTHING * self._weight + 1
         self._weighted_loss = _SMOOTHING * self._weighted_loss + record.loss
+        self._weighted_seconds = _SMOOTHING * self._weighted_seconds + 1 / record.tokens_per_s
         self._val_loss = record.val_loss if record.val_loss is not None else self._val_loss
-        text = f"loss {self._weighted_loss / self._weight:.3f}, {record.tokens_per_s:,.0f} tokens/s"
+        parts = [f"loss {self._weighted_loss / self._weight:.3f}"]
         if self._val_loss is not None:
-            text += f", val loss {self._val_loss:.3f}"
+            parts.append(f"val loss {self._val_loss:.3f}")
+        parts += [f"{self._weight / self._weighted_seconds:,.0f} tokens/s", f"{self._time_left(record.step)} left"]
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(1)
         elif record.step % self._interval == 0 or record.step == self._total:
-            log.info(
-                "step %d/%d: %s, lr %.2e, %s",
-                record.step,
-                self._total,
-                text,
-                record.lr,
-                self._time_left(record),
-            )
+            log.info("step %d/%d: %s", record.step, self._total, ", ".join(parts))
 
-    def _time_left(self, record: StepRecord) -> str:
-        per_step = (time.monotonic() - self._started) / (record.step - self._start_step)
-        seconds = round(per_step * (self._total - record.step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+    def _time_left(self, step: int) -> str:
+        """From this session's second step on: the first carries the start-up."""
+        if self._timed_from is None:
+            self._timed_from = (step, time.monotonic())
+            return "?"
+        first, started = self._timed_from
+        seconds = round((time.monotonic() - started) / (step - first) * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def close(self) -> None:
         if self._bar is not None:

@@ -11,7 +11,9 @@ import torch
 
 def capture() -> dict[str, Any]:
     """State of python's, numpy's, torch's CPU and, where present, this rank's CUDA generator."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    generator = np.random.get_state(legacy=True)
+    assert isinstance(generator, tuple)
+    kind, keys, position, has_gauss, cached = generator
     version, internal, gauss_next = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss_next],

@@ -47,9 +47,7 @@ class Records:
         self._csv_path = work.logs / "metrics.csv"
         self._log_path = work.out / "train_log.txt"
         _keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
-        _keep_lines(
-            self._csv_path, lambda line: line.startswith(COLUMNS[0]) or int(line.split(",")[0]) <= start_step
-        )
+        _keep_lines(self._csv_path, lambda line: line.startswith(COLUMNS[0]) or int(line.split(",")[0]) <= start_step)
         _keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
         new_csv = not self._csv_path.exists() or self._csv_path.stat().st_size == 0
         self._jsonl = open(self._jsonl_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()

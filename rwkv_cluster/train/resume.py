@@ -14,9 +14,7 @@ log = logging.getLogger("rwkv_cluster")
 _FREE_SECTIONS = ("checkpoint", "logging")
 
 
-def run_identity(
-    config: Config, *, data_fingerprint: str, global_batch_size: int, magic_prime: int
-) -> dict[str, Any]:
+def run_identity(config: Config, *, data_fingerprint: str, global_batch_size: int, magic_prime: int) -> dict[str, Any]:
     """What a checkpoint records of its run: the resolved configuration, and the numbers that fix the samples."""
     return {
         "config": config.model_dump(mode="json"),
@@ -34,9 +32,7 @@ def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
     old, new = found.state["config"], wanted["config"]
     shape = _differences("model", old["model"], new["model"])
     if found.state["global_batch_size"] != wanted["global_batch_size"]:
-        shape.append(
-            f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}"
-        )
+        shape.append(f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}")
     starts = (old["training"]["init_from"], new["training"]["init_from"])
     if starts[0] != starts[1]:
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")

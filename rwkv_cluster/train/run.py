@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from rwkv_cluster import configfile
 from rwkv_cluster.config import Config
@@ -39,7 +38,7 @@ PREPARATION_TIMEOUT_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. loss: of the last step of this session, val_loss: of the last evaluation; None if there was none."""
+    """How a run ended. loss: of this session's last step; val_loss: of the last evaluation. None if there was none."""
 
     step: int
     total_steps: int
@@ -146,7 +145,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         optimizer_state=found.optimizer() if found else None,
         votes=bookkeeping.votes,
     )
-    with bookkeeping:
+    with bookkeeping, _quiet_lightning():
         _trainer(session, [clock, bookkeeping]).fit(module, datamodule=_data(session))
     if module.step < session.horizon.total_steps:
         raise Preempted(
@@ -189,13 +188,9 @@ def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) 
         clock=clock,
         stop_request=stop_request,
         records=records,
-        progress=Progress(config.logging, session.horizon.total_steps, session.start_step)
-        if is_rank_0
-        else None,
+        progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
         val_tokens=session.val_tokens(),
-        epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"])
-        if found
-        else EpochMean(),
+        epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
         start_epoch=start_epoch,
         random_states=found.state["random_states"] if found else None,
     )
@@ -213,8 +208,6 @@ def _data(session: Session) -> TokenDataModule:
 
 def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
     """Lightning runs the loop and the devices. Order, records, checkpoints and the end are ours, by step."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
     return Trainer(
         **strategy.trainer_arguments(session.config.training, session.placement),
         max_epochs=1,
@@ -230,6 +223,20 @@ def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's notes on devices, data workers and its own internals are not the user's business."""
+    loggers_ = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers_]
+    for logger in loggers_:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        yield
+    for logger, level in zip(loggers_, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _write_config(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Everything a session of a run needs before the first step, computed from the config, the data and the work directory."""
+"""What one session of a run needs before its first step, computed from config, data and work directory."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ class Session:
     def val_tokens(self) -> np.ndarray | None:
         """The validation file's tokens; None when there are none to predict."""
         prefix = self.manifest.validation_prefix(self.work.data)
-        if prefix is None or self.manifest.validation.n_tokens < 2:
-            return None
-        return open_tokens(prefix).tokens
+        tokens = open_tokens(prefix).tokens if prefix is not None else None
+        return tokens if tokens is not None and len(tokens) > 1 else None
 
 
 def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Session:
@@ -90,9 +89,7 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    session = Session(
-        config, work, manifest, placement, plan, end, accumulate, newest_verified(work.checkpoints)
-    )
+    session = Session(config, work, manifest, placement, plan, end, accumulate, newest_verified(work.checkpoints))
     if session.found is not None:
         resume.require_same_run(session.found, session.identity)
         resume.finished_beyond(session.found, end.total_steps)
@@ -135,9 +132,7 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
     path = work.out / "rwkv-init.pth"
     model = RWKV(config.model)
     if path.exists() and not force:
-        _require_fitting(
-            path, model, f"Delete {path}, run `rwkv-cluster init --force`, or choose another work_dir"
-        )
+        _require_fitting(path, model, f"Delete {path}, run `rwkv-cluster init --force`, or choose another work_dir")
         log.info("initial weights: %s (already there)", path)
         return path
     if config.training.init_from is not None:

@@ -25,7 +25,7 @@ class StopRequest:
         return self.reason is not None
 
     def install(self) -> None:
-        """Take the stop signals over. Lightning puts handlers of its own in place as it starts: call again after that."""
+        """Take the stop signals over. Lightning installs handlers of its own as it starts: call again after that."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ class Placement:
 class ScaledFp16(MixedPrecision):
     """Loss scaling for fp16 without autocast: the model casts for itself."""
 
-    def forward_context(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        yield
 
 
 def place(training: TrainingConfig) -> Placement:
