@@ -8,9 +8,10 @@ Legend: B batch, T time, H heads, N head size, L chunk length, n chunks in the s
 from __future__ import annotations
 
 import torch
-from rwkv_cluster.kernels.reference import compute_dtype
 from torch import Tensor
 from torch.nn.functional import pad
+
+from rwkv_cluster.kernels.reference import compute_dtype
 
 SEGMENT_BYTES = 1 << 18
 """Target size of one tensor of a segment. About twenty are alive at a time; measured best of 2^17 to 2^22."""

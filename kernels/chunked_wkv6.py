@@ -18,7 +18,8 @@ Y = P V + (r c_{t-1}) S_0 and S_L = diag(c_L) S_0 + (k c_L/c)^T V carry the stat
 Forward keeps the state at segment boundaries and nothing else; backward recomputes a segment before it
 differentiates it.
 
-Legend: B batch, T time, H heads, N head size, L chunk length, n chunks in the segment. State [key, value].
+Legend: B batch, T time, H heads, N head size, L chunk length, n chunks in the segment. Outside, states are
+[key, value]; in here they are [value, key], so that a decay is a row and the product with it runs along memory.
 RWKV-5 is the same with one decay for all times and rows: w then has batch size 1, written W = B or 1 below.
 """
 
@@ -30,10 +31,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from rwkv_cluster.kernels import chunk_layout as layout
-from rwkv_cluster.kernels.reference import initial_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rwkv_cluster.kernels import chunk_layout as layout
+from rwkv_cluster.kernels.reference import initial_state
 
 CHUNK = 16
 LEAF = 8
@@ -41,16 +43,12 @@ MIN_LOG_DECAY = -1e4
 """exp of it is 0 in every dtype, and sums of it stay finite."""
 
 
-def wkv5(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.wkv5`, same arguments and results; differentiable once in every argument."""
     return wkv6(r, k, v, w.expand(1, r.shape[1], -1, -1), u, state)
 
 
-def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.wkv6`, same arguments and results; differentiable once in every argument."""
     return _Wkv6.apply(r, k, v, w, u, initial_state(r, state))
 
@@ -61,33 +59,31 @@ class _Wkv6(torch.autograd.Function):
         ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         y = layout.empty_padded(r, CHUNK)
-        s = state
+        s = _t(state)
         boundaries = []
         for segment in layout.segments(r, CHUNK):
             boundaries.append(s)
             part = _prepare(r, k, v, w, u, segment)
             states = _advance(part, s)
             s = states[-1].clone()
-            from_state = part.r_start @ states[:-1]
+            from_state = part.r_start @ _t(states[:-1])
             torch.add(part.weights @ part.v, from_state, out=layout.store(y, segment, CHUNK))
         ctx.save_for_backward(r, k, v, w, u, *boundaries)
-        return layout.trimmed(y, r.shape[1]), s if s is not state else s.clone()
+        return layout.trimmed(y, r.shape[1]), _t(s).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
-        saved = ctx.saved_tensors
-        inputs, boundaries = saved[:5], saved[5:]
-        r, _, _, _, u = inputs
-        grads = [layout.empty_padded(x, CHUNK) for x in inputs[:4]]
+        r, k, v, w, u, *boundaries = ctx.saved_tensors
+        grads = [layout.empty_padded(x, CHUNK) for x in (r, k, v, w)]
         du = torch.zeros(u.shape, dtype=dstate.dtype, device=u.device)
-        g = dstate
+        g = _t(dstate)
         for segment, s in reversed(list(zip(layout.segments(r, CHUNK), boundaries, strict=True))):
-            part = _prepare(*inputs, segment)
+            part = _prepare(r, k, v, w, u, segment)
             states = _advance(part, s)
             targets = [layout.store(x, segment, CHUNK) for x in grads]
             g = _differentiate(part, states, layout.load(dy, segment, CHUNK), g, targets, du)
-        return *(layout.trimmed(x, dy.shape[1]) for x in grads), du.to(u.dtype), g
+        return *(layout.trimmed(x, dy.shape[1]) for x in grads), du.to(u.dtype), _t(g)
 
 
 @dataclass
@@ -101,30 +97,28 @@ class _Segment:
     log_decay: Tensor  # [n,W,H,L,N]
     scales: list[Tensor]  # [n,W,H,L,N] each: from the start, to the end, then one for each halving
     leaf_scales: list[Tensor]  # [n,W,H,L,N] each: of r and of k, about the middle of the leaf
-    total: Tensor  # [n,W,H,N,1] c_L
+    total: Tensor  # [n,W,H,1,N] c_L
     r_start: Tensor  # r c_{t-1}
     k_end: Tensor  # k c_L / c_t
     r_leaf: Tensor  # [n,B,H,L/8,8,N]
     k_leaf: Tensor  # [n,B,H,L/8,8,N]
-    halves: list[
-        tuple[Tensor, Tensor]
-    ]  # r of right halves, k of left halves: [n,B,H,L/2m,m,N], m = 8, 16, ..
+    halves: list[tuple[Tensor, Tensor]]  # r of right halves, k of left halves: [n,B,H,L/2m,m,N], m = 8, 16, ..
     weights: Tensor  # [n,B,H,L,L] P
 
 
 @lru_cache(maxsize=8)
-def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums over log d as matrices on the rows of a chunk.
 
     The first, [(2 + halvings) L + 1, L], has the sum before t, after s, then for each halving from s to the
     boundary or from the boundary to t, and the whole sum. The second, [2L, L], has r's and k's leaf sums.
     """
-    row, col = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
+    row, col = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     sums = [col < row, col > row]
-    for half in _halvings():
+    for half in _halvings(chunk):
         middle = row // (2 * half) * (2 * half) + half
         sums.append(torch.where(row < middle, (col > row) & (col < middle), (col >= middle) & (col < row)))
-    sums.append(torch.ones(1, CHUNK, dtype=torch.bool))
+    sums.append(torch.ones(1, chunk, dtype=torch.bool))
     middle = row // LEAF * LEAF + LEAF // 2
     after_middle, before_middle = col >= middle, col < middle
     read = (after_middle & (col < row)).to(dtype) - (before_middle & (col >= row)).to(dtype)
@@ -132,16 +126,16 @@ def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cat(sums).to(device, dtype), torch.cat([read, written]).to(device)
 
 
-def _halvings() -> list[int]:
-    """Rows of a half at each level: LEAF, 2 LEAF, .. CHUNK / 2."""
-    return [LEAF << level for level in range((CHUNK // LEAF).bit_length() - 1)]
+def _halvings(chunk: int) -> list[int]:
+    """Rows of a half at each level: LEAF, 2 LEAF, .. chunk / 2."""
+    return [LEAF << level for level in range((chunk // LEAF).bit_length() - 1)]
 
 
 def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: slice) -> _Segment:
-    r, k, v = (_contiguous(layout.load(x, segment, CHUNK)) for x in (r, k, v))
+    r, k, v = (layout.load(x, segment, CHUNK).contiguous() for x in (r, k, v))
     w = layout.load(w, segment, CHUNK, -math.inf)
     log_decay = torch.exp(w, out=layout.empty_chunks(w, CHUNK)).neg_().clamp_(min=MIN_LOG_DECAY)
-    table, leaf_table = _tables(r.dtype, r.device)
+    table, leaf_table = _tables(CHUNK, r.dtype, r.device)
     summed = (table @ log_decay).exp_()
     scales = list(summed[..., :-1, :].unflatten(-2, (-1, CHUNK)).unbind(-3))
     leaf_bound = -0.2 * math.log(torch.finfo(r.dtype).max)  # at most 4 terms: e^71 in float32
@@ -155,14 +149,14 @@ def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: sli
         log_decay=log_decay,
         scales=scales,
         leaf_scales=leaf_scales,
-        total=_t(summed[..., -1:, :]),
+        total=summed[..., -1:, :],
         r_start=r * scales[0],
         k_end=k * scales[1],
         r_leaf=(r * r_scale).unflatten(-2, (-1, LEAF)),
         k_leaf=(k * k_scale).unflatten(-2, (-1, LEAF)),
         halves=[
             (_half(r, m, 1) * _half(scale, m, 1), _half(k, m, 0) * _half(scale, m, 0))
-            for m, scale in zip(_halvings(), scales[2:], strict=True)
+            for m, scale in zip(_halvings(CHUNK), scales[2:], strict=True)
         ],
         weights=r.new_zeros(*r.shape[:-1], CHUNK),
     )
@@ -172,7 +166,7 @@ def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: sli
 
 def _fill_weights(p: _Segment) -> None:
     _leaves(p.weights).copy_((p.r_leaf @ _t(p.k_leaf)).tril_(-1))
-    for m, (r_half, k_half) in zip(_halvings(), p.halves, strict=True):
+    for m, (r_half, k_half) in zip(_halvings(CHUNK), p.halves, strict=True):
         _crossing(p.weights, m).copy_(r_half @ _t(k_half))
     p.weights.diagonal(dim1=-2, dim2=-1).copy_((p.r * p.u).mul_(p.k).sum(-1))
 
@@ -184,7 +178,7 @@ def _advance(p: _Segment, state: Tensor) -> Tensor:
     s, *after = states.unbind()
     for k_c, v_c, total_c, next_s in zip(p.k_end, p.v, p.total, after, strict=True):
         s = torch.mul(s, total_c, out=next_s)
-        s.flatten(0, 1).baddbmm_(_t(k_c).flatten(0, 1), v_c.flatten(0, 1))
+        s.flatten(0, 1).baddbmm_(_t(v_c.flatten(0, 1)), k_c.flatten(0, 1))
     return states
 
 
@@ -195,26 +189,24 @@ def _retreat(p: _Segment, dy: Tensor, g: Tensor) -> Tensor:
     *before, g = grads.unbind()
     for r_c, dy_c, total_c, next_g in reversed(list(zip(p.r_start, dy, p.total, before, strict=True))):
         g = torch.mul(g, total_c, out=next_g)
-        g.flatten(0, 1).baddbmm_(_t(r_c).flatten(0, 1), dy_c.flatten(0, 1))
+        g.flatten(0, 1).baddbmm_(_t(dy_c.flatten(0, 1)), r_c.flatten(0, 1))
     return grads
 
 
-def _differentiate(
-    p: _Segment, states: Tensor, dy: Tensor, g: Tensor, targets: list[Tensor], du: Tensor
-) -> Tensor:
+def _differentiate(p: _Segment, states: Tensor, dy: Tensor, g: Tensor, targets: list[Tensor], du: Tensor) -> Tensor:
     """Backward of a segment.
 
     states [n+1,B,H,N,N]; dy [n,B,H,L,N]; g [B,H,N,N] is the gradient of the segment's last state. Writes the
     gradients of r, k, v, w into `targets` [n,B,H,L,N], adds to du [H,N] and returns the gradient of the first
     state.
     """
-    dy = _contiguous(dy)
+    dy = dy.contiguous()
     grads = _retreat(p, dy, g)
     ends = grads[1:]
     dweights = dy @ _t(p.v)
-    dv = (_t(p.weights) @ dy).add_(p.k_end @ ends)
-    dr = (dy @ _t(states[:-1])).mul_(p.scales[0])
-    dk = (p.v @ _t(ends)).mul_(p.scales[1])
+    dv = (_t(p.weights) @ dy).add_(p.k_end @ _t(ends))
+    dr = (dy @ states[:-1]).mul_(p.scales[0])
+    dk = (p.v @ ends).mul_(p.scales[1])
     _add_leaf_gradients(p, dweights, dr, dk)
     _add_half_gradients(p, dweights, dr, dk)
 
@@ -239,7 +231,7 @@ def _add_leaf_gradients(p: _Segment, dweights: Tensor, dr: Tensor, dk: Tensor) -
 
 
 def _add_half_gradients(p: _Segment, dweights: Tensor, dr: Tensor, dk: Tensor) -> None:
-    for m, scale, (r_half, k_half) in zip(_halvings(), p.scales[2:], p.halves, strict=True):
+    for m, scale, (r_half, k_half) in zip(_halvings(CHUNK), p.scales[2:], p.halves, strict=True):
         d = _crossing(dweights, m)
         _half(dr, m, 1).addcmul_(d @ k_half, _half(scale, m, 1))
         _half(dk, m, 0).addcmul_(_t(d) @ r_half, _half(scale, m, 0))
@@ -253,7 +245,7 @@ def _log_decay_gradient(p: _Segment, dr: Tensor, dk: Tensor, ends: Tensor, state
     upper = torch.ones(CHUNK, CHUNK, dtype=dr.dtype, device=dr.device).triu()
     dlog = upper.triu(1) @ (p.r * dr)
     dlog -= upper @ (p.k * dk)
-    at_end = [(g * s).sum(-1).unsqueeze(-2) for g, s in zip(ends, states, strict=True)]  # [B,H,1,N]
+    at_end = [(g * s).sum(-2, keepdim=True) for g, s in zip(ends, states, strict=True)]  # [B,H,1,N]
     dlog += torch.stack(at_end)
     return dlog.masked_fill_(p.log_decay < math.log(torch.finfo(dr.dtype).eps), 0.0)
 
@@ -276,10 +268,6 @@ def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
 def _half(x: Tensor, half: int, side: int) -> Tensor:
     """Rows of the left (0) or right (1) halves of x [..,L,N], a view [..,L/2m,m,N]."""
     return x.unflatten(-2, (-1, 2, half)).select(-3, side)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x.contiguous()
 
 
 def _t(x: Tensor) -> Tensor:

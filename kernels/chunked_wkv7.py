@@ -27,10 +27,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from rwkv_cluster.kernels import chunk_layout as layout
-from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rwkv_cluster.kernels import chunk_layout as layout
+from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
 
 CHUNK = 16
 
@@ -61,12 +62,11 @@ class _Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
-        *inputs, _ = saved = ctx.saved_tensors
-        inputs, boundaries = saved[:6], saved[6:]
-        grads = [layout.empty_padded(x, CHUNK) for x in inputs]
+        r, w, k, v, a, b, *boundaries = ctx.saved_tensors
+        grads = [layout.empty_padded(x, CHUNK) for x in (r, w, k, v, a, b)]
         g = dstate.flatten(0, 1)  # [BH,N,N]
         for segment, s in reversed(list(zip(layout.segments(dy, CHUNK), boundaries, strict=True))):
-            part = _prepare(*inputs, segment)
+            part = _prepare(r, w, k, v, a, b, segment)
             _advance(part, s)
             targets = [layout.store(x, segment, CHUNK) for x in grads]
             g = _differentiate(part, layout.load(dy, segment, CHUNK), g, targets)
@@ -91,9 +91,9 @@ class _Segment:
 
 
 @lru_cache(maxsize=8)
-def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """log c_{t-1} and log c_t as a matrix [2L,L] on the rates, and the causal mask [2L,2L]."""
-    inclusive = torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril()
+    inclusive = torch.ones(chunk, chunk, dtype=dtype, device=device).tril()
     sums = torch.cat([inclusive.tril(-1), inclusive])
     return sums * LOG_DECAY_SCALE, torch.cat([sums, sums], dim=1)
 
@@ -101,7 +101,7 @@ def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
 def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, segment: slice) -> _Segment:
     r, k, v, a, b = (layout.load(x, segment, CHUNK) for x in (r, k, v, a, b))
     rate = torch.sigmoid(layout.load(w, segment, CHUNK, -math.inf), out=layout.empty_chunks(r, CHUNK))
-    sums, mask = _tables(rate.dtype, rate.device)
+    sums, mask = _tables(CHUNK, rate.dtype, rate.device)
     scale = (sums @ rate).exp_()  # [n,B,H,2L,N]
     inverse_c = scale[..., CHUNK:, :].reciprocal()
     total = scale[..., -1:, :]
@@ -149,7 +149,7 @@ def _differentiate(p: _Segment, dy: Tensor, g: Tensor, targets: list[Tensor]) ->
     dy [n,B,H,L,N]; g [BH,N,N] is the gradient of the segment's last state. Writes the gradients of
     r, w, k, v, a, b into `targets` [n,B,H,L,N] and returns the gradient of the segment's first state.
     """
-    sums, mask = _tables(g.dtype, g.device)
+    sums, mask = _tables(CHUNK, g.dtype, g.device)
     zdy = torch.empty_like(p.uv)  # [Z; dY], Z the gradient of the right-hand side that U solves
     zdy[..., CHUNK:, :] = dy.flatten(1, 2)
     ends, g = _retreat(p, zdy, g)
@@ -167,15 +167,19 @@ def _differentiate(p: _Segment, dy: Tensor, g: Tensor, targets: list[Tensor]) ->
     drate.add_(at_end, alpha=LOG_DECAY_SCALE).mul_(p.rate)
 
     dr, dw, dk, dv_out, da, db = targets
-    shape = dy.shape
-    as_out = lambda x: x.unflatten(1, shape[1:3])
-    torch.mul(as_out(dleft[..., :CHUNK, :]), as_out(p.scale[..., :CHUNK, :]), out=da)
-    torch.mul(as_out(dleft[..., CHUNK:, :]), as_out(p.scale[..., CHUNK:, :]), out=dr)
-    torch.mul(as_out(dright[..., :CHUNK, :]), as_out(p.inverse_c), out=db)
-    torch.mul(as_out(dright[..., CHUNK:, :]), as_out(p.inverse_c), out=dk)
-    torch.mul(as_out(drate), as_out(1 - p.rate), out=dw)
-    dv_out.copy_(as_out(dv))
+    rows = dy.shape[1:3]  # BH back to B, H
+    torch.mul(_rows(dleft, 0, rows), _rows(p.scale, 0, rows), out=da)
+    torch.mul(_rows(dleft, 1, rows), _rows(p.scale, 1, rows), out=dr)
+    torch.mul(_rows(dright, 0, rows), p.inverse_c.unflatten(1, rows), out=db)
+    torch.mul(_rows(dright, 1, rows), p.inverse_c.unflatten(1, rows), out=dk)
+    torch.mul(drate.unflatten(1, rows), (1 - p.rate).unflatten(1, rows), out=dw)
+    dv_out.copy_(dv.unflatten(1, rows))
     return g
+
+
+def _rows(x: Tensor, half: int, batch_heads: torch.Size) -> Tensor:
+    """The upper (0) or lower (1) half of stacked rows x [n,BH,2L,N], as a view [n,B,H,L,N]."""
+    return x[..., half * CHUNK : (half + 1) * CHUNK, :].unflatten(1, batch_heads)
 
 
 def _retreat(p: _Segment, zdy: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

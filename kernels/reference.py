@@ -31,9 +31,7 @@ def initial_state(r: Tensor, state: Tensor | None) -> Tensor:
     return r.new_zeros(batch, heads, size, size, dtype=compute_dtype(r))
 
 
-def wkv5(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RWKV-5: `wkv6` with one decay per channel for all times.
 
     Args:
@@ -48,9 +46,7 @@ def wkv5(
     return wkv6(r, k, v, w.expand_as(r), u, state)
 
 
-def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RWKV-6: y_t = S^T r_t + (r_t . (u k_t)) v_t, then S = diag(d_t) S + k_t v_t^T.
 
     The current token is read through u; the decay acts on the old state after the read.

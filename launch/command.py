@@ -13,9 +13,7 @@ from rwkv_cluster.errors import LaunchError
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that bash reads as grammar when they stand first and are not quoted.
-_RESERVED = re.compile(
-    "if|then|else|elif|fi|case|esac|for|select|while|until|do|done|in|function|time|coproc"
-)
+_RESERVED = re.compile("if|then|else|elif|fi|case|esac|for|select|while|until|do|done|in|function|time|coproc")
 # Controls, invisible formatting, lone surrogates (undecodable bytes), line and paragraph separators.
 _REFUSED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
@@ -47,9 +45,7 @@ class Command:
             refuse_control_characters(argument, f"argument {position} of the command")
         for name, value in self.env.items():
             if not _VARIABLE.fullmatch(name):
-                raise LaunchError(
-                    f"{name!a} is not the name of an environment variable. Use letters, digits and _"
-                )
+                raise LaunchError(f"{name!a} is not the name of an environment variable. Use letters, digits and _")
             refuse_control_characters(value, f"environment variable {name}")
         if self.cwd is not None:
             refuse_control_characters(self.cwd, "the directory of the command")

@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` is without the program's name. Returns the exit code and never raises."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         with _log_to_stderr():
             code = _run(list(sys.argv[1:] if argv is None else argv))
@@ -138,24 +136,14 @@ def build_parser() -> argparse.ArgumentParser:
             subparser.add_argument("config", metavar="CONFIG", help="YAML file, shipped recipe, or WORK_DIR")
             subparser.epilog = "Any field may be set with --section.field=value."
     by_verb["init"].add_argument("--force", action="store_true", help="replace weights that exist")
-    by_verb["eval"].add_argument(
-        "--weights", metavar="PTH", help="weights to use instead of the run's newest"
-    )
+    by_verb["eval"].add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
     by_verb["inspect"].add_argument("path", metavar="PTH", help="an RWKV weights file")
     generate = by_verb["generate"]
-    generate.add_argument(
-        "source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one"
-    )
+    generate.add_argument("source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one")
     generate.add_argument("--prompt", default="", help="text to continue")
-    generate.add_argument(
-        "--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)"
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)"
-    )
-    generate.add_argument(
-        "--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)"
-    )
+    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
+    generate.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
     generate.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
     generate.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
     generate.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")

@@ -7,18 +7,37 @@ Reading YAML and applying overrides lives in `rwkv_cluster.configfile`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from rwkv_cluster.errors import ConfigError
 
 ModelType = Literal["x052", "x060", "x070"]
 Precision = Literal["fp32", "bf16", "fp16"]
 WkvBackend = Literal["auto", "reference", "chunked"]
-TokenizerType = Literal["byte", "integer", "angle", "generic"]
+TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
+
+
+class InvalidFields(ConfigError):
+    """Fields of a section that are unknown, of the wrong type or out of range. `faults`: pydantic's details of each."""
+
+    def __init__(self, message: str, faults: list[ErrorDetails]) -> None:
+        super().__init__(message, faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration. Unknown fields are refused; positional arguments follow field order."""
+    """A frozen part of the configuration. Unknown fields are refused; positional arguments follow field order.
+
+    Making one raises InvalidFields, a ConfigError with a sentence for each fault.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -26,15 +45,45 @@ class Section(BaseModel):
         names = list(type(self).model_fields)
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(args)}")
-        super().__init__(**dict(zip(names, args)), **kwargs)  # noqa: B905 -- fewer arguments than fields is the rule
+        given = dict(zip(names, args))  # noqa: B905 -- fewer arguments than fields is the rule
+        if twice := [name for name in given if name in kwargs]:
+            raise TypeError(f"{type(self).__name__} got {twice[0]} twice, by position and by name")
+        try:
+            super().__init__(**given, **kwargs)
+        except ValidationError as error:
+            faults = list(_flat(error.errors()))
+            sentences = [f"{type(self).__name__}: {_sentence(fault, names)}" for fault in faults]
+            raise InvalidFields("\n".join(sentences), faults) from None
+
+
+def _flat(details: list[ErrorDetails]) -> Iterator[ErrorDetails]:
+    """Faults with those of nested sections in the place of the one that stands for them."""
+    for fault in details:
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidFields):
+            for inner in cause.faults:
+                outer: ErrorDetails = inner.copy()
+                outer["loc"] = (*fault["loc"], *inner["loc"])
+                yield outer
+        else:
+            yield fault
+
+
+def _sentence(fault: ErrorDetails, names: list[str]) -> str:
+    """A fault for people. names: fields of the section, for the nearest one to an unknown name."""
+    field = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, names, 1)
+        return f"there is no field '{field}'. " + (f"Nearest: {near[0]}" if near else f"Fields: {', '.join(names)}")
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    return f"{field} is {fault['input']!r}. {fault['msg']}"
 
 
 class ModelConfig(Section):
     """Architecture. Widths: C = n_embd, A = dim_att, F = dim_ffn, N = head_size_a, H = A / N heads."""
 
-    model_type: ModelType = Field(
-        "x060", description="architecture: x052 (RWKV-5.2), x060 (RWKV-6), x070 (RWKV-7)"
-    )
+    model_type: ModelType = Field("x060", description="architecture: x052 (RWKV-5.2), x060 (RWKV-6), x070 (RWKV-7)")
     n_layer: int = Field(3, ge=1, description="number of blocks")
     n_embd: int = Field(128, ge=1, description="width C; a multiple of head_size_a")
     ctx_len: int = Field(1024, ge=1, description="tokens in a training sample")
@@ -42,17 +91,13 @@ class ModelConfig(Section):
         None, ge=2, description="rows of emb and head; default: the tokenizer's vocabulary size"
     )
     head_size_a: int = Field(64, ge=1, description="head size N")
-    dim_att: int | None = Field(
-        None, ge=1, description="attention width A; default n_embd (x070 allows only that)"
-    )
+    dim_att: int | None = Field(None, ge=1, description="attention width A; default n_embd (x070 allows only that)")
     dim_ffn: int | None = Field(
         None,
         ge=1,
         description="channel-mix width F; default 4 C (x070) or 32 * floor(3.5 C / 32) (x052, x060)",
     )
-    mix_lora_rank: int | None = Field(
-        None, ge=1, description="x060: rank of the token-shift LoRA; default 32"
-    )
+    mix_lora_rank: int | None = Field(None, ge=1, description="x060: rank of the token-shift LoRA; default 32")
     decay_lora_rank: int | None = Field(None, ge=1, description="x060, x070: rank of the decay LoRA")
     a_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the in-context learning-rate LoRA")
     v_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the value-residual LoRA")
@@ -74,12 +119,11 @@ class ModelConfig(Section):
             )
         if self.model_type == "x070":
             if att != self.n_embd:
-                raise ValueError(
-                    f"dim_att is {att}, but x070 needs dim_att = n_embd ({self.n_embd}). Remove dim_att"
-                )
+                raise ValueError(f"dim_att is {att}, but x070 needs dim_att = n_embd ({self.n_embd}). Remove dim_att")
             if self.dim_ffn not in (None, 4 * self.n_embd):
                 raise ValueError(
-                    f"dim_ffn is {self.dim_ffn}, but x070 needs dim_ffn = 4 * n_embd ({4 * self.n_embd}). Remove dim_ffn"
+                    f"dim_ffn is {self.dim_ffn}, but x070 needs dim_ffn = 4 * n_embd ({4 * self.n_embd}). "
+                    "Remove dim_ffn"
                 )
         elif self.dim_ffn is None and self.n_embd * 3.5 < 32:
             raise ValueError(f"n_embd {self.n_embd} is too small for the default dim_ffn. Set dim_ffn")
@@ -94,17 +138,15 @@ class TokenizerConfig(Section):
         description="byte, integer, angle, generic, or `package.module:ClassName` of a class with encode, decode, "
         "vocab_size",
     )
-    vocab_file: str | None = Field(
-        None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt"
-    )
+    vocab_file: str | None = Field(None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt")
     max_value: int = Field(359, ge=0, description="integer: largest value; ids are value + 1")
 
     @field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
-        if value not in TokenizerType.__args__ and ":" not in value:
+        if value not in TOKENIZER_TYPES and ":" not in value:
             raise ValueError(
-                f"tokenizer type is '{value}'. Use one of byte, integer, angle, generic, or `package.module:ClassName`"
+                f"tokenizer type is {value!r}. Use one of byte, integer, angle, generic, or `package.module:ClassName`"
             )
         return value
 
@@ -118,9 +160,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """What to train on and how it is prepared into `<work_dir>/data`."""
 
-    sequence_length: int = Field(
-        1024, ge=1, description="a 1-D integer array is cut into documents of this length"
-    )
+    sequence_length: int = Field(1024, ge=1, description="a 1-D integer array is cut into documents of this length")
     n_epochs_duplication: int = Field(
         3, ge=1, description="copies of every document in the token file, each pass shuffled anew"
     )
@@ -130,15 +170,9 @@ class DataConfig(Section):
         "pair by its prefix or .bin; `stdlib:` for the source files of the running Python's standard library",
     )
     file_pattern: str = Field("*", description="which files of a folder are read, e.g. '*.py'")
-    text_field: str = Field(
-        "text", description="field of a JSONL object that holds the text or a list of integers"
-    )
-    skip_bad_lines: bool = Field(
-        False, description="leave out JSONL lines that cannot be read, and count them"
-    )
-    tokenizer: TokenizerConfig = Field(
-        default_factory=TokenizerConfig, description="how text becomes token ids"
-    )
+    text_field: str = Field("text", description="field of a JSONL object that holds the text or a list of integers")
+    skip_bad_lines: bool = Field(False, description="leave out JSONL lines that cannot be read, and count them")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="how text becomes token ids")
     validation_fraction: float = Field(
         0.0,
         ge=0.0,
@@ -165,9 +199,7 @@ class TrainingConfig(Section):
     adam_eps: float = Field(1e-18, ge=0, description="Adam's epsilon")
     weight_decay: float = Field(0.001, ge=0, description="decoupled weight decay of the matrices")
     micro_bsz: int = Field(16, ge=1, description="samples per rank and micro batch")
-    grad_cp: int = Field(
-        1, ge=0, le=1, description="1: recompute each block's activations in the backward pass"
-    )
+    grad_cp: int = Field(1, ge=0, le=1, description="1: recompute each block's activations in the backward pass")
     epoch_save: int = Field(1, ge=1, description="write out/rwkv-<epoch>.pth every this many epochs")
     precision: Precision = Field(
         "bf16",
@@ -178,9 +210,7 @@ class TrainingConfig(Section):
         None, ge=1, description="passes over the token file's slots; default 1 without another bound"
     )
     max_steps: int | None = Field(None, ge=1, description="end after this many optimizer steps")
-    max_tokens: int | None = Field(
-        None, ge=1, description="end after this many tokens (RWKV-LM's exit_tokens)"
-    )
+    max_tokens: int | None = Field(None, ge=1, description="end after this many tokens (RWKV-LM's exit_tokens)")
     samples_per_epoch: int | None = Field(
         None,
         ge=1,
@@ -195,21 +225,15 @@ class TrainingConfig(Section):
         None, ge=1, description="samples per optimizer step over all ranks; accumulation follows from it"
     )
     gradient_clip_val: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
-    l2wrap: float = Field(
-        1e-4, ge=0, description="weight of RWKV-LM's extra gradient on the largest logit; 0: none"
-    )
+    l2wrap: float = Field(1e-4, ge=0, description="weight of RWKV-LM's extra gradient on the largest logit; 0: none")
     layerwise_lr: bool = Field(True, description="learning-rate multipliers by parameter group, as RWKV-LM")
     random_seed: int = Field(-1, ge=-1, le=2**63 - 1, description="seed of the initial weights; -1: 0")
     init_from: str | None = Field(
         None, description="start from the weights in this RWKV .pth instead of a fresh initialisation"
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
-    devices: int = Field(
-        1, ge=1, description="processes on this machine when no launcher has set the world size"
-    )
-    num_threads: int | None = Field(
-        None, ge=1, description="CPU threads of each rank; default torch's own choice"
-    )
+    devices: int = Field(1, ge=1, description="processes on this machine when no launcher has set the world size")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default torch's own choice")
     val_interval_steps: int | None = Field(
         None, ge=1, description="evaluate every this many steps; default: at each epoch's end"
     )
@@ -223,16 +247,14 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> TrainingConfig:
         if self.global_batch_size is not None and self.accumulate_grad_batches is not None:
-            raise ValueError(
-                "set global_batch_size or accumulate_grad_batches, not both: one follows from the other"
-            )
+            raise ValueError("set global_batch_size or accumulate_grad_batches, not both: one follows from the other")
         return self
 
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, value: str) -> str:
         if value not in ("auto", "ddp"):
-            raise ValueError(f"strategy is '{value}'. Use auto or ddp")
+            raise ValueError(f"strategy is {value!r}. Use auto or ddp")
         return value
 
 
@@ -258,9 +280,7 @@ class LoggingConfig(Section):
     )
     progress_bar: bool = Field(True, description="progress bar on a terminal")
     tensorboard: bool = Field(False, description="also write TensorBoard events (extra: tensorboard)")
-    wandb_project: str | None = Field(
-        None, description="also log to this Weights & Biases project (extra: wandb)"
-    )
+    wandb_project: str | None = Field(None, description="also log to this Weights & Biases project (extra: wandb)")
     sample_prompt: str | None = Field(
         None, description="text that the trained model continues at the end; default: none for integers"
     )

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from rwkv_cluster.config import Config, Section
+from rwkv_cluster.config import Config, InvalidFields, Section
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.field_types import (
     convert,
@@ -67,9 +65,7 @@ def parse_config(content: bytes, name: str, overrides: Sequence[str] = ()) -> Re
     """Configuration in YAML bytes. `name` stands for the file in messages; overrides may start with `--`."""
     root = parse_yaml(content, name)
     if root.value is None:
-        raise ConfigError(
-            f"{name}: the file has no settings. Write at least one, for instance `work_dir: work`"
-        )
+        raise ConfigError(f"{name}: the file has no settings. Write at least one, for instance `work_dir: work`")
     if not isinstance(root.value, dict):
         raise ConfigError(f"{root.origin}: expected `name: value` lines, found {found_text(root)}")
     for override in overrides:
@@ -87,9 +83,7 @@ def _read(path: Path) -> bytes:
     except IsADirectoryError as error:
         raise ConfigError(f"{where}: this is a folder. Name a YAML file") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: the file cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise ConfigError(f"{where}: the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _overridden(root: Node, override: str) -> Node:
@@ -126,9 +120,9 @@ class _Reader:
         config = None
         try:
             config = Config(**values)
-        except ValidationError as error:
+        except InvalidFields as error:
             # A rule between fields would only repeat, or be misled by, a field that was left out as faulty.
-            errors = [e for e in error.errors() if not self.faults or e["type"] != "value_error"]
+            errors = [e for e in error.faults if not self.faults or e["type"] != "value_error"]
             self.faults += [self._explain(e) for e in errors]
         if self.faults or config is None:
             more = ["(only the first faults are listed)"] if len(self.faults) >= MAX_FAULTS else []
@@ -146,9 +140,7 @@ class _Reader:
         if not isinstance(node.value, dict):
             names = ", ".join(section.model_fields)
             found = "" if isinstance(node.value, list) else f" {found_text(node)}"
-            self.faults.append(
-                f"{node.origin}: {prefix[:-1]} is{found or ' a list'}, expected a section with {names}"
-            )
+            self.faults.append(f"{node.origin}: {prefix[:-1]} is{found or ' a list'}, expected a section with {names}")
             return {}
         values: dict[str, Any] = {}
         for name, child in node.value.items():
@@ -182,9 +174,7 @@ class _Reader:
     def _place(self, location: str, message: str) -> str:
         """Origin of the field that the message names first, else of the section, else the file."""
         names = re.findall(r"\w+", message)
-        named = [
-            self.nodes[f"{location}.{name}"].origin for name in names if f"{location}.{name}" in self.nodes
-        ]
+        named = [self.nodes[f"{location}.{name}"].origin for name in names if f"{location}.{name}" in self.nodes]
         if named:
             return named[0]
         return self.nodes[location].origin if location in self.nodes else self.name

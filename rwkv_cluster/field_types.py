@@ -20,9 +20,7 @@ _LARGEST_INTEGER = 2**63 - 1
 _LONGEST_NAME = 80  # that is compared with the valid ones
 _COUNT_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _TIME_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_TRUTHS = {"yes": "true", "on": "true", "y": "true", "1": "true"} | dict.fromkeys(
-    ("no", "off", "n", "0"), "false"
-)
+_TRUTHS = {"yes": "true", "on": "true", "y": "true", "1": "true"} | dict.fromkeys(("no", "off", "n", "0"), "false")
 
 
 def convert(name: str, field: FieldInfo, node: Node) -> Any:
@@ -36,9 +34,7 @@ def convert(name: str, field: FieldInfo, node: Node) -> Any:
 def mismatch(name: str, field: FieldInfo, node: Node, hint: str = "", verb: str = "is") -> ConfigError:
     """The error that `node` is not what the field accepts; `hint` says how it is written instead."""
     ending = f". {hint}" if hint else ""
-    return ConfigError(
-        f"{node.origin}: {name} {verb} {found_text(node)}, expected {describe_type(field)}{ending}"
-    )
+    return ConfigError(f"{node.origin}: {name} {verb} {found_text(node)}, expected {describe_type(field)}{ending}")
 
 
 def found_text(node: Node) -> str:
@@ -59,21 +55,15 @@ def _converted(name: str, field: FieldInfo, annotation: Any, node: Node) -> Any:
         return _converted(name, field, next(part for part in arguments if part is not type(None)), node)
     if origin is list:
         if not isinstance(value, list):
-            raise mismatch(
-                name, field, node, f"Write [{shown(node.text)}]" if node.text and value is not None else ""
-            )
+            raise mismatch(name, field, node, f"Write [{shown(node.text)}]" if node.text and value is not None else "")
         return [_converted(f"{name}[{index}]", field, arguments[0], item) for index, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise mismatch(name, field, node)
-        return {
-            key: _converted(f"{name}.{shown(key)}", field, arguments[1], item) for key, item in value.items()
-        }
+        return {key: _converted(f"{name}.{shown(key)}", field, arguments[1], item) for key, item in value.items()}
     if origin is Literal:
         if type(value) not in map(type, arguments) or value not in arguments:
-            near = difflib.get_close_matches(
-                node.text[:_LONGEST_NAME], [str(choice) for choice in arguments], 1, 0.7
-            )
+            near = difflib.get_close_matches(node.text[:_LONGEST_NAME], [str(choice) for choice in arguments], 1, 0.7)
             raise mismatch(name, field, node, f"Nearest valid value: {near[0]}" if near else "")
         return value
     if annotation is str:

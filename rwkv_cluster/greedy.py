@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         except (OSError, AttributeError) as error:
             reason = str(error)
     logging.getLogger("rwkv_cluster").warning(
-        "no native tokenizer: %s. Text is tokenized in Python, about 100 times slower; install the package "
+        "no native tokenizer: %s. Text is tokenized in Python, about 60 times slower; install the package "
         "again with gcc present to change that",
         reason,
     )

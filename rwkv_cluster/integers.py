@@ -58,11 +58,7 @@ def parse_numpy(data: bytes, max_value: int, dtype: IdType) -> Encoded:
 def parse_integers(data: bytes, max_value: int, dtype: IdType) -> Encoded:
     """Value + 1 for each whole number 0..max_value in `data`, and -1 or where the first other word begins."""
     native = library()
-    return (
-        parse_numpy(data, max_value, dtype)
-        if native is None
-        else parse_native(data, max_value, dtype, native)
-    )
+    return parse_numpy(data, max_value, dtype) if native is None else parse_native(data, max_value, dtype, native)
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,7 @@ class IntegerCodec:
             if values.ndim == 1 and (values.dtype.kind in "iu" or not values.size):
                 return values if values.size else np.empty(0, np.int64)
             found = f"an array of type {values.dtype} and shape {values.shape}"
-            raise TokenizationError(
-                f"{found} is not a 1-D array of integers. Convert it first, e.g. with astype"
-            )
+            raise TokenizationError(f"{found} is not a 1-D array of integers. Convert it first, e.g. with astype")
         values = list(values)
         for index, value in enumerate(values):
             if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
@@ -135,9 +129,7 @@ class IntegerCodec:
             what = "is not a whole number"
         else:
             what = "is not a number"
-        advice = (
-            "Text needs the byte or generic tokenizer" if what == "is not a number" else "Correct the data"
-        )
+        advice = "Text needs the byte or generic tokenizer" if what == "is not a number" else "Correct the data"
         return f"{shortened(repr(found))} {what}; {self.noun} must be 0 to {self.max_value}. {advice}"
 
 
@@ -151,9 +143,7 @@ class IntegerTokenizer(BaseTokenizer):
         if vocab_file is not None:
             max_value = _integer_vocabulary(vocab_file)
         if isinstance(max_value, bool) or not isinstance(max_value, int) or not 0 <= max_value < MAX_TOKEN_ID:
-            raise ConfigError(
-                f"max_value is {max_value!r}, expected a whole number from 0 to {MAX_TOKEN_ID - 1:,}"
-            )
+            raise ConfigError(f"max_value is {max_value!r}, expected a whole number from 0 to {MAX_TOKEN_ID - 1:,}")
         self.max_value = max_value
         self._codec = IntegerCodec(max_value, "value")
 

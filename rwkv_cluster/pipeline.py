@@ -103,9 +103,7 @@ class RWKVTrainingPipeline:
     @property
     def magic_prime(self) -> int | None:
         """The sampler's prime for the prepared data and model_config.ctx_len; None when the data is too small."""
-        return (
-            largest_magic_prime(self.manifest.n_tokens, self.model_config.ctx_len) if self.manifest else None
-        )
+        return largest_magic_prime(self.manifest.n_tokens, self.model_config.ctx_len) if self.manifest else None
 
     def prepare_data(self, data: np.ndarray, data_name: str = "train") -> dict[str, Any]:
         """Prepare an integer array: 1-D is cut into documents of data_config.sequence_length, 2-D has one a row.
@@ -133,9 +131,7 @@ class RWKVTrainingPipeline:
             self.data_config = _changed(self.data_config, n_epochs_duplication=n_epochs)
         return self._prepare([], [path], data_name)
 
-    def use_existing_data(
-        self, binidx_prefix: str | Path, magic_prime: int | None, exit_tokens: int | None
-    ) -> None:
+    def use_existing_data(self, binidx_prefix: str | Path, magic_prime: int | None, exit_tokens: int | None) -> None:
         """Train on a .bin/.idx pair as it is.
 
         magic_prime: only compared; the one that is used follows from the data and ctx_len. exit_tokens: where a run
@@ -187,9 +183,7 @@ class RWKVTrainingPipeline:
         if random_seed != -1:
             changes["random_seed"] = random_seed
         training = self.training_config
-        unbounded = num_epochs is None and not (
-            training.num_epochs or training.max_steps or training.max_tokens
-        )
+        unbounded = num_epochs is None and not (training.num_epochs or training.max_steps or training.max_tokens)
         if self._exit_tokens is not None and unbounded:
             changes["max_tokens"] = self._exit_tokens
         self.training_config = _changed(training, **changes)
@@ -214,9 +208,7 @@ class RWKVTrainingPipeline:
         if not path.exists():
             raise MissingCheckpointError(f"Checkpoint not found: {path}")
         if auto_detect:
-            detected = infer_model_config(load_pth(path)).model_copy(
-                update={"ctx_len": self.model_config.ctx_len}
-            )
+            detected = infer_model_config(load_pth(path)).model_copy(update={"ctx_len": self.model_config.ctx_len})
             if detected.vocab_size < self.tokenizer.vocab_size:
                 raise CheckpointError(
                     f"Vocab size mismatch: {path} has {detected.vocab_size} rows, the tokenizer has "
@@ -235,11 +227,7 @@ class RWKVTrainingPipeline:
 
     def list_checkpoints(self) -> list[Path]:
         """The weights files in out/, in the order of training: init, epochs by number, final."""
-        ranked = [
-            (rank, path)
-            for path in self.output_dir.glob("rwkv-*.pth")
-            if (rank := _rank_of(path)) is not None
-        ]
+        ranked = [(rank, path) for path in self.output_dir.glob("rwkv-*.pth") if (rank := _rank_of(path)) is not None]
         return [path for _, path in sorted(ranked)]
 
     def get_latest_checkpoint(self) -> Path | None:

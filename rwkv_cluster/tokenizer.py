@@ -299,7 +299,5 @@ def _user_class(reference: str) -> Any:
         ) from error
     found = getattr(module, class_name, None)
     if not callable(found):
-        raise ConfigError(
-            f"tokenizer type is '{reference}', but module {module_name} has no class {class_name!r}"
-        )
+        raise ConfigError(f"tokenizer type is '{reference}', but module {module_name} has no class {class_name!r}")
     return found

@@ -143,9 +143,7 @@ def evaluate(config: Config, weights: Path | None) -> Report:
     from rwkv_cluster.train.evaluate import evaluate_run
 
     result = evaluate_run(config, weights)
-    text = (
-        f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {result.n_tokens:,} tokens"
-    )
+    text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {result.n_tokens:,} tokens"
     return Report(text, dataclasses.asdict(result) | {"perplexity": result.perplexity})
 
 
@@ -155,9 +153,7 @@ def inspect(path: Path) -> Report:
 
     facts = inspect_rwkv_checkpoint(path)
     if "detection_error" in facts:
-        raise CheckpointError(
-            f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}"
-        )
+        raise CheckpointError(f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}")
     rows = {"file": facts["checkpoint_path"], "size": f"{facts['file_size_mb']:.1f} MB"}
     rows |= {"parameters": f"{facts['num_parameters']:,}"} | facts["detected_config"]
     width = max(len(name) for name in rows)

@@ -84,13 +84,9 @@ def parse_vocabulary_lines(lines: Iterable[bytes], name: str) -> dict[int, bytes
                     continue
                 token_id, token = entry
                 if token_id in tokens:
-                    raise _Fault(
-                        f"id {token_id} is taken by line {id_lines[token_id]}. Give each token its own id"
-                    )
+                    raise _Fault(f"id {token_id} is taken by line {id_lines[token_id]}. Give each token its own id")
                 if token_id != 0 and token in token_lines:
-                    raise _Fault(
-                        f"{_shown(token)} is already on line {token_lines[token]}. Remove one of them"
-                    )
+                    raise _Fault(f"{_shown(token)} is already on line {token_lines[token]}. Remove one of them")
             except _Fault as fault:
                 raise VocabularyError(f"{name}:{number}: {fault}", number) from fault.__cause__
             tokens[token_id], id_lines[token_id] = token, number
@@ -104,9 +100,7 @@ def parse_vocabulary_lines(lines: Iterable[bytes], name: str) -> dict[int, bytes
 def parse_vocabulary_line(line: bytes, *, first: bool = False) -> tuple[int, bytes] | None:
     """(id, token) of one line without its line feed; None for a blank line or a comment."""
     if len(line) > 4 * MAX_LINE_CHARACTERS:
-        raise _Fault(
-            f"the line is {len(line):,} bytes long, more than any token of {MAX_TOKEN_BYTES:,} bytes needs"
-        )
+        raise _Fault(f"the line is {len(line):,} bytes long, more than any token of {MAX_TOKEN_BYTES:,} bytes needs")
     try:
         text = line.decode("utf-8-sig" if first else "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -116,16 +110,12 @@ def parse_vocabulary_line(line: bytes, *, first: bool = False) -> tuple[int, byt
     id_text, _, rest = text.partition(" ")
     literal, _, length_text = rest.rpartition(" ")
     if not (_NUMBER.fullmatch(id_text) and _NUMBER.fullmatch(length_text)):
-        raise _Fault(
-            f"found {shortened(text)}, expected an id, a quoted token and its length in bytes, as in: 1 'a' 1"
-        )
+        raise _Fault(f"found {shortened(text)}, expected an id, a quoted token and its length in bytes, as in: 1 'a' 1")
     token_id, token, length = int(id_text), _literal_bytes(literal.strip()), int(length_text)
     if token_id > MAX_TOKEN_ID:
         raise _Fault(f"id {token_id} is too large. The largest id is {MAX_TOKEN_ID}")
     if len(token) != length:
-        raise _Fault(
-            f"token {_shown(token)} is {len(token)} bytes long, but the line says {length}. Correct one"
-        )
+        raise _Fault(f"token {_shown(token)} is {len(token)} bytes long, but the line says {length}. Correct one")
     if len(token) > MAX_TOKEN_BYTES:
         raise _Fault(f"the token is {len(token):,} bytes long. The longest allowed is {MAX_TOKEN_BYTES:,}")
     if not token and token_id != 0:
@@ -181,9 +171,7 @@ def create_vocab_file_from_tokens(tokens: Sequence[str | bytes], filepath: str |
     lines = ["0 b'\\x00' 1\n"]
     for token_id, token in enumerate(tokens, start=1):
         if not isinstance(token, str | bytes):
-            raise VocabularyError(
-                f"token {token_id} is of type {type(token).__name__}. Tokens are str or bytes"
-            )
+            raise VocabularyError(f"token {token_id} is of type {type(token).__name__}. Tokens are str or bytes")
         size = len(token) if isinstance(token, bytes) else len(token.encode("utf-8", "surrogatepass"))
         lines.append(f"{token_id} {token!r} {size}\n")
     encoded = [line.encode("utf-8") for line in lines]

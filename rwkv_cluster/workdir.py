@@ -105,15 +105,11 @@ class WorkDir:
     def __init__(self, root: str | Path) -> None:
         text = os.fspath(root)
         if any(not character.isprintable() for character in text):
-            raise ConfigError(
-                f"work_dir {text!r} has a control character or an unprintable one. Choose another name"
-            )
+            raise ConfigError(f"work_dir {text!r} has a control character or an unprintable one. Choose another name")
         try:
             self.root = Path(text).expanduser().absolute()
         except RuntimeError as error:
-            raise ConfigError(
-                f"work_dir {text}: there is no such user. Write ./{text} for a folder"
-            ) from error
+            raise ConfigError(f"work_dir {text}: there is no such user. Write ./{text} for a folder") from error
         self.data = self.root / "data"
         self.out = self.root / "out"
         self.checkpoints = self.out / "checkpoints"

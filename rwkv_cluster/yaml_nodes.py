@@ -147,9 +147,7 @@ class _Composer:
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, depth)
         if event.tag is not None:
-            raise self._fault(
-                event, f"the tag {shown(event.tag)} is not allowed. Write a plain value; text in quotes"
-            )
+            raise self._fault(event, f"the tag {shown(event.tag)} is not allowed. Write a plain value; text in quotes")
         self._count(event, 1, len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
         if isinstance(event, yaml.ScalarEvent):
             node = self._scalar(event)
@@ -214,9 +212,7 @@ class _Composer:
         self.n_nodes += n_nodes
         self.n_characters += n_characters
         if self.n_nodes > MAX_NODES:
-            raise self._fault(
-                event, f"the file holds more than {MAX_NODES} values once its aliases are expanded"
-            )
+            raise self._fault(event, f"the file holds more than {MAX_NODES} values once its aliases are expanded")
         if self.n_characters > MAX_CHARACTERS:
             raise self._fault(
                 event, f"the file holds more than {MAX_CHARACTERS} characters once its aliases are expanded"

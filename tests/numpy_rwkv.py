@@ -95,10 +95,7 @@ class NumpyRWKV:
         def by_head(z):
             return z.reshape(self.heads, self.size)
 
-        w = (
-            p["att.time_decay"].ravel()
-            + np.tanh(mixed["w"] @ p["att.time_decay_w1"]) @ p["att.time_decay_w2"]
-        )
+        w = p["att.time_decay"].ravel() + np.tanh(mixed["w"] @ p["att.time_decay_w1"]) @ p["att.time_decay_w2"]
         r = by_head(p["att.receptance.weight"] @ mixed["r"])
         k = by_head(p["att.key.weight"] @ mixed["k"])
         v = by_head(p["att.value.weight"] @ mixed["v"])

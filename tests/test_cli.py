@@ -63,9 +63,7 @@ def test_help_lists_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str])
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^ +{verb} +\w", text, re.MULTILINE) for verb in VERBS)
-    assert all(
-        re.search(rf"^ +{code} +{meaning}$", text, re.MULTILINE) for code, meaning in EXIT_CODES.items()
-    )
+    assert all(re.search(rf"^ +{code} +{meaning}$", text, re.MULTILINE) for code, meaning in EXIT_CODES.items())
     assert "--section.field=value" in text
 
 
@@ -134,9 +132,7 @@ def test_top_level_fields_are_those_of_the_configuration() -> None:
     assert set(CONFIG_VERBS) < set(VERBS)
 
 
-def test_config_prints_a_file_that_loads_to_the_same(
-    run_yaml: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_prints_a_file_that_loads_to_the_same(run_yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--model.n_embd", "64", run_yaml, "--data.tokenizer.type=angle"]) == 0
     text = capsys.readouterr().out
     expected = load_config(run_yaml, ["model.n_embd=64", "data.tokenizer.type=angle"])
@@ -171,8 +167,7 @@ def test_a_shipped_recipe_is_found_from_any_directory(
     captured = capsys.readouterr()
     assert "work_dir:" in captured.out
     assert (
-        captured.err
-        == f"{folder}{recipe} does not exist here: using the recipe {recipe} shipped with rwkv-cluster\n"
+        captured.err == f"{folder}{recipe} does not exist here: using the recipe {recipe} shipped with rwkv-cluster\n"
     )
 
 
@@ -191,11 +186,7 @@ def test_a_missing_file_lists_the_recipes(argument: str, capsys: pytest.CaptureF
     assert all(recipe in message for recipe in shipped_recipes())
 
 
-ERRORS = [
-    value
-    for value in vars(errors).values()
-    if isinstance(value, type) and issubclass(value, RWKVClusterError)
-]
+ERRORS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RWKVClusterError)]
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -223,9 +214,7 @@ def test_an_error_on_another_rank_names_it(
     assert capsys.readouterr().out == ""
 
 
-def test_a_bug_keeps_its_traceback(
-    run_yaml: str, install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_keeps_its_traceback(run_yaml: str, install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     install("train.run", prepare_data=lambda config: 1 // 0)
     assert main(["prepare", run_yaml]) == 1
     message = capsys.readouterr().err
@@ -368,9 +357,7 @@ def test_generate_passes_its_options(install: Install, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out) == {"prompt": "a b", "text": f"w|a b|{options}"}
 
 
-def test_generate_takes_the_tokenizer_of_a_foreign_file(
-    install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_takes_the_tokenizer_of_a_foreign_file(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = []
 
     def generate_text(source: Path, prompt: str, *, tokenizer: TokenizerConfig, **options: object) -> str:
@@ -397,9 +384,7 @@ def test_bench_passes_its_arguments_through(install: Install, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out) == {"given": ["--threads", "2"]}
 
 
-def test_inspect_prints_the_architecture_or_why_not(
-    install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_prints_the_architecture_or_why_not(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {
         "checkpoint_path": "x.pth",
         "file_size_mb": 1.25,

@@ -41,17 +41,13 @@ def fault(text: str | bytes, overrides: Sequence[str] = ()) -> str:
         parsed(text, overrides)
     message = str(caught.value)
     assert all(line.isprintable() for line in message.split("\n"))
-    assert not any(
-        word in message for word in ("pydantic", "http", "Input should", "Value error", "NoneType")
-    )
+    assert not any(word in message for word in ("pydantic", "http", "Input should", "Value error", "NoneType"))
     return message
 
 
 def test_a_file_sets_fields_and_leaves_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "work_dir: w\nmodel: {n_layer: 2}\ndata:\n  inputs:\n    - a.txt\n  tokenizer: {type: angle}\n"
-    )
+    path.write_text("work_dir: w\nmodel: {n_layer: 2}\ndata:\n  inputs:\n    - a.txt\n  tokenizer: {type: angle}\n")
     config = load_config(path)
     assert (config.work_dir, config.model.n_layer, config.data.inputs) == ("w", 2, ["a.txt"])
     assert config.data.tokenizer.type == "angle"
@@ -78,9 +74,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 
 
 def test_scalars_in_a_file() -> None:
-    config = parsed(
-        "data: {text_field: no, seed: 0o17}\ntraining: {lr_init: 1e-3, lr_final: 0, beta2: 0.5}\n"
-    )
+    config = parsed("data: {text_field: no, seed: 0o17}\ntraining: {lr_init: 1e-3, lr_final: 0, beta2: 0.5}\n")
     assert (config.data.text_field, config.data.seed) == ("no", 15)
     assert (config.training.lr_init, config.training.lr_final) == (0.001, 0.0)
     assert type(config.training.lr_final) is float
@@ -164,9 +158,7 @@ def test_every_fault_is_told_at_once() -> None:
 def test_a_file_of_nothing_but_faults_is_told_in_a_few_lines() -> None:
     message = fault("\n".join(f"work_dirs{number}: 1" for number in range(49_000)))
     assert len(message.splitlines()) == MAX_FAULTS + 1
-    assert message.splitlines()[1] == "run.yaml:2: " + message.splitlines()[0].split(": ", 1)[1].replace(
-        "0'", "1'"
-    )
+    assert message.splitlines()[1] == "run.yaml:2: " + message.splitlines()[0].split(": ", 1)[1].replace("0'", "1'")
     assert len(fault(f"? {'x' * 500_000}\n: 1")) < 300
     assert len(fault(f"model: {{model_type: {'x' * 500_000}, n_layer: {'1_' * 250_000}1}}")) < 600
 
@@ -335,9 +327,7 @@ def test_sources_name_line_override_or_default(tmp_path: Path) -> None:
     assert resolved.sources["model.n_embd"] == "--model.n_embd=64"
     assert resolved.sources["model.ctx_len"] == DEFAULT
     text = dump_yaml(resolved.config, resolved.sources)
-    assert any(
-        line.startswith("  n_layer: 2 ") and line.endswith(f"# {path}:3") for line in text.splitlines()
-    )
+    assert any(line.startswith("  n_layer: 2 ") and line.endswith(f"# {path}:3") for line in text.splitlines())
     assert parsed(text) == resolved.config
 
 
@@ -363,9 +353,7 @@ def bounds(field: FieldInfo, low: Any, high: Any) -> dict[str, Any]:
 def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that `field` accepts on its own."""
     if name in ("strategy", "type"):
-        return st.sampled_from(
-            {"strategy": ["auto", "ddp"], "type": ["byte", "angle", "my.module:Class"]}[name]
-        )
+        return st.sampled_from({"strategy": ["auto", "ddp"], "type": ["byte", "angle", "my.module:Class"]}[name])
     if name == "work_dir":
         return TEXT.filter(bool)
     if name in ("n_embd", "head_size_a", "dim_att", "dim_ffn", "accumulate_grad_batches"):
@@ -383,9 +371,7 @@ def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         values = st.integers(**bounds(field, -(2**63) + 1, 2**63 - 1))
     elif kind is float:
         limits = bounds(field, 0.0, 1e300)
-        values = st.floats(
-            **limits, exclude_max=limits["max_value"] == 1.0, exclude_min=name == "save_interval_s"
-        )
+        values = st.floats(**limits, exclude_max=limits["max_value"] == 1.0, exclude_min=name == "save_interval_s")
     else:
         values = TEXT | ODD_TEXT
     return st.none() | values if optional else values

@@ -53,9 +53,7 @@ INTEGER_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "position", "what"), INTEGER_FAULTS, ids=[f[0][:12] for f in INTEGER_FAULTS]
-)
+@pytest.mark.parametrize(("text", "position", "what"), INTEGER_FAULTS, ids=[f[0][:12] for f in INTEGER_FAULTS])
 def test_faulty_integers_are_errors_with_their_place(implementation, text: str, position: int, what: str):
     for encode in (IntegerTokenizer(999).encode, IntegerTokenizer(999).encode_to_array):
         with pytest.raises(TokenizationError, match=re.escape(what)) as error:

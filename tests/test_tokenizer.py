@@ -379,9 +379,7 @@ def test_build_tokenizer(tmp_path: Path, monkeypatch):
     assert isinstance(build_tokenizer(TokenizerConfig()), ByteTokenizer)
     assert build_tokenizer(TokenizerConfig(type="integer", max_value=7)).max_value == 7
     assert isinstance(build_tokenizer(TokenizerConfig(type="angle")), AngleTokenizer)
-    assert build_tokenizer(TokenizerConfig(type="generic", vocab_file=str(tmp_path / "v.txt"))).encode(
-        "a"
-    ) == [1]
+    assert build_tokenizer(TokenizerConfig(type="generic", vocab_file=str(tmp_path / "v.txt"))).encode("a") == [1]
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
     assert isinstance(build_tokenizer(TokenizerConfig(type="mine:Reversed")), Reversed)
     assert build_tokenizer(TokenizerConfig(type="mine:Reversed", vocab_file="v")).vocab_file == Path("v")

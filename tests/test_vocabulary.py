@@ -134,9 +134,7 @@ def test_a_faulty_id_is_refused_by_line_number(id_text: bytes):
 def test_a_wrong_length_is_explained_in_one_sentence():
     with pytest.raises(VocabularyError) as error:
         parse(b"1 '<|endoftext|>' 14\n")
-    assert str(error.value) == (
-        "v.txt:1: token '<|endoftext|>' is 13 bytes long, but the line says 14. Correct one"
-    )
+    assert str(error.value) == ("v.txt:1: token '<|endoftext|>' is 13 bytes long, but the line says 14. Correct one")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"# only\n", b"0 b'\\x00' 1\n"])
@@ -177,9 +175,7 @@ def test_digest_depends_on_ids_and_bytes_and_not_on_order():
     assert digest not in (vocabulary_digest({1: b"a", 2: b"bc"}), vocabulary_digest({1: b"c", 2: b"ab"}))
 
 
-@given(
-    st.dictionaries(st.integers(1, MAX_TOKEN_ID), st.binary(min_size=1, max_size=40), min_size=1, max_size=20)
-)
+@given(st.dictionaries(st.integers(1, MAX_TOKEN_ID), st.binary(min_size=1, max_size=40), min_size=1, max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_what_is_written_is_read_back(tokens: dict[int, bytes]):
     by_token = {token: token_id for token_id, token in tokens.items()}

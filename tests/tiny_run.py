@@ -11,7 +11,25 @@ from typing import Any
 from rwkv_cluster.config import Config
 from rwkv_cluster.configfile import dump_yaml
 
-WORDS = ["the", "a", "river", "stone", "moves", "under", "light", "and", "every", "morning", "we", "count", "seven", "small", "birds", "in", "it"]
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "stone",
+    "moves",
+    "under",
+    "light",
+    "and",
+    "every",
+    "morning",
+    "we",
+    "count",
+    "seven",
+    "small",
+    "birds",
+    "in",
+    "it",
+]
 
 
 def write_text(path: Path, n_words: int = 1500, seed: int = 0) -> Path:

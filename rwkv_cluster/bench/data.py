@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import statistics
@@ -68,9 +69,7 @@ def format(result: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rwkv-cluster bench data", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--tokens", type=int, default=4_000_000, help="integers in the array and in the JSONL file"
-    )
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="integers in the array and in the JSONL file")
     parser.add_argument("--megabytes", type=float, default=4.0, help="of text (standard library sources)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed-package", help="folder that holds rwkv_trainer, when it is not installed")
@@ -109,12 +108,12 @@ def _seed_converters(folder: str | None) -> Any:
 def _paired(ours: Callable[[], float], rival: Callable[[], float] | None, repeats: int) -> dict[str, Any]:
     """Seconds of both, one after the other, `repeats` times after one unmeasured turn of ours."""
     ours()
-    pairs = [(ours(), rival() if rival else None) for _ in range(repeats)]
-    result = {"ours_s": statistics.median(first for first, _ in pairs), "rival_s": None, "ratio": None}
-    if rival:
-        result["rival_s"] = statistics.median(second for _, second in pairs)
-        result["ratio"] = statistics.median(second / first for first, second in pairs)
-    return result
+    pairs = [(ours(), rival() if rival else math.nan) for _ in range(repeats)]
+    return {
+        "ours_s": statistics.median(first for first, _ in pairs),
+        "rival_s": statistics.median(second for _, second in pairs) if rival else None,
+        "ratio": statistics.median(second / first for first, second in pairs) if rival else None,
+    }
 
 
 def _case(name: str, rival_name: str, unit: str, amount: float, times: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +144,7 @@ def _array_case(rows: np.ndarray, folder: Path, converters: Any, repeats: int) -
     tokenizer = IntegerTokenizer(_MAX_VALUE)
 
     def rival() -> float:
-        return _timed(
-            lambda place: converters.DataPipeline().process_numpy(rows, place, "train", _ROW, 3), folder
-        )
+        return _timed(lambda place: converters.DataPipeline().process_numpy(rows, place, "train", _ROW, 3), folder)
 
     times = _paired(
         lambda: _timed(lambda place: prepare(config, tokenizer, place, arrays=[rows]), folder),
@@ -164,9 +161,7 @@ def _jsonl_case(rows: np.ndarray, folder: Path, converters: Any, repeats: int) -
     tokenizer = IntegerTokenizer(_MAX_VALUE)
 
     def rival() -> float:
-        return _timed(
-            lambda place: converters.JsonlToBinIdxConverter().convert(path, place / "train", 1), folder
-        )
+        return _timed(lambda place: converters.JsonlToBinIdxConverter().convert(path, place / "train", 1), folder)
 
     times = _paired(
         lambda: _timed(lambda place: prepare(config, tokenizer, place), folder),

@@ -60,7 +60,7 @@ class _Worker:
     """A process that makes one step whenever it is asked to."""
 
     def __init__(self, name: str, arguments: Sequence[str], threads: int) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rwkv_cluster.bench.step", *arguments, "--worker", name],
             stdin=subprocess.PIPE,

@@ -38,10 +38,7 @@ from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {
-    code: np.dtype(name)
-    for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f8", "<u2"), 1)
-}
+DTYPES = {code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f8", "<u2"), 1)}
 MAX_ITEM_TOKENS = 2**31 - 1  # sizes are int32
 _BLOCK_ITEMS = 1 << 18
 
@@ -146,9 +143,7 @@ class IndexedTokens:
         wanted = (stop - start) * self.dtype.itemsize
         content = _read_exactly(self._descriptor, wanted, start * self.dtype.itemsize)
         if len(content) != wanted:
-            raise DataError(
-                f"{bin_path(self.prefix)} has become shorter while it was in use. Prepare the data again"
-            )
+            raise DataError(f"{bin_path(self.prefix)} has become shorter while it was in use. Prepare the data again")
         return np.frombuffer(content, self.dtype)
 
 
@@ -189,9 +184,7 @@ def _read_header(descriptor: int, path: Path, size: int) -> tuple[np.dtype, int,
     if code not in DTYPES:
         raise DataError(f"{path} has dtype code {code} at byte 17, and codes are 1 to 8")
     if DTYPES[code].kind == "f":
-        raise DataError(
-            f"{path} says that the .bin holds floating-point numbers (dtype code {code}), not tokens"
-        )
+        raise DataError(f"{path} says that the .bin holds floating-point numbers (dtype code {code}), not tokens")
     expected = HEADER.size + 12 * n_items + 8 * n_doc_idx
     if size != expected:
         raise DataError(
@@ -233,9 +226,7 @@ def _check_documents(descriptor: int, path: Path, n_items: int, n_doc_idx: int) 
         marks = _read_array(descriptor, path, "<i8", count, offset + 8 * start)
         steps = np.diff(marks, prepend=previous)
         if (start == 0 and marks[0] != 0) or (steps < 0).any() or int(marks.max()) > n_items:
-            raise DataError(
-                f"{path}: doc_idx must rise from 0 to the number of items ({n_items}) and does not"
-            )
+            raise DataError(f"{path}: doc_idx must rise from 0 to the number of items ({n_items}) and does not")
         previous = int(marks[-1])
     if n_doc_idx == 0 or previous != n_items:
         raise DataError(f"{path}: doc_idx ends at {previous}, expected the number of items, {n_items}")
@@ -270,7 +261,7 @@ class TokenFileWriter:
 
     def write_tokens(self, tokens: bytes | memoryview | np.ndarray) -> None:
         """Append tokens of a document whose end is told later, for documents larger than memory."""
-        self._bin.write(np.ascontiguousarray(tokens).data if isinstance(tokens, np.ndarray) else tokens)
+        self._bin.write(np.ascontiguousarray(tokens) if isinstance(tokens, np.ndarray) else tokens)
 
     def end_documents(self, lengths: np.ndarray) -> None:
         """Say how the tokens written since the last call divide into documents."""
@@ -299,9 +290,7 @@ class TokenFileWriter:
             for start in range(0, self.n_documents + 1, _BLOCK_ITEMS)
         )
         with HashedFile(idx_path(self._temporary)) as index:
-            for block in _index_blocks(
-                self._size_blocks, self.n_documents, self.dtype, self.n_documents + 1, marks
-            ):
+            for block in _index_blocks(self._size_blocks, self.n_documents, self.dtype, self.n_documents + 1, marks):
                 index.write(block)
         self.files = {
             bin_path(self.prefix).name: self._bin.digest,

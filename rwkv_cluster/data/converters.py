@@ -40,13 +40,9 @@ class NumpyToJsonlConverter:
         """Write `data`: rows of a 2-D array, or a 1-D array cut into `sequence_length` (None: one sequence)."""
         data = np.asarray(data)
         length = max(1, data.size) if sequence_length is None else sequence_length
-        return self._write(
-            Path(output_path), array_values(data, "the array", _positive(length, "sequence_length"))
-        )
+        return self._write(Path(output_path), array_values(data, "the array", _positive(length, "sequence_length")))
 
-    def convert_file(
-        self, input_path: str | Path, output_path: str | Path, sequence_length: int = 1024
-    ) -> Path:
+    def convert_file(self, input_path: str | Path, output_path: str | Path, sequence_length: int = 1024) -> Path:
         """The same for a `.npy` file."""
         path = source_at(Path(input_path)).path
         rows = npy_values(path, str(path), _positive(sequence_length, "sequence_length"))
@@ -152,9 +148,7 @@ class DataPipeline:
             with atomic_writer(copy) as handle:
                 handle.writelines(read_blocks(source))
         config = config.model_copy(update={"inputs": [str(copy)]})
-        return _result(
-            prepare(config, self.tokenizer, output_dir, name=name), Path(output_dir), sequence_length
-        )
+        return _result(prepare(config, self.tokenizer, output_dir, name=name), Path(output_dir), sequence_length)
 
 
 def _positive(value: int, name: str) -> int:

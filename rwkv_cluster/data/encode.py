@@ -136,9 +136,7 @@ class DocumentEncoder:
         values.check_whole()
         values.check_range(self.vocab_size - 1 - self._offset, "values" if self._offset else "token ids")
         ids = np.zeros((len(rows), rows.shape[1] + final_zero), self.dtype)
-        np.add(
-            rows, self._offset, out=ids[:, : rows.shape[1]], dtype=self.dtype, casting="unsafe"
-        )  # in range: checked
+        np.add(rows, self._offset, out=ids[:, : rows.shape[1]], dtype=self.dtype, casting="unsafe")  # in range: checked
         return ids
 
     def encode_rows(self, values: Values) -> Encoded:
@@ -168,9 +166,9 @@ class DocumentEncoder:
                 if not self._skip_bad_lines:
                     break
                 continue
-            if not value or (type(value) is str and value.isspace()):
+            if not value or (isinstance(value, str) and value.isspace()):
                 n_empty += 1
-            elif type(value) is str:
+            elif isinstance(value, str):
                 documents.append(self.encode_text(value, f"{name}:{number}"))
             else:
                 documents.append(self.encode_list(value, f"{name}:{number}"))
@@ -234,12 +232,10 @@ class DocumentEncoder:
         n_empty = len(documents) - len(kept)
         bare = [document[:-1] for document in kept] if terminated else kept
         lengths = np.fromiter(map(len, bare), np.int64, len(bare)) + 1
-        tokens = np.zeros(int(lengths.sum()), self.dtype)
-        zero = tokens[:1]
+        tokens = np.empty(int(lengths.sum()), self.dtype)
+        zero = np.zeros(1, self.dtype)
         if bare:
-            np.concatenate(
-                [part for document in bare for part in (document, zero)], out=tokens, casting="unsafe"
-            )
+            np.concatenate([part for document in bare for part in (document, zero)], out=tokens, casting="unsafe")
         return Encoded(tokens, lengths, self._digests(bare), n_empty=n_empty)
 
     def _check_ids(self, ids: np.ndarray, place: str) -> None:

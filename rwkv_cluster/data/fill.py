@@ -63,9 +63,7 @@ class Filled:
 class Filler:
     """Fills one spool from one set of inputs. jsonl: file for the documents that are not JSONL yet, or None."""
 
-    def __init__(
-        self, encoder: DocumentEncoder, spool: Spool, jsonl: HashedFile | None, scratch: Path
-    ) -> None:
+    def __init__(self, encoder: DocumentEncoder, spool: Spool, jsonl: HashedFile | None, scratch: Path) -> None:
         self._encoder, self._spool, self._jsonl, self._scratch = encoder, spool, jsonl, scratch
         self._progress = Progress("tokenizing")
 
@@ -114,9 +112,7 @@ class Filler:
             filled.contents[number] = content
         self._progress.advance(len(part.tokens))
 
-    def _add_inline(
-        self, number: int, sources: Sequence[Source], sequence_length: int, filled: Filled
-    ) -> None:
+    def _add_inline(self, number: int, sources: Sequence[Source], sequence_length: int, filled: Filled) -> None:
         source = sources[number]
         filled.contents[number] = content_digest(source)
         if source.kind == "array":

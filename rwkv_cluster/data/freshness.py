@@ -61,7 +61,7 @@ def array_digest(array: np.ndarray, name: str, encoder: DocumentEncoder, sequenc
 
 def source_digest(arrays: Sequence[str], sources: Sequence[Source], contents: Sequence[str]) -> str:
     """One sha256 for the whole input: what each part is and its content, in order. File names do not count."""
-    parts = [["array", digest] for digest in arrays]
+    parts: list[list[Any]] = [["array", digest] for digest in arrays]
     parts += [
         [source.kind, source.compression, source.optional, content]
         for source, content in zip(sources, contents, strict=True)
@@ -110,8 +110,12 @@ def why_stale(
     n_arrays: int,
     array_digests: Callable[[], list[str]],
     sources: Sequence[Source],
+    refresh: bool,
 ) -> str | None:
-    """Why the data must be prepared again, in words, or None. Reads the inputs whose record has changed."""
+    """Why the data must be prepared again, in words, or None. Reads the inputs whose record has changed.
+
+    refresh: write their new records when the content has not.
+    """
     if manifest.name != name:
         return f"the prepared data is named '{manifest.name}', not '{name}'"
     if manifest.tokenizer != tokenizer:
@@ -128,11 +132,9 @@ def why_stale(
         for source, found, (record, content) in zip(sources, stats, known, strict=True)
     ]
     if source_digest(array_digests(), sources, contents) != manifest.source_digest:
-        changed = [
-            s.path for s, new, (_, old) in zip(sources, contents, known, strict=True) if old and new != old
-        ]
+        changed = [s.path for s, new, (_, old) in zip(sources, contents, known, strict=True) if old and new != old]
         return f"the content of {changed[0]} changed" if changed else "the content of the input changed"
-    if [record for record, _ in known] != stats:
+    if refresh and [record for record, _ in known] != stats:
         write_cache(out_dir, stats, contents)
     return None
 

@@ -29,9 +29,7 @@ Encode = Callable[[str, bool], tuple[np.ndarray, str]]  # (text, is the last) ->
 _ASCII_SPACE = " \t\n\v\f\r"
 
 
-def encode_large_text(
-    tokenizer: Any, blocks: Iterator[bytes], path: Path
-) -> Iterator[tuple[np.ndarray, str]]:
+def encode_large_text(tokenizer: Any, blocks: Iterator[bytes], path: Path) -> Iterator[tuple[np.ndarray, str]]:
     """(ids, text) pieces of a UTF-8 text that comes in blocks; ids and texts concatenated are those of the whole.
 
     Raises DataError naming the file and the byte.

@@ -1,4 +1,4 @@
-"""What a prepared directory says about itself. `manifest.json` is written last: a directory without one is not prepared.
+"""What a prepared directory says about itself. `manifest.json` is written last; without one nothing is prepared.
 
 The manifest depends on the input, the tokenizer and the options only; it names no path outside its directory (but for
 a token file that is used in place) and no time, so equal preparations have equal manifests.
@@ -20,7 +20,7 @@ from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.workdir import sha256_file
 
 MANIFEST_NAME = "manifest.json"
-VERSION = 1
+VERSION: Literal[1] = 1
 _MAX_BYTES = 16 << 20
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 
@@ -78,9 +78,7 @@ class DataManifest(_Part):
     def _names_its_files(self) -> DataManifest:
         if self.adopted is not None and (not os.path.isabs(self.adopted) or ".." in Path(self.adopted).parts):
             raise ValueError("adopted is not an absolute path")
-        needed = {f"{self.prefix}.bin", f"{self.prefix}.idx"} | (
-            {"val.bin", "val.idx"} if self.validation else set()
-        )
+        needed = {f"{self.prefix}.bin", f"{self.prefix}.idx"} | ({"val.bin", "val.idx"} if self.validation else set())
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
@@ -123,9 +121,7 @@ def _canonical(value: Any) -> bytes:
 def check_name(name: str) -> str:
     """`name` when it can be the name of prepared data; DataError otherwise (no separators, no leading dot or dash)."""
     if not re.fullmatch(_NAME, name):
-        raise DataError(
-            f"data name {name!r} cannot be a file name here. Use letters, digits, '.', '_' and '-'"
-        )
+        raise DataError(f"data name {name!r} cannot be a file name here. Use letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -155,9 +151,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Prepare the data again") from error
     if len(content) > _MAX_BYTES:
-        raise DataError(
-            f"{path} has more than {_MAX_BYTES} bytes and cannot be a manifest. Prepare the data again"
-        )
+        raise DataError(f"{path} has more than {_MAX_BYTES} bytes and cannot be a manifest. Prepare the data again")
     return content
 
 
@@ -169,9 +163,7 @@ def parse_manifest(content: bytes, path: Path) -> DataManifest:
         raise DataError(f"{path} is not JSON ({str(error)[:100]}). Prepare the data again") from None
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION or isinstance(version, bool):
-        raise DataError(
-            f"{path} has manifest version {str(version)[:40]}, expected {VERSION}. Prepare the data again"
-        )
+        raise DataError(f"{path} has manifest version {str(version)[:40]}, expected {VERSION}. Prepare the data again")
     try:
         return DataManifest.model_validate(record)
     except ValidationError as error:
@@ -184,9 +176,7 @@ def _check_file(path: Path, record: FileRecord, verify: bool, may_link: bool) ->
     try:
         status = os.stat(path, follow_symlinks=may_link)
     except OSError as error:
-        raise MissingDataError(
-            f"{path}, which the manifest lists: {error.strerror}. Prepare the data again"
-        ) from error
+        raise MissingDataError(f"{path}, which the manifest lists: {error.strerror}. Prepare the data again") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}, which the manifest lists, is not a regular file. Prepare the data again")
     if status.st_size != record.bytes:
@@ -195,6 +185,4 @@ def _check_file(path: Path, record: FileRecord, verify: bool, may_link: bool) ->
             "Prepare the data again"
         )
     if verify and sha256_file(path) != record.sha256:
-        raise DataError(
-            f"{path} is not the file that was prepared: its sha256 differs. Prepare the data again"
-        )
+        raise DataError(f"{path} is not the file that was prepared: its sha256 differs. Prepare the data again")

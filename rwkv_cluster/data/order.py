@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_cluster.data.binidx import TokenFileWriter
+from rwkv_cluster.data.hashed_file import as_bytes
 from rwkv_cluster.data.spool import Block, Spool
 from rwkv_cluster.errors import DataError
 
 REGION_BYTES = 64 << 20
 _BOOKKEEPING_BYTES = 64  # of memory for each document of a region, beside its tokens
-_OUTPUT_BYTES = 4 << 20
+_OUTPUT_BYTES = 1 << 20
 _DIGEST_BINS = 1 << 16
 
 Choose = Callable[[Block], np.ndarray]  # which documents of a block take part: [n] bool
@@ -116,9 +117,7 @@ def _write_in_input_order(
         advance(len(tokens))
 
 
-def _copy_large(
-    spool: Spool, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]
-) -> None:
+def _copy_large(spool: Spool, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
     for tokens in spool.token_blocks(first, length):
         writer.write_tokens(tokens)
         advance(len(tokens))
@@ -162,7 +161,7 @@ class _Scratch:
             array = values if isinstance(values, np.ndarray) else np.frombuffer(values, self._dtype)
             self._memory[position : position + array.size] = array.reshape(-1)
             return
-        view = memoryview(values).cast("B")
+        view = as_bytes(values)
         offset = position * self._dtype.itemsize
         while len(view):
             written = os.pwrite(self._descriptor, view, offset)
@@ -172,7 +171,7 @@ class _Scratch:
         if self._memory is not None:
             return self._memory[position : position + count]
         values = np.empty(count, self._dtype)
-        view, offset = memoryview(values).cast("B"), position * self._dtype.itemsize
+        view, offset = as_bytes(values), position * self._dtype.itemsize
         while len(view) and (n_read := os.preadv(self._descriptor, [view], offset)):
             view, offset = view[n_read:], offset + n_read
         return values
@@ -210,10 +209,7 @@ class _Shuffle:
     def _count_regions(self) -> int:
         n_bytes = 0
         for _, chosen, _, lengths in self._keyed_blocks():
-            n_bytes += (
-                int(lengths.sum(dtype=np.int64)) * self._spool.dtype.itemsize
-                + len(chosen) * _BOOKKEEPING_BYTES
-            )
+            n_bytes += int(lengths.sum(dtype=np.int64)) * self._spool.dtype.itemsize + len(chosen) * _BOOKKEEPING_BYTES
         return -(-n_bytes // REGION_BYTES) or 1
 
     def _region_of(self, keys: np.ndarray) -> np.ndarray:
@@ -245,7 +241,7 @@ class _Shuffle:
             if block.large:
                 region = int(regions[0])
                 self._large[int(document[region])] = (block.first_token, int(block.lengths[0]))
-                dealt = np.empty(0, self._spool.dtype).data
+                dealt = memoryview(b"")
             else:
                 dealt = self._dealt(block, chosen[order])
             self._deal_block(regions[order], keys[order], lengths[order], dealt, document, token)
@@ -254,7 +250,7 @@ class _Shuffle:
         tokens = self._spool.read(block)
         in_order = len(order) == len(block.lengths) and self._n_regions == 1
         gathered = tokens if in_order else gather(tokens, block.lengths, order)
-        return memoryview(gathered).cast("B")
+        return as_bytes(gathered)
 
     def _deal_block(
         self,
@@ -279,17 +275,13 @@ class _Shuffle:
 
     def _write_region(self, region: int, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
         first, count = int(self._regions.first_document[region]), int(self._regions.n_documents[region])
-        tokens = self._tokens.read(
-            int(self._regions.first_token[region]), int(self._regions.n_tokens[region])
-        )
+        tokens = self._tokens.read(int(self._regions.first_token[region]), int(self._regions.n_tokens[region]))
         lengths = self._lengths.read(first, count)
         order = np.argsort(self._sort_keys.read(first, count), kind="stable")
         large = {
-            position - first: place
-            for position, place in self._large.items()
-            if first <= position < first + count
+            position - first: place for position, place in self._large.items() if first <= position < first + count
         }
-        cuts = np.flatnonzero(np.isin(order, list(large))) if large else []
+        cuts = np.flatnonzero(np.isin(order, list(large))).tolist()
         start = 0
         for cut in [*cuts, count]:
             _write_ordered(tokens, lengths, order[start:cut], writer, advance)

@@ -60,7 +60,7 @@ from rwkv_cluster.workdir import (
     sha256_file,
 )
 
-__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "write_pair"]
+__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "reason_to_prepare", "write_pair"]
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -87,14 +87,12 @@ def prepare(
         raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
     if check_name(name) == _VALIDATION:
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
-    job = _Job(
-        data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name
-    )
+    job = _Job(data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name)
     with _disk_errors(job.out_dir):
         job.out_dir.mkdir(parents=True, exist_ok=True)
         with _only_one(job.out_dir):
             remove_temporaries(job.out_dir)
-            found = job.reusable()
+            found = job.reusable(refresh=True)
             if isinstance(found, DataManifest):
                 log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(found))
                 return found
@@ -113,10 +111,8 @@ def reason_to_prepare(
     name: str = "train",
 ) -> str | None:
     """Why `prepare` would do its work anew, or None when it would use what is there. Writes nothing."""
-    job = _Job(
-        data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name
-    )
-    found = job.reusable()
+    job = _Job(data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name)
+    found = job.reusable(refresh=False)
     return found if isinstance(found, str) else None
 
 
@@ -168,7 +164,7 @@ class _Job:
     def options(self) -> dict[str, Any]:
         return {"in_place": True} if self.is_in_place else content_options(self.data, jsonl=self.writes_jsonl)
 
-    def reusable(self) -> DataManifest | str:
+    def reusable(self, *, refresh: bool) -> DataManifest | str:
         """The manifest of an earlier preparation that still holds, or why there is none."""
         try:
             manifest = load_manifest(self.out_dir)
@@ -186,6 +182,7 @@ class _Job:
             n_arrays=len(self.arrays),
             array_digests=self._array_digests,
             sources=self.sources,
+            refresh=refresh,
         )
         return manifest if reason is None else reason
 
@@ -253,11 +250,7 @@ class _Job:
         )
         spool = Spool(folder, encoder.dtype, with_digests=encoder.has_digests)
         with ExitStack() as files:
-            jsonl = (
-                files.enter_context(HashedFile(finished / f"{self.name}.jsonl"))
-                if self.writes_jsonl
-                else None
-            )
+            jsonl = files.enter_context(HashedFile(finished / f"{self.name}.jsonl")) if self.writes_jsonl else None
             filled = Filler(encoder, spool, jsonl, folder).fill(
                 self.arrays,
                 self.sources,
@@ -267,9 +260,7 @@ class _Job:
         spool.finish()
         _require_documents(spool, self.sources)
         if filled.n_bad_lines:
-            log.warning(
-                "%d lines were left out, the first: %s", filled.n_bad_lines, "; ".join(filled.bad_lines)
-            )
+            log.warning("%d lines were left out, the first: %s", filled.n_bad_lines, "; ".join(filled.bad_lines))
         return spool, filled, jsonl
 
     def _write(self, spool: Spool, folder: Path, finished: Path) -> list[TokenFileWriter]:
@@ -348,9 +339,7 @@ def _require_documents(spool: Spool, sources: Sequence[Source]) -> None:
     if spool.n_documents:
         return
     names = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
-    raise DataError(
-        f"no document was found in {names}: the input is empty or blank. Give it some text or integers"
-    )
+    raise DataError(f"no document was found in {names}: the input is empty or blank. Give it some text or integers")
 
 
 def _commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterable[str]) -> None:

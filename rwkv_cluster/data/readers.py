@@ -74,7 +74,7 @@ def line_blocks(source: Source, digest: Any = None) -> Iterator[LineBlock]:
             continue
         if cut == 0:
             rest += block
-        elif rest or cut:
+        else:
             whole = rest + block[:cut]
             yield from _split_long(LineBlock(source.path, number, whole))
             number, rest = number + whole.count(b"\n"), block[cut:]
@@ -86,19 +86,17 @@ def line_blocks(source: Source, digest: Any = None) -> Iterator[LineBlock]:
 
 
 def _split_long(block: LineBlock) -> Iterator[LineBlock]:
-    if len(block.data) <= MAX_LINE_BYTES:
-        yield block
-        return
-    end = block.data.find(b"\n")  # only the first line can be too long: it began in an earlier block
-    first, others = (block.data, b"") if end < 0 else (block.data[:end], block.data[end + 1 :])
-    yield LineBlock(
-        block.path,
-        block.first_line,
-        b"" if len(first) > MAX_LINE_BYTES else first,
-        len(first) > MAX_LINE_BYTES,
-    )
-    if others:
-        yield LineBlock(block.path, block.first_line + 1, others)
+    data, number = block.data, block.first_line
+    while len(data) > MAX_LINE_BYTES:
+        cut = data.rfind(b"\n", 0, MAX_LINE_BYTES + 1) + 1
+        if cut:
+            yield LineBlock(block.path, number, data[:cut])
+        else:
+            yield LineBlock(block.path, number, b"", too_long=True)
+            cut = (data.find(b"\n") + 1) or len(data)
+        number, data = number + data.count(b"\n", 0, cut), data[cut:]
+    if data:
+        yield LineBlock(block.path, number, data)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -170,9 +168,7 @@ def decode_text(data: bytes, path: Path) -> str:
 
 def not_utf8(path: Path, position: int) -> DataError:
     """The error for a text file that is not UTF-8 at byte `position`."""
-    return DataError(
-        f"{path}: is not UTF-8 text at byte {position}. Convert it, or leave it out with data.inputs or data.file_pattern"
-    )
+    return DataError(f"{path}: is not UTF-8 text at byte {position}. Convert it, or leave it out by data.file_pattern")
 
 
 @dataclass(frozen=True)
@@ -201,9 +197,7 @@ class Values:
     def check_range(self, largest: int, noun: str) -> None:
         """Raises DataError naming the first value that is not in 0..largest."""
         if self.rows.size and (self.rows.min() < 0 or self.rows.max() > largest):
-            self._refuse(
-                (self.rows < 0) | (self.rows > largest), f"is out of range: {noun} must be 0 to {largest}"
-            )
+            self._refuse((self.rows < 0) | (self.rows > largest), f"is out of range: {noun} must be 0 to {largest}")
 
     def _refuse(self, wrong: np.ndarray, reason: str) -> None:
         if wrong.any():
@@ -233,13 +227,11 @@ def npy_values(path: Path, name: str, sequence_length: int) -> Iterator[Values]:
     """A `.npy` file as blocks of rows, read without touching a memory map (but for 2-D arrays in Fortran order), so
     that memory stays small and a file that shrinks is an error."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{name}: cannot be read as a .npy array ({_first_line(error)}). Save it again with numpy.save"
         ) from error
-    if not isinstance(mapped, np.memmap):
-        raise DataError(f"{name}: is not a .npy array. Save it with numpy.save")
     check_array(mapped, name)
     if mapped.flags.c_contiguous:
         yield from _stored_rows(path, name, sequence_length, mapped)

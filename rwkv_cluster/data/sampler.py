@@ -118,7 +118,7 @@ class SamplePlan:
 def accumulation(
     *, micro_bsz: int, world_size: int, accumulate_grad_batches: int | None, global_batch_size: int | None
 ) -> int:
-    """Micro batches per optimizer step. Raises ConfigError, with values that would do, when they do not multiply out."""
+    """Micro batches per optimizer step. Raises ConfigError, with values that would do, when they do not fit."""
     if global_batch_size is None:
         return accumulate_grad_batches or 1
     per_pass = micro_bsz * world_size

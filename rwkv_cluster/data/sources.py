@@ -22,7 +22,7 @@ import os
 import stat
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,13 +108,9 @@ def _walk(folder: Path, pattern: str, left_out: set[str] = frozenset()) -> list[
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".")
-            and name not in left_out
-            and not (left_out and name.startswith("config-"))
+            if not name.startswith(".") and name not in left_out and not (left_out and name.startswith("config-"))
         ]
-        files += [
-            Path(root, name) for name in names if not name.startswith(".") and fnmatchcase(name, pattern)
-        ]
+        files += [Path(root, name) for name in names if not name.startswith(".") and fnmatchcase(name, pattern)]
     return sorted(files, key=lambda path: os.fsencode(path.relative_to(folder)).split(b"/"))
 
 
@@ -230,7 +226,11 @@ def _unzstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise _DecompressionError("the zstd data ends too early: the file is truncated")
 
 
-_DECOMPRESSORS = {"": iter, "gzip": _gunzip, "zstd": _unzstd}
+_DECOMPRESSORS: dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
+    "": iter,
+    "gzip": _gunzip,
+    "zstd": _unzstd,
+}
 
 
 def content_digest(source: Source) -> str:

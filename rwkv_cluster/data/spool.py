@@ -18,6 +18,7 @@ from rwkv_cluster.data.binidx import MAX_ITEM_TOKENS
 from rwkv_cluster.errors import DataError
 
 LARGE_DOCUMENT_BYTES = 8 << 20  # a larger document is copied from file to file and never held whole
+_HELD_BYTES = 32 << 20  # as long as the tokens are fewer, they stay in memory
 _BLOCK_BYTES = LARGE_DOCUMENT_BYTES
 _BLOCK_DOCUMENTS = 1 << 17
 
@@ -45,21 +46,22 @@ class Spool:
         self._token_path = directory / "tokens"
         self._length_path = directory / "lengths"
         self._digest_path = directory / "digests" if with_digests else None
+        self._held: list[np.ndarray] | None = []
+        self._memory: np.ndarray | None = None
         self._files = ExitStack()
-        self._tokens = self._files.enter_context(open(self._token_path, "xb"))
-        self._lengths = self._files.enter_context(open(self._length_path, "xb"))
-        self._digests = (
-            self._files.enter_context(open(self._digest_path, "xb")) if self._digest_path else None
-        )
+        self._tokens = self._files.enter_context(open(self._token_path, "xb"))  # noqa: SIM115
+        self._lengths = self._files.enter_context(open(self._length_path, "xb"))  # noqa: SIM115
+        self._digests = None
+        if self._digest_path:
+            self._digests = self._files.enter_context(open(self._digest_path, "xb"))  # noqa: SIM115
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, digests: np.ndarray | None) -> None:
         """Append documents: tokens back to back, each with its final 0."""
-        self._tokens.write(np.ascontiguousarray(tokens).data)
+        self._write_tokens(tokens)
         self._lengths.write(lengths.astype(np.int32).tobytes())
         if self._digests is not None:
             assert digests is not None
             self._digests.write(digests.tobytes())
-        self.n_tokens += len(tokens)
         self.n_documents += len(lengths)
 
     def add_pieces(self, pieces: Iterable[np.ndarray], digest: Callable[[], int], place: str) -> None:
@@ -75,17 +77,25 @@ class Spool:
                     f"{place}: has more than {MAX_ITEM_TOKENS:,} tokens, the most that a document of an indexed token "
                     "file can hold. Split it into several files"
                 )
-            self._tokens.write(np.ascontiguousarray(piece).data)
-            self.n_tokens += len(piece)
+            self._write_tokens(piece)
         if length:
             digests = np.array([digest()], np.uint64) if self._digests is not None else None
-            self.n_tokens -= length
             self.add(np.zeros(1, self.dtype), np.array([length + 1]), digests)
-            self.n_tokens += length
+
+    def _write_tokens(self, tokens: np.ndarray) -> None:
+        self.n_tokens += len(tokens)
+        if self._held is not None:
+            self._held.append(tokens)
+            if self.n_tokens * self.dtype.itemsize <= _HELD_BYTES:
+                return
+            tokens, self._held = np.concatenate(self._held), None
+        self._tokens.write(np.ascontiguousarray(tokens, self.dtype).data)
 
     def finish(self) -> None:
         """End of writing."""
         self._files.close()
+        self._memory = None if self._held is None else np.concatenate([np.empty(0, self.dtype), *self._held])
+        self._held = None
 
     def blocks(self) -> Iterator[Block]:
         """All documents, in blocks of at most _BLOCK_BYTES and _BLOCK_DOCUMENTS."""
@@ -114,6 +124,10 @@ class Spool:
     def token_blocks(self, first: int, count: int) -> Iterator[np.ndarray]:
         """Tokens [first, first + count) in blocks of at most _BLOCK_BYTES."""
         most = _BLOCK_BYTES // self.dtype.itemsize
+        if self._memory is not None:
+            for start in range(first, first + count, most):
+                yield self._memory[start : min(start + most, first + count)]
+            return
         with open(self._token_path, "rb", buffering=0) as handle:
             handle.seek(first * self.dtype.itemsize)
             for start in range(0, count, most):

@@ -78,9 +78,7 @@ def validate_checkpoint_compatibility(
     differences = [
         f"{name} differs: checkpoint {value}, pipeline {pipeline_config.get(name)}"
         for name, value in checkpoint_config.to_dict().items()
-        if name != "ctx_len"
-        and (name in pipeline_config or name in required)
-        and pipeline_config.get(name) != value
+        if name != "ctx_len" and (name in pipeline_config or name in required) and pipeline_config.get(name) != value
     ]
     return not differences, differences
 

@@ -56,9 +56,7 @@ def vectors_of_block(config: ModelConfig, layer: int) -> dict[str, Tensor]:
     rho = layer / (config.n_layer - 1) if config.n_layer > 1 else 0.0
     phi = 1 - layer / config.n_layer
     vectors = version(widths, rho, phi)
-    vectors["att.ln_x.weight"] = torch.full(
-        (widths.att,), ((1 + layer) / config.n_layer) ** 0.7, dtype=torch.float64
-    )
+    vectors["att.ln_x.weight"] = torch.full((widths.att,), ((1 + layer) / config.n_layer) ** 0.7, dtype=torch.float64)
     return vectors
 
 

@@ -99,9 +99,7 @@ class LayerNorm(nn.Module):
         self.bias = uninitialized(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C]
-        return F.layer_norm(
-            x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), LAYER_NORM_EPS
-        )
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), LAYER_NORM_EPS)
 
 
 class HeadNorm(nn.Module):

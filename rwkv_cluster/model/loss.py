@@ -20,9 +20,7 @@ from rwkv_cluster.model.layers import linear
 CHUNK_ELEMENTS = 1 << 24  # logits in flight: 64 MiB of fp32
 
 
-def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int | None = None
-) -> Tensor:
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int | None = None) -> Tensor:
     """Mean cross entropy of softmax(hidden Wᵀ) against `targets`.
 
     The gradient also carries L2Wrap: at the largest logit m of a row (the first, in a tie) l2wrap * m / M is
@@ -88,9 +86,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _softmax_loss(
-    logits: Tensor, targets: Tensor, l2wrap: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _softmax_loss(logits: Tensor, targets: Tensor, l2wrap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of logits [m,V] and its gradient [m,V] by the logits, L2Wrap included."""
     target = targets.unsqueeze(-1)  # [m,1]
     largest, where = logits.max(dim=-1, keepdim=True)  # [m,1]; the first of equals

@@ -67,7 +67,8 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes make the unpickler raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path}: refused: it is not a flat dict of tensors ({reason})") from error
     return _tensors_only(path, content)
 
@@ -167,9 +168,7 @@ def _check_archive(path: Path) -> None:
                 "Load it in an environment you trust and save it again with torch.save"
             )
         if magic != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{path}: not a weights file: starts with {magic!r}, wanted b'PK\\x03\\x04'"
-            )
+            raise CheckpointError(f"{path}: not a weights file: starts with {magic!r}, wanted b'PK\\x03\\x04'")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if len({record.filename for record in records}) < len(records):
@@ -238,12 +237,8 @@ def _model_type(tensors: Mapping[str, Tensor]) -> str:
         return "x052"
     if "emb.weight" not in tensors or decay is None:
         names = ", ".join(list(tensors)[:3]) or "no tensors at all"
-        raise CheckpointError(
-            f"weights are not those of an RWKV: found {names}, expected emb.weight, blocks.0.*"
-        )
-    raise CheckpointError(
-        "weights are those of an RWKV before 5.2. Supported: 5.2 (x052), 6 (x060) and 7 (x070)"
-    )
+        raise CheckpointError(f"weights are not those of an RWKV: found {names}, expected emb.weight, blocks.0.*")
+    raise CheckpointError("weights are those of an RWKV before 5.2. Supported: 5.2 (x052), 6 (x060) and 7 (x070)")
 
 
 def _n_layer(tensors: Mapping[str, Tensor]) -> int:

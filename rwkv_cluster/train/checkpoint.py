@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.model.state_dict import check_finite, load_pth
 from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_directory, fsync_directory, sha256_file
 
@@ -77,8 +77,8 @@ def save(
 
     Raises CheckpointError when a value is not finite or the disk refuses; the previous checkpoint is untouched.
     """
-    _require_finite(weights, "weight", step)
-    _require_finite(optimizer, "optimizer state", step)
+    for tensors in (weights, optimizer):
+        check_finite(tensors, f"the checkpoint of step {step} is not written")
     path = checkpoint_path(directory, step)
     try:
         _remove(path)
@@ -100,15 +100,6 @@ def save(
         ) from error
     fault_point("checkpoint.after_commit", step=step)
     return path
-
-
-def _require_finite(tensors: Mapping[str, Tensor], kind: str, step: int) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{kind} {name} holds NaN or infinity after step {step}; it is not saved. "
-                "Go on from an earlier checkpoint with a lower training.lr_init"
-            )
 
 
 def _manifest_bytes(directory: Path, step: int) -> bytes:

@@ -20,7 +20,7 @@ from rwkv_cluster.workdir import WorkDir, atomic_write
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics. step counts from 1 here: steps done. tokens: seen so far. memory_mb: peak of this process."""
+    """One line of metrics. step: steps done, from 1. tokens: seen so far. memory_mb: peak of this process."""
 
     step: int
     loss: float

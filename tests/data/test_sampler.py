@@ -70,11 +70,10 @@ def test_ranks_together_are_the_global_batch_in_order(split: tuple[int, int, int
     world_size, micro_bsz, accumulate = split
     plan = SamplePlan(16, 1019, world_size * micro_bsz * accumulate)
     ranks = [
-        plan.rank_samples(step, rank=rank, world_size=world_size, micro_bsz=micro_bsz)
-        for rank in range(world_size)
+        plan.rank_samples(step, rank=rank, world_size=world_size, micro_bsz=micro_bsz) for rank in range(world_size)
     ]
     assert all(len(batches) == accumulate and all(len(b) == micro_bsz for b in batches) for batches in ranks)
-    flat = [sum(batches, []) for batches in ranks]
+    flat = [[sample for batch in batches for sample in batch] for batches in ranks]
     assert [j for row in zip(*flat, strict=True) for j in row] == list(plan.samples(step))
 
 
@@ -83,9 +82,7 @@ def test_rank_order_is_rwkv_lms() -> None:
     plan = SamplePlan(16, 100_003, 8)
     epoch_steps = 40320 // 8
     for epoch, step_in_epoch, rank in [(0, 0, 0), (0, 3, 1), (2, 5, 1)]:
-        expected = [
-            1 + epoch * 40320 + idx * 2 + rank for idx in range(step_in_epoch * 4, step_in_epoch * 4 + 4)
-        ]
+        expected = [1 + epoch * 40320 + idx * 2 + rank for idx in range(step_in_epoch * 4, step_in_epoch * 4 + 4)]
         batches = plan.rank_samples(epoch * epoch_steps + step_in_epoch, rank=rank, world_size=2, micro_bsz=4)
         assert batches == [expected]
 
@@ -94,9 +91,7 @@ def test_rank_order_is_rwkv_lms() -> None:
 @settings(max_examples=300, deadline=None)
 def test_accumulation_multiplies_out_or_names_batches_that_do(micro: int, world: int, batch: int) -> None:
     try:
-        steps = accumulation(
-            micro_bsz=micro, world_size=world, accumulate_grad_batches=None, global_batch_size=batch
-        )
+        steps = accumulation(micro_bsz=micro, world_size=world, accumulate_grad_batches=None, global_batch_size=batch)
     except ConfigError as error:
         assert batch % (micro * world)
         named = int(str(error).split("Use training.global_batch_size ")[1].split()[0].rstrip(","))

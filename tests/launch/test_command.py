@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from rwkv_cluster.launch.command import Command
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.command import Command
 
 VISIBLE = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp")), max_size=12)
 SHELL_SYNTAX = st.text(st.sampled_from("ab $`\"'\\|&;<>(){}[]*?~#!=%^-+,.:@/"), max_size=12)
@@ -59,9 +59,7 @@ def test_environment_values_arrive_unchanged(value: str) -> None:
     assert shell_words(command.shell(), "bash") == [value]
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "-", "-x", "a b", "$(id)", "quo'te", 'with"double', "~", "#x", "é"]
-)
+@pytest.mark.parametrize("name", ["plain", "-", "-x", "a b", "$(id)", "quo'te", 'with"double', "~", "#x", "é"])
 def test_runs_in_its_directory(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
@@ -69,9 +67,7 @@ def test_runs_in_its_directory(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"CDPATH": str(tmp_path / "elsewhere")}
     for cwd in (name, str(folder)):
         text = Command(("pwd", "-P"), cwd=cwd).shell()
-        run = subprocess.run(
-            ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        run = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.stdout == f"{folder.resolve()}\n"
 
 
@@ -86,9 +82,7 @@ def test_a_program_named_like_shell_grammar_still_runs(program: str, tmp_path: P
     assert output == b"ran\0x y\0"
 
 
-@pytest.mark.parametrize(
-    "character", ["\n", "\r", "\0", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\u202e", "\udcff"]
-)
+@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\u202e", "\udcff"])
 @pytest.mark.parametrize("place", ["program", "argument", "value", "cwd"])
 def test_control_characters_are_refused_and_the_place_is_named(character: str, place: str) -> None:
     bad = f"a{character}b"

@@ -65,9 +65,7 @@ def test_compatibility_names_every_difference():
     assert validate_checkpoint_compatibility(detected, detected.to_dict()) == (True, [])
     assert validate_checkpoint_compatibility(detected, {**detected.to_dict(), "ctx_len": 8})[0]
     assert validate_checkpoint_compatibility(detected, {"n_layer": 2, "n_embd": 32, "vocab_size": 50})[0]
-    fits, differences = validate_checkpoint_compatibility(
-        detected, {"n_layer": 3, "vocab_size": 51, "n_embd": 32}
-    )
+    fits, differences = validate_checkpoint_compatibility(detected, {"n_layer": 3, "vocab_size": 51, "n_embd": 32})
     assert not fits
     assert differences == [
         "n_layer differs: checkpoint 2, pipeline 3",

@@ -48,9 +48,7 @@ def initialised(config, seed=0):
 @pytest.fixture(scope="module")
 def weights():
     return {
-        version: initialised(
-            ModelConfig(model_type=version, n_layer=2, n_embd=128, vocab_size=300)
-        ).state_dict()
+        version: initialised(ModelConfig(model_type=version, n_layer=2, n_embd=128, vocab_size=300)).state_dict()
         for version in VERSIONS
     }
 
@@ -113,9 +111,7 @@ def test_small_vocabulary_has_the_plain_head_gain():
 def test_a_fresh_model_predicts_uniformly_and_is_the_identity(version):
     model = initialised(tiny_config(version, n_embd=128, head_size_a=64))
     tokens = some_tokens(2, 30)
-    loss = torch.nn.functional.cross_entropy(
-        model(tokens).flatten(0, 1), some_tokens(2, 30, seed=9).flatten()
-    )
+    loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), some_tokens(2, 30, seed=9).flatten())
     assert abs(loss.item() - math.log(50)) < 0.3
     embedded = model.blocks[0].ln0(model.emb(tokens))
     assert torch.equal(model.hidden(tokens), model.ln_out(embedded))

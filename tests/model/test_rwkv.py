@@ -53,10 +53,7 @@ def test_segments_equal_the_whole(model_type):
         logits, state = model.forward_with_state(tokens[:, begin:end], state)
         parts.append(logits)
     assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
-    assert (
-        relative_error(model(tokens[:, 17:], model.forward_with_state(tokens[:, :17])[1]), whole[:, 17:])
-        < 1e-5
-    )
+    assert relative_error(model(tokens[:, 17:], model.forward_with_state(tokens[:, :17])[1]), whole[:, 17:]) < 1e-5
     assert [part.dtype for part in state[0]] == [torch.float32] * 3
     assert state[0].wkv.shape == (2, 2, 16, 16)
 
@@ -67,9 +64,7 @@ def test_gradients_match_float64(model_type):
     grads = []
     for dtype in (torch.float32, torch.float64):
         model = tiny_model(model_type).to(dtype)
-        loss = head_loss(
-            model.hidden(tokens[:, :-1]).flatten(0, 1), model.head.weight, tokens[:, 1:].flatten(), 1e-4
-        )
+        loss = head_loss(model.hidden(tokens[:, :-1]).flatten(0, 1), model.head.weight, tokens[:, 1:].flatten(), 1e-4)
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     unused = {name for name, grad in grads[0].items() if grad is None}

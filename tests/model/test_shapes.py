@@ -75,9 +75,7 @@ OUTER = {
     **{f"ln_out.{part}": (C,) for part in LN},
     **{f"blocks.0.ln0.{part}": (C,) for part in LN},
 }
-BLOCK = {f"{norm}.{part}": (C,) for norm in ("ln1", "ln2") for part in LN} | {
-    f"att.ln_x.{part}": (A,) for part in LN
-}
+BLOCK = {f"{norm}.{part}": (C,) for norm in ("ln1", "ln2") for part in LN} | {f"att.ln_x.{part}": (A,) for part in LN}
 FOUR = {f"att.{name}.weight": (A, C) for name in ("receptance", "key", "value", "gate")} | {
     "att.output.weight": (C, A),
     "att.time_faaaa": (H, N),
@@ -98,10 +96,7 @@ X060 = {
     "att.time_decay_w2": (64, A),
 }
 X070 = {
-    **{
-        f"att.{name}": (1, 1, C)
-        for name in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"]
-    },
+    **{f"att.{name}": (1, 1, C) for name in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"]},
     **{f"att.{name}1": (C, rank) for name, rank in {"w": 24, "a": 16, "v": 8, "g": 40}.items()},
     **{f"att.{name}2": (rank, C) for name, rank in {"w": 24, "a": 16, "v": 8, "g": 40}.items()},
     **{f"att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output")},
@@ -125,7 +120,5 @@ def test_names_and_shapes(model_type, block):
         head_size_a=N,
         **(ranks if model_type == "x070" else {}),
     )
-    wanted = OUTER | {
-        f"blocks.{i}.{name}": shape for i in range(2) for name, shape in (BLOCK | block).items()
-    }
+    wanted = OUTER | {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in (BLOCK | block).items()}
     assert expected_shapes(config) == wanted

@@ -20,9 +20,7 @@ TRAINING = TrainingConfig(lr_init=1e-3, weight_decay=0.1)
 
 
 def _model(model_type: str, n_layer: int = 2) -> RWKV:
-    model = RWKV(
-        ModelConfig(model_type=model_type, n_layer=n_layer, n_embd=32, head_size_a=16, vocab_size=17)
-    )
+    model = RWKV(ModelConfig(model_type=model_type, n_layer=n_layer, n_embd=32, head_size_a=16, vocab_size=17))
     initialize(model, 0)
     return model
 
@@ -97,8 +95,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
 def test_state_survives_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [
-        {n: torch.randn(p.shape, generator=generator) for n, p in _model("x070").named_parameters()}
-        for _ in range(4)
+        {n: torch.randn(p.shape, generator=generator) for n, p in _model("x070").named_parameters()} for _ in range(4)
     ]
 
     def run(model: RWKV, optimizer: torch.optim.Optimizer, steps: list[dict[str, torch.Tensor]]) -> None:

@@ -100,9 +100,7 @@ def test_every_version_and_precision_continues_exactly(
     for folder in folders:
         folder.mkdir()
         configs.append(
-            tiny_config(
-                folder, model={"model_type": model_type, "n_embd": 64, "n_layer": 1}, training=training
-            )
+            tiny_config(folder, model={"model_type": model_type, "n_embd": 64, "n_layer": 1}, training=training)
         )
     train(configs[0])
     _run_in_sessions(configs[1], [3], monkeypatch)
@@ -175,9 +173,7 @@ def test_changed_input_under_checkpoints_is_refused(unbroken: Path, tmp_path: Pa
         train(config)
 
 
-def test_an_allowed_change_is_logged(
-    unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_allowed_change_is_logged(unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _copy_of(unbroken, tmp_path)
     train(tiny_config(tmp_path, training={"max_steps": 9, "lr_final": 5e-5}))
     assert "training.lr_final: 6e-05 -> 5e-05" in caplog.text

@@ -31,9 +31,7 @@ def test_closed_form_at_random_steps() -> None:
         warmup, per_step, total = draw.randrange(0, 50), draw.randrange(1, 10**6), draw.randrange(60, 10**5)
         step = draw.randrange(0, total)
         training = TrainingConfig(lr_init=init, lr_final=final, warmup_steps=warmup)
-        rate = learning_rate(
-            step, training=training, tokens_per_step=per_step, horizon_tokens=total * per_step
-        )
+        rate = learning_rate(step, training=training, tokens_per_step=per_step, horizon_tokens=total * per_step)
         f = final / init
         p = min(max((step - warmup) / (total - warmup), 0), 1)
         expected = init * ((1 + f) / 2 + (1 - f) / 2 * math.cos(math.pi * p))
@@ -44,9 +42,7 @@ def test_closed_form_at_random_steps() -> None:
 @pytest.mark.parametrize("total", [1, 5, 10, 11])
 def test_a_run_shorter_than_its_warmup_still_warms_up(total: int) -> None:
     training = TrainingConfig(lr_init=1e-3, lr_final=1e-4, warmup_steps=10)
-    rates = [
-        learning_rate(s, training=training, tokens_per_step=8, horizon_tokens=8 * total) for s in range(total)
-    ]
+    rates = [learning_rate(s, training=training, tokens_per_step=8, horizon_tokens=8 * total) for s in range(total)]
     assert rates[0] == pytest.approx(1e-5)
     assert all(0 < rate <= 1e-3 for rate in rates)
     assert rates[: min(total, 10)] == sorted(rates[: min(total, 10)])
