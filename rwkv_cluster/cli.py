@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
+from rwkv_cluster.ranks import launched, rank
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
@@ -83,7 +84,7 @@ def _run(argv: list[str]) -> int:
     from rwkv_cluster import verbs
 
     report = verbs.run(options, overrides, extra)
-    if rank() in (None, 0):
+    if rank() == 0:
         print(json.dumps(report.data, indent=2, default=str) if options.json else report.text.rstrip("\n"))
     return 0
 
@@ -163,16 +164,8 @@ def _unknown_option(argument: str, verb: str) -> str:
     return f"{argument} is not an argument of {verb}. See rwkv-cluster {verb} --help"
 
 
-def rank() -> int | None:
-    """This process's rank as a launcher, Lightning or Slurm has set it, or None for a single process."""
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if os.environ.get(variable, "").isdecimal():
-            return int(os.environ[variable])
-    return None
-
-
 def _complain(message: str) -> None:
-    prefix = "" if rank() is None else f"rank {rank()}: "
+    prefix = f"rank {rank()}: " if launched() else ""
     with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
         print(f"rwkv-cluster: {prefix}{message}", file=sys.stderr, flush=True)
 

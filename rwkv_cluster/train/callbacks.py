@@ -15,6 +15,7 @@ from torch import Tensor
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import checkpoint, distributed, random_state
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.module import StepResult, TrainingModule
@@ -114,13 +115,13 @@ class Bookkeeping(Callback):
         """This rank's wish to (stop, save) at the next step boundary."""
         interval = self._config.checkpoint.save_interval_s
         overdue = interval is not None and time.monotonic() - self._saved_at > interval
-        return self._stop_request.requested(), overdue and distributed.rank() == 0
+        return self._stop_request.requested(), overdue and rank() == 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         self._stop_request.install()
         if self._random_states is not None:
-            random_state.restore(self._random_states, distributed.rank())
+            random_state.restore(self._random_states, rank())
         distributed.fault_point("train.step", step=module.step)
 
     def on_train_batch_end(
@@ -188,7 +189,7 @@ class Bookkeeping(Callback):
 
     def _export(self, module: TrainingModule, label: str) -> None:
         """RWKV-LM's flat file of weights, in the training precision."""
-        if distributed.rank() == 0:
+        if rank() == 0:
             path = self._work.out / f"rwkv-{label}.pth"
             save_pth(path, module.model.state_dict(), DTYPES[self._config.training.precision])
 

@@ -1,8 +1,4 @@
-"""The ranks of a run: who this process is, what all agree on, and where tests break things.
-
-Launchers (torchrun, srun, deepspeed, Lightning's own) say who a process is through the environment; this is the one
-place that reads it.
-"""
+"""What the ranks of a run agree on, what they wait for, and where tests break things."""
 
 from __future__ import annotations
 
@@ -17,24 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.ranks import rank
 
 FAULT_VARIABLE = "RWKV_CLUSTER_FAULT"
 
 T = TypeVar("T")
-
-
-def rank() -> int:
-    """This process's number among all ranks; 0 without a launcher."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if name in os.environ and (name != "SLURM_PROCID" or "SLURM_NTASKS" in os.environ):
-            return int(os.environ[name])
-    return 0
-
-
-def launched_world_size() -> int | None:
-    """Number of ranks that a launcher has started, or None when there is no launcher."""
-    value = os.environ.get("WORLD_SIZE")
-    return int(value) if value else None
 
 
 def is_distributed() -> bool:

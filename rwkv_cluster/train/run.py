@@ -18,6 +18,7 @@ from rwkv_cluster import configfile
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
 from rwkv_cluster.errors import Preempted
+from rwkv_cluster.ranks import rank
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume, strategy
 from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
@@ -97,7 +98,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
 @contextmanager
 def _holding(work: WorkDir) -> Iterator[None]:
     """The work directory, created and locked by rank 0 for all ranks."""
-    if distributed.rank() != 0:
+    if rank() != 0:
         yield
         return
     work.create()
@@ -118,7 +119,7 @@ def _obtain_data(
     def reason() -> str | None:
         return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
 
-    if distributed.rank() == 0:
+    if rank() == 0:
         resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), reason())
         return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
     distributed.wait_for(
@@ -169,7 +170,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
 def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) -> Bookkeeping:
     config, found = session.config, session.found
     start_epoch = session.horizon.epoch_of(session.start_step)
-    is_rank_0 = distributed.rank() == 0
+    is_rank_0 = rank() == 0
     records = (
         Records(
             session.work,
@@ -241,7 +242,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 def _write_config(session: Session) -> None:
     """Leave the resolved configuration where `eval`, `generate` and people look for it."""
-    if distributed.rank() == 0:
+    if rank() == 0:
         atomic_write(session.work.configs / "config.yaml", configfile.dump_yaml(session.config).encode())
         atomic_write(session.work.configs / "config.json", configfile.dump_json(session.config).encode())
 

@@ -17,7 +17,8 @@ from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, load_pth, save_pth
-from rwkv_cluster.train import distributed, resume
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train import resume
 from rwkv_cluster.train.checkpoint import Checkpoint, newest_verified
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.strategy import Placement, place
@@ -117,7 +118,7 @@ def build_model(session: Session) -> RWKV:
     model = RWKV(session.config.model, grad_cp=bool(training.grad_cp), wkv_backend=training.wkv_backend)
     if session.found is not None:
         model.load_state_dict(fit_state_dict(session.found.weights(), model))
-    elif distributed.rank() == 0:
+    elif rank() == 0:
         path = ensure_init_file(session.config, session.work, force=training.init_from is not None)
         model.load_state_dict(fit_state_dict(load_pth(path), model))
     model.compute_dtype = DTYPES[training.precision]

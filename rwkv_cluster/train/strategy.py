@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from rwkv_cluster import ranks
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.train import distributed
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ def place(training: TrainingConfig) -> Placement:
         raise ConfigError(
             "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"
         )
-    world_size = distributed.launched_world_size() or training.devices
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", training.devices if world_size > 1 else 1))
+    world_size = ranks.launched_world_size() or training.devices
+    devices = ranks.launched_local_world_size() or min(training.devices, world_size)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(
             f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
