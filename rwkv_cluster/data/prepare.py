@@ -9,14 +9,10 @@ the same bytes on any machine, in any directory, with any number of cores.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,10 @@ import numpy as np
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.adopt import check_pair
 from rwkv_cluster.data.binidx import TokenFileWriter
+from rwkv_cluster.data.commit import commit, disk_errors, only_one, temporary_folder
 from rwkv_cluster.data.encode import DocumentEncoder
 from rwkv_cluster.data.fill import Filled, Filler, Progress
 from rwkv_cluster.data.freshness import (
-    CACHE_NAME,
     array_digest,
     content_options,
     source_digest,
@@ -52,20 +48,12 @@ from rwkv_cluster.data.sources import Source, find_sources
 from rwkv_cluster.data.spool import Spool
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
-from rwkv_cluster.workdir import (
-    TEMPORARY_PREFIX,
-    atomic_write,
-    fsync_directory,
-    remove_temporaries,
-    sha256_file,
-)
+from rwkv_cluster.workdir import remove_temporaries, sha256_file
 
 __all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "reason_to_prepare", "write_pair"]
 
 log = logging.getLogger("rwkv_cluster")
 
-_LOCK_NAME = ".prepare.lock"
-_LOCK_TIMEOUT_S = 24 * 3600.0
 _VALIDATION = "val"
 
 
@@ -88,9 +76,9 @@ def prepare(
     if check_name(name) == _VALIDATION:
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
     job = _Job(data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name)
-    with _disk_errors(job.out_dir):
+    with disk_errors(job.out_dir):
         job.out_dir.mkdir(parents=True, exist_ok=True)
-        with _only_one(job.out_dir):
+        with only_one(job.out_dir):
             remove_temporaries(job.out_dir)
             found = job.reusable(refresh=True)
             if isinstance(found, DataManifest):
@@ -125,9 +113,9 @@ def write_pair(
     sources: Sequence[Source], encoder: DocumentEncoder, prefix: Path, *, passes: int, seed: int | None
 ) -> TokenFileWriter:
     """The documents of `sources` as one token file, without a manifest. seed: None keeps the input order."""
-    with _disk_errors(prefix.parent):
+    with disk_errors(prefix.parent):
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_folder(prefix.parent) as folder:
+        with temporary_folder(prefix.parent) as folder:
             spool = Spool(folder, encoder.dtype, with_digests=False)
             Filler(encoder, spool, None, folder).fill((), sources, sequence_length=1, num_workers=0)
             spool.finish()
@@ -194,7 +182,7 @@ class _Job:
         """Tokenize, split, shuffle, commit."""
         self._refuse_overwriting_inputs()
         stats = [source_stat(source) for source in self.sources]
-        with _temporary_folder(self.out_dir) as folder:
+        with temporary_folder(self.out_dir) as folder:
             finished = folder / "finished"
             finished.mkdir()
             spool, filled, jsonl = self._fill(folder, finished)
@@ -213,7 +201,7 @@ class _Job:
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
                 validation=_validation_record(parts),
             )
-            _commit(self.out_dir, manifest, finished, self._stale_files(manifest))
+            commit(self.out_dir, manifest, finished, self._stale_files(manifest))
         write_cache(self.out_dir, stats, filled.contents)
         return manifest
 
@@ -224,7 +212,7 @@ class _Job:
         pair = check_pair(source.path, int(self.tokenizer.vocab_size))
         inside = source.path.absolute().parent == self.out_dir.absolute() and source.path.name == self.name
         files = {f"{self.name}.bin": pair.bin, f"{self.name}.idx": pair.idx}
-        with _temporary_folder(self.out_dir) as folder:
+        with temporary_folder(self.out_dir) as folder:
             finished = folder / "finished"
             finished.mkdir()
             manifest = self._manifest(
@@ -236,7 +224,7 @@ class _Job:
                 dtype=pair.tokens.dtype.name,
                 source_digest=source_digest([], self.sources, [pair.content]),
             )
-            _commit(self.out_dir, manifest, finished, ())
+            commit(self.out_dir, manifest, finished, ())
         write_cache(self.out_dir, stats, [pair.content])
         return manifest
 
@@ -340,68 +328,6 @@ def _require_documents(spool: Spool, sources: Sequence[Source]) -> None:
         return
     names = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
     raise DataError(f"no document was found in {names}: the input is empty or blank. Give it some text or integers")
-
-
-def _commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterable[str]) -> None:
-    """Put finished files in place. Between the first and the last step the directory is not a prepared one."""
-    for name in (MANIFEST_NAME, CACHE_NAME):
-        (out_dir / name).unlink(missing_ok=True)
-    fsync_directory(out_dir)
-    for name in stale:
-        (out_dir / name).unlink(missing_ok=True)
-    for path in sorted(finished.iterdir()):
-        os.replace(path, out_dir / path.name)
-    fsync_directory(out_dir)
-    atomic_write(out_dir / MANIFEST_NAME, manifest.to_json())
-
-
-@contextmanager
-def _temporary_folder(directory: Path) -> Iterator[Path]:
-    folder = directory / f"{TEMPORARY_PREFIX}prepare-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline, told = time.monotonic() + _LOCK_TIMEOUT_S, False
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"another process has been preparing data in {directory} for a day. End it"
-                    ) from None
-                if not told:
-                    log.info("waiting for another process that prepares data in %s", directory)
-                told = True
-                time.sleep(0.2)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk or a missing permission is the user's to mend, not a bug."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, DataError):
-            raise
-        free = shutil.disk_usage(directory).free // 2**20 if directory.exists() else 0
-        raise DataError(
-            f"data cannot be prepared in {directory}: {error.strerror or error} (at {error.filename or 'a file'}; "
-            f"{free} MiB are free there)"
-        ) from error
 
 
 def _summary(manifest: DataManifest) -> str:

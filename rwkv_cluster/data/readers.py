@@ -123,7 +123,7 @@ def parse_line(line: bytes, field: str) -> str | list[int]:
         raise BadLine(f'has no field "{field}" (it has {present}); data.text_field names the field to read')
     value = record[field]
     if type(value) is str:
-        if _SURROGATE_ESCAPE.search(line):
+        if b"\\" in line and _SURROGATE_ESCAPE.search(line):
             _refuse_lone_surrogates(value, field)
     elif type(value) is list:
         for index, element in enumerate(value) if not set(map(type, value)) <= {int} else ():
@@ -137,7 +137,8 @@ def parse_line(line: bytes, field: str) -> str | list[int]:
 def _parse_json(line: bytes) -> Any:
     try:
         text = line.decode("utf-8")
-        return _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)
+        return value if end == len(text) else _DECODER.decode(text)  # decode, for its error
     except UnicodeDecodeError as error:
         raise BadLine(f"is not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:

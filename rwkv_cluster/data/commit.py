@@ -1,0 +1,86 @@
+"""How prepared files come to be in their directory: whole, one writer at a time, the manifest last."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rwkv_cluster.data.freshness import CACHE_NAME
+from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
+from rwkv_cluster.errors import DataError
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write, fsync_directory
+
+log = logging.getLogger("rwkv_cluster")
+
+_LOCK_NAME = ".prepare.lock"
+_LOCK_TIMEOUT_S = 24 * 3600.0
+
+
+def commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterable[str]) -> None:
+    """Put finished files in place. Between the first and the last step the directory is not a prepared one."""
+    for name in (MANIFEST_NAME, CACHE_NAME):
+        (out_dir / name).unlink(missing_ok=True)
+    fsync_directory(out_dir)
+    for name in stale:
+        (out_dir / name).unlink(missing_ok=True)
+    for path in sorted(finished.iterdir()):
+        os.replace(path, out_dir / path.name)
+    fsync_directory(out_dir)
+    atomic_write(out_dir / MANIFEST_NAME, manifest.to_json())
+
+
+@contextmanager
+def temporary_folder(directory: Path) -> Iterator[Path]:
+    """A folder for unfinished files, removed at the end; what a kill leaves is removed by the next preparation."""
+    folder = directory / f"{TEMPORARY_PREFIX}prepare-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
+    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline, told = time.monotonic() + _LOCK_TIMEOUT_S, False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another process has been preparing data in {directory} for a day. End it"
+                    ) from None
+                if not told:
+                    log.info("waiting for another process that prepares data in %s", directory)
+                told = True
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk or a missing permission is the user's to mend, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DataError):
+            raise
+        free = shutil.disk_usage(directory).free // 2**20 if directory.exists() else 0
+        raise DataError(
+            f"data cannot be prepared in {directory}: {error.strerror or error} (at {error.filename or 'a file'}; "
+            f"{free} MiB are free there)"
+        ) from error
