@@ -74,7 +74,7 @@ def id_dtype(vocab_size: int) -> IdType:
 
 def address_of(target: np.ndarray) -> Any:
     """Argument for a C function that fills `target` (not empty), at a quarter of target.ctypes' cost."""
-    return ctypes.byref(ctypes.c_char.from_buffer(target))
+    return ctypes.byref(ctypes.c_char.from_buffer(target.data))
 
 
 class NativeMatcher:
@@ -158,7 +158,7 @@ class PythonMatcher:
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of ids, without those of ids that the vocabulary lacks."""
-        ids = tokens.tolist() if _is_integer_array(tokens) else array("q", tokens)
+        ids = tokens.tolist() if isinstance(tokens, np.ndarray) else array("q", tokens)
         return b"".join([self._tokens.get(token_id, b"") for token_id in ids])
 
 

@@ -130,7 +130,9 @@ class IntegerCodec:
         else:
             what = "is not a number"
         advice = "Text needs the byte or generic tokenizer" if what == "is not a number" else "Correct the data"
-        return f"{shortened(repr(found))} {what}; {self.noun} must be 0 to {self.max_value}. {advice}"
+        if what.startswith("is above") and self.noun == "value":
+            advice += ", or raise max_value"
+        return f"{shortened(repr(found))} {what}; {self.noun}s must be 0 to {self.max_value}. {advice}"
 
 
 class IntegerTokenizer(BaseTokenizer):

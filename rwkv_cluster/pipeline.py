@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_cluster.config import Config, DataConfig, LoggingConfig, ModelConfig, TrainingConfig
+from rwkv_cluster.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from rwkv_cluster.configfile import dump_json, dump_yaml, load_config
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.prepare import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import largest_magic_prime
-from rwkv_cluster.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MissingCheckpointError,
-    MissingDataError,
+from rwkv_cluster.data.sources import source_at
+from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.tokenizer import (
+    GenericTokenizer,
+    IntegerTokenizer,
+    build_tokenizer,
+    describe_tokenizer,
+    tokenizer_identity,
 )
-from rwkv_cluster.tokenizer import GenericTokenizer, IntegerTokenizer
 from rwkv_cluster.workdir import WorkDir, atomic_write
+
+if TYPE_CHECKING:
+    from rwkv_cluster.train.run import TrainResult
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -30,12 +44,14 @@ log = logging.getLogger("rwkv_cluster")
 class RWKVTrainingPipeline:
     """One run in `work_dir`: prepare data, train, continue, inspect.
 
-    work_dir: made if needed. An existing one keeps its configuration, and what is not given here is read from it.
-    model_config, training_config, data_config: sections of the configuration; model_config.vocab_size is always the
-        tokenizer's.
-    tokenizer: any object with encode, decode and vocab_size; default IntegerTokenizer(max_value=359).
+    work_dir: made if needed. What is not given here is read from the configuration that is stored there; making a
+        pipeline never changes that file.
+    model_config, training_config, data_config, checkpoint_config, logging_config: sections of the configuration.
+        The vocab_size of a given model_config is replaced by the tokenizer's.
+    tokenizer: any object with encode, decode and vocab_size. Default: the stored one, else IntegerTokenizer(359).
     wandb_project: also log to this Weights & Biases project.
 
+    Sections are frozen: assign a new one (`pipeline.training_config = TrainingConfig(...)`) to change a setting.
     Under torchrun every rank makes the same calls; rank 0 prepares data and writes files.
     """
 
@@ -47,25 +63,30 @@ class RWKVTrainingPipeline:
         data_config: DataConfig | None = None,
         tokenizer: Any = None,
         wandb_project: str | None = None,
+        *,
+        checkpoint_config: CheckpointConfig | None = None,
+        logging_config: LoggingConfig | None = None,
     ) -> None:
-        self._paths = WorkDir(Path(work_dir).resolve())
+        self._paths = WorkDir(work_dir)
         self._paths.create()
-        stored = self._stored_config()
         self.work_dir = self._paths.root
         self.data_dir = self._paths.data
         self.output_dir = self._paths.out
         self.config_dir = self._paths.configs
-        self.training_config = training_config or stored.training
-        self.data_config = data_config or stored.data
-        self.wandb_project = wandb_project or stored.logging.wandb_project
-        self._logging_config = stored.logging
-        self._checkpoint_config = stored.checkpoint
-        self._wanted_model = model_config or stored.model
+        stored = self._stored_config()
+        fallback = stored or Config(logging=LoggingConfig(sample_tokens=0))
+        self.model_config = model_config or fallback.model
+        self.training_config = training_config or fallback.training
+        self.data_config = data_config or fallback.data
+        self.checkpoint_config = checkpoint_config or fallback.checkpoint
+        self.logging_config = logging_config or fallback.logging
+        self.wandb_project = wandb_project or self.logging_config.wandb_project
+        self.tokenizer = _first_tokenizer(tokenizer, data_config, stored)
         self.manifest: DataManifest | None = None
-        self.data_pipeline = DataPipeline(tokenizer)
-        self._set_tokenizer(tokenizer if tokenizer is not None else IntegerTokenizer(max_value=359))
         self._exit_tokens: int | None = None
-        if not (self.config_dir / "config.json").exists():
+        if model_config is not None or self.model_config.vocab_size is None:
+            self.model_config = _changed(self.model_config, vocab_size=int(self.tokenizer.vocab_size))
+        if stored is None:
             self._write_config()
 
     @property
@@ -74,28 +95,35 @@ class RWKVTrainingPipeline:
         return Config(
             work_dir=str(self.work_dir),
             model=self.model_config,
-            data=self.data_config,
+            data=_changed(self.data_config, tokenizer=describe_tokenizer(self.tokenizer)),
             training=self.training_config,
-            checkpoint=self._checkpoint_config,
-            logging=self._logging_config.model_copy(update={"wandb_project": self.wandb_project}),
+            checkpoint=self.checkpoint_config,
+            logging=_changed(self.logging_config, wandb_project=self.wandb_project),
         )
 
     @property
+    def data_pipeline(self) -> DataPipeline:
+        """The converters with this run's tokenizer, for preparing data by hand."""
+        return DataPipeline(self.tokenizer)
+
+    @property
     def data_prepared(self) -> bool:
+        """Whether this object has prepared its data, or found it prepared."""
         return self.manifest is not None
 
     @property
     def model_initialized(self) -> bool:
+        """Whether out/rwkv-init.pth is there."""
         return (self.output_dir / "rwkv-init.pth").exists()
 
     @property
     def data_prefix(self) -> Path | None:
         """The token file's path without its suffix."""
-        return self.data_dir / self.manifest.prefix if self.manifest else None
+        return self.manifest.token_prefix(self.data_dir) if self.manifest else None
 
     @property
     def my_exit_tokens(self) -> int | None:
-        """Tokens of one pass over the prepared data."""
+        """Tokens of one pass over the prepared data, or what `use_existing_data` was told."""
         if self._exit_tokens is not None:
             return self._exit_tokens
         return self.manifest.n_tokens if self.manifest else None
@@ -110,7 +138,7 @@ class RWKVTrainingPipeline:
 
         Raises DataError for values that the tokenizer does not know.
         """
-        return self._prepare([np.asarray(data)], [], data_name)
+        return self._prepare([_as_array(data)], [], data_name)
 
     def prepare_data_from_file(self, file_path: str | Path, data_name: str = "train") -> dict[str, Any]:
         """Prepare a .npy file, or any other input that data.inputs takes."""
@@ -123,13 +151,17 @@ class RWKVTrainingPipeline:
         n_epochs: int | None = None,
         vocab_file_path: str | Path | None = None,
     ) -> dict[str, Any]:
-        """Prepare JSONL lines. vocab_file_path: use a GenericTokenizer of that vocabulary from here on."""
+        """Prepare JSONL lines, whatever the file's name.
+
+        n_epochs: copies of every document, default data_config.n_epochs_duplication. vocab_file_path: use a
+        GenericTokenizer of that vocabulary from here on.
+        """
         path = _existing(jsonl_path, "JSONL file")
         if vocab_file_path is not None:
-            self._set_tokenizer(GenericTokenizer(str(vocab_file_path)))
+            self._set_tokenizer(GenericTokenizer(vocab_file_path))
         if n_epochs is not None:
             self.data_config = _changed(self.data_config, n_epochs_duplication=n_epochs)
-        return self._prepare([], [path], data_name)
+        return self._prepare([], [self._named_as_jsonl(path, data_name)], data_name)
 
     def use_existing_data(self, binidx_prefix: str | Path, magic_prime: int | None, exit_tokens: int | None) -> None:
         """Train on a .bin/.idx pair as it is.
@@ -137,24 +169,25 @@ class RWKVTrainingPipeline:
         magic_prime: only compared; the one that is used follows from the data and ctx_len. exit_tokens: where a run
         ends that has no other bound.
         """
-        prefix = Path(binidx_prefix)
         for suffix in (".bin", ".idx"):
-            if not Path(f"{prefix}{suffix}").exists():
-                raise MissingDataError(f"{suffix[1:].title()} file not found: {prefix}{suffix}")
-        self._prepare([], [str(prefix.absolute())], "train")
+            if not Path(f"{binidx_prefix}{suffix}").exists():
+                raise MissingDataError(f"{suffix[1:].title()} file not found: {binidx_prefix}{suffix}")
+        self._prepare([], [str(Path(f"{binidx_prefix}.bin").absolute())], "train")
         self._exit_tokens = exit_tokens
         if magic_prime is not None and magic_prime != self.magic_prime:
             log.warning(
                 "magic_prime %d is not used: for ctx_len %d this data has %s",
-                magic_prime, self.model_config.ctx_len, self.magic_prime,
-            )  # fmt: skip
+                magic_prime,
+                self.model_config.ctx_len,
+                self.magic_prime,
+            )
 
     def initialize_model(self, force: bool = False, random_seed: int = -1) -> Path:
         """Write out/rwkv-init.pth unless a fitting one is there; `force` replaces it. Returns its path."""
         from rwkv_cluster.train.run import initialize
 
         self._require_data("Data must be prepared before model initialization")
-        self.training_config = _changed(self.training_config, random_seed=random_seed)
+        self._set_training(random_seed=None if random_seed == -1 else random_seed)
         return initialize(self.config, force=force, tokenizer=self.tokenizer)
 
     def train(
@@ -163,11 +196,12 @@ class RWKVTrainingPipeline:
         num_epochs: int | None = None,
         continue_training: bool = False,
         random_seed: int = -1,
-    ) -> Any:
-        """Train to the end, or continue where the last call ended. Returns the TrainResult.
+    ) -> TrainResult:
+        """Train to the end, or continue where the last call ended.
 
         data: prepared first, as by `prepare_data`; None: what is prepared. num_epochs: passes over the token file;
         default training_config's bounds, or one. continue_training: refuse to start from the beginning.
+        random_seed: of the initial weights; -1: training_config's.
         """
         from rwkv_cluster.train.checkpoint import list_steps
         from rwkv_cluster.train.run import train
@@ -179,14 +213,10 @@ class RWKVTrainingPipeline:
             raise MissingCheckpointError(
                 f"continue_training is set, but {self._paths.checkpoints} has no checkpoint. Call train() without it"
             )
-        changes: dict[str, Any] = {"num_epochs": num_epochs} if num_epochs is not None else {}
-        if random_seed != -1:
-            changes["random_seed"] = random_seed
-        training = self.training_config
-        unbounded = num_epochs is None and not (training.num_epochs or training.max_steps or training.max_tokens)
-        if self._exit_tokens is not None and unbounded:
-            changes["max_tokens"] = self._exit_tokens
-        self.training_config = _changed(training, **changes)
+        self._set_training(num_epochs=num_epochs, random_seed=None if random_seed == -1 else random_seed)
+        bounds = (self.training_config.num_epochs, self.training_config.max_steps, self.training_config.max_tokens)
+        if bounds == (None, None, None):
+            self._set_training(max_tokens=self._exit_tokens)
         return train(self.config, tokenizer=self.tokenizer, manifest=self.manifest)
 
     def train_from_checkpoint(
@@ -195,11 +225,16 @@ class RWKVTrainingPipeline:
         num_epochs: int | None = None,
         auto_detect: bool = True,
         override_config: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Start a new run from the weights in an RWKV .pth file.
+    ) -> TrainResult:
+        """Start a new run from the weights in an RWKV .pth file; called again, continue that run.
 
-        auto_detect: take the architecture from the file. override_config: fields of ModelConfig to set after that.
-        Raises CheckpointError when the file's vocabulary is smaller than the tokenizer's or its shape does not fit.
+        auto_detect: take the architecture from the file. override_config: fields of ModelConfig or TrainingConfig to
+        set after that, ctx_len or lr_init for instance.
+
+        Raises:
+            CheckpointError: the file is no RWKV model, has fewer vocabulary rows than the tokenizer has ids, or
+                does not fit model_config.
+            ConfigError: an override is unknown, or the work directory holds a run that started otherwise.
         """
         from rwkv_cluster.model.state_dict import infer_model_config, load_pth
 
@@ -207,16 +242,13 @@ class RWKVTrainingPipeline:
         path = Path(checkpoint_path)
         if not path.exists():
             raise MissingCheckpointError(f"Checkpoint not found: {path}")
+        overrides = _by_section(override_config or {})
+        model = self.model_config
         if auto_detect:
-            detected = infer_model_config(load_pth(path)).model_copy(update={"ctx_len": self.model_config.ctx_len})
-            if detected.vocab_size < self.tokenizer.vocab_size:
-                raise CheckpointError(
-                    f"Vocab size mismatch: {path} has {detected.vocab_size} rows, the tokenizer has "
-                    f"{self.tokenizer.vocab_size} ids. Use the tokenizer that the file was trained with"
-                )
-            self.model_config = detected
-        self.model_config = _changed(self.model_config, **(override_config or {}))
-        self.training_config = _changed(self.training_config, init_from=str(path.absolute()))
+            model = _changed(infer_model_config(load_pth(path)), ctx_len=model.ctx_len)
+            self._require_rows(path, model.vocab_size or 0)
+        self.model_config = _changed(model, **overrides[ModelConfig])
+        self._set_training(init_from=str(path.absolute()), **overrides[TrainingConfig])
         return self.train(num_epochs=num_epochs)
 
     def inspect_checkpoint(self, path: str | Path) -> dict[str, Any]:
@@ -236,19 +268,35 @@ class RWKVTrainingPipeline:
         return trained[-1] if trained else None
 
     def _prepare(self, arrays: Sequence[np.ndarray], inputs: Sequence[str], data_name: str) -> dict[str, Any]:
+        from rwkv_cluster.train.checkpoint import list_steps
         from rwkv_cluster.train.run import prepare_data
 
         self.data_config = _changed(self.data_config, inputs=list(inputs))
         self._exit_tokens = None
         self.manifest = prepare_data(self.config, tokenizer=self.tokenizer, arrays=arrays, name=data_name)
+        if not list_steps(self._paths.checkpoints):  # else the file describes the run that they belong to
+            self._write_config()
+        jsonl = self.data_dir / f"{data_name}.jsonl"
         return {
-            "jsonl_path": self.data_dir / f"{data_name}.jsonl",
+            "jsonl_path": jsonl if jsonl.exists() or not inputs else Path(inputs[0]),
             "binidx_prefix": self.data_prefix,
             "vocab_path": self.data_dir / "vocab.txt",
             "num_sequences": self.manifest.n_documents,
             "total_tokens": self.manifest.n_tokens,
             "magic_prime": self.magic_prime,
         }
+
+    def _named_as_jsonl(self, path: str, data_name: str) -> str:
+        """`path`, or a link to it whose name says that it holds JSONL."""
+        source = source_at(Path(path))
+        if source.kind == "jsonl":
+            return path
+        link = self.data_dir / f"{data_name}.jsonl{Path(path).suffix if source.compression else ''}"
+        temporary = link.with_name(f"{link.name}.{os.getpid()}")  # each rank makes the same link, by rename
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path)
+        os.replace(temporary, link)
+        return str(link)
 
     def _require_data(self, message: str) -> None:
         if self.manifest is None:
@@ -257,27 +305,86 @@ class RWKVTrainingPipeline:
             except DataError as error:
                 raise DataError(f"{message}: {error}") from error
 
-    def _set_tokenizer(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.data_pipeline = DataPipeline(tokenizer)
-        self.model_config = _changed(self._wanted_model, vocab_size=tokenizer.vocab_size)
+    def _require_rows(self, path: Path, n_rows: int) -> None:
+        needed = int(self.tokenizer.vocab_size)
+        if n_rows < needed:
+            raise CheckpointError(
+                f"Vocab size mismatch: {path} has {n_rows} rows, the tokenizer has {needed} ids. "
+                "Use the tokenizer that the file was trained with"
+            )
+        if n_rows > needed:
+            log.warning("%s has %d vocabulary rows, of which the tokenizer uses %d", path, n_rows, needed)
 
-    def _stored_config(self) -> Config:
-        path = self._paths.configs / "config.yaml"
-        return load_config(path) if path.exists() else Config(logging=LoggingConfig(sample_tokens=0))
+    def _set_tokenizer(self, tokenizer: Any) -> None:
+        if tokenizer_identity(tokenizer) != tokenizer_identity(self.tokenizer):
+            self.model_config = _changed(self.model_config, vocab_size=int(tokenizer.vocab_size))
+        self.tokenizer = tokenizer
+
+    def _set_training(self, **changes: Any) -> None:
+        """Change what is not None."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        self.training_config = _changed(self.training_config, **given)
+
+    def _stored_config(self) -> Config | None:
+        if (self.config_dir / "config.yaml").exists():
+            return load_config(self.config_dir / "config.yaml")
+        if (self.config_dir / "config.json").exists():
+            raise ConfigError(
+                f"work_dir {self.work_dir} was made by another program: it has configs/config.json, but no "
+                "configs/config.yaml. Choose another work_dir; train_from_checkpoint can start from its weights"
+            )
+        return None
 
     def _write_config(self) -> None:
-        atomic_write(self.config_dir / "config.yaml", dump_yaml(self.config).encode())
-        atomic_write(self.config_dir / "config.json", dump_json(self.config).encode())
+        if rank() == 0:
+            atomic_write(self.config_dir / "config.yaml", dump_yaml(self.config).encode())
+            atomic_write(self.config_dir / "config.json", dump_json(self.config).encode())
+
+
+def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config | None) -> Any:
+    if given is not None:
+        return given
+    if data_config is not None and "tokenizer" in data_config.model_fields_set:
+        return build_tokenizer(data_config.tokenizer)
+    if stored is None:
+        return IntegerTokenizer(max_value=359)
+    chosen = stored.data.tokenizer
+    try:
+        return build_tokenizer(chosen)
+    except (DataError, ConfigError, TypeError) as error:  # TypeError: a user's class that wants arguments
+        raise ConfigError(
+            f"the tokenizer of this work_dir, {chosen.type}, cannot be made again: {error}. Give it as tokenizer=..."
+        ) from error
 
 
 def _changed(section: Any, **changes: Any) -> Any:
     """A validated copy of a section with other values. Raises ConfigError for a name or value that it does not take."""
-    unknown = [name for name in changes if name not in type(section).model_fields]
-    if unknown:
-        names = ", ".join(type(section).model_fields)
-        raise ConfigError(f"{type(section).__name__} has no field {unknown[0]}. Its fields are {names}")
-    return type(section)(**{**section.model_dump(), **changes})
+    return type(section)(**{**dict(section), **changes})
+
+
+def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
+    """Overrides by the section that has a field of that name. Raises ConfigError for a name that none has."""
+    sections: tuple[type[ModelConfig] | type[TrainingConfig], ...] = (ModelConfig, TrainingConfig)
+    names = [name for section in sections for name in section.model_fields]
+    for name in overrides:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            nearest = f"Nearest: {near[0]}" if near else f"Use one of {', '.join(names)}"
+            raise ConfigError(f"override_config has '{name}', no field of ModelConfig or TrainingConfig. {nearest}")
+    return {
+        section: {name: value for name, value in overrides.items() if name in section.model_fields}
+        for section in sections
+    }
+
+
+def _as_array(data: Any) -> np.ndarray:
+    try:
+        return np.asarray(data)
+    except ValueError as error:
+        raise DataError(
+            "the data has rows of different lengths, which no array can hold. Write them as JSONL lines, "
+            '{"text": "1 2 3"}, and call prepare_data_from_jsonl'
+        ) from error
 
 
 def _existing(path: str | Path, what: str) -> str:

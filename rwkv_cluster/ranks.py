@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launched() -> bool:
@@ -28,3 +33,13 @@ def launched_local_world_size() -> int | None:
     """Number of those that are on this machine, or None where the launcher does not say."""
     value = os.environ.get("LOCAL_WORLD_SIZE")
     return int(value) if value else None
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this process when the one that launched it is gone.
+
+    Without this the workers of a killed torchrun train on for ever, and a rank that waits for a killed rank 0 to open
+    the process group waits for half an hour. Does nothing in a process that a person or a batch system started.
+    """
+    if sys.platform == "linux" and (rank() != 0 or launched_local_world_size() is not None):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.base_tokenizer import BaseTokenizer, identity_of, utf8, write_tokens
+from rwkv_cluster.base_tokenizer import BaseTokenizer, class_name, identity_of, utf8, write_tokens
 from rwkv_cluster.config import TokenizerConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.greedy import build_matcher, id_dtype
@@ -48,6 +48,7 @@ __all__ = [
     "create_default_vocab_file",
     "create_vocab_file_from_tokens",
     "decode_for_display",
+    "describe_tokenizer",
     "encode_to_array",
     "id_dtype",
     "save_vocab",
@@ -213,6 +214,16 @@ def build_tokenizer(config: TokenizerConfig) -> Any:
             f"tokenizer {config.type} has no {' and no '.join(missing)}. Add what is missing to the class"
         )
     return tokenizer
+
+
+def describe_tokenizer(tokenizer: Any) -> TokenizerConfig:
+    """The configuration from which `build_tokenizer` makes this tokenizer again, where it can."""
+    if type(tokenizer) is IntegerTokenizer:
+        return TokenizerConfig(type="integer", max_value=tokenizer.max_value)
+    if type(tokenizer) is GenericTokenizer:
+        return TokenizerConfig(type="generic", vocab_file=str(Path(tokenizer.vocab_file).expanduser().absolute()))
+    names: dict[type, str] = {ByteTokenizer: "byte", AngleTokenizer: "angle"}
+    return TokenizerConfig(type=names.get(type(tokenizer)) or class_name(tokenizer))
 
 
 def encode_to_array(tokenizer: Any, text: str) -> np.ndarray:

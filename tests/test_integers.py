@@ -65,7 +65,7 @@ def test_faulty_integers_are_errors_with_their_place(implementation, text: str, 
 
 @pytest.mark.parametrize("text", ["360 1", "90180", "12a"])
 def test_angles_never_fall_back_to_matching_digits(implementation, text: str):
-    with pytest.raises(TokenizationError, match="angle must be 0 to 359"):
+    with pytest.raises(TokenizationError, match="angles must be 0 to 359"):
         AngleTokenizer().encode(text)
 
 

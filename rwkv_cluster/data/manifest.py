@@ -146,7 +146,7 @@ def _read(path: Path) -> bytes:
             content = handle.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise MissingDataError(
-            f"{path} does not exist: the data is not prepared. Run `rwkv-cluster prepare`"
+            f"{path} does not exist: the data is not prepared. Run `rwkv-cluster prepare CONFIG`"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Prepare the data again") from error

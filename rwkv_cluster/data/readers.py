@@ -142,7 +142,7 @@ def _parse_json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadLine(f"is not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise BadLine(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise BadLine(f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except RecursionError:
         raise BadLine("is nested too deeply") from None
     except ValueError:  # int() refuses numbers of more than 4,300 digits

@@ -115,7 +115,9 @@ class RWKV(nn.Module):
 
     def _run(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
         x = self.emb(tokens)  # [B,T,C]
-        x = self.blocks[0].ln0(x if self.compute_dtype is None else x.to(self.compute_dtype))
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        x = first.ln0(x if self.compute_dtype is None else x.to(self.compute_dtype))
         v_first: Tensor | None = None
         after: State = []
         for layer, block in enumerate(self.blocks):

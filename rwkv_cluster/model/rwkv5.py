@@ -24,8 +24,7 @@ class TimeMix(nn.Module):
         widths = Widths.of(config)
         C, A, H, N = widths.embd, widths.att, widths.n_head, widths.head_size
         self.n_head, self.wkv_backend = H, wkv_backend
-        for name in ("k", "v", "r", "g"):
-            self.register_parameter(f"time_mix_{name}", uninitialized(1, 1, C))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (uninitialized(1, 1, C) for _ in range(4))
         self.time_decay = uninitialized(H, N)
         self.time_faaaa = uninitialized(H, N)
         self.receptance = Linear(C, A)

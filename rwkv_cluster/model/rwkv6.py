@@ -24,8 +24,8 @@ class TimeMix(nn.Module):
         widths = Widths.of(config)
         C, A, M, D = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
         self.n_head, self.wkv_backend = widths.n_head, wkv_backend
-        for name in ("x", "w", "k", "v", "r", "g"):
-            self.register_parameter(f"time_maa_{name}", uninitialized(1, 1, C))
+        self.time_maa_x, self.time_maa_w, self.time_maa_k = (uninitialized(1, 1, C) for _ in range(3))
+        self.time_maa_v, self.time_maa_r, self.time_maa_g = (uninitialized(1, 1, C) for _ in range(3))
         self.time_maa_w1 = uninitialized(C, 5 * M)
         self.time_maa_w2 = uninitialized(5, M, C)
         self.time_decay = uninitialized(1, 1, A)

@@ -26,11 +26,11 @@ class TimeMix(nn.Module):
         widths = Widths.of(config)
         C, H, N = widths.embd, widths.n_head, widths.head_size
         self.layer, self.n_head, self.wkv_backend = layer, H, wkv_backend
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            self.register_parameter(name, uninitialized(1, 1, C))
-        for name, rank in (("w", widths.decay_rank), ("a", widths.a_rank), ("g", widths.gate_rank)):
-            self.register_parameter(f"{name}1", uninitialized(C, rank))
-            self.register_parameter(f"{name}2", uninitialized(rank, C))
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (uninitialized(1, 1, C) for _ in range(6))
+        self.w0, self.a0, self.k_k, self.k_a = (uninitialized(1, 1, C) for _ in range(4))
+        self.w1, self.w2 = uninitialized(C, widths.decay_rank), uninitialized(widths.decay_rank, C)
+        self.a1, self.a2 = uninitialized(C, widths.a_rank), uninitialized(widths.a_rank, C)
+        self.g1, self.g2 = uninitialized(C, widths.gate_rank), uninitialized(widths.gate_rank, C)
         if layer > 0 or config.block0_value_residual:
             self.v0 = uninitialized(1, 1, C)
             self.v1 = uninitialized(C, widths.v_rank)

@@ -52,7 +52,7 @@ class Progress:
         """From this session's second step on: the first carries the start-up."""
         if self._timed_from is None:
             self._timed_from = (step, time.monotonic())
-            return "?"
+            return "?" if step < self._total else "0:00:00"
         first, started = self._timed_from
         seconds = round((time.monotonic() - started) / (step - first) * (self._total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

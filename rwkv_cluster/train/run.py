@@ -17,8 +17,8 @@ from pytorch_lightning import Callback, Trainer
 from rwkv_cluster import configfile
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
-from rwkv_cluster.errors import Preempted
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.errors import MissingDataError, Preempted
+from rwkv_cluster.ranks import end_with_launcher, rank
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume, strategy
 from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
@@ -27,8 +27,8 @@ from rwkv_cluster.train.loggers import loggers, require_packages
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records
-from rwkv_cluster.train.sample import sample_text
-from rwkv_cluster.train.session import Session, build_model, ensure_init_file, open_session, with_vocabulary
+from rwkv_cluster.train.sample import require_sample_prompt, sample_text
+from rwkv_cluster.train.session import Session, build_model, ensure_init_file, open_session, resolve, with_vocabulary
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.workdir import WorkDir, atomic_write, remove_temporaries
 
@@ -61,13 +61,13 @@ def prepare_data(
     """
     work = WorkDir(config.work_dir)
     with _holding(work):
-        return _obtain_data(config, work, tokenizer or build_tokenizer(config.data.tokenizer), arrays, name)
+        return _obtain_data(config, work, _chosen(tokenizer, config), arrays, name)
 
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
     """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path."""
     work = WorkDir(config.work_dir)
-    vocab_size = (tokenizer or build_tokenizer(config.data.tokenizer)).vocab_size
+    vocab_size = _chosen(tokenizer, config).vocab_size
     with _holding(work):
         return ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
 
@@ -84,15 +84,20 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         Preempted: a signal or a STOP file ended the run after a checkpoint.
     """
     work = WorkDir(config.work_dir)
-    tokenizer = tokenizer or build_tokenizer(config.data.tokenizer)
+    tokenizer = _chosen(tokenizer, config)
     require_packages(config.logging)
+    require_sample_prompt(config.logging, tokenizer)
+    resolve(config, int(tokenizer.vocab_size))  # refuses before the data is prepared what would be refused after it
     with _holding(work):
         session = open_session(config, work, manifest or _obtain_data(config, work, tokenizer))
-        _write_config(session)
         if session.start_step == session.horizon.total_steps:
             return _already_complete(session)
         with StopRequest(work.root / "STOP").listening() as stop_request:
             return _fit(session, tokenizer, stop_request)
+
+
+def _chosen(tokenizer: Any, config: Config) -> Any:
+    return build_tokenizer(config.data.tokenizer) if tokenizer is None else tokenizer
 
 
 @contextmanager
@@ -114,7 +119,13 @@ def _obtain_data(
 ) -> DataManifest:
     """Rank 0 prepares; the others wait until what is there fits the configuration. No collective is held meanwhile."""
     if not config.data.inputs and not arrays:
-        return load_manifest(work.data)
+        try:
+            return load_manifest(work.data)
+        except MissingDataError as error:
+            raise MissingDataError(
+                f"data.inputs is empty, and {work.data} holds no prepared data. "
+                "Name files, folders or patterns in data.inputs"
+            ) from error
 
     def reason() -> str | None:
         return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
@@ -135,6 +146,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     model = build_model(session)
+    _write_config(session)
     clock = StepClock()
     bookkeeping = _bookkeeping(session, clock, stop_request)
     module = TrainingModule(
@@ -147,7 +159,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         votes=bookkeeping.votes,
     )
     with bookkeeping, _quiet_lightning():
-        _trainer(session, [clock, bookkeeping]).fit(module, datamodule=_data(session))
+        _trainer(session, [clock, bookkeeping, strategy.OrderlyEnd()]).fit(module, datamodule=_data(session))
     if module.step < session.horizon.total_steps:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "

@@ -9,14 +9,25 @@ import torch
 
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.configfile import load_config
-from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.model.generate import generate
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.tokenizer import build_tokenizer
+from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.weights import load_model
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.9
+
+
+def require_sample_prompt(logging_config: LoggingConfig, tokenizer: Any) -> None:
+    """Refuse a prompt that cannot be encoded before the training rather than after it. Raises ConfigError."""
+    prompt = logging_config.sample_prompt
+    if not (prompt and logging_config.sample_tokens):
+        return
+    try:
+        encode_to_array(tokenizer, prompt)
+    except DataError as error:
+        raise ConfigError(f"logging.sample_prompt {prompt!r} cannot be encoded: {error}") from error
 
 
 def sample_text(model: RWKV, tokenizer: Any, logging_config: LoggingConfig) -> str | None:
@@ -43,7 +54,8 @@ def continue_text(
     """`prompt` and what the model makes of it. Raises DataError for a prompt that the tokenizer cannot encode."""
     prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
     ids = generate(model, prompt_ids, n_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    return prompt + tokenizer.decode(ids)
+    # Decoded as one, since numbers need the space between; a model may have more rows than the tokenizer has ids.
+    return decode_for_display(tokenizer, [*prompt_ids, *(token for token in ids if token < tokenizer.vocab_size)])
 
 
 def generate_text(
@@ -76,6 +88,8 @@ def generate_text(
 
 
 def _tokenizer_of(source: Path) -> TokenizerConfig:
+    if not source.exists():
+        raise MissingCheckpointError(f"{source} does not exist. Name the work directory of a run, or a weights file")
     root = source if source.is_dir() else source.absolute().parent.parent
     path = root / "configs" / "config.yaml"
     if not path.exists():

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from rwkv_cluster.config import Config
+from rwkv_cluster.config import Config, ModelConfig
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import fit_state_dict, load_pth, save_pth
+from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import resume
 from rwkv_cluster.train.checkpoint import Checkpoint, newest_verified
@@ -69,15 +70,8 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
 
     Raises ConfigError, DataError or CheckpointError before anything is written.
     """
-    config = with_vocabulary(config, manifest.vocab_size)
+    config, placement, accumulate = resolve(config, manifest.vocab_size)
     training = config.training
-    placement = place(training)
-    accumulate = accumulation(
-        micro_bsz=training.micro_bsz,
-        world_size=placement.world_size,
-        accumulate_grad_batches=training.accumulate_grad_batches,
-        global_batch_size=training.global_batch_size,
-    )
     plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
@@ -95,6 +89,22 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         resume.require_same_run(session.found, session.identity)
         resume.finished_beyond(session.found, end.total_steps)
     return session
+
+
+def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
+    """Whatever follows without the data: the vocabulary, the ranks, and the micro batches of an optimizer step.
+
+    Raises ConfigError for what no data could put right.
+    """
+    training = config.training
+    placement = place(training)
+    accumulate = accumulation(
+        micro_bsz=training.micro_bsz,
+        world_size=placement.world_size,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        global_batch_size=training.global_batch_size,
+    )
+    return with_vocabulary(config, vocab_size), placement, accumulate
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
@@ -133,12 +143,12 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
     path = work.out / "rwkv-init.pth"
     model = RWKV(config.model)
     if path.exists() and not force:
-        _require_fitting(path, model, f"Delete {path}, run `rwkv-cluster init --force`, or choose another work_dir")
+        _fitting(path, model, "Run `rwkv-cluster init --force` to make it anew, or choose another work_dir")
         log.info("initial weights: %s (already there)", path)
         return path
     if config.training.init_from is not None:
-        source = Path(config.training.init_from)
-        state = fit_state_dict(_require_fitting(source, model, "Set model.* to the file's shape"), model)
+        remedy = "training.init_from names it, and model.* must have its shape"
+        state = _fitting(Path(config.training.init_from), model, remedy)
     else:
         initialize(model, max(config.training.random_seed, 0))
         state = model.state_dict()
@@ -146,10 +156,24 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
     return path
 
 
-def _require_fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Any]:
+def _fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Tensor]:
+    """Weights in a file as `model` wants them. remedy: what to do about a file that holds none."""
     try:
         weights = load_pth(path)
-        fit_state_dict(weights, model)
+        other = _differences(infer_model_config(weights), infer_model_config(model.state_dict()))
+        if other:
+            raise CheckpointError(f"it holds another model ({'; '.join(other)})")
+        return fit_state_dict(weights, model)
     except CheckpointError as error:
-        raise type(error)(f"{path} cannot start this run: {error}. {remedy}") from error
-    return weights
+        reason = str(error).removeprefix(f"{path}: ")
+        raise type(error)(f"{path} cannot start this run: {reason}. {remedy}") from error
+
+
+def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Fields that differ, as far as tensors tell. RWKV-LM's optional tensors of block 0 do not count."""
+    values = found.model_dump(exclude={"block0_value_residual"})
+    return [
+        f"{name} {value}, this run has {getattr(wanted, name)}"
+        for name, value in values.items()
+        if value != getattr(wanted, name)
+    ]

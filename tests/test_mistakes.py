@@ -1,0 +1,369 @@
+"""What a user's mistakes get: one clear sentence on stderr, the right exit code, and nothing half-written. Or it works.
+
+Every case goes through the command line in this process. The tables hold the whole sentence, as it is read.
+"""
+
+# ruff: noqa: E501 -- one case of a table a line reads better
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import losses, tiny_config, write_config
+
+from rwkv_cluster.cli import main
+from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.model.state_dict import load_pth, save_pth
+
+Run = Callable[..., tuple[int, list[str]]]
+INTEGER = "--data.tokenizer.type=integer"
+VOCABULARY = ("--data.tokenizer.type=generic", "--data.tokenizer.vocab_file=v.txt")
+LOCKS = {"work/.lock", "work/data/.prepare.lock"}
+PREPARED = {f"work/data/{name}" for name in ("train.bin", "train.idx", "vocab.txt", "manifest.json", "inputs.json")}
+
+
+@pytest.fixture(autouse=True)
+def _a_run_of_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.yaml in the current folder: it trains on text.jsonl into work."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path, training={"max_steps": 2}, data={"validation_fraction": 0.0})
+    write_config(tmp_path / "run.yaml", config)
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text.replace(f"{tmp_path}/", ""))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Exit code and lines of stderr of a command. Nothing may be on stdout, and no traceback anywhere."""
+
+    def command(*arguments: str) -> tuple[int, list[str]]:
+        capfd.readouterr()
+        code = main(list(arguments))
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        assert captured.out == "" or code == 0
+        return code, captured.err.splitlines()
+
+    return command
+
+
+def files() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def refused(run: Run, code: int, sentence: str, *arguments: str, leaves: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """The command fails with `code` and exactly `sentence`, changes no file and leaves no other than `leaves`."""
+    before = files()
+    found, lines = run(*arguments)
+    assert found == code
+    assert [line for line in lines if line.startswith("rwkv-cluster:")] == lines[-1:]
+    assert lines[-1] == f"rwkv-cluster: error: {sentence}"
+    after = files()
+    assert set(after) - set(before) <= LOCKS | leaves
+    assert {name: after[name] for name in before if name not in LOCKS} == {
+        name: content for name, content in before.items() if name not in LOCKS
+    }
+
+
+def write(name: str, content: str | bytes | np.ndarray) -> str:
+    """Write a file into the current folder and return the override that makes it the input."""
+    if isinstance(content, np.ndarray):
+        np.save(name, content)
+    else:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return f"--data.inputs=[{name}]"
+
+
+def line(text: Any) -> str:
+    return json.dumps({"text": text}) + "\n"
+
+
+FIX = "Fix the line or set data.skip_bad_lines"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "sentence"),
+    [
+        ("e.jsonl", "", [], "no document was found in e.jsonl: the input is empty or blank. Give it some text or integers"),
+        ("e.txt", " \n\n", [], "no document was found in e.txt: the input is empty or blank. Give it some text or integers"),
+        ("n.jsonl", line("1 2") + line("1 1.9"), [INTEGER], "n.jsonl:2: byte 2: '1.9' is not a whole number; values must be 0 to 359. Correct the data"),
+        ("n.npy", np.array([[1, 2], [3, 1.9]]), [INTEGER], "n.npy: row 1, column 1: 1.9 is not a whole number. Correct the data"),
+        ("n.npy", np.array([1, np.nan]), [INTEGER], "n.npy: index 1: nan is not a whole number. Correct the data"),
+        ("n.jsonl", line([1, 1.9]), [INTEGER], f'n.jsonl:1: "text" has a number that is no integer at index 1. {FIX}'),
+        ("n.jsonl", line("1 -2 3"), [INTEGER], "n.jsonl:1: byte 2: '-2' is below 0; values must be 0 to 359. Correct the data"),
+        ("n.npy", np.array([[1, 2], [3, -1]]), [INTEGER], "n.npy: row 1, column 1: -1 is out of range: values must be 0 to 359. Correct the data"),
+        ("n.jsonl", line("1 360"), [INTEGER], "n.jsonl:1: byte 2: '360' is above 359; values must be 0 to 359. Correct the data, or raise max_value"),
+        ("n.npy", np.zeros((2, 2, 2), int), [INTEGER], "n.npy has shape (2, 2, 2), expected 1 or 2 dimensions. Reshape it"),
+        ("n.npy", np.array(["a"]), [INTEGER], "n.npy holds values of dtype <U1, expected integers. Convert it, e.g. with astype(int)"),
+        ("t.jsonl", line("1 2") + line("one two"), [INTEGER], "t.jsonl:2: byte 0: 'one' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
+        ("t.jsonl", '{"txt": "a"}\n', [], f't.jsonl:1: has no field "text" (it has "txt"); data.text_field names the field to read. {FIX}'),
+        ("t.jsonl", line("a") + line(5), [], f't.jsonl:2: "text" is a number, expected a string or a list of integers. {FIX}'),
+        ("t.jsonl", b'{"text": "caf\xe9"}\n', [], f"t.jsonl:1: is not UTF-8 at byte 13 of the line. {FIX}"),
+        ("t.txt", b"caf\xe9", [], "t.txt: is not UTF-8 text at byte 3. Convert it, or leave it out by data.file_pattern"),
+        ("t.jsonl.gz", b"\x1f\x8b\x08\0", [], "t.jsonl.gz: the gzip data ends too early: the file is truncated. Make the file again"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["prepare", "train"])
+def test_data_that_cannot_be_read(
+    verb: str, name: str, content: Any, arguments: list[str], sentence: str, run: Run
+) -> None:
+    override = write(name, content)
+    refused(run, 3, sentence, verb, "run.yaml", override, *arguments)
+
+
+def test_bad_json(run: Run) -> None:
+    override = write("t.jsonl", line("a") + '{"text": "b\n')
+    code, lines = run("prepare", "run.yaml", override)
+    assert code == 3
+    assert re.fullmatch(rf"rwkv-cluster: error: t\.jsonl:2: is not JSON: .* at character \d+\. {FIX}", lines[-1])
+    assert set(files()) == {"run.yaml", "text.jsonl", "t.jsonl"} | LOCKS
+
+
+def test_bad_lines_can_be_left_out(run: Run) -> None:
+    override = write("t.jsonl", line("abc" * 200) + "{oops\n" + line("def" * 200))
+    code, lines = run("prepare", "run.yaml", override, "--data.skip_bad_lines=true")
+    assert code == 0
+    assert any("1 lines were left out" in text and "t.jsonl:2" in text for text in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data.inputs=[]"], "data.inputs is empty, and {folder}/work/data holds no prepared data. Name files, folders or patterns in data.inputs"),
+        (["--data.inputs=[no.jsonl]"], "data.inputs: 'no.jsonl' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from {folder}). Correct the entry"),
+        (["--data.inputs=[.]", "--data.file_pattern=*.md"], "data.inputs: '.' has no file that matches data.file_pattern '*.md'. Change the entry or the pattern"),
+    ],
+)  # fmt: skip
+def test_inputs_that_lead_nowhere(arguments: list[str], sentence: str, run: Run, tmp_path: Path) -> None:
+    refused(run, 3, sentence.format(folder=tmp_path), "train", "run.yaml", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "sentence"),
+    [
+        ("1 'a' 1\n2 __import__('os').system('touch pwned') 1\n", "v.txt:2: __import__('os').system('touch pwned') is not one quoted string, such as 'a', \"a\" or b'\\xff'"),
+        ("1 'a' 1\n2 'b' 2\n", "v.txt:2: token 'b' is 1 bytes long, but the line says 2. Correct one"),
+        ("1 's' 1\n2 'e' 1\n", "text.jsonl:1: byte 2: cannot encode 0x76 near 'seven and moves ev', because no token of v.txt fits. Add one to the vocabulary, or remove it from the text"),
+        (None, "vocabulary file v.txt does not exist. Check the path"),
+    ],
+    ids=["code", "length", "unknown character", "missing"],
+)  # fmt: skip
+def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> None:
+    if vocabulary is not None:
+        write("v.txt", vocabulary)
+    refused(run, 3, sentence, "train", "run.yaml", *VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model.n_embd=96", "--model.head_size_a=64"], "--model.n_embd=96: model: n_embd is 96, which is not a multiple of head_size_a 64. Use n_embd 64 or 128, or a head_size_a that divides 96"),
+        (["--model.n_embd=100", "--model.head_size_a=64"], "--model.n_embd=100: model: n_embd is 100, which is not a multiple of head_size_a 64. Use n_embd 64 or 128, or a head_size_a that divides 100"),
+        (["--model.model_type=x080"], "--model.model_type=x080: model.model_type is 'x080', expected x052, x060 or x070. Nearest valid value: x070"),
+        (["--model.model_type=rwkv"], "--model.model_type=rwkv: model.model_type is 'rwkv', expected x052, x060 or x070"),
+        (["--model.n_lay=3"], "--model.n_lay=3: model has no field 'n_lay'. Nearest valid name: model.n_layer"),
+        (["--n_layer=3"], "--n_layer=3 is not an option of train. Nearest valid name: model.n_layer"),
+        (["--model.n_layer=0"], "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1"),
+        (["--model.n_layer=two"], "--model.n_layer=two: model.n_layer is 'two', expected an integer >= 1"),
+        (["--model.vocab_size=100"], "model.vocab_size is 100, but the tokenizer has ids up to 256. Use at least 257, or leave model.vocab_size out"),
+        (["--training.micro_bsz=0"], "--training.micro_bsz=0: training.micro_bsz is 0, expected an integer >= 1"),
+        (["--training.lr_init=.nan"], "--training.lr_init=.nan: training.lr_init is .nan, expected a number >= 0. The number must be finite"),
+        (["--training.lr_init=nan"], "--training.lr_init=nan: training.lr_init is 'nan', expected a number >= 0"),
+        (["--training.lr_init=-1e-3"], "--training.lr_init=-1e-3: training.lr_init is -1e-3, expected a number >= 0"),
+        (["--training.max_steps=0"], "--training.max_steps=0: training.max_steps is 0, expected an integer >= 1, or null"),
+        (["--training.num_epochs=0"], "--training.num_epochs=0: training.num_epochs is 0, expected an integer >= 1, or null"),
+        (["--training.strategy=zero9"], "--training.strategy=zero9: training.strategy: strategy is 'zero9'. Use auto or ddp"),
+        (["--training.global_batch_size=6"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 1 rank = 4. Use training.global_batch_size 4 or 8, or a training.micro_bsz of 1, 2, 3 or 6"),
+        (["--training.precision=fp16", "--training.accelerator=cpu"], "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"),
+        (["--data.validation_fraction=1"], "--data.validation_fraction=1: data.validation_fraction is 1, expected a number >= 0 and < 1"),
+        (["--data.tokenizer.type=bytes"], "--data.tokenizer.type=bytes: data.tokenizer.type: tokenizer type is 'bytes'. Use one of byte, integer, angle, generic, or `package.module:ClassName`"),
+        (["--data.tokenizer.type=generic"], "--data.tokenizer.type=generic: data.tokenizer: tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file"),
+        (["--data.tokenizer.type=nowhere:Mine"], "tokenizer type is 'nowhere:Mine', but module 'nowhere' cannot be imported: No module named 'nowhere'. Install it, or put its folder on PYTHONPATH"),
+        ([INTEGER, "--logging.sample_prompt=def", "--logging.sample_tokens=3"], "logging.sample_prompt 'def' cannot be encoded: byte 0: 'def' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
+    ],
+)  # fmt: skip
+def test_settings_are_refused_before_anything_is_written(arguments: list[str], sentence: str, run: Run) -> None:
+    refused(run, 2, sentence, "train", "run.yaml", *arguments)
+    assert not Path("work").exists()
+
+
+def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:
+    Path("wrong.yaml").write_text("work_dir: work\nmodel:\n  n_layers: 3\ntrainings: {}\n")
+    code, lines = run("train", "wrong.yaml")
+    assert code == 2
+    assert lines == [
+        "rwkv-cluster: error: wrong.yaml:3: model has no field 'n_layers'. Nearest valid name: model.n_layer",
+        "wrong.yaml:4: the configuration has no field 'trainings'. Nearest valid name: training",
+    ]
+
+
+def test_no_config(run: Run) -> None:
+    assert run("train") == (2, [
+        "usage: rwkv-cluster train [-h] [--json] CONFIG",
+        "rwkv-cluster train: error: the following arguments are required: CONFIG",
+    ])  # fmt: skip
+    code, lines = run("train", "other.yaml")
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith("rwkv-cluster: error: other.yaml: there is no such file. ")
+    assert "Name a YAML file, the work directory of a run, or a shipped recipe: " in lines[0]
+    assert not Path("work").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "ctx_len", "n_tokens", "remedy"),
+    [
+        (line("ab"), 32, 3, "a model.ctx_len of at most 1"),
+        (line("a"), 32, 2, "at least 3 tokens"),
+        (line("abc" * 30), 1000, 91, "a model.ctx_len of at most 30"),
+    ],
+)
+def test_too_little_data(content: str, ctx_len: int, n_tokens: int, remedy: str, run: Run) -> None:
+    arguments = ["train", "run.yaml", write("t.jsonl", content)]
+    sentence = (
+        f"the prepared data has {n_tokens} tokens, too few for ctx_len {ctx_len}: {3 * ctx_len} are needed. "
+        f"Add data, or use {remedy}"
+    )
+    refused(run, 3, sentence, *arguments, f"--model.ctx_len={ctx_len}", leaves=PREPARED)
+    if n_tokens >= 3:
+        assert run(*arguments, f"--model.ctx_len={n_tokens // 3}")[0] == 0
+
+
+REMEDY = "Run `rwkv-cluster init --force` to make it anew, or choose another work_dir"
+
+
+def test_a_truncated_init_file(run: Run, tmp_path: Path) -> None:
+    run("init", "run.yaml")
+    path = tmp_path / "work/out/rwkv-init.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    sentence = f"{path} cannot start this run: damaged or truncated: File is not a zip file. Use another copy. {REMEDY}"
+    refused(run, 4, sentence, "train", "run.yaml", leaves=PREPARED)
+    assert run("init", "run.yaml", "--force")[0] == 0
+    assert run("train", "run.yaml")[0] == 0
+
+
+def test_the_initial_weights_of_another_model(run: Run, tmp_path: Path) -> None:
+    run("init", "run.yaml", "--model.n_embd=64")
+    sentence = (
+        f"{tmp_path}/work/out/rwkv-init.pth cannot start this run: it holds another model (n_embd 64, this run has 32; "
+        f"dim_att 64, this run has 32; dim_ffn 256, this run has 128). {REMEDY}"
+    )
+    refused(run, 4, sentence, "train", "run.yaml", leaves=PREPARED)
+
+
+def test_the_work_dir_of_another_run(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml")
+    checkpoint = f"{tmp_path}/work/out/checkpoints/step-00000002"
+    refused(run, 2, f"{checkpoint} was trained with other settings: model.n_embd: 32 -> 64; global batch size: 4 -> 5. "
+            "Put them back to continue, or choose another work_dir for a new run",
+            "train", "run.yaml", "--model.n_embd=64", "--training.micro_bsz=5")  # fmt: skip
+    override = write("other.jsonl", line("other text " * 90))
+    refused(run, 3, "the data has to be prepared anew (the content of other.jsonl changed), "
+            f"but {checkpoint} was trained on the data that is there. "
+            "Put the inputs and data settings back to continue, or choose another work_dir for a new run",
+            "train", "run.yaml", override)  # fmt: skip
+
+
+def test_init_from_what_is_no_weights_file(run: Run) -> None:
+    Path("junk.pth").write_bytes(b"junk")
+    ending = "training.init_from names it, and model.* must have its shape"
+    refused(run, 4, f"no.pth cannot start this run: no such weights file. Check the path. {ending}",
+            "train", "run.yaml", "--training.init_from=no.pth", leaves=PREPARED)  # fmt: skip
+    refused(run, 4, "junk.pth cannot start this run: not a weights file: starts with b'junk', wanted b'PK\\x03\\x04'. "
+            f"{ending}", "train", "run.yaml", "--training.init_from=junk.pth")  # fmt: skip
+
+
+def test_a_work_dir_that_is_a_file(run: Run, tmp_path: Path) -> None:
+    Path("work").write_text("mine")
+    refused(run, 2, f"work_dir {tmp_path}/work cannot be made: Not a directory at {tmp_path}/work/data. "
+            "Choose a directory that you may write to", "train", "run.yaml")  # fmt: skip
+
+
+def test_results_of_a_run_that_has_not_been(run: Run, tmp_path: Path) -> None:
+    code, lines = run("eval", "run.yaml")
+    assert (code, len(lines)) == (3, 1)
+    assert "the data is not prepared" in lines[0]
+    sentence = "work does not exist. Name the work directory of a run, or a weights file"
+    refused(run, 4, sentence, "generate", "work")
+    Path("work").mkdir()
+    sentence = "work does not say which tokenizer it was trained with: there is no work/configs/config.yaml. Name a "
+    sentence += "work directory, or the tokenizer with --tokenizer and --vocab-file"
+    refused(run, 2, sentence, "generate", "work")
+    refused(run, 4, "no.pth: no such weights file. Check the path", "inspect", "no.pth")
+
+
+def test_a_token_file_that_is_cut_off(run: Run) -> None:
+    run("prepare", "run.yaml")
+    content = Path("work/data/train.bin").read_bytes()
+    Path("old.idx").write_bytes(Path("work/data/train.idx").read_bytes())
+    override = write("old.bin", content[:-100])
+    before = files()
+    code, lines = run("train", "run.yaml", override, "--work_dir=new")
+    assert code == 3
+    assert lines[-1].startswith("rwkv-cluster: error: old.")
+    assert str(len(content) - 100) in lines[-1].replace(",", "")
+    assert set(files()) - set(before) <= {"new/.lock", "new/data/.prepare.lock"}
+
+
+# What crashes, or does something else in silence, elsewhere, and simply works here.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--training.micro_bsz=11"],
+        ["--training.micro_bsz=256", "--model.ctx_len=8"],
+        ["--model.n_layer=1"],
+        ["--model.n_embd=96"],
+        ["--model.n_embd=96", "--model.model_type=x060", "--model.head_size_a=32"],
+        ["--model.n_layer=1", "--model.model_type=x052"],
+        ["--training.precision=bf16"],
+        ["--training.warmup_steps=0"],
+    ],
+    ids=" ".join,
+)
+def test_any_size_trains(arguments: list[str], run: Run) -> None:
+    assert run("train", "run.yaml", *arguments)[0] == 0
+    assert len(losses("work")) == 2
+
+
+@pytest.mark.parametrize("warmup_steps", [2, 3, 10_000])
+def test_data_smaller_than_the_warm_up_still_trains(warmup_steps: int, run: Run) -> None:
+    assert run("train", "run.yaml", f"--training.warmup_steps={warmup_steps}", "--training.max_steps=3")[0] == 0
+    assert len(losses("work")) == 3
+    first, final = (load_pth(Path(f"work/out/rwkv-{label}.pth")) for label in ("init", "final"))
+    assert any(not torch.equal(first[name], final[name]) for name in first)
+    records = [json.loads(text) for text in Path("work/logs/metrics.jsonl").read_text().splitlines()]
+    assert all(record["lr"] > 0 for record in records)
+
+
+def test_tokens_above_65535(run: Run) -> None:
+    override = write("n.npy", np.full((4, 100), 70_000))
+    assert run("prepare", "run.yaml", override, INTEGER, "--data.tokenizer.max_value=70000")[0] == 0
+    tokens = open_tokens(Path("work/data/train")).tokens
+    assert (tokens.dtype, int(tokens.max())) == (np.dtype("int32"), 70_001)
+
+
+def test_a_stray_weights_file_is_not_taken_for_the_run(run: Run) -> None:
+    assert run("train", "run.yaml", "--work_dir=clean")[0] == 0
+    Path("work/out").mkdir(parents=True)
+    strays = [Path("work/out/rwkv-7.pth"), Path("work/out/rwkv-final.pth"), Path("work/out/model.pth")]
+    save_pth(strays[0], {"emb.weight": torch.zeros(2, 2)})
+    for path in strays[1:]:
+        path.write_bytes(b"stray")
+    content = strays[0].read_bytes()
+    assert run("train", "run.yaml")[0] == 0
+    assert (strays[0].read_bytes(), strays[2].read_bytes()) == (content, b"stray")
+    assert strays[1].read_bytes() == Path("clean/out/rwkv-final.pth").read_bytes()
+
+
+def test_a_directory_name_means_nothing(run: Run) -> None:
+    assert run("train", "run.yaml", "--work_dir=world/14b-run1 $(touch pwned)")[0] == 0
+    assert Path("world/14b-run1 $(touch pwned)/out/rwkv-final.pth").exists()
+    assert not Path("pwned").exists()
