@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from types import TracebackType
@@ -19,7 +20,7 @@ from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import checkpoint, distributed, random_state
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.module import StepResult, TrainingModule
-from rwkv_cluster.train.optimizer import optimizer_tensors
+from rwkv_cluster.train.optimizer import optimizer_tensors, update_count
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records, StepRecord
@@ -166,7 +167,7 @@ class Bookkeeping(Callback):
         record = StepRecord(
             step=module.step,
             loss=result.loss,
-            grad_norm=result.grad_norm,
+            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
             lr=result.lr,
             tokens=module.step * module.plan.tokens_per_step,
             tokens_per_s=module.plan.tokens_per_step / seconds,
@@ -216,6 +217,8 @@ class Bookkeeping(Callback):
             "epoch_loss_count": self._epoch_mean.count,
             "loss": self.last_loss,
             "val_loss": self.last_val.loss if self.last_val else None,
+            "optimizer_updates": update_count(module.optimizer),
+            "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
             "torch": torch.__version__,
             "random_states": random_states,
         }

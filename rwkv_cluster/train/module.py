@@ -17,13 +17,19 @@ from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.model.loss import head_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint import Checkpoint
 from rwkv_cluster.train.optimizer import build_optimizer, restore_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate
+
+SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. loss: mean over micro batches and ranks, without L2Wrap. grad_norm: before clipping."""
+    """One optimizer step. loss: mean over micro batches and ranks, without L2Wrap.
+
+    grad_norm: before clipping; infinite where fp16's loss scaling skipped the update.
+    """
 
     step: int
     loss: float
@@ -34,7 +40,7 @@ class StepResult:
 class TrainingModule(LightningModule):
     """RWKV with its loss, optimizer and schedule.
 
-    start_step: optimizer steps done before this session. optimizer_state: tensors to restore, or None.
+    found: the checkpoint to continue, or None at the beginning; its weights are in `model` already.
     votes: whether this rank wants to (stop, save) after the step; asked on every rank at every step. One vote is
     enough: the step's one small all-reduce makes every rank see the same answer.
     """
@@ -46,8 +52,7 @@ class TrainingModule(LightningModule):
         plan: SamplePlan,
         horizon: Horizon,
         *,
-        start_step: int = 0,
-        optimizer_state: dict[str, Tensor] | None = None,
+        found: Checkpoint | None = None,
         votes: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     ) -> None:
         super().__init__()
@@ -55,20 +60,26 @@ class TrainingModule(LightningModule):
         self.training_config = training
         self.plan = plan
         self.horizon = horizon
-        self.step = start_step
+        self.step = found.step if found else 0
         self.should_stop = False
         self.should_save = False
         self.result: StepResult | None = None
-        self._optimizer_state = optimizer_state
+        self._found = found
         self._votes = votes
         self._micro_losses: list[Tensor] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.model.config.model_type, self.training_config)
-        if self._optimizer_state is not None:
-            restore_optimizer(optimizer, self._optimizer_state, self.step)
-            self._optimizer_state = None
+        if self._found is not None:
+            restore_optimizer(optimizer, self._found.optimizer(), self._found.state["optimizer_updates"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(self._found.state["loss_scale"])
         return optimizer
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """fp16's loss scaling; None in the other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -89,15 +100,19 @@ class TrainingModule(LightningModule):
             horizon_tokens=self.horizon.tokens,
         )
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """batch [b, T + 1] int64 -> scalar fp32 loss of this micro batch."""
+    def forward(self, batch: Tensor) -> Tensor:
+        """batch [b, T + 1] int64 -> scalar fp32 loss of predicting each next token."""
         hidden = self.model.hidden(batch[:, :-1])  # [b, T, C]
-        loss = head_loss(
+        return head_loss(
             hidden.flatten(0, 1),
             self.model.head.weight,
             batch[:, 1:].flatten(),
             l2wrap=self.training_config.l2wrap,
         )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """batch [b, T + 1] int64 -> scalar fp32 loss of this micro batch."""
+        loss = self.forward(batch)
         if distributed.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
         self._micro_losses.append(loss.detach())
@@ -119,7 +134,9 @@ class TrainingModule(LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = self.training_config.gradient_clip_val or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        # fp16 overflows now and then: its loss scaling then skips the update and lowers the scale
+        may_skip = self.scaler is not None and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or may_skip)):
             self._refuse_update(float(local_loss), grad_norm)
         self.result = StepResult(self.step, loss, grad_norm, self.current_lr)
 

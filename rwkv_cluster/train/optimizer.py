@@ -53,8 +53,13 @@ def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingC
         }
         for (multiplier, decays), named in sorted(members.items())
     ]
+    # The fused kernel undoes fp16's loss scale by itself, too late for clipping and for the guard.
     return torch.optim.AdamW(
-        groups, lr=training.lr_init, betas=(training.beta1, training.beta2), eps=training.adam_eps, fused=True
+        groups,
+        lr=training.lr_init,
+        betas=(training.beta1, training.beta2),
+        eps=training.adam_eps,
+        fused=training.precision != "fp16",
     )
 
 
@@ -70,7 +75,7 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """First and second moments as `<moment>/<parameter name>` -> fp32 tensor. The step count is the run's."""
+    """First and second moments as `<moment>/<parameter name>` -> fp32 tensor."""
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment]
         for name, parameter in named_parameters(optimizer)
@@ -79,9 +84,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Put back what `optimizer_tensors` gave after `step` steps. Exact: nothing is converted."""
+def update_count(optimizer: torch.optim.Optimizer) -> int:
+    """Updates made so far: the run's steps, less those that fp16's loss scaling has skipped."""
+    _, first = next(named_parameters(optimizer))
+    return int(optimizer.state[first]["step"]) if first in optimizer.state else 0
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], updates: int) -> None:
+    """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted."""
+    if updates == 0:
+        return
+    fused = optimizer.defaults["fused"]
     for name, parameter in named_parameters(optimizer):
         state: dict[str, Any] = {moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+        state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = state

@@ -20,11 +20,14 @@ from rwkv_cluster.workdir import WorkDir, atomic_write
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics. step: steps done, from 1. tokens: seen so far. memory_mb: peak of this process."""
+    """One line of metrics. step: steps done, from 1. grad_norm: None where fp16 skipped the update.
+
+    tokens: seen so far. memory_mb: peak of this process.
+    """
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     tokens: int
     tokens_per_s: float

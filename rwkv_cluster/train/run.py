@@ -23,6 +23,7 @@ from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume, strategy
 from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
 from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.loggers import loggers, require_packages
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.progress import Progress
@@ -83,6 +84,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         TrainingError: the loss or a gradient is no longer finite.
         Preempted: a signal or a STOP file ended the run after a checkpoint.
     """
+    end_with_launcher()
     work = WorkDir(config.work_dir)
     tokenizer = _chosen(tokenizer, config)
     require_packages(config.logging)
@@ -142,7 +144,7 @@ def _obtain_data(
 
 
 def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainResult:
-    config, found = session.config, session.found
+    config = session.config
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     model = build_model(session)
@@ -154,12 +156,11 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         config.training,
         session.plan,
         session.horizon,
-        start_step=session.start_step,
-        optimizer_state=found.optimizer() if found else None,
+        found=session.found,
         votes=bookkeeping.votes,
     )
     with bookkeeping, _quiet_lightning():
-        _trainer(session, [clock, bookkeeping, strategy.OrderlyEnd()]).fit(module, datamodule=_data(session))
+        _trainer(session, [clock, bookkeeping, SettledBuckets(), OrderlyEnd()]).fit(module, datamodule=_data(session))
     if module.step < session.horizon.total_steps:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "

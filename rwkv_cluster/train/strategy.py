@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessScriptLauncher
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import TrainingConfig
@@ -26,25 +24,6 @@ class Placement:
     world_size: int
     devices: int
     num_nodes: int
-
-
-class OrderlyEnd(Callback):
-    """Lets rank 0 end in its own time, with its own message and exit code.
-
-    Lightning watches the ranks that it starts itself and kills rank 0 within seconds of another's end with a code
-    other than 0. That is right for a crash during training; when all ranks stop together it is a race to lose.
-    """
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._forget_ranks(trainer)
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._forget_ranks(trainer)
-
-    def _forget_ranks(self, trainer: Trainer) -> None:
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, SubprocessScriptLauncher):
-            launcher.procs.clear()
 
 
 class ScaledFp16(MixedPrecision):
@@ -90,7 +69,7 @@ def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[st
         "strategy": _strategy(training, placement),
     }
     if training.precision == "fp16":
-        arguments["plugins"] = [ScaledFp16("16-mixed", "cuda")]
+        arguments["plugins"] = [ScaledFp16("16-mixed", placement.accelerator)]
     return arguments
 
 
@@ -98,7 +77,4 @@ def _strategy(training: TrainingConfig, placement: Placement) -> Strategy | str:
     if placement.world_size == 1 and training.strategy == "auto":
         return SingleDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
     backend = "nccl" if placement.accelerator == "cuda" else "gloo"
-    # With find_unused_parameters DDP keeps its first assignment of parameters to buckets. Otherwise it makes another
-    # after a session's first step, and from three ranks on the order of a sum depends on the place in a bucket: a
-    # resumed run would differ from the unbroken one in the last bits.
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, find_unused_parameters=True)
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)

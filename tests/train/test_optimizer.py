@@ -14,6 +14,7 @@ from rwkv_cluster.train.optimizer import (
     optimizer_tensors,
     restore_optimizer,
     set_learning_rate,
+    update_count,
 )
 
 TRAINING = TrainingConfig(lr_init=1e-3, weight_decay=0.1)
@@ -113,6 +114,6 @@ def test_state_survives_exactly() -> None:
     second = _model("x070")
     second.load_state_dict(first.state_dict())
     restored = build_optimizer(second, "x070", TRAINING)
-    restore_optimizer(restored, optimizer_tensors(optimizer), step=2)
+    restore_optimizer(restored, optimizer_tensors(optimizer), update_count(optimizer))
     run(second, restored, gradients[2:])
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), second.parameters(), strict=True))

@@ -14,9 +14,10 @@ from tiny_run import fingerprint, losses, tiny_config, write_text
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchError, Preempted, TrainingError
 from rwkv_cluster.model.state_dict import load_pth
-from rwkv_cluster.train.checkpoint import list_steps
+from rwkv_cluster.train.checkpoint import list_steps, newest_verified
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.train.run import initialize, train
+from rwkv_cluster.train.strategy import Placement
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -105,6 +106,24 @@ def test_every_version_and_precision_continues_exactly(
     train(configs[0])
     _run_in_sessions(configs[1], [3], monkeypatch)
     assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
+
+
+def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss scaling of CUDA runs, on a CPU: `place` refuses that, so a stand-in gives the placement."""
+    monkeypatch.setattr("rwkv_cluster.train.session.place", lambda training: Placement("cpu", 1, 1, 1))
+    configs = []
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+        configs.append(tiny_config(tmp_path / name, training={"precision": "fp16", "max_steps": 12}))
+    train(configs[0])
+    _run_in_sessions(configs[1], [1, 6], monkeypatch)
+    assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
+    lines = (tmp_path / "unbroken/work/logs/metrics.jsonl").read_text().splitlines()
+    skipped = [record["step"] for record in map(json.loads, lines) if "grad_norm" not in record]
+    state = newest_verified(tmp_path / "unbroken/work/out/checkpoints").state
+    assert state["optimizer_updates"] == 12 - len(skipped)
+    assert 1 in skipped
+    assert losses(configs[0].work_dir)[-1] < losses(configs[0].work_dir)[0] - 0.3
 
 
 def test_accumulation_gives_the_same_curve(unbroken: Path, tmp_path: Path) -> None:

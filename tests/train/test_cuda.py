@@ -1,0 +1,63 @@
+"""What only a GPU can show: the operators, a run in each precision, and an exact resume, on CUDA."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
+from tiny_run import fingerprint, losses, tiny_config
+
+from rwkv_cluster.errors import Preempted
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.run import train
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_operators_against_float64(version: str) -> None:
+    inputs = random_inputs(version, 2, 77, 3, 64)
+    wanted = values_and_gradients(partial(naive, version), inputs)
+    on_gpu = [x.cuda() for x in inputs]
+    found = values_and_gradients(partial(getattr(ops, version), backend="chunked"), on_gpu, torch.float32)
+    assert max(relative_errors([x.cpu() for x in found], wanted)) < 5e-5
+
+
+@pytest.mark.parametrize("model_type", ["x052", "x060", "x070"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_follows_the_cpu(model_type: str, precision: str, tmp_path: Path) -> None:
+    curves = {}
+    for accelerator, its_precision in (("cpu", "fp32"), ("cuda", precision)):
+        folder = tmp_path / accelerator
+        folder.mkdir()
+        training = {"accelerator": accelerator, "precision": its_precision, "lr_init": 3e-4}
+        train(tiny_config(folder, model={"model_type": model_type}, training=training))
+        curves[accelerator] = losses(folder / "work")
+    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    assert curves["cuda"] == pytest.approx(curves["cpu"], rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_continues_exactly(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+        training = {"accelerator": "cuda", "precision": precision}
+        configs.append(tiny_config(tmp_path / name, training=training))
+    train(configs[0])
+    monkeypatch.setenv(FAULT_VARIABLE, "train.step@3:signal=SIGUSR1")
+    with pytest.raises(Preempted):
+        train(configs[1])
+    monkeypatch.delenv(FAULT_VARIABLE)
+    train(configs[1])
+    assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
