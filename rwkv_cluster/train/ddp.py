@@ -1,0 +1,46 @@
+"""Two habits of DDP and of Lightning's launcher that a run must not depend on, and what is done about each."""
+
+from __future__ import annotations
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import (
+    _SubprocessScriptLauncher as SubprocessScriptLauncher,
+)
+
+
+class SettledBuckets(Callback):
+    """Lets DDP choose its buckets for good before the first step of a session.
+
+    DDP assigns the parameters to buckets anew after its first backward pass. From three ranks on the order in which
+    the ranks' values are added depends on the place in a bucket, so a resumed run would differ in the last bits from
+    one that has long had its second assignment. Here a pass over two zero tokens comes first and is thrown away.
+    """
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(trainer.strategy, DDPStrategy):
+            assert trainer.strategy.model is not None
+            batch = torch.zeros(1, 3, dtype=torch.int64, device=module.device)
+            trainer.strategy.model(batch).backward()
+            module.zero_grad()
+
+
+class OrderlyEnd(Callback):
+    """Lets rank 0 end in its own time, with its own message and exit code.
+
+    Lightning watches the ranks that it starts itself and kills rank 0 within seconds of another's end with a code
+    other than 0. That is right for a crash during training; when all ranks stop together it is a race.
+    """
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        _stop_watching(trainer)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        _stop_watching(trainer)
+
+
+def _stop_watching(trainer: Trainer) -> None:
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, SubprocessScriptLauncher):
+        launcher.procs.clear()  # the watching thread has this list, and ends when it is empty
