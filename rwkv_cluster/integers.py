@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +134,14 @@ class IntegerCodec:
         return f"{shortened(repr(found))} {what}; {self.noun}s must be 0 to {self.max_value}. {advice}"
 
 
-class IntegerTokenizer(BaseTokenizer):
-    """Whole numbers 0..max_value between white space: id = value + 1."""
+class _ValueTokenizer(BaseTokenizer):
+    """Whole numbers 0..max_value between white space: id = value + 1. Subclasses give the codec and the tokens."""
 
     END_OF_DOC_TOKEN = 0
 
-    def __init__(self, max_value: int = 359, vocab_file: str | Path | None = None) -> None:
-        """Raises ConfigError for max_value, MissingDataError or VocabularyError for the file."""
-        if vocab_file is not None:
-            max_value = _integer_vocabulary(vocab_file)
-        if isinstance(max_value, bool) or not isinstance(max_value, int) or not 0 <= max_value < MAX_TOKEN_ID:
-            raise ConfigError(f"max_value is {max_value!r}, expected a whole number from 0 to {MAX_TOKEN_ID - 1:,}")
-        self.max_value = max_value
-        self._codec = IntegerCodec(max_value, "value")
+    def __init__(self, codec: IntegerCodec, end_of_document: bytes) -> None:
+        self._codec = codec
+        self._end_of_document = end_of_document
 
     @property
     def vocab_size(self) -> int:
@@ -156,13 +150,18 @@ class IntegerTokenizer(BaseTokenizer):
 
     @cached_property
     def idx2token(self) -> dict[int, bytes]:
-        """{id: decimal digits}; id 0 is empty."""
-        return {0: b"", **{value + 1: b"%d" % value for value in range(self.max_value + 1)}}
+        """{id: decimal digits}; id 0 is empty or a zero byte."""
+        return dict(self._tokens())
 
     @cached_property
     def token2idx(self) -> dict[bytes, int]:
         """The inverse of idx2token."""
         return {token: token_id for token_id, token in self.idx2token.items()}
+
+    def _tokens(self) -> Iterator[tuple[int, bytes]]:
+        yield 0, self._end_of_document
+        for value in range(self._codec.max_value + 1):
+            yield value + 1, b"%d" % value
 
     def encode(self, src: str) -> list[int]:
         """Token ids of decimals between white space. Raises TokenizationError."""
@@ -172,36 +171,46 @@ class IntegerTokenizer(BaseTokenizer):
         """Ids [n] of a text, uint16 or int32 by vocab_size. Raises TokenizationError with a position."""
         return self._codec.ids_of_text(utf8(text))
 
-    def encode_sequence(self, values: Sequence[int] | np.ndarray) -> list[int]:
-        """Token ids of integers. Raises TokenizationError for one out of range or of another type."""
-        return self.encode_values(values).tolist()
-
     def encode_values(self, values: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids [n] of integers, uint16 or int32 by vocab_size: `encode_sequence` without a list."""
+        """Ids [n] of integers, uint16 or int32 by vocab_size. Raises TokenizationError."""
         return self._codec.ids_of_values(values)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Values joined by spaces. Raises TokenizationError for an unknown id."""
-        return " ".join(map(str, self.decode_sequence(tokens)))
+        return " ".join(map(str, self._codec.values_of_ids(tokens).tolist()))
+
+    def save_vocab(self, filepath: str | Path) -> None:
+        """Write every value as a vocabulary file."""
+        write_vocabulary(filepath, self._tokens())
+
+    def identity(self) -> dict[str, Any]:
+        """Class, vocabulary size and sha256 of what determines the vocabulary, for manifests."""
+        return identity_of(self, hashlib.sha256(b"integers 0..%d" % self._codec.max_value).hexdigest())
+
+
+class IntegerTokenizer(_ValueTokenizer):
+    """Whole numbers 0..max_value between white space: id = value + 1, vocabulary max_value + 2."""
+
+    def __init__(self, max_value: int = 359, vocab_file: str | Path | None = None) -> None:
+        """Raises ConfigError for max_value, MissingDataError or VocabularyError for the file."""
+        if vocab_file is not None:
+            max_value = _integer_vocabulary(vocab_file)
+        if isinstance(max_value, bool) or not isinstance(max_value, int) or not 0 <= max_value < MAX_TOKEN_ID:
+            raise ConfigError(f"max_value is {max_value!r}, expected a whole number from 0 to {MAX_TOKEN_ID - 1:,}")
+        self.max_value = max_value
+        super().__init__(IntegerCodec(max_value, "value"), end_of_document=b"")
+
+    def encode_sequence(self, values: Sequence[int] | np.ndarray) -> list[int]:
+        """Token ids of integers. Raises TokenizationError for one out of range or of another type."""
+        return self.encode_values(values).tolist()
 
     def decode_sequence(self, tokens: Sequence[int]) -> list[int]:
         """Values of token ids, leaving out 0. Raises TokenizationError for an unknown id."""
         return self._codec.values_of_ids(tokens).tolist()
 
-    def save_vocab(self, filepath: str | Path) -> None:
-        """Write every value as a vocabulary file; id 0 is `''`."""
-        values = ((value + 1, b"%d" % value) for value in range(self.max_value + 1))
-        write_vocabulary(filepath, chain([(0, b"")], values))
 
-    def identity(self) -> dict[str, Any]:
-        """Class, vocabulary size and sha256 of what determines the vocabulary, for manifests."""
-        return identity_of(self, hashlib.sha256(b"integers 0..%d" % self.max_value).hexdigest())
-
-
-class AngleTokenizer(BaseTokenizer):
+class AngleTokenizer(_ValueTokenizer):
     """Angles of 0..359 whole degrees between white space: id = angle + 1, vocabulary 361."""
-
-    END_OF_DOC_TOKEN = 0
 
     def __init__(self, vocab_file: str | Path | None = None) -> None:
         """`vocab_file`, if given, must hold the 360 angles. Raises MissingDataError or VocabularyError."""
@@ -209,54 +218,15 @@ class AngleTokenizer(BaseTokenizer):
             raise VocabularyError(
                 f"{vocab_file}: holds 0 to {found}, but AngleTokenizer needs 0 to 359. Use type integer"
             )
-        self._codec = IntegerCodec(359, "angle")
-
-    @property
-    def vocab_size(self) -> int:
-        """361: the angles, and 0 for end of document."""
-        return self._codec.vocab_size
-
-    @cached_property
-    def idx2token(self) -> dict[int, bytes]:
-        """{id: decimal digits}; id 0 is a zero byte."""
-        return {0: b"\x00", **{angle + 1: b"%d" % angle for angle in range(360)}}
-
-    @cached_property
-    def token2idx(self) -> dict[bytes, int]:
-        """The inverse of idx2token."""
-        return {token: token_id for token_id, token in self.idx2token.items()}
-
-    def encode(self, src: str) -> list[int]:
-        """Token ids of decimals between white space. Raises TokenizationError."""
-        return self.encode_to_array(src).tolist()
-
-    def encode_to_array(self, text: str) -> np.ndarray:
-        """Ids [n] of a text, uint16. Raises TokenizationError with the byte position."""
-        return self._codec.ids_of_text(utf8(text))
+        super().__init__(IntegerCodec(359, "angle"), end_of_document=b"\x00")
 
     def encode_angle_sequence(self, angles: Sequence[int] | np.ndarray) -> list[int]:
         """Token ids of integers. Raises TokenizationError for one out of range or of another type."""
         return self.encode_values(angles).tolist()
 
-    def encode_values(self, values: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids [n] of integers, uint16: `encode_angle_sequence` without a list."""
-        return self._codec.ids_of_values(values)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Angles joined by spaces. Raises TokenizationError for an unknown id."""
-        return " ".join(map(str, self.decode_angle_sequence(tokens)))
-
     def decode_angle_sequence(self, tokens: Sequence[int]) -> list[int]:
         """Angles of token ids, leaving out 0. Raises TokenizationError for an unknown id."""
         return self._codec.values_of_ids(tokens).tolist()
-
-    def save_vocab(self, filepath: str | Path) -> None:
-        """Write the angles as a vocabulary file; id 0 is a zero byte."""
-        write_vocabulary(filepath, self.idx2token.items())
-
-    def identity(self) -> dict[str, Any]:
-        """Class, vocabulary size and sha256 of what determines the vocabulary, for manifests."""
-        return identity_of(self, hashlib.sha256(b"integers 0..359").hexdigest())
 
     def printTokens(self, tokens: Sequence[int]) -> None:
         """Write tokens with their ids to stdout."""

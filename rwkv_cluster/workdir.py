@@ -27,6 +27,7 @@ from typing import IO
 from rwkv_cluster.errors import ConfigError, LaunchError
 
 TEMPORARY_PREFIX = ".tmp-"
+_HOLDER_BYTES = 512  # always written in one piece, so that nobody reads the lock file while it is empty
 
 
 def fsync_directory(path: Path) -> None:
@@ -162,13 +163,13 @@ class WorkDir:
                 "pid": os.getpid(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             }
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            os.pwrite(descriptor, json.dumps(holder).ljust(_HOLDER_BYTES).encode(), 0)
             yield
         finally:
             os.close(descriptor)
 
     def _holder_message(self) -> str:
+        time.sleep(0.2)  # the file may still name the holder before: a new one writes just after it has locked
         try:
             holder = json.loads(self.lock_file.read_text())
             who = f"by process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -149,6 +149,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         torch.set_num_threads(config.training.num_threads)
     model = build_model(session)
     _write_config(session)
+    _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     clock = StepClock()
     bookkeeping = _bookkeeping(session, clock, stop_request)
     module = TrainingModule(
@@ -160,7 +161,7 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         votes=bookkeeping.votes,
     )
     with bookkeeping, _quiet_lightning():
-        _trainer(session, [clock, bookkeeping, SettledBuckets(), OrderlyEnd()]).fit(module, datamodule=_data(session))
+        _trainer(session, [SettledBuckets(), clock, bookkeeping, OrderlyEnd()]).fit(module, datamodule=_data(session))
     if module.step < session.horizon.total_steps:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
@@ -177,6 +178,23 @@ def _fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRe
         final_path=session.work.final_weights,
         already_complete=False,
         sample=sample_text(model, tokenizer, config.logging),
+    )
+
+
+def _announce(session: Session, n_parameters: int) -> None:
+    """What is going to happen, in one line."""
+    if rank() != 0:
+        return
+    model, placement = session.config.model, session.placement
+    ranks = (
+        f"{placement.world_size} ranks on {placement.accelerator}"
+        if placement.world_size > 1
+        else placement.accelerator
+    )
+    begin = f"continuing at step {session.start_step}" if session.found else "starting"
+    log.info(
+        f"{begin}: {model.model_type} of {n_parameters:,} parameters, {session.horizon.total_steps:,} steps of "
+        f"{session.plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
     )
 
 
