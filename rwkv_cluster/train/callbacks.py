@@ -120,7 +120,6 @@ class Bookkeeping(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        self._stop_request.install()
         if self._random_states is not None:
             random_state.restore(self._random_states, rank())
         distributed.fault_point("train.step", step=module.step)

@@ -30,7 +30,7 @@ from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records
 from rwkv_cluster.train.sample import require_sample_prompt, sample_text
 from rwkv_cluster.train.session import Session, build_model, ensure_init_file, open_session, resolve, with_vocabulary
-from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
 from rwkv_cluster.workdir import WorkDir, atomic_write, remove_temporaries
 
 log = logging.getLogger("rwkv_cluster")
@@ -240,7 +240,7 @@ def _data(session: Session) -> TokenDataModule:
 
 def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
     """Lightning runs the loop and the devices. Order, records, checkpoints and the end are ours, by step."""
-    return Trainer(
+    trainer = Trainer(
         **strategy.trainer_arguments(session.config.training, session.placement),
         max_epochs=1,
         accumulate_grad_batches=session.accumulate,
@@ -255,6 +255,8 @@ def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    keep_lightning_out(trainer)
+    return trainer
 
 
 @contextmanager

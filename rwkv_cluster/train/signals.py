@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from pytorch_lightning import Trainer
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -24,12 +26,6 @@ class StopRequest:
             self.reason = f"the file {self._stop_file}"
         return self.reason is not None
 
-    def install(self) -> None:
-        """Take the stop signals over. Lightning installs handlers of its own as it starts: call again after that."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._on_signal)
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
@@ -37,11 +33,21 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Signals set the flag inside the block; the handlers from before it come back after it."""
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        self.install()
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+            yield self
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def keep_lightning_out(trainer: Trainer) -> None:
+    """Leave the signals to `StopRequest`.
+
+    Lightning's handler of SIGTERM ends the run in silence with code 1 and without a checkpoint, also when it was
+    there only while the trainer started, and its broadcast from inside the handler can hang the ranks.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

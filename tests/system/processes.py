@@ -1,0 +1,192 @@
+"""Real `rwkv_cluster` processes for the system tests: started in a folder, watched through files, ended by their id."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tiny_run import fingerprint
+
+from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, verify
+from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.workdir import WorkDir
+
+LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+END_S = 120.0  # far beyond what any of these runs takes, so that a hang fails instead of lasting
+
+
+def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = END_S) -> None:
+    """Poll `condition` every few milliseconds. Fails, naming `what`, after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.003)
+
+
+class Job:
+    """One `python -m rwkv_cluster VERB run.yaml`, alone or as the ranks of a torchrun, with its output in a file."""
+
+    def __init__(
+        self, folder: Path, *, verb: str = "train", ranks: int | None = None, fault: str | None = None
+    ) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
+        environment |= {"OMP_NUM_THREADS": "1"} | ({FAULT_VARIABLE: fault} if fault else {})
+        self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        with open(self.output, "wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "rwkv_cluster", verb, "run.yaml"],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self, timeout_s: float = END_S) -> int:
+        """The exit code; fails with the output when the end does not come."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.text}") from None
+
+    def complete(self) -> None:
+        """Wait for the end and require success."""
+        code = self.wait()
+        assert code == 0, f"exit code {code}:\n{self.text}"
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def worker(self, rank: int) -> int:
+        """Process id of a rank that this job has started."""
+        found: list[int] = []
+
+        def look() -> bool:
+            for pid in descendants(self.process.pid):
+                environment = _environment(pid)
+                if environment.get("RANK", environment.get("LOCAL_RANK")) == str(rank):
+                    found.append(pid)
+            return bool(found)
+
+        wait_until(look, what=f"rank {rank}")
+        return found[0]
+
+    def end(self) -> None:
+        """Kill what is left of this job."""
+        if self.running():
+            for pid in (*descendants(self.process.pid), self.process.pid):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            self.process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of everything that `pid` has started, directly or not, the youngest generation last."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if fields[0] != "Z":
+            parents[int(status.parent.name)] = int(fields[1])
+    found, generation = [], [pid]
+    while generation := [child for child, parent in parents.items() if parent in generation]:
+        found += generation
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_end(pids: Iterable[int], *, timeout_s: float) -> None:
+    """Until none of `pids` runs."""
+    wait_until(lambda: not any(map(alive, pids)), what=f"the end of processes {pids}", timeout_s=timeout_s)
+
+
+def _environment(pid: int) -> dict[str, str]:
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+class Watched:
+    """A tiny run's folder, seen from outside: its steps, sessions and checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = WorkDir(folder / "work")
+
+    def steps_logged(self) -> int:
+        """Last step with a whole line in metrics.jsonl; 0 when there is none."""
+        try:
+            text = (self.work.logs / "metrics.jsonl").read_text()
+        except OSError:
+            return 0
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def sessions(self) -> int:
+        """How many processes have begun to train here."""
+        try:
+            return (self.work.out / "train_log.txt").read_text().count("NEW RUN ")
+        except OSError:
+            return 0
+
+    def wait_for_steps(self, job: Job, *, sessions: int, step: int) -> None:
+        """Until the session after the first `sessions` has logged `step`; fails when the job ends before that."""
+
+        def reached() -> bool:
+            assert job.running(), f"ended before step {step}:\n{job.text}"
+            return self.sessions() > sessions and self.steps_logged() >= step
+
+        wait_until(reached, what=f"step {step}")
+
+    def newest_checkpoint(self) -> int:
+        """Highest step that is saved (0: none), after checking every byte of every checkpoint that has its name."""
+        for step in list_steps(self.work.checkpoints):
+            verify(checkpoint_path(self.work.checkpoints, step))
+        return max(list_steps(self.work.checkpoints), default=0)
+
+    def half_written(self, name: str) -> bool:
+        """Whether a save is under way that has `name` on the disk."""
+        return any(self.work.checkpoints.glob(f".tmp-step-*/{name}"))
+
+    def result(self) -> dict[str, object]:
+        """What equal runs have in common: final weights, optimizer state, every loss, and the books of the run."""
+        newest = checkpoint_path(self.work.checkpoints, max(list_steps(self.work.checkpoints)))
+        state = json.loads((newest / "state.json").read_text())
+        books = ("step", "tokens_seen", "epoch_loss_sum", "epoch_loss_count", "val_loss", "data_fingerprint")
+        return fingerprint(self.work.root) | {name: state[name] for name in books}
+
+
+def stopped_steps(text: str) -> dict[int, int]:
+    """{rank: step} of every rank that said it was stopped; rank 0 where the process was alone."""
+    matches = re.finditer(r"(?:rank (\d+): )?error: stopped by .* after step (\d+) of", text)
+    return {int(match[1] or 0): int(match[2]) for match in matches}

@@ -1,0 +1,116 @@
+"""kill -9 at any time: the same command again ends where an unbroken run ends, repeating one save interval at most."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from system.processes import Job, Watched, descendants, wait_for_end, wait_until
+from tiny_run import tiny_config, write_config, write_text
+
+pytestmark = pytest.mark.system
+
+SAVE_INTERVAL = 10
+KILLS = 20
+START_S = 3.0  # a process imports, checks and prepares for about this long before its first step
+SAVE_POINTS = ("after_weights", "after_optimizer", "before_manifest", "before_commit", "after_commit")
+
+
+def _new_run(folder: Path, max_steps: int) -> Watched:
+    folder.mkdir(exist_ok=True)
+    config = tiny_config(
+        folder,
+        training={"max_steps": max_steps, "val_interval_steps": 50},
+        checkpoint={"save_interval_steps": SAVE_INTERVAL},
+    )
+    write_config(folder / "run.yaml", config)
+    return Watched(folder)
+
+
+def _unbroken(folder: Path, max_steps: int, start: Callable[..., Job]) -> dict[str, object]:
+    run = _new_run(folder, max_steps)
+    start(run.folder).complete()
+    return run.result()
+
+
+def test_killed_at_random_times(tmp_path: Path, start: Callable[..., Job]) -> None:
+    draw = random.Random(20)
+    run = _new_run(tmp_path / "killed", 300)
+    for kill in range(KILLS):
+        sessions, saved = run.sessions(), run.newest_checkpoint()
+        job = start(run.folder)
+        if kill % 3 == 0:
+            time.sleep(draw.uniform(0.1, START_S))
+        else:
+            run.wait_for_steps(job, sessions=sessions, step=saved + draw.randint(1, 25))
+            time.sleep(draw.uniform(0, 0.02))
+        assert job.running(), job.text
+        job.kill()
+        assert run.newest_checkpoint() >= saved
+        assert run.steps_logged() - run.newest_checkpoint() <= SAVE_INTERVAL
+    start(run.folder).complete()
+    assert run.result() == _unbroken(tmp_path / "unbroken", 300, start)
+
+
+def test_killed_inside_the_save(tmp_path: Path, start: Callable[..., Job]) -> None:
+    draw = random.Random(10)
+    run = _new_run(tmp_path / "killed", 60)
+    for point in SAVE_POINTS:
+        saved = run.newest_checkpoint()
+        job = start(run.folder, fault=f"checkpoint.{point}@{saved + SAVE_INTERVAL}:signal=SIGKILL")
+        assert job.wait() == -9, job.text
+        assert run.newest_checkpoint() == saved + (SAVE_INTERVAL if point == "after_commit" else 0)
+    for point in SAVE_POINTS:
+        saved = run.newest_checkpoint()
+        name = "weights.pth" if point == "after_weights" else "optimizer.pth"
+        job = start(run.folder, fault=f"checkpoint.{point}@{saved + SAVE_INTERVAL}:sleep=5")
+        if point == "after_commit":
+            wait_until(lambda saved=saved: run.newest_checkpoint() > saved, what="the commit")
+        else:
+            wait_until(lambda name=name: run.half_written(name), what="a half-written checkpoint")
+        time.sleep(draw.uniform(0, 0.5))
+        assert job.running(), job.text
+        job.kill()
+        assert run.newest_checkpoint() == saved + (SAVE_INTERVAL if point == "after_commit" else 0)
+    assert run.half_written("weights.pth") or run.newest_checkpoint() == 2 * SAVE_INTERVAL
+    start(run.folder).complete()
+    assert not list(run.work.checkpoints.glob(".tmp-*"))
+    assert run.result() == _unbroken(tmp_path / "unbroken", 60, start)
+
+
+def test_killed_while_preparing_data(tmp_path: Path, start: Callable[..., Job]) -> None:
+    draw = random.Random(5)
+    text = write_text(tmp_path / "text.jsonl", n_words=300_000).read_bytes() * 8  # enough for tokenizer processes
+    runs = []
+    for name in ("killed", "unbroken"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "text.jsonl").write_bytes(text)
+        config = tiny_config(folder, data={"n_epochs_duplication": 2, "num_workers": 2}, training={"max_steps": 4})
+        write_config(folder / "run.yaml", config)
+        runs.append(Watched(folder))
+    killed, unbroken = runs
+    found_workers = False
+    for _ in range(5):
+        leftovers = set(killed.work.data.glob(".tmp-prepare-*"))
+        job = start(killed.folder)
+        wait_until(
+            lambda before=leftovers: bool(set(killed.work.data.glob(".tmp-prepare-*")) - before), what="the preparation"
+        )
+        time.sleep(draw.uniform(0, 0.3))
+        workers = descendants(job.process.pid)
+        found_workers = found_workers or bool(workers)
+        assert not (killed.work.data / "manifest.json").exists()
+        job.kill()
+        wait_for_end(workers, timeout_s=10)
+    assert found_workers
+    for run in runs:
+        start(run.folder).complete()
+    assert not list(killed.work.data.glob(".tmp-*"))
+    manifests = [json.loads((run.work.data / "manifest.json").read_bytes()) for run in runs]
+    assert manifests[0] == manifests[1]
+    assert killed.result() == unbroken.result()

@@ -1,0 +1,116 @@
+"""Many processes, one work directory: one of them works in it, the others say at once who does."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from system.processes import Job, Watched
+from tiny_run import tiny_config, write_config, write_text
+
+from rwkv_cluster.data.prepare import load_manifest
+from rwkv_cluster.errors import MissingDataError
+
+pytestmark = pytest.mark.system
+
+# Imports once and forks, so that 20 processes really are there at once.
+AT_ONCE = """
+import logging, os, sys
+import rwkv_cluster.train.run
+from rwkv_cluster.cli import main
+from rwkv_cluster.configfile import load_config
+from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.tokenizer import build_tokenizer
+
+def command():
+    return main(["prepare", "run.yaml"])
+
+def function():
+    logging.basicConfig(level=logging.INFO)
+    data = load_config("run.yaml").data
+    print(prepare(data, build_tokenizer(data.tokenizer), "work/data").fingerprint)
+    return 0
+
+children = []
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        code = {what}()
+        sys.stdout.flush()
+        os._exit(code)
+    children.append(child)
+print("codes", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def _new_run(folder: Path, **training: object) -> Watched:
+    config = tiny_config(folder, training=training, data={"n_epochs_duplication": 10})
+    write_config(folder / "run.yaml", config)
+    return Watched(folder)
+
+
+def test_the_second_run_ends_at_once_and_names_the_first(tmp_path: Path, start: Callable[..., Job]) -> None:
+    run = _new_run(tmp_path, max_steps=100_000)
+    first = start(run.folder)
+    run.wait_for_steps(first, sessions=0, step=1)
+    second = start(run.folder)
+    assert second.wait(20) == 6  # of which all but a moment is the import of torch
+    assert re.search(
+        rf"error: work_dir {re.escape(str(run.work.root))} is in use by process {first.process.pid} on "
+        rf"{re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\. ",
+        second.text,
+    )
+    assert first.running()
+    assert run.sessions() == 1
+
+
+def test_of_two_started_together_one_runs(tmp_path: Path, start: Callable[..., Job]) -> None:
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        run = _new_run(folder, max_steps=300)
+        jobs = [start(folder), start(folder)]
+        assert sorted(job.wait() for job in jobs) == [0, 6]
+        assert run.sessions() == 1
+        assert run.newest_checkpoint() == 300
+
+
+@pytest.mark.parametrize("what", ["command", "function"])
+def test_twenty_preparations_at_once(what: str, tmp_path: Path) -> None:
+    """The command refuses while another holds the work directory; the function waits and uses what is there."""
+    write_text(tmp_path / "text.jsonl", n_words=50_000)
+    run = _new_run(tmp_path)
+    with open(tmp_path / "output.txt", "w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE.format(what=what)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        fingerprints = Counter()
+        while process.poll() is None:
+            try:
+                fingerprints[load_manifest(run.work.data, verify=True).fingerprint] += 1
+            except MissingDataError:
+                continue
+        output.seek(0)
+        text = output.read()
+    codes = [int(code) for code in re.search(r"^codes (.*)$", text, re.MULTILINE)[1].split()]
+    final = load_manifest(run.work.data, verify=True).fingerprint
+    assert set(fingerprints) <= {final}
+    assert text.count("preparing data in") == 1
+    if what == "function":
+        assert codes == [0] * 20
+        assert text.split().count(final) == 20
+    else:
+        assert set(codes) <= {0, 6}
+        assert codes.count(0) >= 1
+        assert text.count("is in use by process") == codes.count(6) >= 1

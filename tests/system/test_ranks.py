@@ -1,0 +1,176 @@
+"""Two ranks on gloo: the same bits twice, one step for all to stop at, one end for all when one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system.processes import Job, Watched, stopped_steps, wait_for_end, wait_until
+from tiny_run import losses, tiny_config, write_config
+
+pytestmark = pytest.mark.system
+
+TOTAL_STEPS = 150
+
+
+def _new_run(folder: Path, *, data: dict[str, Any] | None = None, **training: Any) -> Watched:
+    folder.mkdir(exist_ok=True)
+    config = tiny_config(
+        folder,
+        data=data or {},
+        training={"max_steps": TOTAL_STEPS, "micro_bsz": 2, **training},
+        checkpoint={"save_interval_steps": 50},
+    )
+    write_config(folder / "run.yaml", config)
+    return Watched(folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched]:
+    """The run of a precision on two ranks that nothing interrupted, made when it is first asked for."""
+    made: dict[str, Watched] = {}
+
+    def run_of(precision: str) -> Watched:
+        if precision not in made:
+            run = _new_run(tmp_path_factory.mktemp(precision), precision=precision)
+            Job(run.folder, ranks=2).complete()
+            made[precision] = run
+        return made[precision]
+
+    return run_of
+
+
+def test_the_same_config_twice_is_equal(
+    unbroken: Callable[[str], Watched], tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    run = _new_run(tmp_path)
+    start(run.folder, ranks=2).complete()
+    assert run.result() == unbroken("fp32").result()
+
+
+def test_devices_without_a_launcher_is_the_same_run(
+    unbroken: Callable[[str], Watched], tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    run = _new_run(tmp_path, devices=2)
+    start(run.folder).complete()
+    assert run.result() == unbroken("fp32").result()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("request_stop", ["SIGTERM", "STOP"])
+def test_one_ranks_request_stops_all_at_one_step_and_continues_exactly(
+    request_stop: str,
+    precision: str,
+    unbroken: Callable[[str], Watched],
+    tmp_path: Path,
+    start: Callable[..., Job],
+) -> None:
+    run = _new_run(tmp_path, precision=precision)
+    job = start(run.folder, ranks=2)
+    worker = job.worker(1)
+    run.wait_for_steps(job, sessions=0, step=5)
+    if request_stop == "STOP":
+        (run.work.root / "STOP").touch()
+    else:
+        os.kill(worker, signal.SIGTERM)
+    assert job.wait(10) == 1  # torchrun has one code for every failure; its log has the cause
+    assert "exitcode  : 75" in job.text
+    steps = stopped_steps(job.text)
+    assert steps.keys() == {0, 1}
+    assert set(steps.values()) == {run.newest_checkpoint()}
+    assert run.newest_checkpoint() < TOTAL_STEPS
+    start(run.folder, ranks=2).complete()
+    assert run.result() == unbroken(precision).result()
+
+
+def test_two_accumulating_ranks_follow_one_ranks_curve(tmp_path: Path, start: Callable[..., Job]) -> None:
+    runs = [_new_run(tmp_path / str(ranks), global_batch_size=8, max_steps=40) for ranks in (1, 2)]
+    for ranks, run in zip((None, 2), runs, strict=True):
+        start(run.folder, ranks=ranks).complete()
+    one, two = (losses(run.work.root) for run in runs)
+    assert len(one) == 40
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_only_rank_0_prepares_while_rank_1_waits(tmp_path: Path, start: Callable[..., Job]) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "class Slow:\n"
+        "    vocab_size = 257\n"
+        "    def encode(self, text):\n"
+        "        open('encoded-by', 'a').write(os.environ['RANK'] + '\\n')\n"
+        "        time.sleep(0.1)\n"
+        "        return [byte + 1 for byte in text.encode()]\n"
+        "    def decode(self, ids):\n"
+        "        return bytes(i - 1 for i in ids if i).decode()\n"
+    )
+    run = _new_run(tmp_path, data={"tokenizer": {"type": "slow:Slow"}}, max_steps=2)
+    job = start(run.folder, ranks=2)
+    job.complete()
+    assert set((tmp_path / "encoded-by").read_text().split()) == {"0"}
+    assert job.text.count("data prepared in") == 1
+    assert run.newest_checkpoint() == 2
+
+
+def test_bad_data_on_rank_0_ends_rank_1(tmp_path: Path, start: Callable[..., Job]) -> None:
+    run = _new_run(tmp_path)
+    with open(tmp_path / "text.jsonl", "a") as handle:
+        handle.write('{"text": 5}\n')
+    job = start(run.folder, ranks=2)
+    workers = [job.worker(rank) for rank in (0, 1)]
+    wait_until(lambda: "rank 0: error: " in job.text, what="rank 0's message")
+    assert job.wait(10) == 1
+    assert 'text.jsonl:68: "text" is a number' in job.text
+    assert "exitcode  : 3" in job.text
+    wait_for_end(workers, timeout_s=10)
+
+
+@pytest.mark.parametrize("ranks", [2, None], ids=["torchrun", "devices"])
+def test_nan_on_rank_1_stops_both_before_the_update(
+    ranks: int | None, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    run = _new_run(tmp_path, devices=1 if ranks else 2)
+    job = start(run.folder, ranks=ranks, fault="train.loss@3#1:hit")
+    assert job.wait() == 1, job.text
+    assert "rank 0: error: step 3: the loss or gradient is not finite on rank 1 (" in job.text
+    assert run.steps_logged() == 3
+    assert run.newest_checkpoint() == 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("ranks", [2, None], ids=["torchrun", "devices"])
+def test_a_killed_rank_ends_the_other(
+    ranks: int | None, victim: int, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    run = _new_run(tmp_path, devices=1 if ranks else 2, max_steps=3000)
+    job = start(run.folder, ranks=ranks)
+    run.wait_for_steps(job, sessions=0, step=55)
+    pids = [job.worker(0) if ranks else job.process.pid, job.worker(1)]
+    os.kill(pids[victim], signal.SIGKILL)
+    assert job.wait(10) != 0
+    wait_for_end(pids, timeout_s=10)
+    assert run.newest_checkpoint() >= 50
+
+
+def test_the_workers_of_a_killed_torchrun_end(tmp_path: Path, start: Callable[..., Job]) -> None:
+    run = _new_run(tmp_path, max_steps=3000)
+    job = start(run.folder, ranks=2)
+    run.wait_for_steps(job, sessions=0, step=5)
+    workers = [job.worker(rank) for rank in (0, 1)]
+    job.kill()
+    wait_for_end(workers, timeout_s=15)
+
+
+def test_three_ranks_continue_exactly(tmp_path: Path, start: Callable[..., Job]) -> None:
+    """From three ranks on the order of a sum is visible in its last bits."""
+    runs = [_new_run(tmp_path / name, max_steps=20) for name in ("unbroken", "stopped")]
+    stopped = start(runs[1].folder, ranks=3, fault="train.step@7#2:signal=SIGUSR1")
+    assert stopped.wait() == 1
+    assert stopped_steps(stopped.text) == {0: 8, 1: 8, 2: 8}
+    for run in runs:
+        start(run.folder, ranks=3).complete()
+    assert runs[0].result() == runs[1].result()
