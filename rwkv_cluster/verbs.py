@@ -13,6 +13,7 @@ from typing import Any
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.launch.command import Command
 from rwkv_cluster.recipes import FoundConfig, find_config
 
 logger = logging.getLogger("rwkv_cluster")
@@ -85,7 +86,7 @@ def train(config: Config) -> Report:
     lines += [
         f"weights    {result.final_path}",
         f"everything {config.work_dir}",
-        f'next       rwkv-cluster generate {config.work_dir} --prompt "..."',
+        f"next       {Command(('rwkv-cluster', 'generate', config.work_dir, '--prompt', 'some text')).shell()}",
     ]
     return Report("\n".join(lines), dataclasses.asdict(result))
 

@@ -7,11 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from tiny_models import some_tokens, tiny_model
 
 from rwkv_cluster.model.generate import generate
 from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.train.run import train
+from rwkv_cluster.train.weights import load_model
+from rwkv_cluster.workdir import WorkDir
 
 pytest.importorskip("rwkv")
 
@@ -36,6 +40,17 @@ for name, prompt, n_tokens in json.load(open(sys.argv[1])):
 """
 
 
+def _trained(folder, model_type):
+    """out/rwkv-final.pth of a short run."""
+    folder.mkdir()
+    config = tiny_run.tiny_config(
+        folder, model={"model_type": model_type}, training={"max_steps": 30, "lr_init": 5e-3, "micro_bsz": 8}
+    )
+    train(config)
+    assert tiny_run.losses(config.work_dir)[-1] < 2.5
+    return WorkDir(config.work_dir).final_weights
+
+
 @pytest.mark.parametrize("family", [("x052", "x060"), ("x070",)], ids="+".join)
 def test_logits_and_text_equal_the_rwkv_package(tmp_path, family):
     cases = []
@@ -47,6 +62,8 @@ def test_logits_and_text_equal_the_rwkv_package(tmp_path, family):
             model = tiny_model(model_type, **changes)
             save_pth(tmp_path / f"{model_type}{suffix}.pth", model.state_dict())
             cases.append((str(tmp_path / f"{model_type}{suffix}"), some_tokens(1, 11)[0].tolist(), 15, model))
+        trained = _trained(tmp_path / f"{model_type}-trained", model_type)
+        cases.append((str(trained.with_suffix("")), list(b"every morning"), 15, load_model(trained)))
     (tmp_path / "cases.json").write_text(json.dumps([case[:3] for case in cases]))
     flags = {"RWKV_V7_ON": "1" if family == ("x070",) else "0", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
     subprocess.run(
