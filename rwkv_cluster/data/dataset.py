@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.sampler import SamplePlan
 
 
 class TokenDataset(Dataset[Tensor]):
     """Samples of one token file, addressed by sample number (from 1).
 
-    tokens: 1-D integer array, memory-mapped. Documents are not looked at: a sample is a flat slice, as in RWKV-LM.
+    Documents are not looked at: a sample is a flat slice of the file, as in RWKV-LM.
     """
 
-    def __init__(self, tokens: np.ndarray, plan: SamplePlan) -> None:
+    def __init__(self, tokens: IndexedTokens, plan: SamplePlan) -> None:
         self._tokens = tokens
         self._plan = plan
 
     def __getitem__(self, sample: int) -> Tensor:
         """[T + 1] int64: inputs are all but the last, targets all but the first."""
         offset = self._plan.offset(sample)
-        return torch.from_numpy(self._tokens[offset : offset + self._plan.ctx_len + 1].astype(np.int64))
+        return torch.from_numpy(self._tokens.read(offset, offset + self._plan.ctx_len + 1).astype(np.int64))
 
     def __getitems__(self, samples: Sequence[int]) -> Tensor:
         """[len(samples), T + 1] int64."""
@@ -56,19 +57,19 @@ class MicroBatches:
 
 
 def validation_batches(
-    tokens: np.ndarray, *, ctx_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
+    tokens: IndexedTokens, *, ctx_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Tensor]:
     """[b, length + 1] int64 windows that cover the first `max_tokens` targets of a file once, in file order.
 
     The last window may be shorter than ctx_len and then comes alone. Ranks take whole batches in turn, so the sum
     over ranks does not depend on their number.
     """
-    n_targets = min(len(tokens) - 1, max_tokens)
+    n_targets = min(tokens.n_tokens - 1, max_tokens)
     full, rest = divmod(n_targets, ctx_len)
     starts = [index * ctx_len for index in range(full)]
     batches = [(starts[i : i + batch_size], ctx_len) for i in range(0, full, batch_size)]
     if rest:
         batches.append(([full * ctx_len], rest))
     for group, length in batches[rank::world_size]:
-        rows = [tokens[start : start + length + 1].astype(np.int64) for start in group]
+        rows = [tokens.read(start, start + length + 1).astype(np.int64) for start in group]
         yield torch.from_numpy(np.stack(rows))

@@ -8,12 +8,12 @@ import time
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import rank
@@ -81,7 +81,7 @@ class Bookkeeping(Callback):
         stop_request: StopRequest,
         records: Records | None,
         progress: Progress | None,
-        val_tokens: np.ndarray | None,
+        val_tokens: IndexedTokens | None,
         epoch_mean: EpochMean,
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,

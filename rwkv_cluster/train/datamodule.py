@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.sampler import SamplePlan
 
@@ -24,7 +24,7 @@ class TokenDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, tokens: np.ndarray, plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
+        self, tokens: IndexedTokens, plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
     ) -> None:
         super().__init__()
         self._dataset = TokenDataset(tokens, plan)

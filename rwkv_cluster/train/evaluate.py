@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
 from rwkv_cluster.errors import DataError
@@ -34,7 +33,7 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model: RWKV, tokens: np.ndarray, *, batch_size: int, max_tokens: int) -> EvalResult:
+def evaluate(model: RWKV, tokens: IndexedTokens, *, batch_size: int, max_tokens: int) -> EvalResult:
     """Mean loss over the first `max_tokens` targets of `tokens`, in windows of ctx_len that start from a zero state.
 
     Collective: every rank must call it, and takes its share of the batches.
@@ -75,5 +74,5 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
         )
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
-    tokens = open_tokens(prefix).tokens
-    return evaluate(model, tokens, batch_size=config.training.micro_bsz, max_tokens=len(tokens))
+    tokens = open_tokens(prefix)
+    return evaluate(model, tokens, batch_size=config.training.micro_bsz, max_tokens=tokens.n_tokens)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from rwkv_cluster.config import Config, ModelConfig
-from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
@@ -54,15 +53,15 @@ class Session:
             magic_prime=self.plan.magic_prime,
         )
 
-    def train_tokens(self) -> np.ndarray:
-        """The training file's tokens, memory-mapped."""
-        return open_tokens(self.manifest.token_prefix(self.work.data)).tokens
+    def train_tokens(self) -> IndexedTokens:
+        """The training file."""
+        return open_tokens(self.manifest.token_prefix(self.work.data))
 
-    def val_tokens(self) -> np.ndarray | None:
-        """The validation file's tokens; None when there are none to predict."""
+    def val_tokens(self) -> IndexedTokens | None:
+        """The validation file; None when it has nothing to predict."""
         prefix = self.manifest.validation_prefix(self.work.data)
-        tokens = open_tokens(prefix).tokens if prefix is not None else None
-        return tokens if tokens is not None and len(tokens) > 1 else None
+        tokens = open_tokens(prefix) if prefix is not None else None
+        return tokens if tokens is not None and tokens.n_tokens > 1 else None
 
 
 def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Session:

@@ -18,7 +18,7 @@ from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.system
 
-TOTAL_STEPS = 400
+TOTAL_STEPS = 200
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -26,7 +26,7 @@ def _new_run(folder: Path) -> Watched:
     """A run that saves only when it is stopped and at its end."""
     config = tiny_config(
         folder,
-        training={"max_steps": TOTAL_STEPS, "val_interval_steps": 100},
+        training={"max_steps": TOTAL_STEPS, "val_interval_steps": 50},
         checkpoint={"save_interval_steps": TOTAL_STEPS},
     )
     write_config(folder / "run.yaml", config)

@@ -1,0 +1,64 @@
+"""Training samples and validation windows as tensors: the right tokens, once each, for every number of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_cluster.data.binidx import IndexedTokens, TokenFileWriter, open_tokens
+from rwkv_cluster.data.dataset import MicroBatches, TokenDataset, validation_batches
+from rwkv_cluster.data.sampler import SamplePlan
+from rwkv_cluster.errors import DataError
+
+N_TOKENS = 1003
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> IndexedTokens:
+    """A file whose token at place i is i."""
+    with TokenFileWriter(tmp_path / "train", np.dtype(np.uint16)) as writer:
+        writer.write(np.arange(N_TOKENS, dtype=np.uint16), np.array([N_TOKENS]))
+    return open_tokens(tmp_path / "train")
+
+
+def test_a_sample_is_the_slice_at_its_offset(tokens: IndexedTokens) -> None:
+    plan = SamplePlan(ctx_len=10, magic_prime=89, global_batch_size=4)
+    batch = TokenDataset(tokens, plan).__getitems__([1, 7, 500])
+    assert batch.dtype == torch.int64
+    assert batch.tolist() == [list(range(plan.offset(j), plan.offset(j) + 11)) for j in (1, 7, 500)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_micro_batches_of_all_ranks_are_the_steps(world_size: int) -> None:
+    plan = SamplePlan(ctx_len=10, magic_prime=89, global_batch_size=8)
+    ranks = [
+        MicroBatches(plan, start_step=3, total_steps=6, rank=rank, world_size=world_size, micro_bsz=2)
+        for rank in range(world_size)
+    ]
+    assert all(len(list(batches)) == len(batches) == 3 * 8 // (2 * world_size) for batches in ranks)
+    seen = sorted(sample for batches in ranks for batch in batches for sample in batch)
+    assert seen == list(range(1 + 3 * 8, 1 + 6 * 8))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("max_tokens", [7, 100, 995, 10**9])
+def test_validation_predicts_each_token_once(tokens: IndexedTokens, max_tokens: int, world_size: int) -> None:
+    targets = []
+    for rank in range(world_size):
+        batches = validation_batches(
+            tokens, ctx_len=10, batch_size=3, max_tokens=max_tokens, rank=rank, world_size=world_size
+        )
+        for batch in batches:
+            assert torch.equal(batch[:, 1:], batch[:, :-1] + 1)
+            targets += batch[:, 1:].flatten().tolist()
+    assert sorted(targets) == list(range(1, 1 + min(N_TOKENS - 1, max_tokens)))
+
+
+def test_a_file_that_shrinks_under_the_run_is_said(tokens: IndexedTokens, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "train.bin", 100)
+    with pytest.raises(DataError, match=r"train\.bin has become shorter"):
+        TokenDataset(tokens, SamplePlan(ctx_len=10, magic_prime=89, global_batch_size=4)).__getitems__(range(1, 90))
