@@ -1,0 +1,187 @@
+"""One session of training: the parts put together, Lightning's loop run, the outcome told."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+
+from rwkv_cluster import configfile
+from rwkv_cluster.errors import Preempted
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train import strategy
+from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
+from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
+from rwkv_cluster.train.loggers import loggers
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.progress import Progress
+from rwkv_cluster.train.records import Records
+from rwkv_cluster.train.sample import sample_text
+from rwkv_cluster.train.session import Session, build_model
+from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
+from rwkv_cluster.workdir import atomic_write
+
+log = logging.getLogger("rwkv_cluster")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. loss: of this session's last step; val_loss: of the last evaluation. None if there was none."""
+
+    step: int
+    total_steps: int
+    tokens_seen: int
+    loss: float | None
+    val_loss: float | None
+    work_dir: Path
+    final_path: Path
+    already_complete: bool
+    sample: str | None
+
+
+def fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainResult:
+    """Train `session` to its end and say how it ended. Raises Preempted, TrainingError or CheckpointError."""
+    config = session.config
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    model = build_model(session)
+    _write_config(session)
+    _announce(session, sum(parameter.numel() for parameter in model.parameters()))
+    clock = StepClock()
+    bookkeeping = _bookkeeping(session, clock, stop_request)
+    module = TrainingModule(
+        model,
+        config.training,
+        session.plan,
+        session.horizon,
+        found=session.found,
+        votes=bookkeeping.votes,
+    )
+    with bookkeeping, _quiet_lightning():
+        _trainer(session, [SettledBuckets(), clock, bookkeeping, OrderlyEnd()]).fit(module, datamodule=_data(session))
+    if module.step < session.horizon.total_steps:
+        raise Preempted(
+            f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
+            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
+            "Run the same command again to continue"
+        )
+    return TrainResult(
+        step=module.step,
+        total_steps=session.horizon.total_steps,
+        tokens_seen=module.step * session.plan.tokens_per_step,
+        loss=bookkeeping.last_loss,
+        val_loss=bookkeeping.last_val.loss if bookkeeping.last_val else None,
+        work_dir=session.work.root,
+        final_path=session.work.final_weights,
+        already_complete=False,
+        sample=sample_text(model, tokenizer, config.logging) if rank() == 0 else None,
+    )
+
+
+def _announce(session: Session, n_parameters: int) -> None:
+    """What is going to happen, in one line."""
+    if rank() != 0:
+        return
+    model, placement = session.config.model, session.placement
+    ranks = (
+        f"{placement.world_size} ranks on {placement.accelerator}"
+        if placement.world_size > 1
+        else placement.accelerator
+    )
+    begin = f"continuing at step {session.start_step}" if session.found else "starting"
+    log.info(
+        f"{begin}: {model.model_type} of {n_parameters:,} parameters, {session.horizon.total_steps:,} steps of "
+        f"{session.plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
+    )
+
+
+def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) -> Bookkeeping:
+    config, found = session.config, session.found
+    start_epoch = session.horizon.epoch_of(session.start_step)
+    is_rank_0 = rank() == 0
+    records = (
+        Records(
+            session.work,
+            start_step=session.start_step,
+            start_epoch=start_epoch,
+            header=config.model_dump_json(),
+        )
+        if is_rank_0
+        else None
+    )
+    return Bookkeeping(
+        config,
+        session.work,
+        session.horizon,
+        identity=session.identity,
+        clock=clock,
+        stop_request=stop_request,
+        records=records,
+        progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
+        val_tokens=session.val_tokens(),
+        epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
+        start_epoch=start_epoch,
+        random_states=found.state["random_states"] if found else None,
+    )
+
+
+def _data(session: Session) -> TokenDataModule:
+    return TokenDataModule(
+        session.train_tokens(),
+        session.plan,
+        start_step=session.start_step,
+        total_steps=session.horizon.total_steps,
+        micro_bsz=session.config.training.micro_bsz,
+    )
+
+
+def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
+    """Lightning runs the loop and the devices. Order, records, checkpoints and the end are ours, by step."""
+    trainer = Trainer(
+        **strategy.trainer_arguments(session.config.training, session.placement),
+        max_epochs=1,
+        accumulate_grad_batches=session.accumulate,
+        callbacks=callbacks,
+        logger=loggers(session.config.logging, session.work),
+        default_root_dir=session.work.root,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    keep_lightning_out(trainer)
+    return trainer
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's notes on devices, data workers and its own internals are not the user's business."""
+    loggers_ = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers_]
+    for logger in loggers_:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers_, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _write_config(session: Session) -> None:
+    """Leave the resolved configuration where `eval`, `generate` and people look for it."""
+    if rank() == 0:
+        atomic_write(session.work.configs / "config.yaml", configfile.dump_yaml(session.config).encode())
+        atomic_write(session.work.configs / "config.json", configfile.dump_json(session.config).encode())
