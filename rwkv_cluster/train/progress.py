@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
@@ -14,7 +15,7 @@ from rwkv_cluster.train.records import StepRecord
 log = logging.getLogger("rwkv_cluster")
 
 _SMOOTHING = 0.95
-_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
+_BAR = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}"
 
 
 class Progress:
@@ -30,7 +31,9 @@ class Progress:
         self._val_loss: float | None = None
         self._bar: tqdm | None = None
         if logging_config.progress_bar and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=_BAR, dynamic_ncols=True)
+            size = os.get_terminal_size(sys.stderr.fileno())  # 0 x 0 where nobody has told the terminal its size
+            columns, lines = size.columns or 100, size.lines or 24
+            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=_BAR, ncols=columns, nrows=lines)
 
     def show(self, record: StepRecord) -> None:
         # The sums start at zero, so their quotients have no start-up bias.
