@@ -168,6 +168,19 @@ class WorkDir:
         finally:
             os.close(descriptor)
 
+    def require_free(self) -> None:
+        """Raises LaunchError when another run holds the directory. A look before slow imports; `lock` decides."""
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(self._holder_message()) from error
+        finally:
+            os.close(descriptor)
+
     def _holder_message(self) -> str:
         time.sleep(0.2)  # the file may still name the holder before: a new one writes just after it has locked
         try:

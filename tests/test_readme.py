@@ -78,6 +78,20 @@ def test_exit_codes_are_the_programs() -> None:
 
 
 @pytest.mark.system
+def test_torchrun_command_runs(tmp_path: Path) -> None:
+    (command,) = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("torchrun")]
+    (tmp_path / "text.txt").write_text(README * 10)
+    small = ["--data.inputs=[text.txt]", "--data.validation_fraction=0", "--training.max_steps=2"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*shlex.split(command), *small], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: step 2 of 2") == 1
+    assert (tmp_path / "work/quickstart/out/rwkv-final.pth").exists()
+
+
+@pytest.mark.system
 def test_main_command_reaches_the_stated_loss(tmp_path: Path) -> None:
     """The very command line of the first block, but for the installation that the tests run in already."""
     (command,) = re.findall(r"<!-- main command -->\n```bash\n(.*?)\n```", README, re.DOTALL)

@@ -202,6 +202,17 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
         assert json.loads(work.lock_file.read_text())["pid"] == os.getpid()
 
 
+def test_a_look_at_the_lock_refuses_while_it_is_held_and_takes_nothing(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path / "run")
+    work.require_free()
+    assert not work.root.exists()
+    with work.lock(), pytest.raises(LaunchError, match=rf"in use by process {os.getpid()} on "):
+        work.require_free()
+    work.require_free()
+    with work.lock():
+        pass
+
+
 def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
     work = WorkDir(tmp_path)
     with work.lock():

@@ -131,6 +131,20 @@ def test_accumulation_gives_the_same_curve(unbroken: Path, tmp_path: Path) -> No
     assert losses(tmp_path / "work") == pytest.approx(losses(unbroken / "work"), rel=1e-6)
 
 
+def test_a_request_between_micro_batches_waits_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+        configs.append(tiny_config(tmp_path / name, training={"micro_bsz": 1, "accumulate_grad_batches": 4}))
+    train(configs[0])
+    monkeypatch.setenv(FAULT_VARIABLE, "train.loss@3:signal=SIGTERM")  # at the first of step 3's four
+    with pytest.raises(Preempted, match="SIGTERM after step 4 of 8"):
+        train(configs[1])
+    monkeypatch.delenv(FAULT_VARIABLE)
+    train(configs[1])
+    assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
+
+
 def test_activation_checkpointing_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
     train(tiny_config(tmp_path, training={"grad_cp": 1}))
     assert losses(tmp_path / "work") == losses(unbroken / "work")
