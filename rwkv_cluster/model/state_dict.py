@@ -68,7 +68,8 @@ def load_pth(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes make the unpickler raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:200] or type(error).__name__
+        # no more of torch's text than a name: it advises to switch the protection off
+        reason = f"it names {named[1]}" if named else f"torch.load ends with {type(error).__name__}"
         raise CheckpointError(f"{path}: refused: it is not a flat dict of tensors ({reason})") from error
     return _tensors_only(path, content)
 

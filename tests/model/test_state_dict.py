@@ -212,6 +212,15 @@ def test_torch_load_itself_refuses_what_the_list_lets_through(tmp_path, monkeypa
     assert not canary.exists()
 
 
+def test_the_refusal_never_advises_to_switch_the_protection_off(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:  # a valid pickle with an opcode that torch.load lacks
+        archive.writestr("archive/data.pkl", b"\x80\x02P0\n.")
+        archive.writestr("archive/version", b"3\n")
+    with pytest.raises(CheckpointError, match=r"m\.pth: refused: it is not a flat dict of tensors") as caught:
+        load_pth(tmp_path / "m.pth")
+    assert "weights_only" not in str(caught.value)
+
+
 def test_the_legacy_format_is_refused(tmp_path):
     path, canary = tmp_path / "evil.pth", tmp_path / "canary"
     save_unchecked(path, attacks(canary)["posix.system"], _use_new_zipfile_serialization=False)
