@@ -183,7 +183,7 @@ class DataConfig(Section):
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the shuffle and of the validation split")
     write_jsonl: bool = Field(
         True,
-        description="also write data/train.jsonl in the seed package's layout, for inputs that are not JSONL yet",
+        description="also write data/train.jsonl in rwkv-trainer's layout, for inputs that are not JSONL yet",
     )
     num_workers: int = Field(0, ge=0, description="processes that tokenize; 0: every core")
 
