@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import sys
 import termios
@@ -41,9 +42,14 @@ def test_bar_counts_to_the_true_end(columns: int, monkeypatch: pytest.MonkeyPatc
         for step in (8, 9, 10):
             progress.show(_record(step, 2.0, 3.25 if step == 9 else None))
         progress.close()
-        shown = os.read(reader, 1 << 16).decode()
-    assert "70%|" in shown
-    assert re.search(r"100%\|█+\| step 10/10, loss 2\.000, val loss 3\.250, 1,000 tokens/s, 0:00:00 left", shown)
+        shown = b""
+        while b"\n" not in shown:  # the kernel hands a terminal's output on in pieces
+            assert select.select([reader], [], [], 10)[0], shown
+            shown += os.read(reader, 1 << 16)
+    assert "70%|" in shown.decode()
+    assert re.search(
+        r"100%\|█+\| step 10/10, loss 2\.000, val loss 3\.250, 1,000 tokens/s, 0:00:00 left", shown.decode()
+    )
 
 
 def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
