@@ -41,5 +41,11 @@ def end_with_launcher() -> None:
     Without this the workers of a killed torchrun train on for ever, and a rank that waits for a killed rank 0 to open
     the process group waits for half an hour. Does nothing in a process that a person or a batch system started.
     """
-    if sys.platform == "linux" and (rank() != 0 or launched_local_world_size() is not None):
+    if rank() != 0 or launched_local_world_size() is not None:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent is gone. Does nothing outside Linux."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

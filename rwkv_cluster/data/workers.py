@@ -6,11 +6,9 @@ started them, also when that is killed.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkv_cluster.errors import DataError
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from rwkv_cluster.ranks import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,7 @@ def _start_worker(encode: Callable[[Any], Any], parent: int) -> None:
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     _encode = encode

@@ -57,9 +57,9 @@ def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
         log.warning("continuing step %d with a changed setting: %s", found.step, line)
 
 
-def require_unchanged_data(found: Checkpoint | None, reason: str | None) -> None:
+def require_unchanged_data(found: Checkpoint | None, reason: str) -> None:
     """Refuse to prepare data anew under checkpoints that were trained on what is there. Raises DataError."""
-    if found is not None and reason is not None:
+    if found is not None:
         raise DataError(
             f"the data has to be prepared anew ({reason}), but {found.path} was trained on the data that is there. "
             "Put the inputs and data settings back to continue, or choose another work_dir for a new run"

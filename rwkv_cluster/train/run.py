@@ -110,7 +110,9 @@ def _obtain_data(
         return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
 
     if rank() == 0:
-        resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), reason())
+        change = reason()
+        if change is not None:  # otherwise no checkpoint has to be read and hashed for this
+            resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), change)
         return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
     distributed.wait_for(
         lambda: True if reason() is None else None,
