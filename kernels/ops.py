@@ -1,25 +1,38 @@
 """The door to the WKV operators: checks shapes once and picks a backend.
 
-Every model calls these three functions, so a faster backend only has to be added to `_BACKENDS`.
-Arguments, layouts and results are those of `rwkv_cluster.kernels.reference`.
+Arguments, layouts and results are those of `rwkv_cluster.kernels.reference`. Backends:
+
+- reference: the time loop, in PyTorch.
+- chunked: the chunked matrix form, in PyTorch, on any device.
+- native: the compiled kernel. On CUDA, bfloat16 with head size 64 runs on the tensor cores (bf16 products, fp32
+  accumulation); everything else, and everything on a CPU, has fp32 maths.
+- exact: the compiled kernel with fp32 maths.
+- fla: flash-linear-attention, where it is installed. Never chosen by "auto".
+- auto: the time loop for a few tokens, else native where a compiled kernel fits the inputs, else chunked. A missing
+  library is told once in the log.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import chunked, reference
+from rwkv_cluster.kernels import chunked, native, reference
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-
-BACKENDS: tuple[str, ...] = ("auto", *_BACKENDS)
-"""Accepted values of `backend`. "auto" is the time loop for a few tokens and the chunked form for more."""
+BACKENDS = ("auto", "reference", "chunked", "native", "exact", "fla")
+"""Accepted values of `backend`."""
 
 LOOP_TOKENS = 4
-"""Up to here the time loop is the faster of the two (measured without gradients, one row of 4 heads of 64)."""
+"""Up to here the time loop is the fastest (measured without gradients, one row of 4 heads of 64)."""
+
+_Operator = Callable[..., tuple[Tensor, Tensor]]
 
 
 def wkv5(
@@ -41,7 +54,7 @@ def wkv5(
         KernelError: unknown backend, or shapes that do not belong together.
     """
     _check(r, {"k": k, "v": v}, {"w": w, "u": u}, state)
-    return _module(backend, r).wkv5(r, k, v, w, u, state)
+    return _operator("wkv5", backend, r)(r, k, v, w, u, state)
 
 
 def wkv6(
@@ -63,7 +76,7 @@ def wkv6(
         KernelError: unknown backend, or shapes that do not belong together.
     """
     _check(r, {"k": k, "v": v, "w": w}, {"u": u}, state)
-    return _module(backend, r).wkv6(r, k, v, w, u, state)
+    return _operator("wkv6", backend, r)(r, k, v, w, u, state)
 
 
 def wkv7(
@@ -86,15 +99,51 @@ def wkv7(
         KernelError: unknown backend, or shapes that do not belong together.
     """
     _check(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
-    return _module(backend, r).wkv7(r, w, k, v, a, b, state)
+    return _operator("wkv7", backend, r)(r, w, k, v, a, b, state)
 
 
-def _module(backend: str, r: Tensor) -> ModuleType:
-    if backend == "auto":
-        return reference if r.shape[1] <= LOOP_TOKENS else chunked
-    if backend not in _BACKENDS:
+def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    """Raise the KernelError that using `backend` on such inputs would, before there are any."""
+    if backend in ("native", "exact") and (reason := native.unavailable(str(device), dtype, head_size)):
+        raise KernelError(f'{reason} wkv_backend "{backend}" needs a compiled kernel; "auto" takes what there is.')
+    if backend == "fla":
+        _fla().require(device)
+
+
+def _operator(version: str, backend: str, r: Tensor) -> _Operator:
+    if backend not in BACKENDS:
         raise KernelError(f'Unknown WKV backend "{backend}". Use one of: {", ".join(BACKENDS)}.')
-    return _BACKENDS[backend]
+    if backend == "auto":
+        backend = _automatic(r)
+    else:
+        require(backend, r.device, r.dtype, r.shape[-1])
+    if backend in ("native", "exact"):
+        return functools.partial(getattr(native, version), exact=backend == "exact")
+    module = {"reference": reference, "chunked": chunked}.get(backend) or _fla()
+    operator: _Operator = getattr(module, version)
+    return operator
+
+
+def _fla() -> ModuleType:
+    return importlib.import_module("rwkv_cluster.kernels.fla")
+
+
+def _automatic(r: Tensor) -> str:
+    if r.shape[1] <= LOOP_TOKENS:
+        return "reference"
+    reason = native.unavailable(str(r.device), r.dtype, r.shape[-1])
+    if reason is None:
+        return "native"
+    if r.dtype in native.IO:
+        _tell(reason)
+    return "chunked"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _tell(reason: str) -> None:
+    """Say once in a process why the compiled kernels are not used."""
+    logging.getLogger("rwkv_cluster").warning("%s Until then WKV runs in PyTorch, in chunked form.", reason)
 
 
 def _check(r: Tensor, like_r: dict[str, Tensor], per_head: dict[str, Tensor], state: Tensor | None) -> None:

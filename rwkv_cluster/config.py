@@ -18,7 +18,7 @@ from rwkv_cluster.errors import ConfigError
 
 ModelType = Literal["x052", "x060", "x070"]
 Precision = Literal["fp32", "bf16", "fp16"]
-WkvBackend = Literal["auto", "reference", "chunked"]
+WkvBackend = Literal["auto", "reference", "chunked", "native", "exact", "fla"]
 TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
 
 
@@ -241,7 +241,9 @@ class TrainingConfig(Section):
         262_144, ge=1, description="most tokens of the validation file that one evaluation reads"
     )
     wkv_backend: WkvBackend = Field(
-        "auto", description="WKV operator: auto, reference (a loop) or chunked (matrix form)"
+        "auto",
+        description="WKV operator: auto; native (compiled, bf16 on tensor cores), exact (compiled, fp32 maths), "
+        "chunked (PyTorch), reference (a loop), fla (flash-linear-attention, extra: fla)",
     )
 
     @model_validator(mode="after")

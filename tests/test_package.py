@@ -17,6 +17,7 @@ import rwkv_cluster
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"rwkv_cluster": "rwkv_cluster", "kernels": "rwkv_cluster/kernels", "launch": "rwkv_cluster/launch",
            "configs": "rwkv_cluster/configs"}  # fmt: skip
+SOURCES = (".py", ".yaml", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -24,7 +25,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the tree, so that no build folder is left in it."""
     folder = tmp_path_factory.mktemp("package")
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "lib")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -62,13 +63,15 @@ def test_the_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".c") or path.name == "py.typed"
+        if path.suffix in SOURCES or path.name == "py.typed"
     }
-    assert "rwkv_cluster/configs/quickstart.yaml" in expected
-    compiled = {name for name in names if name.endswith(".so")}
-    assert names - compiled == expected
-    assert all(name.startswith("rwkv_cluster/_greedy") for name in compiled)
-    assert len(compiled) == (1 if shutil.which(os.environ.get("CC", "cc")) else 0)
+    assert {"rwkv_cluster/configs/quickstart.yaml", "rwkv_cluster/kernels/csrc/cpu/wkv.cpp"} <= expected
+    built = {name for name in names if name.endswith(".so") or "/kernels/lib/" in name}
+    assert names - built == expected
+    greedy = {name for name in built if name.startswith("rwkv_cluster/_greedy")}
+    assert len(greedy) == (1 if shutil.which(os.environ.get("CC", "cc")) else 0)
+    kernels = {f"rwkv_cluster/kernels/lib/{name}" for name in ("libwkv_cpu.so", "wkv_cpu.json")}
+    assert built - greedy == (kernels if shutil.which(os.environ.get("CXX", "c++")) else set())
     assert (headers["Name"], headers["Version"]) == ("rwkv-cluster", rwkv_cluster.__version__)
 
 

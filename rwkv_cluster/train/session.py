@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwkv_cluster.config import Config, ModelConfig
@@ -14,6 +15,7 @@ from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.kernels import ops
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
@@ -93,10 +95,12 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
 def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
     """Whatever follows without the data: the vocabulary, the ranks, and the micro batches of an optimizer step.
 
-    Raises ConfigError for what no data could put right.
+    Raises ConfigError for what no data could put right, KernelError for a WKV backend that cannot serve.
     """
     training = config.training
     placement = place(training)
+    device = torch.device(placement.accelerator)
+    ops.require(training.wkv_backend, device, DTYPES[training.precision], config.model.head_size_a)
     accumulate = accumulation(
         micro_bsz=training.micro_bsz,
         world_size=placement.world_size,

@@ -176,7 +176,9 @@ def test_carrying_the_state_over_cuts_changes_nothing(version, cuts, batch):
 
 def test_unknown_backend_is_refused():
     inputs = random_inputs("wkv6", 1, 2, 1, 4)
-    with pytest.raises(KernelError, match=r'Unknown WKV backend "triton".*auto, reference, chunked'):
+    with pytest.raises(
+        KernelError, match=r'Unknown WKV backend "triton".*auto, reference, chunked, native, exact, fla'
+    ):
         ops.wkv6(*inputs, backend="triton")
 
 

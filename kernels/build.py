@@ -1,0 +1,297 @@
+"""csrc -> a library per target, with a manifest that says from what: `python -m rwkv_cluster.kernels.build`.
+
+Targets: `cpu` (C++17 compiler, every instruction set in one library), `cuda` (nvcc, every architecture in one library),
+`host` (the CUDA sources run on a CPU, for tests). The installation builds `cpu`; nothing is built at import or start.
+Only the standard library is used, because pip runs this file in a bare environment.
+
+A library is written under a temporary name and renamed, its manifest after it: a build that was killed leaves nothing
+that the loader takes. Same sources, compiler and flags give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).parent / "csrc"
+PACKAGE_LIBRARIES = Path(__file__).parent / "lib"
+MANIFEST_VERSION = 1
+TARGETS = ("cpu", "cuda", "host")
+
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+CUDA_SOURCES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "fused.cu", "capi.cu")
+CPU_SOURCES = ("capi.cpp",)
+CPU_TARGET_SOURCES = ("wkv.cpp",)
+X86_TARGETS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+CPU_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -ffp-contract=fast -pthread "
+    "-Wall -Wno-psabi"
+)
+HOST_FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -pthread -Wall -DRWKV_HOST_SHIM -x c++"
+CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
+LINK_FLAGS = "-shared -static-libstdc++ -static-libgcc -pthread -Wl,--build-id=none"
+
+
+class BuildError(RuntimeError):
+    """No compiler, or one that refused the sources. The message is for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """command: what runs it; version: the first line that names it."""
+
+    command: str
+    version: str
+
+
+def library_name(target: str) -> str:
+    return f"libwkv_{target}.so"
+
+
+def manifest_name(target: str) -> str:
+    return f"wkv_{target}.json"
+
+
+def user_libraries() -> Path:
+    """Where a user's own builds go when the package's folder cannot be written."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "rwkv_cluster" / "kernels"
+
+
+def source_digests(target: str, csrc: Path = CSRC) -> dict[str, str]:
+    """sha256 of every source of the target, headers included, by path below csrc."""
+    folders = {"cpu": ("cpu",), "cuda": ("cuda",), "host": ("cuda", "host")}[target]
+    files = [*csrc.glob("*.h"), *(path for folder in folders for path in (csrc / folder).iterdir() if path.is_file())]
+    return {path.relative_to(csrc).as_posix(): _sha256(path) for path in sorted(files)}
+
+
+def build(
+    target: str,
+    output: Path,
+    *,
+    architectures: Sequence[str] = CUDA_ARCHITECTURES,
+    jobs: int | None = None,
+    csrc: Path = CSRC,
+) -> Path:
+    """Compile `target` and place the library and its manifest in `output`.
+
+    Args:
+        target: "cpu", "cuda" or "host".
+        output: folder, made where missing.
+        architectures: of "cuda", e.g. "90"; PTX of the newest is added.
+        jobs: compilers at a time; default: the cores.
+        csrc: the sources.
+
+    Returns:
+        Path of the library.
+
+    Raises:
+        BuildError: no compiler, or it refused the sources.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    compiler = cuda_compiler() if target == "cuda" else cpp_compiler()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as folder:
+        flags = _write_ninja(target, Path(folder), compiler, architectures, csrc)
+        _run_ninja(Path(folder), jobs)
+        library = Path(folder) / library_name(target)
+        manifest = {
+            "manifest_version": MANIFEST_VERSION,
+            "abi": _abi(csrc),
+            "target": target,
+            "machine": platform.machine(),
+            "architectures": _architecture_names(architectures) if target == "cuda" else [],
+            "compiler": compiler.version,
+            "flags": flags,
+            "sources": source_digests(target, csrc),
+            "library": {"name": library.name, "sha256": _sha256(library), "bytes": library.stat().st_size},
+        }
+        described = Path(folder) / manifest_name(target)
+        described.write_text(json.dumps(manifest, indent=2) + "\n")
+        for made in (library, described):
+            _commit(made, output / made.name)
+    return output / library_name(target)
+
+
+def cpp_compiler() -> Compiler:
+    """$CXX, else the first C++ compiler on PATH. Raises BuildError."""
+    chosen = os.environ.get("CXX")
+    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        if path := shutil.which(command):
+            return Compiler(path, _version(path))
+    looked_for = f"CXX={chosen}" if chosen else "c++, g++ or clang++ on PATH"
+    raise BuildError(f"no C++ compiler: looked for {looked_for}. Install one, e.g. `apt-get install g++`")
+
+
+def cuda_compiler() -> Compiler:
+    """nvcc of $CUDA_HOME, else of PATH or /usr/local/cuda. Raises BuildError."""
+    home = os.environ.get("CUDA_HOME")
+    for command in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if path := shutil.which(command):
+            return Compiler(path, _version(path))
+    looked_for = f"CUDA_HOME={home}" if home else "CUDA_HOME, PATH and /usr/local/cuda"
+    raise BuildError(f"no nvcc: looked in {looked_for}. Install the CUDA toolkit, 12.8 or newer")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rwkv_cluster.kernels.build", description="Build the WKV kernels.")
+    parser.add_argument("targets", nargs="*", metavar="{cpu,cuda,host}", help="default: cpu, and cuda where nvcc is")
+    parser.add_argument("--arch", nargs="+", default=list(CUDA_ARCHITECTURES), help="CUDA architectures, e.g. 80 90")
+    parser.add_argument("--output", type=Path, help="folder; default: the package's, else the user's cache")
+    parser.add_argument("--jobs", type=int, help="compilers at a time; default: the cores")
+    options = parser.parse_args(argv)
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; targets: {', '.join(TARGETS)}")
+    try:
+        for target in options.targets or _default_targets():
+            started = time.monotonic()
+            path = build(target, options.output or _default_output(), architectures=options.arch, jobs=options.jobs)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 5
+    return 0
+
+
+def _default_targets() -> list[str]:
+    with contextlib.suppress(BuildError):
+        cuda_compiler()
+        return ["cpu", "cuda"]
+    return ["cpu"]
+
+
+def _default_output() -> Path:
+    folder = PACKAGE_LIBRARIES if PACKAGE_LIBRARIES.exists() else PACKAGE_LIBRARIES.parent
+    return PACKAGE_LIBRARIES if os.access(folder, os.W_OK) else user_libraries()
+
+
+def _architecture_names(architectures: Sequence[str]) -> list[str]:
+    newest = max(architectures, key=int)
+    return [*(f"sm_{arch}" for arch in architectures), f"compute_{newest}"]
+
+
+def _gencode(architectures: Sequence[str]) -> str:
+    newest = max(architectures, key=int)
+    flags = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    return " ".join([*flags, f"-gencode arch=compute_{newest},code=compute_{newest}"])
+
+
+def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: Sequence[str], csrc: Path) -> str:
+    """Write build.ninja; returns the flags in one line. Paths of this machine are kept out of the objects."""
+    steps = list(_cpu_steps(csrc) if target == "cpu" else _cuda_steps(csrc, target))
+    if target == "cuda":
+        flags = f"{CUDA_FLAGS} {_gencode(architectures)}"
+        compile_line = f"$nvcc {flags} $extra -c $in -o $out"
+        link_line = "$nvcc -shared -cudart static -Xlinker --build-id=none -Xcompiler -static-libstdc++ $in -o $out"
+    else:
+        flags = CPU_FLAGS if target == "cpu" else HOST_FLAGS
+        where = f"-ffile-prefix-map={_quoted(csrc)}=csrc"
+        compile_line = f"$nvcc {where} {flags} $extra -c $in -o $out"
+        link_line = f"$nvcc $in -o $out {LINK_FLAGS}"
+    lines = [
+        f"nvcc = {_quoted(compiler.command)}",
+        f"rule compile\n  command = {compile_line}\n  description = $out",
+        f"rule link\n  command = {link_line}\n  description = $out",
+        *(f"build {name}: compile {_quoted(source)}\n  extra = {extra}" for source, name, extra in steps),
+        f"build {library_name(target)}: link {' '.join(name for _, name, _ in steps)}",
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    return " ".join([flags, *sorted({extra for _, _, extra in steps if extra})])
+
+
+def _cpu_steps(csrc: Path) -> Iterator[tuple[Path, str, str]]:
+    """Source, object and extra flags of each compilation."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    targets = (X86_TARGETS if is_x86 else {}) | {"portable": ""}
+    common = f"-DRWKV_HAS_X86_TARGETS={int(is_x86)}"
+    for source in CPU_SOURCES:
+        yield csrc / "cpu" / source, f"{Path(source).stem}.o", common
+    for source in CPU_TARGET_SOURCES:
+        for name, flags in targets.items():
+            extra = f"{common} -DRWKV_TARGET={name} {flags}".strip()
+            yield csrc / "cpu" / source, f"{Path(source).stem}_{name}.o", extra
+
+
+def _cuda_steps(csrc: Path, target: str) -> Iterator[tuple[Path, str, str]]:
+    for source in CUDA_SOURCES:
+        yield csrc / "cuda" / source, f"{Path(source).stem}.o", ""
+    if target == "host":
+        for path in sorted((csrc / "host").glob("*.cpp")):
+            yield path, f"host_{path.stem}.o", ""
+
+
+def _quoted(path: Path | str) -> str:
+    """For ninja, whose commands a shell reads."""
+    escaped = str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    return escaped
+
+
+def _run_ninja(folder: Path, jobs: int | None) -> None:
+    command = [_ninja(), "-C", str(folder), "--quiet", *([f"-j{jobs}"] if jobs else [])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        lines = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
+        raise BuildError("the compiler refused the sources:\n  " + "\n  ".join(lines[:12]))
+
+
+def _ninja() -> str:
+    """The ninja of the Python package of that name, else of PATH."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        for name in ("ninja", "ninja.exe"):
+            if (path := Path(ninja.BIN_DIR) / name).exists():
+                return str(path)
+    if path_found := shutil.which("ninja"):
+        return path_found
+    raise BuildError("no ninja: install it, `pip install ninja`")
+
+
+def _version(command: str) -> str:
+    run = subprocess.run([command, "--version"], capture_output=True, text=True)
+    lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
+    named = [line for line in lines if "release" in line or "V" in line]  # nvcc says it on its third line
+    return (named or lines or ["unknown"])[0]
+
+
+def _abi(csrc: Path) -> int:
+    lines = (csrc / "wkv.h").read_text().splitlines()
+    return int(next(line.split()[2] for line in lines if line.startswith("#define RWKV_KERNELS_ABI ")))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _commit(made: Path, final: Path) -> None:
+    """Move a finished file into place, on the disk before it has its name."""
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(made, final)
+
+
+def manifest(folder: Path, target: str) -> dict[str, Any]:
+    """The manifest of a target in `folder`. Raises OSError or ValueError when there is none that can be read."""
+    found = json.loads((folder / manifest_name(target)).read_text())
+    if not isinstance(found, dict) or found.get("manifest_version") != MANIFEST_VERSION:
+        raise ValueError(f"{manifest_name(target)} is not a manifest of version {MANIFEST_VERSION}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+// What both versions share: how a head's inputs come into L1 and its results leave it.
+//
+// Time is cut into chunks of L = 16 steps. A chunk's inputs are converted to fp32 rows of N floats (N: the head size
+// rounded up to a size that has a kernel; the columns above `size` are zero, and stay so in the state). The rows of the
+// state, one for each value channel, do not depend on each other: R = 4 of them are carried through the chunk in
+// registers before the next R come. Backward keeps the R rows' states of the whole chunk in L1, recomputed from the
+// state at its start, so that nothing is ever divided by a decay.
+#pragma once
+
+#include "../wkv.h"
+#include "vector.hpp"
+
+namespace RWKV_TARGET {
+
+constexpr int L = 16;
+constexpr int R = 4;
+
+template <int N>
+using Row = float[N];
+
+// `steps` rows of `size` elements, `stride` elements apart, as fp32.
+template <int N, typename io>
+RWKV_INLINE void load_rows(Row<N> *to, const io *from, int64_t stride, int steps, int size) {
+    for (int t = 0; t < steps; ++t, from += stride) {
+        if (size == N) {
+            for (int c = 0; c < N; c += LANES) store(&to[t][c], load_io(from + c));
+        } else {
+            for (int c = 0; c < N; c += LANES) {
+                const int count = size - c < LANES ? size - c : LANES;
+                store(&to[t][c], count > 0 ? load_some(from + c, count) : vec{});
+            }
+        }
+    }
+}
+
+template <int N, typename io>
+RWKV_INLINE void store_rows(io *to, const Row<N> *from, int64_t stride, int steps, int size) {
+    for (int t = 0; t < steps; ++t, to += stride) {
+        for (int c = 0; c < size; c += LANES) {
+            store_some(to + c, load(&from[t][c]), size - c < LANES ? size - c : LANES);
+        }
+    }
+}
+
+// As load_rows, with zeros for the rows above `size` and for a null pointer.
+template <int N>
+RWKV_INLINE void load_state(Row<N> *to, const float *from, int size) {
+    const int rows = from ? size : 0;
+    load_rows<N>(to, from, size, rows, size);
+    memset(to[rows], 0, sizeof(Row<N>) * (N - rows));
+}
+
+template <int N>
+RWKV_INLINE void store_state(float *to, const Row<N> *from, int size) {
+    if (to) store_rows<N>(to, from, size, size, size);
+}
+
+// The same for elements of a type known at run time; `at` and `stride` count elements.
+template <int N>
+__attribute__((noinline)) void load_rows(Row<N> *to, const void *from, int32_t io, int64_t at, int64_t stride,
+                                         int steps, int size) {
+    if (io == RWKV_FP32) load_rows<N>(to, static_cast<const float *>(from) + at, stride, steps, size);
+    if (io == RWKV_BF16) load_rows<N>(to, static_cast<const bf16 *>(from) + at, stride, steps, size);
+    if (io == RWKV_FP16) load_rows<N>(to, static_cast<const half *>(from) + at, stride, steps, size);
+}
+
+template <int N>
+__attribute__((noinline)) void store_rows(void *to, int32_t io, int64_t at, const Row<N> *from, int64_t stride,
+                                          int steps, int size) {
+    if (io == RWKV_FP32) store_rows<N>(static_cast<float *>(to) + at, from, stride, steps, size);
+    if (io == RWKV_BF16) store_rows<N>(static_cast<bf16 *>(to) + at, from, stride, steps, size);
+    if (io == RWKV_FP16) store_rows<N>(static_cast<half *>(to) + at, from, stride, steps, size);
+}
+
+// One head of [B,T,H,N] tensors: element `first` of each is its first, `stride` elements lie between its steps.
+struct Head {
+    int64_t time, first, stride;
+    int size;
+    int32_t io;
+
+    int64_t at(int64_t step) const {
+        return first + step * stride;
+    }
+};
+
+}  // namespace RWKV_TARGET

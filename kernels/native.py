@@ -1,0 +1,231 @@
+"""The compiled WKV operators as PyTorch custom operators: `rwkv_cluster::wkv7` and `rwkv_cluster::wkv6`.
+
+The libraries behind them (csrc/wkv.h says what they compute and keep) are built ahead of time; here they are given
+PyTorch's tensors, stream and number of threads, and a place in autograd and torch.compile. RWKV-5 is RWKV-6 with one
+decay [H,N]. Forward keeps the state of every 16th step for backward, as bytes that only the kernel understands.
+
+Legend: B batch, T time, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels.signatures import Problem
+
+STEPS_BETWEEN_STATES = 16
+EXACT, TENSOR_CORES = 0, 1
+IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGEST_CPU_SIZE = 128
+CUDA_SIZES = (64, 128)
+TENSOR_CORE_SIZE = 64
+
+
+def wkv5(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`reference.wkv5`, same arguments and results; differentiable once in every argument.
+
+    exact: fp32 maths also where a kernel with bf16 products exists. Inputs float32, bfloat16 or float16.
+    """
+    return wkv6(r, k, v, w.float(), u, state, exact=exact)
+
+
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`reference.wkv6`, same arguments and results; differentiable once in every argument. exact: as in `wkv5`."""
+    inputs = _contiguous(r, k, v, w, u.float(), state)
+    y, final_state, _ = torch.ops.rwkv_cluster.wkv6(*inputs, exact, _needs_gradient(inputs))
+    return y, final_state
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`reference.wkv7`, same arguments and results; differentiable once in every argument. exact: as in `wkv5`."""
+    inputs = _contiguous(r, w, k, v, a, b, state)
+    y, final_state, _ = torch.ops.rwkv_cluster.wkv7(*inputs, exact, _needs_gradient(inputs))
+    return y, final_state
+
+
+@torch.compiler.assume_constant_result
+def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
+    """Why no compiled kernel takes `dtype` and head size `size` on `device`, e.g. "cuda:0"; None where one does.
+
+    A sentence. The libraries are looked for once in a process.
+    """
+    where = torch.device(device)
+    if dtype not in IO:
+        return f"The compiled WKV kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
+    if where.type not in ("cpu", "cuda"):
+        return f'The compiled WKV kernels run on "cpu" and "cuda", not on "{where.type}".'
+    if where.type == "cpu" and size > LARGEST_CPU_SIZE:
+        return f"The compiled CPU kernels have head sizes up to {LARGEST_CPU_SIZE}, not {size}."
+    if where.type == "cuda" and size not in CUDA_SIZES:
+        return f"The compiled CUDA kernels have head sizes {' and '.join(map(str, CUDA_SIZES))}, not {size}."
+    found = _find(where)
+    return found.reason if isinstance(found, loader.Missing) else None
+
+
+def saved_bytes(version: int, device: torch.device, shape: Sequence[int], kernel: int) -> int:
+    """What forward keeps for backward; equals rwkv_saved_bytes of the library, and takes symbolic shapes."""
+    batch, time, heads, size = shape
+    states = batch * heads * ((time + STEPS_BETWEEN_STATES - 1) // STEPS_BETWEEN_STATES) * size * size
+    if kernel == TENSOR_CORES:
+        return 2 * states
+    keeps_sa = version == 7 and device.type == "cuda"
+    return 4 * (states + batch * time * heads * size if keeps_sa else states)
+
+
+def _contiguous(*inputs: Tensor | None) -> list[Tensor | None]:
+    """The inputs as the kernels read them, the last one, the state, in float32."""
+    *tensors, state = inputs
+    return _made_contiguous([*tensors, None if state is None else state.float()])
+
+
+def _needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _kernel(r: Tensor, exact: bool) -> int:
+    fast = r.device.type == "cuda" and r.dtype == torch.bfloat16 and r.shape[-1] == TENSOR_CORE_SIZE
+    return TENSOR_CORES if fast and not exact else EXACT
+
+
+def _find(device: torch.device) -> loader.Library | loader.Missing:
+    if device.type == "cpu":
+        return loader.cpu()
+    return loader.cuda(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def _library(device: torch.device) -> loader.Library:
+    found = _find(device)
+    if isinstance(found, loader.Missing):
+        raise KernelError(found.reason)
+    return found
+
+
+def _call(name: str, exact: bool, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
+    """Run a library's function on the operator's inputs, r first, and other tensors; None is a null pointer."""
+    r = inputs[0]
+    library = _library(r.device)
+    batch, time, heads, size = r.shape
+    problem = Problem(
+        batch=batch,
+        time=time,
+        heads=heads,
+        size=size,
+        io=IO[r.dtype],
+        kernel=_kernel(r, exact),
+        threads=torch.get_num_threads(),
+        constant_decay=_has_constant_decay(inputs),
+        stream=torch.cuda.current_stream(r.device).cuda_stream if r.is_cuda else None,
+    )
+    pointers = [None if x is None else x.data_ptr() for x in (*inputs, *others)]
+    with torch.cuda.device_of(r):
+        status = getattr(library.handle, name)(ctypes.byref(problem), *pointers)
+    if status:
+        reason = library.handle.rwkv_status_text(status).decode()
+        raise KernelError(f"{name} of {library.path} failed on {r.device} for {r.dtype} {tuple(r.shape)}: {reason}")
+
+
+def _has_constant_decay(inputs: Sequence[Tensor]) -> bool:
+    return inputs[3].ndim == 2  # k [B,T,H,N] of wkv7, w of wkv6
+
+
+def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, exact, save = arguments
+    *inputs, state = _made_contiguous(tensors)
+    y, final_state, saved = outputs = _empty_outputs(version, *arguments)
+    _call(f"rwkv_wkv{version}_forward", exact, inputs, state, y, final_state, saved if save else None)
+    return outputs
+
+
+def _made_contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised y, final state and bytes for backward (none without `save`)."""
+    r, exact, save = arguments[0], *arguments[-2:]
+    n_bytes = saved_bytes(version, r.device, r.shape, _kernel(r, exact)) if save else 0
+    return _empty_like(r), _empty_state(r), r.new_empty(n_bytes, dtype=torch.uint8)
+
+
+def _backward(version: int, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, exact = arguments
+    *inputs, saved, dy, dfinal_state = _made_contiguous(tensors)
+    gradients = _empty_gradients(version, *arguments)
+    _call(f"rwkv_wkv{version}_backward", exact, inputs, saved, dy, dfinal_state, *gradients)
+    return gradients
+
+
+def _empty_gradients(version: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of the inputs and the state; those of u and of a constant w by batch row, [B,H,N]."""
+    *inputs, _saved, _dy, _dfinal_state, _exact = arguments
+    r = inputs[0]
+    batch, _, heads, size = r.shape
+    per_row = (batch, heads, size)
+    grads = (_empty_like(x) if x.ndim == 4 else r.new_empty(per_row, dtype=torch.float32) for x in inputs)
+    return *grads, _empty_state(r)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _empty_state(r: Tensor) -> Tensor:
+    batch, _, heads, size = r.shape
+    return r.new_empty(batch, heads, size, size, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    *tensors, state, exact, _save = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.exact, ctx.has_state = exact, state is not None
+    ctx.set_materialize_grads(False)
+
+
+def _formula(version: int, ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: Any) -> tuple[Any, ...]:
+    backward = getattr(torch.ops.rwkv_cluster, f"wkv{version}_backward")
+    *inputs, saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each asking
+    *gradients, dstate = backward(*inputs, saved, dy, dfinal_state, ctx.exact)
+    summed = (g.sum(0) if g.ndim > x.ndim else g for g, x in zip(gradients, inputs, strict=True))
+    return *summed, dstate if ctx.has_state else None, None, None
+
+
+def _register(version: int, inputs: str, n_inputs: int) -> None:
+    """The custom operators of a version, forward and backward, with one implementation for CPU and CUDA tensors."""
+    name, backward = f"rwkv_cluster::wkv{version}", f"rwkv_cluster::wkv{version}_backward"
+    outputs = "(Tensor y, Tensor final_state, Tensor saved)"
+    gradients = ", ".join(["Tensor"] * (n_inputs + 1))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    torch.library.define(name, f"({inputs}, Tensor? state, bool exact, bool save) -> {outputs}", tags=tags)
+    received = "Tensor saved, Tensor? dy, Tensor? dfinal_state, bool exact"
+    torch.library.define(backward, f"({inputs}, {received}) -> ({gradients})", tags=tags)
+    torch.library.impl(name, ("cpu", "cuda"), partial(_forward, version))
+    torch.library.impl(backward, ("cpu", "cuda"), partial(_backward, version))
+    torch.library.register_fake(name, partial(_empty_outputs, version))
+    torch.library.register_fake(backward, partial(_empty_gradients, version))
+    torch.library.register_autograd(name, partial(_formula, version), setup_context=_setup)
+
+
+_register(7, "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b", 6)
+_register(6, "Tensor r, Tensor k, Tensor v, Tensor w, Tensor u", 5)

@@ -1,0 +1,52 @@
+"""ctypes' view of the C interface: csrc/wkv.h, structure and functions."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from typing import Any
+
+ABI = 1
+"""RWKV_KERNELS_ABI of a library that fits."""
+
+
+class Problem(ctypes.Structure):
+    """rwkv_problem."""
+
+    _fields_ = (
+        ("batch", c_int64),
+        ("time", c_int64),
+        ("heads", c_int64),
+        ("size", c_int64),
+        ("io", c_int32),
+        ("kernel", c_int32),
+        ("threads", c_int32),
+        ("constant_decay", c_int32),
+        ("stream", c_void_p),
+    )
+
+
+_PROBLEM = POINTER(Problem)
+
+
+def _on_tensors(count: int) -> tuple[Any, list[Any]]:
+    return c_int32, [_PROBLEM, *[c_void_p] * count]
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "rwkv_kernels_abi": (c_int32, []),
+    "rwkv_kernels_target": (c_char_p, []),
+    "rwkv_status_text": (c_char_p, [c_int32]),
+    "rwkv_saved_bytes": (c_int64, [c_int32, _PROBLEM]),
+    "rwkv_wkv7_forward": _on_tensors(10),
+    "rwkv_wkv7_backward": _on_tensors(16),
+    "rwkv_wkv6_forward": _on_tensors(9),
+    "rwkv_wkv6_backward": _on_tensors(14),
+}
+"""Result and argument types of the functions that every library exports."""
+
+ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
+    "rwkv_select_target": (c_int32, [c_char_p]),
+    "rwkv_host_schedule": (None, [ctypes.c_uint32]),
+}
+"""Functions of one kind of library: the CPU's, and the one that runs CUDA sources on a CPU."""
