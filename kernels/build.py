@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ MANIFEST_VERSION = 1
 TARGETS = ("cpu", "cuda", "host")
 
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-CUDA_SOURCES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "fused.cu", "capi.cu")
+CUDA_SOURCES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "capi.cu")
 CPU_SOURCES = ("capi.cpp",)
 CPU_TARGET_SOURCES = ("wkv.cpp",)
 X86_TARGETS = {
@@ -43,7 +44,7 @@ CPU_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -ffp-contract=fast -pthread "
     "-Wall -Wno-psabi"
 )
-HOST_FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -pthread -Wall -DRWKV_HOST_SHIM -x c++"
+HOST_FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -pthread -Wall -Wno-unknown-pragmas -DRWKV_HOST_SHIM -x c++"
 CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 LINK_FLAGS = "-shared -static-libstdc++ -static-libgcc -pthread -Wl,--build-id=none"
 
@@ -107,7 +108,8 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     compiler = cuda_compiler() if target == "cuda" else cpp_compiler()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as folder:
-        flags = _write_ninja(target, Path(folder), compiler, architectures, csrc)
+        shutil.copytree(csrc, Path(folder) / "csrc")  # relative paths: no place of this machine gets into the objects
+        flags = _write_ninja(target, Path(folder), compiler, architectures)
         _run_ninja(Path(folder), jobs)
         library = Path(folder) / library_name(target)
         manifest = {
@@ -191,54 +193,47 @@ def _gencode(architectures: Sequence[str]) -> str:
     return " ".join([*flags, f"-gencode arch=compute_{newest},code=compute_{newest}"])
 
 
-def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: Sequence[str], csrc: Path) -> str:
-    """Write build.ninja; returns the flags in one line. Paths of this machine are kept out of the objects."""
-    steps = list(_cpu_steps(csrc) if target == "cpu" else _cuda_steps(csrc, target))
+def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: Sequence[str]) -> str:
+    """Write build.ninja beside csrc; returns the flags in one line."""
+    steps = list(_cpu_steps() if target == "cpu" else _cuda_steps(folder / "csrc", target))
     if target == "cuda":
         flags = f"{CUDA_FLAGS} {_gencode(architectures)}"
-        compile_line = f"$nvcc {flags} $extra -c $in -o $out"
-        link_line = "$nvcc -shared -cudart static -Xlinker --build-id=none -Xcompiler -static-libstdc++ $in -o $out"
+        compile_line = f"$compiler {flags} $extra -c $in -o $out"
+        link_line = "$compiler -shared -cudart static -Xlinker --build-id=none -Xcompiler -static-libstdc++ $in -o $out"
     else:
         flags = CPU_FLAGS if target == "cpu" else HOST_FLAGS
-        where = f"-ffile-prefix-map={_quoted(csrc)}=csrc"
-        compile_line = f"$nvcc {where} {flags} $extra -c $in -o $out"
-        link_line = f"$nvcc $in -o $out {LINK_FLAGS}"
+        compile_line = f"$compiler {flags} $extra -c $in -o $out"
+        link_line = f"$compiler $in -o $out {LINK_FLAGS}"
     lines = [
-        f"nvcc = {_quoted(compiler.command)}",
+        f"compiler = {shlex.quote(compiler.command).replace('$', '$$')}",
         f"rule compile\n  command = {compile_line}\n  description = $out",
         f"rule link\n  command = {link_line}\n  description = $out",
-        *(f"build {name}: compile {_quoted(source)}\n  extra = {extra}" for source, name, extra in steps),
+        *(f"build {name}: compile csrc/{source}\n  extra = {extra}" for source, name, extra in steps),
         f"build {library_name(target)}: link {' '.join(name for _, name, _ in steps)}",
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     return " ".join([flags, *sorted({extra for _, _, extra in steps if extra})])
 
 
-def _cpu_steps(csrc: Path) -> Iterator[tuple[Path, str, str]]:
-    """Source, object and extra flags of each compilation."""
+def _cpu_steps() -> Iterator[tuple[str, str, str]]:
+    """Source below csrc, object and extra flags of each compilation."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     targets = (X86_TARGETS if is_x86 else {}) | {"portable": ""}
     common = f"-DRWKV_HAS_X86_TARGETS={int(is_x86)}"
     for source in CPU_SOURCES:
-        yield csrc / "cpu" / source, f"{Path(source).stem}.o", common
+        yield f"cpu/{source}", f"{Path(source).stem}.o", common
     for source in CPU_TARGET_SOURCES:
         for name, flags in targets.items():
             extra = f"{common} -DRWKV_TARGET={name} {flags}".strip()
-            yield csrc / "cpu" / source, f"{Path(source).stem}_{name}.o", extra
+            yield f"cpu/{source}", f"{Path(source).stem}_{name}.o", extra
 
 
-def _cuda_steps(csrc: Path, target: str) -> Iterator[tuple[Path, str, str]]:
+def _cuda_steps(csrc: Path, target: str) -> Iterator[tuple[str, str, str]]:
     for source in CUDA_SOURCES:
-        yield csrc / "cuda" / source, f"{Path(source).stem}.o", ""
+        yield f"cuda/{source}", f"{Path(source).stem}.o", ""
     if target == "host":
         for path in sorted((csrc / "host").glob("*.cpp")):
-            yield path, f"host_{path.stem}.o", ""
-
-
-def _quoted(path: Path | str) -> str:
-    """For ninja, whose commands a shell reads."""
-    escaped = str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-    return escaped
+            yield f"host/{path.name}", f"host_{path.stem}.o", ""
 
 
 def _run_ninja(folder: Path, jobs: int | None) -> None:

@@ -25,8 +25,7 @@ STEPS_BETWEEN_STATES = 16
 EXACT, TENSOR_CORES = 0, 1
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST_CPU_SIZE = 128
-CUDA_SIZES = (64, 128)
-TENSOR_CORE_SIZE = 64
+CUDA_SIZE = 64
 
 
 def wkv5(
@@ -78,8 +77,8 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
         return f'The compiled WKV kernels run on "cpu" and "cuda", not on "{where.type}".'
     if where.type == "cpu" and size > LARGEST_CPU_SIZE:
         return f"The compiled CPU kernels have head sizes up to {LARGEST_CPU_SIZE}, not {size}."
-    if where.type == "cuda" and size not in CUDA_SIZES:
-        return f"The compiled CUDA kernels have head sizes {' and '.join(map(str, CUDA_SIZES))}, not {size}."
+    if where.type == "cuda" and size != CUDA_SIZE:
+        return f"The compiled CUDA kernels have head size {CUDA_SIZE}, not {size}."
     found = _find(where)
     return found.reason if isinstance(found, loader.Missing) else None
 
@@ -105,7 +104,7 @@ def _needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
 
 
 def _kernel(r: Tensor, exact: bool) -> int:
-    fast = r.device.type == "cuda" and r.dtype == torch.bfloat16 and r.shape[-1] == TENSOR_CORE_SIZE
+    fast = r.device.type == "cuda" and r.dtype == torch.bfloat16
     return TENSOR_CORES if fast and not exact else EXACT
 
 

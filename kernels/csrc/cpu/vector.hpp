@@ -123,7 +123,8 @@ RWKV_INLINE hvec to_bits(vec x, half) {
     exponent = exponent < 0x38800000u ? uvec{} + 0x38800000u : exponent;
     const uvec rounded = bit_cast<uvec>(saturated + bit_cast<vec>(exponent + 0x07800000u));
     const uvec found = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
-    return __builtin_convertvector(((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? uvec{} + 0x7e00u : found), hvec);
+    const uvec sign = (bits >> 16) & 0x8000u;
+    return __builtin_convertvector(sign | (magnitude > 0x7f800000u ? uvec{} + 0x7e00u : found), hvec);
 }
 
 #endif

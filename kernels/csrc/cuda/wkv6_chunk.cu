@@ -1,0 +1,393 @@
+// RWKV-6 on tensor cores, and RWKV-5, whose decay is the same at all times: chunks of L = 16 steps as matrix products,
+// bf16 operands, fp32 sums. Layout of the work: chunk.cuh. The state S is [value,key] in here.
+//
+// The value written at s is read at t with the weight
+//
+//   P_ts = sum over channels of r_t k_s d_{s+1} .. d_{t-1}  (s < t),    P_tt = r_t . (u k_t)
+//
+// d may be anything in [0, 1], so the product of decays is never a quotient. It is split at a point between s and t:
+// rows 8.. meet rows ..7 at row 8 (h below), and inside a leaf of 8 rows both sides are taken relative to its middle
+// (rl, kl), where a few exponents are positive; there log d is bounded from below, by LEAF_BOUND, far under what bf16
+// can tell from 0. With c the products from the chunk's start up to t (rs) and from s to its end (ke), both exclusive:
+//
+//   P = leaf(rl kl^T) + cross(h h^T) + diag;  Y = P V + rs S^T;  S' = S c_L + V^T ke
+//   dP = tril(dY V^T);  dV = P^T dY + ke dS'^T;  dS = dS' c_L + dY^T rs
+//   drs = dY S;  dke = V dS';  drl = leaf(dP) kl;  dkl = leaf(dP)^T rl;  dh = cross(dP) h, and cross(dP)^T h
+//
+// The gradient of log d_m sums, over every factor that contains d_m, the factor times its gradient. Only a leaf's sums
+// cancel (eight rows, the same rounded operands on both sides), and where d_m is below the bound they count as 0.
+#include "chunk.cuh"
+#include "launchers.hpp"
+
+namespace rwkv {
+namespace {
+
+constexpr int LEAF = 8;
+constexpr float LEAF_BOUND = -17.7f;  // of log d; four of them stay in bf16's range
+constexpr float LEAST_LOG_DECAY = -1e4f;  // its exponential is 0, and sums of it are finite
+
+struct alignas(16) Chunk {
+    Steps rs, ke, h, rl, kl, v;
+    Square s;
+    Small weights;
+    float log_decay[WARPS][N];  // sum over the four steps that a warp loads
+    float total[N];             // c_L
+    float bonus[L];             // r . (u k)
+};
+
+using Scales = float[L][N + 4];
+
+struct alignas(16) BackwardChunk : Chunk {
+    Steps dy, r, k;
+    Square ds;
+    Small dleaf, dcross;
+    float v_dy[L];
+    Scales start, end, half, leaf_read, leaf_write, own_log_decay;
+};
+
+struct Inputs {
+    uint4 r, k, v, w;
+};
+
+// w: [B,T,H,N]; or null, and constant fp32 [H,N].
+struct Pointers {
+    const bf16 *r, *k, *v, *w;
+    const float *constant, *u;
+};
+
+__device__ __forceinline__ Inputs load_inputs(const Pointers &x, const Head &head, int64_t start) {
+    return {load_piece(x.r, head, start), load_piece(x.k, head, start), load_piece(x.v, head, start),
+            load_piece(x.w, head, start)};
+}
+
+// Sums of x over the warp's four steps: up to this one, and after it.
+__device__ __forceinline__ void scan_sums(float x, float &up_to, float &after) {
+    const int lane = threadIdx.x % 32;
+    up_to = after = x;
+#pragma unroll
+    for (int distance = 8; distance < 32; distance *= 2) {
+        const float earlier = __shfl_sync(0xffffffffu, up_to, lane - distance);
+        const float later = __shfl_sync(0xffffffffu, after, lane + distance);
+        if (lane >= distance) up_to += earlier;
+        if (lane + distance < 32) after += later;
+    }
+    after = __shfl_sync(0xffffffffu, after, lane + 8);
+    if (lane >= 24) after = 0.0f;
+}
+
+__device__ __forceinline__ float sum_before(float up_to) {
+    const int lane = threadIdx.x % 32;
+    const float found = __shfl_sync(0xffffffffu, up_to, lane - 8);
+    return lane >= 8 ? found : 0.0f;
+}
+
+// exp of the sums of log d that this thread's 8 channels need at its step.
+struct Factors {
+    float start[8], end[8], half[8], leaf_read[8], leaf_write[8], log_decay[8];
+};
+
+// One barrier inside.
+template <typename Memory>
+__device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Pointers &in, const uint4 &raw,
+                                              bool is_step, int heads) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8;
+    const bool before_middle = warp % 2 == 0;  // a leaf is two warps' steps
+    float w[8], up_to[8], after[8];
+    unpack(w, raw);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (in.constant) w[i] = in.constant[blockIdx.x % heads * N + column + i];
+        f.log_decay[i] = is_step ? fmaxf(-expf(w[i]), LEAST_LOG_DECAY) : 0.0f;
+        float leaf_up_to, leaf_after;
+        scan_sums(fmaxf(f.log_decay[i], LEAF_BOUND), leaf_up_to, leaf_after);
+        const float leaf_before = sum_before(leaf_up_to), own = fmaxf(f.log_decay[i], LEAF_BOUND);
+        f.leaf_read[i] = __expf(before_middle ? -(own + leaf_after) : leaf_before);
+        f.leaf_write[i] = __expf(before_middle ? leaf_after : -leaf_up_to);
+        scan_sums(f.log_decay[i], up_to[i], after[i]);
+        if (lane >= 24) x.log_decay[warp][column + i] = up_to[i];
+        up_to[i] = sum_before(up_to[i]);
+    }
+    __syncthreads();  // also ends the last chunk: nobody reads its factors any more
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float sums[WARPS];
+#pragma unroll
+        for (int other = 0; other < WARPS; ++other) sums[other] = x.log_decay[other][column + i];
+        float earlier = 0.0f, later = 0.0f;
+#pragma unroll
+        for (int other = 0; other < WARPS; ++other) {
+            if (other < warp) earlier += sums[other];
+            if (other > warp) later += sums[other];
+        }
+        f.start[i] = __expf(earlier + up_to[i]);
+        f.end[i] = __expf(after[i] + later);
+        const float to_row_8 = warp == 0 ? after[i] + sums[1] : after[i];
+        const float from_row_8 = warp == 3 ? sums[2] + up_to[i] : up_to[i];
+        f.half[i] = __expf(warp < 2 ? to_row_8 : from_row_8);
+        if (threadIdx.x < 8) x.total[column + i] = __expf(sums[0] + sums[1] + sums[2] + sums[3]);
+    }
+}
+
+__device__ __forceinline__ void keep(Chunk &, const Factors &, const Inputs &) {}
+
+__device__ __forceinline__ void keep(BackwardChunk &x, const Factors &f, const Inputs &in) {
+    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        x.start[row][column + i] = f.start[i];
+        x.end[row][column + i] = f.end[i];
+        x.half[row][column + i] = f.half[i];
+        x.leaf_read[row][column + i] = f.leaf_read[i];
+        x.leaf_write[row][column + i] = f.leaf_write[i];
+        x.own_log_decay[row][column + i] = f.log_decay[i];
+    }
+    store_piece(x.r, in.r);
+    store_piece(x.k, in.k);
+}
+
+// From inputs in registers to the chunk's factors in shared memory. One barrier inside; the caller adds the next.
+template <typename Memory>
+__device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Pointers &pointers, const Head &head,
+                                        int64_t start, int heads) {
+    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
+    Factors f;
+    decay_factors(x, f, pointers, in.w, start + row < head.time, heads);
+    keep(x, f, in);
+    float r[8], k[8], product[8], bonus = 0.0f;
+    unpack(r, in.r);
+    unpack(k, in.k);
+    const auto put = [&](Steps &to, const float (&x)[8], const float (&factor)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) product[i] = x[i] * factor[i];
+        store_piece(to, pack(product));
+    };
+    put(x.rs, r, f.start);
+    put(x.ke, k, f.end);
+    if (row < LEAF) put(x.h, k, f.half);
+    else put(x.h, r, f.half);
+    put(x.rl, r, f.leaf_read);
+    put(x.kl, k, f.leaf_write);
+    store_piece(x.v, in.v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bonus += r[i] * pointers.u[blockIdx.x % heads * N + column + i] * k[i];
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) bonus += __shfl_xor_sync(0xffffffffu, bonus, distance);
+    if (column == 0) x.bonus[row] = bonus;
+}
+
+__device__ __forceinline__ bool is_leaf(int row, int column) {
+    return column < row && row / LEAF == column / LEAF;
+}
+
+__device__ __forceinline__ bool is_cross(int row, int column) {
+    return row >= LEAF && column < LEAF;
+}
+
+// P: the leaves, their diagonal and the empty corner by warp 0, the crossing by warp 1. The caller adds a barrier.
+__device__ __forceinline__ void weigh(Chunk &x) {
+    const int warp = threadIdx.x / 32;
+    if (warp > 1) return;
+    float acc[2][4] = {};
+    multiply<N, false, true>(acc, operand(warp == 0 ? x.rl : x.h), operand(warp == 0 ? x.kl : x.h));
+    const auto chosen = [&](int row, int column, float value) {
+        return row == column ? x.bonus[row] : is_leaf(row, column) ? value : 0.0f;
+    };
+    for_pairs(acc, [&](int row, int column, float first, float second) {
+        if (is_cross(row, column) != (warp == 1)) return;
+        if (warp == 0) {
+            first = chosen(row, column, first);
+            second = chosen(row, column + 1, second);
+        }
+        *reinterpret_cast<uint32_t *>(&x.weights[row][column]) = pack2(first, second);
+    });
+}
+
+__global__ void __launch_bounds__(THREADS)
+    forward(int64_t time, int heads, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
+    Chunk &x = *dynamic_memory<Chunk>();
+    const Head head(time, heads);
+    const int warp = threadIdx.x / 32, first = warp * L;
+    const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
+    State s;
+    load_state(s, at(state, block * N * N), first, 1, N);
+    Inputs next = load_inputs(in, head, 0);
+    for (int64_t start = 0; start < time; start += L) {
+        store(&x.s[first][0], STRIDE, s);
+        if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
+        prepare(x, next, in, head, start, heads);
+        next = load_inputs(in, head, start + L);
+        __syncthreads();
+        weigh(x);
+        float out[2][4] = {};
+        multiply<N, false, true>(out, operand(x.rs), operand(x.s, first));
+        decay(s, x.total);
+        multiply<L, true>(s, operand(x.v, 0, first), operand(x.ke));
+        __syncthreads();
+        multiply<L>(out, operand(x.weights), operand(x.v, 0, first));
+        store_steps(y, head, start, first, out);
+    }
+    store_state(at(final_state, block * N * N), s, first, 1, N);
+}
+
+// dP, split into leaves, crossing and diagonal; one warp. The caller adds a barrier.
+__device__ __forceinline__ void weigh_gradients(BackwardChunk &x) {
+    float acc[2][4] = {};
+    multiply<N, false, true>(acc, operand(x.dy), operand(x.v));
+    for_pairs(acc, [&](int row, int column, float first, float second) {
+        const auto pair = [&](auto holds) {
+            return pack2(holds(row, column) ? first : 0.0f, holds(row, column + 1) ? second : 0.0f);
+        };
+        *reinterpret_cast<uint32_t *>(&x.dleaf[row][column]) = pair(is_leaf);
+        *reinterpret_cast<uint32_t *>(&x.dcross[row][column]) = pair(is_cross);
+        if (row == column) x.v_dy[row] = first;
+        if (row == column + 1) x.v_dy[row] = second;
+    });
+}
+
+struct Gradients {
+    bf16 *dr, *dk, *dv, *dw;  // dw: null with a constant decay
+    float *dconstant, *du;
+};
+
+// Sums over time of the gradients of u and of a constant decay: a lane's share of its channels, [tile][side].
+struct ChannelSums {
+    float du[2][2] = {}, dw[2][2] = {};
+};
+
+// The gradients of r, k, w, u for this warp's 16 keys, from `first` on.
+__device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sums, const Gradients &out,
+                                              const float *u, const Head &head, int64_t start, int first) {
+    float drs[2][4] = {}, dke[2][4] = {}, drl[2][4] = {}, dkl[2][4] = {}, dh_read[2][4] = {}, dh_written[2][4] = {};
+    multiply<N>(drs, operand(x.dy), operand(x.s, 0, first));
+    multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
+    multiply<L>(drl, operand(x.dleaf), operand(x.kl, 0, first));
+    multiply<L, true>(dkl, operand(x.dleaf), operand(x.rl, 0, first));
+    multiply<L>(dh_read, operand(x.dcross), operand(x.h, 0, first));           // rows 8..
+    multiply<L, true>(dh_written, operand(x.dcross), operand(x.h, 0, first));  // rows ..7
+
+    const float product = state_product(x.s, x.ds, first);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float dw[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const int column = 8 * n + 2 * t + side, j = first + column;
+            const float at_end = __shfl_sync(0xffffffffu, product, column) * x.total[j];
+            float from_start[2], to_end[2], crossing[2], leaf_read[2], leaf_written[2];  // rows g and g + 8
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = g + 8 * half, i = 2 * half + side;
+                const float r = to_float(x.r[row][j]), k = to_float(x.k[row][j]), v_dy = x.v_dy[row];
+                const float dh = half ? dh_read[n][i] : dh_written[n][i];
+                from_start[half] = drs[n][i] * to_float(x.rs[row][j]);
+                to_end[half] = dke[n][i] * to_float(x.ke[row][j]);
+                crossing[half] = dh * to_float(x.h[row][j]);
+                leaf_read[half] = drl[n][i] * to_float(x.rl[row][j]);
+                leaf_written[half] = dkl[n][i] * to_float(x.kl[row][j]);
+                float dr = drs[n][i] * x.start[row][j] + drl[n][i] * x.leaf_read[row][j];
+                float dk = dke[n][i] * x.end[row][j] + dkl[n][i] * x.leaf_write[row][j];
+                (half ? dr : dk) += dh * x.half[row][j];
+                drs[n][i] = dr + u[j] * k * v_dy;
+                dke[n][i] = dk + u[j] * r * v_dy;
+                sums.du[n][side] += r * k * v_dy;
+            }
+            // log d_m counts in: rs after m, ke before m, h between m and row 8, the leaf's products across m
+            const float all_late_starts = first_row(suffix_sum(from_start[1]));
+            const float all_early_ends = __shfl_sync(0xffffffffu, prefix_sum(to_end[0]), 28 + t);
+            float dlog[2];
+            dlog[0] = row_after(suffix_sum(from_start[0])) + all_late_starts +
+                      row_before(prefix_sum(to_end[0] + crossing[0]));
+            dlog[1] = row_after(suffix_sum(from_start[1] + crossing[1])) + row_before(prefix_sum(to_end[1])) +
+                      all_early_ends;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = g + 8 * half;
+                const float log_decay = x.own_log_decay[row][j];
+                const float leaf = row_after(suffix_sum(leaf_read[half] - leaf_written[half])) - leaf_written[half];
+                const float all = dlog[half] + at_end + (log_decay > LEAF_BOUND ? leaf : 0.0f);
+                dw[n][2 * half + side] = all * log_decay;  // d log d / dw = -exp(w) = log d
+                if (start + row < head.time) sums.dw[n][side] += all * log_decay;
+            }
+        }
+    }
+    store_steps(out.dr, head, start, first, drs);
+    store_steps(out.dk, head, start, first, dke);
+    if (out.dw) store_steps(out.dw, head, start, first, dw);
+}
+
+// Over the rows of all lanes, to this head's fp32 [N] at `to`.
+__device__ __forceinline__ void store_channel_sums(float *to, float (&x)[2][2], int first) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const float sum = suffix_sum(x[n][side]);
+            if (lane < 4) to[blockIdx.x * static_cast<int64_t>(N) + first + 8 * n + 2 * lane + side] = sum;
+        }
+    }
+}
+
+__global__ void __launch_bounds__(THREADS)
+    backward(int64_t time, int heads, Pointers in, const bf16 *saved, const bf16 *dy, const float *dfinal_state,
+             Gradients out, float *dstate) {
+    BackwardChunk &x = *dynamic_memory<BackwardChunk>();
+    const Head head(time, heads);
+    const int warp = threadIdx.x / 32, first = warp * L;
+    const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
+    const bf16 *states = saved + block * chunks * N * N;
+    State g;  // the gradient of the state at the chunk's end
+    load_state(g, at(dfinal_state, block * N * N), first, 1, N);
+    ChannelSums sums;
+    int64_t start = (chunks - 1) * L;
+    Inputs next = load_inputs(in, head, start);
+    uint4 next_dy = load_piece(dy, head, start);
+    SavedState next_state = load_saved(states, chunks - 1);
+    for (; start >= 0; start -= L) {
+        prepare(x, next, in, head, start, heads);
+        store_piece(x.dy, next_dy);
+        store_saved(x.s, next_state);
+        store(&x.ds[first][0], STRIDE, g);
+        next = load_inputs(in, head, start - L);
+        next_dy = load_piece(dy, head, start - L);
+        next_state = load_saved(states, start / L - 1);
+        __syncthreads();
+        weigh(x);
+        if (warp == 2) weigh_gradients(x);
+        float dv[2][4] = {};
+        multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
+        decay(g, x.total);
+        multiply<L, true>(g, operand(x.dy, 0, first), operand(x.rs));
+        __syncthreads();
+        multiply<L, true>(dv, operand(x.weights), operand(x.dy, 0, first));
+        store_steps(out.dv, head, start, first, dv);
+        key_gradients(x, sums, out, in.u + block % heads * N, head, start, first);
+    }
+    store_channel_sums(out.du, sums.du, first);
+    if (out.dconstant) store_channel_sums(out.dconstant, sums.dw, first);
+    store_state(at(dstate, block * N * N), g, first, 1, N);
+}
+
+Pointers pointers(const rwkv_problem &p, const void *r, const void *k, const void *v, const void *w, const float *u) {
+    const float *constant = p.constant_decay ? static_cast<const float *>(w) : nullptr;
+    return {in(r), in(k), in(v), p.constant_decay ? nullptr : in(w), constant, u};
+}
+
+}  // namespace
+
+int32_t wkv6_chunk(const rwkv_problem &p, const Wkv6Forward &x) {
+    return launch(forward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
+                  static_cast<int>(p.heads), pointers(p, x.r, x.k, x.v, x.w, x.u), x.state, out(x.y), x.final_state,
+                  out(x.saved));
+}
+
+int32_t wkv6_chunk(const rwkv_problem &p, const Wkv6Backward &x) {
+    const Gradients gradients{out(x.dr), out(x.dk), out(x.dv), p.constant_decay ? nullptr : out(x.dw),
+                              p.constant_decay ? static_cast<float *>(x.dw) : nullptr, x.du};
+    return launch(backward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
+                  static_cast<int>(p.heads), pointers(p, x.r, x.k, x.v, x.w, x.u), in(x.saved), in(x.dy),
+                  x.dfinal_state, gradients, x.dstate);
+}
+
+}  // namespace rwkv

@@ -1,0 +1,401 @@
+// RWKV-7 on tensor cores: chunks of L = 16 steps as matrix products, bf16 operands, fp32 sums. Four warps a head.
+//
+// With c_t the product of the chunk's decays up to t, E_t = c_t and c_{t-1} per channel, and
+//
+//   rq = r c_t, aq = a c_{t-1}, ki = k / c_t, bi = b / c_t, ke = k c_L / c_t, be = b c_L / c_t          [L,N]
+//   AB = tril-(aq bi^T), AK = tril-(aq ki^T), QB = tril(rq bi^T), QK = tril(rq ki^T), X = (1 - AB)^-1   [L,L]
+//
+// a chunk is (rwkv-numerics B.2; S [value,key] at its start)
+//
+//   U = X (aq S^T + AK V);  Y = rq S^T + QK V + QB U;  S' = S c_L + V^T ke + U^T be
+//
+// and backward, from dY and dS' (Z is the gradient of the bracket):
+//
+//   Z = X^T (QB^T dY + be dS'^T);  dV = QK^T dY + ke dS'^T + AK^T Z;  dS = dS' c_L + dY^T rq + Z^T aq
+//   dAB = tril-(Z U^T), dAK = tril-(Z V^T), dQB = tril(dY U^T), dQK = tril(dY V^T)
+//   drq = dY S + dQB bi + dQK ki;  daq = Z S + dAB bi + dAK ki;  dke = V dS';  dbe = U dS'
+//   dki = dQK^T rq + dAK^T aq;  dbi = dQB^T rq + dAB^T aq
+//
+// The gradient of log d is a sum over time of each factor times its gradient; both as rounded, so that what cancels
+// cancels exactly. d > 0.545, so 1 / c_t < 1.7e4 and nothing overflows.
+//
+// Warp w computes one of the four [L,L] matrices, then owns the 16 value rows from 16 w on (of S, U, V, Y, Z) and, for
+// the gradients of what is indexed by keys, the 16 keys from 16 w on. The state itself stays in fp32 registers.
+// Thread i loads the 8 channels from 8 (i % 8) on of step i / 8, one 16-byte piece of each input, a chunk ahead.
+#include "chunk.cuh"
+#include "launchers.hpp"
+
+namespace rwkv {
+namespace {
+
+constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
+
+enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that compute them
+
+struct alignas(16) Chunk {
+    Steps rq, aq, ki, bi, ke, be, v, u;
+    Square s;
+    Small product[4], product_rest[4], inverse, inverse_rest;
+    Steps rest;  // of u or z before `solve`: what bf16 left of the fp32 sums
+    float ab[L][L + 1];
+    float decay[WARPS][N];  // product over the four steps that a warp loads
+    float total[N];         // c_L
+};
+
+struct alignas(16) BackwardChunk : Chunk {
+    Steps dy, z, z_rest;
+    Square ds;
+    Small dproduct[4];
+    float cumulative[L + 1][N + 4];  // row t is c_{t-1}, row t + 1 is c_t
+    float slope[L][N + 4];           // d log d / dw
+};
+
+struct Inputs {
+    uint4 r, w, k, v, a, b;
+};
+
+struct Pointers {
+    const bf16 *r, *w, *k, *v, *a, *b;
+};
+
+__device__ __forceinline__ float sigmoid(float x) {
+    return 1.0f / (1.0f + __expf(-x));
+}
+
+__device__ __forceinline__ Inputs load_inputs(const Pointers &x, const Head &head, int64_t start) {
+    return {load_piece(x.r, head, start), load_piece(x.w, head, start), load_piece(x.k, head, start),
+            load_piece(x.v, head, start), load_piece(x.a, head, start), load_piece(x.b, head, start)};
+}
+
+// Products of d over the steps up to this thread's, within its warp's four steps: d becomes inclusive.
+__device__ __forceinline__ void scan_products(float (&d)[8], float (&exclusive)[8]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int distance = 8; distance < 32; distance *= 2) {
+            const float earlier = __shfl_sync(0xffffffffu, d[i], lane - distance);
+            if (lane >= distance) d[i] *= earlier;
+        }
+        const float before = __shfl_sync(0xffffffffu, d[i], lane - 8);
+        exclusive[i] = lane >= 8 ? before : 1.0f;
+    }
+}
+
+// From inputs in registers to the chunk's factors in shared memory. One barrier inside; the caller adds the next.
+template <typename Memory>
+__device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, int64_t start) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8, row = threadIdx.x / 8;
+    float inclusive[8], exclusive[8], w[8];
+    unpack(w, in.w);
+    const bool is_step = start + row < head.time;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) inclusive[i] = is_step ? __expf(LOG_DECAY_SCALE * sigmoid(w[i])) : 1.0f;
+    scan_products(inclusive, exclusive);
+    if (lane >= 24) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x.decay[warp][column + i] = inclusive[i];
+    }
+    __syncthreads();  // also ends the last chunk: nobody reads its factors any more
+    float total[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float before = 1.0f, all = 1.0f;
+#pragma unroll
+        for (int other = 0; other < WARPS; ++other) {
+            if (other == warp) before = all;
+            all *= x.decay[other][column + i];
+        }
+        inclusive[i] *= before;
+        exclusive[i] *= before;
+        total[i] = all;
+        if (row == 0) x.total[column + i] = all;
+    }
+    keep(x, inclusive, exclusive, w, row, column);
+    float from[8], to[8], inverse[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) inverse[i] = 1.0f / inclusive[i];
+    const auto put = [&](Steps &where, const auto &factor) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = from[i] * factor(i);
+        store_piece(where, pack(to));
+    };
+    unpack(from, in.r);
+    put(x.rq, [&](int i) { return inclusive[i]; });
+    unpack(from, in.a);
+    put(x.aq, [&](int i) { return exclusive[i]; });
+    unpack(from, in.k);
+    put(x.ki, [&](int i) { return inverse[i]; });
+    put(x.ke, [&](int i) { return inverse[i] * total[i]; });
+    unpack(from, in.b);
+    put(x.bi, [&](int i) { return inverse[i]; });
+    put(x.be, [&](int i) { return inverse[i] * total[i]; });
+    store_piece(x.v, in.v);
+}
+
+// What backward needs later: forward keeps nothing.
+__device__ __forceinline__ void keep(Chunk &, const float (&)[8], const float (&)[8], const float (&)[8], int, int) {}
+
+__device__ __forceinline__ void keep(BackwardChunk &x, const float (&inclusive)[8], const float (&exclusive)[8],
+                                     const float (&w)[8], int row, int column) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (row == 0) x.cumulative[0][column + i] = exclusive[i];
+        x.cumulative[row + 1][column + i] = inclusive[i];
+        x.slope[row][column + i] = LOG_DECAY_SCALE * sigmoid(w[i]) * sigmoid(-w[i]);
+    }
+}
+
+// acc minus acc as bf16.
+__device__ __forceinline__ void leave_rest(float (&acc)[2][4]) {
+    for_pairs(acc, [](int, int, float &x, float &y) {
+        x -= to_float(to_bf16(x));
+        y -= to_float(to_bf16(y));
+    });
+}
+
+// acc as the sum of two bf16, to this warp's columns of two matrices.
+__device__ __forceinline__ void store_split(Steps &columns, Steps &rest, int first, float (&acc)[2][4]) {
+    store(&columns[0][first], STRIDE, acc);
+    leave_rest(acc);
+    store(&rest[0][first], STRIDE, acc);
+}
+
+// Zero above the diagonal, and on it for the matrices whose rows are aq.
+__device__ __forceinline__ float masked(int matrix, int row, int column, float x) {
+    return column < row || (column == row && matrix >= QB) ? x : 0.0f;
+}
+
+// This warp's one of the four [L,L] matrices. The caller adds a barrier.
+__device__ __forceinline__ void multiply_steps(Chunk &x) {
+    const int matrix = threadIdx.x / 32;
+    float acc[2][4] = {};
+    const bool reads_b = matrix == AB || matrix == QB;
+    multiply<N, false, true>(acc, operand(matrix < QB ? x.aq : x.rq), operand(reads_b ? x.bi : x.ki));
+    for_pairs(acc, [&](int row, int column, float &first, float &second) {
+        first = masked(matrix, row, column, first);
+        second = masked(matrix, row, column + 1, second);
+        if (matrix == AB) {
+            x.ab[row][column] = first;
+            x.ab[row][column + 1] = second;
+        }
+    });
+    store(&x.product[matrix][0][0], SMALL_STRIDE, acc);
+    if (matrix != AK && matrix != QB) return;
+    leave_rest(acc);
+    store(&x.product_rest[matrix][0][0], SMALL_STRIDE, acc);
+}
+
+// X = (1 - AB)^-1 by forward substitution in fp32, lane j column j; warp 0. (Repeated squaring would not be stable:
+// keys that resemble each other make the powers of AB grow before they vanish.) The caller adds a barrier.
+__device__ __forceinline__ void invert(Chunk &x) {
+    const int column = threadIdx.x;
+    if (column >= L) return;
+    float solution[L];
+#pragma unroll
+    for (int row = 0; row < L; ++row) {
+        float sum = row == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int before = 0; before < row; ++before) sum += x.ab[row][before] * solution[before];
+        solution[row] = sum;
+        const bf16 rounded = to_bf16(sum);
+        x.inverse[row][column] = rounded;
+        x.inverse_rest[row][column] = to_bf16(sum - to_float(rounded));
+    }
+}
+
+// This warp's columns of aq S^T + AK V, to x.u.
+__device__ __forceinline__ void project(Chunk &x, int first) {
+    float acc[2][4] = {};
+    multiply<N, false, true>(acc, operand(x.aq), operand(x.s, first));
+    multiply<L>(acc, operand(x.product[AK]), operand(x.v, 0, first));
+    multiply<L>(acc, operand(x.product_rest[AK]), operand(x.v, 0, first));
+    store_split(x.u, x.rest, first, acc);
+}
+
+// columns = X columns, or X^T columns, on this warp's 16 of them, in place. Both factors are sums of two bf16: with
+// keys that resemble each other the product is small beside its terms.
+template <bool transposed>
+__device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int first) {
+    float acc[2][4] = {};
+    multiply<L, transposed>(acc, operand(x.inverse), operand(columns, 0, first));
+    multiply<L, transposed>(acc, operand(x.inverse), operand(rest, 0, first));
+    multiply<L, transposed>(acc, operand(x.inverse_rest), operand(columns, 0, first));
+    __syncwarp();
+    store(&columns[0][first], STRIDE, acc);
+}
+
+__global__ void __launch_bounds__(THREADS)
+    forward(int64_t time, int heads, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
+    Chunk &x = *dynamic_memory<Chunk>();
+    const Head head(time, heads);
+    const int warp = threadIdx.x / 32, first = warp * L;
+    const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
+    State s;
+    load_state(s, at(state, block * N * N), first, N, 1);
+    Inputs next = load_inputs(in, head, 0);
+    for (int64_t start = 0; start < time; start += L) {
+        store(&x.s[first][0], STRIDE, s);
+        if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
+        prepare(x, next, head, start);
+        next = load_inputs(in, head, start + L);
+        __syncthreads();
+        multiply_steps(x);
+        __syncthreads();
+        if (warp == 0) invert(x);
+        project(x, first);
+        __syncthreads();
+        solve<false>(x, x.u, x.rest, first);
+        float out[2][4] = {};
+        multiply<N, false, true>(out, operand(x.rq), operand(x.s, first));
+        multiply<L>(out, operand(x.product[QK]), operand(x.v, 0, first));
+        __syncwarp();
+        multiply<L>(out, operand(x.product[QB]), operand(x.u, 0, first));
+        store_steps(y, head, start, first, out);
+        decay(s, x.total);
+        multiply<L, true>(s, operand(x.v, 0, first), operand(x.ke));
+        multiply<L, true>(s, operand(x.u, 0, first), operand(x.be));
+    }
+    store_state(at(final_state, block * N * N), s, first, N, 1);
+}
+
+struct Gradients {
+    bf16 *dr, *dw, *dk, *dv, *da, *db;
+};
+
+// The gradients of r, w, k, a, b for this warp's 16 keys, from `first` on.
+__device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients &out, const Head &head, int64_t start,
+                                              int first) {
+    float drq[2][4] = {}, daq[2][4] = {}, dki[2][4] = {}, dke[2][4] = {}, dbi[2][4] = {}, dbe[2][4] = {};
+    multiply<N>(drq, operand(x.dy), operand(x.s, 0, first));
+    multiply<L>(drq, operand(x.dproduct[QB]), operand(x.bi, 0, first));
+    multiply<L>(drq, operand(x.dproduct[QK]), operand(x.ki, 0, first));
+    multiply<N>(daq, operand(x.z), operand(x.s, 0, first));
+    multiply<L>(daq, operand(x.dproduct[AB]), operand(x.bi, 0, first));
+    multiply<L>(daq, operand(x.dproduct[AK]), operand(x.ki, 0, first));
+    multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
+    multiply<N>(dbe, operand(x.u), operand(x.ds, 0, first));
+    multiply<L, true>(dki, operand(x.dproduct[QK]), operand(x.rq, 0, first));
+    multiply<L, true>(dki, operand(x.dproduct[AK]), operand(x.aq, 0, first));
+    multiply<L, true>(dbi, operand(x.dproduct[QB]), operand(x.rq, 0, first));
+    multiply<L, true>(dbi, operand(x.dproduct[AB]), operand(x.aq, 0, first));
+
+    const float product = state_product(x.s, x.ds, first);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float dw[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const int column = 8 * n + 2 * t + side, j = first + column;
+            const float total = x.total[j], at_end = __shfl_sync(0xffffffffu, product, column) * total;
+            float reads[2], read_before[2], writes[2];  // rows g and g + 8
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = g + 8 * half, i = 2 * half + side;
+                const float inclusive = x.cumulative[row + 1][j], inverse = 1.0f / inclusive;
+                read_before[half] = daq[n][i] * to_float(x.aq[row][j]);
+                reads[half] = drq[n][i] * to_float(x.rq[row][j]) - dki[n][i] * to_float(x.ki[row][j]) -
+                              dbi[n][i] * to_float(x.bi[row][j]) + read_before[half];
+                writes[half] = dke[n][i] * to_float(x.ke[row][j]) + dbe[n][i] * to_float(x.be[row][j]);
+                drq[n][i] *= inclusive;
+                daq[n][i] *= x.cumulative[row][j];
+                dki[n][i] = dki[n][i] * inverse + dke[n][i] * (inverse * total);
+                dbi[n][i] = dbi[n][i] * inverse + dbe[n][i] * (inverse * total);
+            }
+            // log d_t reaches what is read from t on (aq: after t), and what is written before t
+            const float late_reads = suffix_sum(reads[1]), late_writes = suffix_sum(writes[1]);
+            const float early_reads = suffix_sum(reads[0]) + first_row(late_reads);
+            const float early_writes = suffix_sum(writes[0]) + first_row(late_writes);
+            const float all_writes = first_row(early_writes);
+            dw[n][side] = x.slope[g][j] * (early_reads - read_before[0] + (all_writes - early_writes) + at_end);
+            dw[n][2 + side] = x.slope[g + 8][j] * (late_reads - read_before[1] + (all_writes - late_writes) + at_end);
+        }
+    }
+    store_steps(out.dr, head, start, first, drq);
+    store_steps(out.dw, head, start, first, dw);
+    store_steps(out.dk, head, start, first, dki);
+    store_steps(out.da, head, start, first, daq);
+    store_steps(out.db, head, start, first, dbi);
+}
+
+// This warp's one of the gradients of the four [L,L] matrices. The caller adds a barrier.
+__device__ __forceinline__ void multiply_gradients(BackwardChunk &x) {
+    const int matrix = threadIdx.x / 32;
+    float acc[2][4] = {};
+    const bool reads_u = matrix == AB || matrix == QB;
+    multiply<N, false, true>(acc, operand(matrix < QB ? x.z : x.dy), operand(reads_u ? x.u : x.v));
+    for_pairs(acc, [&](int row, int column, float &first, float &second) {
+        first = masked(matrix, row, column, first);
+        second = masked(matrix, row, column + 1, second);
+    });
+    store(&x.dproduct[matrix][0][0], SMALL_STRIDE, acc);
+}
+
+__global__ void __launch_bounds__(THREADS, 2)
+    backward(int64_t time, int heads, Pointers in, const bf16 *saved, const bf16 *dy, const float *dfinal_state,
+             Gradients out, float *dstate) {
+    BackwardChunk &x = *dynamic_memory<BackwardChunk>();
+    const Head head(time, heads);
+    const int warp = threadIdx.x / 32, first = warp * L;
+    const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
+    const bf16 *states = saved + block * chunks * N * N;
+    State g;  // the gradient of the state at the chunk's end
+    load_state(g, at(dfinal_state, block * N * N), first, N, 1);
+    int64_t start = (chunks - 1) * L;
+    Inputs next = load_inputs(in, head, start);
+    uint4 next_dy = load_piece(dy, head, start);
+    SavedState next_state = load_saved(states, chunks - 1);
+    for (; start >= 0; start -= L) {
+        prepare(x, next, head, start);
+        store_piece(x.dy, next_dy);
+        store_saved(x.s, next_state);
+        store(&x.ds[first][0], STRIDE, g);
+        next = load_inputs(in, head, start - L);
+        next_dy = load_piece(dy, head, start - L);
+        next_state = load_saved(states, start / L - 1);
+        __syncthreads();
+        multiply_steps(x);
+        __syncthreads();
+        if (warp == 0) invert(x);
+        project(x, first);
+        float acc[2][4] = {};  // QB^T dY + be dS'^T
+        multiply<L, true>(acc, operand(x.product[QB]), operand(x.dy, 0, first));
+        multiply<L, true>(acc, operand(x.product_rest[QB]), operand(x.dy, 0, first));
+        multiply<N, false, true>(acc, operand(x.be), operand(x.ds, first));
+        store_split(x.z, x.z_rest, first, acc);
+        __syncthreads();
+        solve<false>(x, x.u, x.rest, first);
+        solve<true>(x, x.z, x.z_rest, first);
+        float dv[2][4] = {};
+        multiply<L, true>(dv, operand(x.product[QK]), operand(x.dy, 0, first));
+        multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
+        __syncthreads();  // U and Z of all warps
+        multiply<L, true>(dv, operand(x.product[AK]), operand(x.z, 0, first));
+        store_steps(out.dv, head, start, first, dv);
+        multiply_gradients(x);
+        decay(g, x.total);
+        multiply<L, true>(g, operand(x.dy, 0, first), operand(x.rq));
+        multiply<L, true>(g, operand(x.z, 0, first), operand(x.aq));
+        __syncthreads();
+        key_gradients(x, out, head, start, first);
+    }
+    store_state(at(dstate, block * N * N), g, first, N, 1);
+}
+
+}  // namespace
+
+int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Forward &x) {
+    const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
+    return launch(forward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
+                  static_cast<int>(p.heads), pointers, x.state, out(x.y), x.final_state, out(x.saved));
+}
+
+int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Backward &x) {
+    const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
+    const Gradients gradients{out(x.dr), out(x.dw), out(x.dk), out(x.dv), out(x.da), out(x.db)};
+    return launch(backward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
+                  static_cast<int>(p.heads), pointers, in(x.saved), in(x.dy), x.dfinal_state, gradients, x.dstate);
+}
+
+}  // namespace rwkv

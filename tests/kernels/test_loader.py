@@ -1,0 +1,135 @@
+"""Which library is taken: none that is damaged, foreign, stale or for another GPU, each with its reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rwkv_cluster.kernels import build, loader
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return build.build("cpu", tmp_path_factory.mktemp("built")).parent
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder that is looked in, with a whole library."""
+    target = tmp_path / "lib"
+    shutil.copytree(built, target)
+    monkeypatch.setattr(loader, "folders", lambda: [target])
+    return target
+
+
+def find_cpu() -> loader.Library | loader.Missing:
+    return loader.cpu.__wrapped__()
+
+
+def reason() -> str:
+    found = find_cpu()
+    assert isinstance(found, loader.Missing)
+    assert found.reason.startswith("No compiled WKV kernels for the CPU: ")
+    assert found.reason.endswith(". `python -m rwkv_cluster.kernels.build cpu` builds them.")
+    return found.reason.removeprefix("No compiled WKV kernels for the CPU: ").rpartition(". `")[0]
+
+
+def change_manifest(folder: Path, **changes) -> None:
+    path = folder / "wkv_cpu.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_whole_library_is_taken(folder: Path) -> None:
+    found = find_cpu()
+    assert isinstance(found, loader.Library)
+    assert found.path == folder / "libwkv_cpu.so"
+    assert found.target in ("avx512", "avx2", "portable")
+
+
+def test_the_installed_one_is_found() -> None:
+    assert isinstance(loader.cpu(), loader.Library), "install the package again, or build: its sources have changed"
+
+
+def test_the_named_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(loader.FOLDER_VARIABLE, str(tmp_path))
+    assert loader.folders()[0] == tmp_path
+    assert loader.folders()[1] == build.PACKAGE_LIBRARIES
+
+
+def test_nothing_there(folder: Path) -> None:
+    shutil.rmtree(folder)
+    assert reason() == f"{folder} has no wkv_cpu.json"
+
+
+def test_no_library_beside_its_manifest(folder: Path) -> None:
+    (folder / "libwkv_cpu.so").unlink()
+    assert reason() == f"{folder} has no libwkv_cpu.so"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"manifest_version": 99}'])
+def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
+    (folder / "wkv_cpu.json").write_text(text)
+    assert reason().startswith(f"{folder} cannot be read (")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_library_is_never_loaded(folder: Path, damage: str) -> None:
+    path = folder / "libwkv_cpu.so"
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    assert reason() == f"{path} is not what its manifest says"
+
+
+def test_a_library_of_other_sources(folder: Path) -> None:
+    change_manifest(folder, sources={"cpu/wkv.cpp": "0" * 64})
+    assert reason() == f"{folder}/libwkv_cpu.so was built from other sources than those installed"
+
+
+def test_a_library_with_another_interface(folder: Path) -> None:
+    change_manifest(folder, abi=99)
+    assert reason() == f"{folder}/libwkv_cpu.so has interface 1 and 99, this package wants 1"
+
+
+def test_a_file_that_is_no_library(folder: Path) -> None:
+    path = folder / "libwkv_cpu.so"
+    path.write_bytes(b"not a library")
+    change_manifest(folder, library={"sha256": build._sha256(path)})
+    assert reason().startswith(f"{path} does not load (")
+
+
+def test_a_gpu_that_no_library_fits_is_named_with_what_there_is_and_the_command(folder: Path) -> None:
+    (folder / "libwkv_cuda.so").write_bytes(b"")
+    manifest = {"manifest_version": 1, "abi": 1, "architectures": ["sm_80", "sm_90", "compute_120"],
+                "sources": build.source_digests("cuda"),
+                "library": {"sha256": build._sha256(folder / "libwkv_cuda.so")}}  # fmt: skip
+    (folder / "wkv_cuda.json").write_text(json.dumps(manifest))
+    found = loader.cuda.__wrapped__("Tesla V100", (7, 0))
+    assert isinstance(found, loader.Missing)
+    assert found.reason == (
+        f"No compiled WKV kernels for Tesla V100 (sm_70): {folder}/libwkv_cuda.so has sm_80 sm_90 compute_120. "
+        "`python -m rwkv_cluster.kernels.build cuda --arch 70` builds them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100", (10, 0), True),
+        ("sm_120", (10, 0), False),
+        ("compute_90", (12, 1), True),
+        ("compute_120", (9, 0), False),
+        ("nonsense", (9, 0), False),
+    ],
+)
+def test_what_code_runs_on_what(architecture: str, capability: tuple[int, int], runs: bool) -> None:
+    assert loader.runs_on(architecture, capability) is runs

@@ -1,0 +1,80 @@
+"""nvcc compiles every kernel for every architecture, within its registers and without spilling any."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rwkv_cluster.kernels import build
+
+pytestmark = pytest.mark.system
+
+REGISTERS = {
+    ("wkv7_exact", "forward"): 128,
+    ("wkv7_exact", "backward"): 248,
+    ("wkv6_exact", "forward"): 128,
+    ("wkv6_exact", "backward"): 248,
+    ("wkv7_chunk", "forward"): 168,
+    ("wkv7_chunk", "backward"): 255,
+    ("wkv6_chunk", "forward"): 168,
+    ("wkv6_chunk", "backward"): 255,
+}
+"""Budgets: two warps a block and 248 registers leave room for four blocks on an SM, four warps and 255 for two."""
+
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    try:
+        return build.cuda_compiler().command
+    except build.BuildError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
+def test_registers_and_spills_on_every_architecture(compiler: str, tmp_path: Path) -> None:
+    def report(source: str) -> str:
+        flags = [*build.CUDA_FLAGS.split(), *build._gencode(build.CUDA_ARCHITECTURES).split(), "-Xptxas", "-v"]
+        command = [compiler, *flags, "-c", str(build.CSRC / "cuda" / source), "-o", str(tmp_path / f"{source}.o")]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        return run.stderr
+
+    sources = [f"{name}.cu" for name in sorted({file for file, _ in REGISTERS})]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = dict(zip(sources, pool.map(report, sources), strict=True))
+    seen = set()
+    for source, text in reports.items():
+        for match in KERNEL.finditer(text):
+            kernel = (Path(source).stem, "backward" if "backward" in match["name"] else "forward")
+            seen.add((*kernel, match["architecture"]))
+            assert (match["stores"], match["loads"]) == ("0", "0"), (kernel, match["architecture"])
+            assert int(match["registers"]) <= REGISTERS[kernel], (kernel, match["architecture"], match["registers"])
+    wanted = {(*kernel, f"sm_{architecture}") for kernel in REGISTERS for architecture in build.CUDA_ARCHITECTURES}
+    assert wanted <= seen
+
+
+def test_the_whole_library_links_and_its_manifest_lists_what_is_in_it(compiler: str, tmp_path: Path) -> None:
+    library = build.build("cuda", tmp_path, architectures=["80", "90"])
+    manifest = build.manifest(tmp_path, "cuda")
+    assert manifest["architectures"] == ["sm_80", "sm_90", "compute_90"]
+    exported = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in exported.stdout.splitlines() if line.split()[-1].startswith("rwkv")}
+    assert names == {
+        "rwkv_kernels_abi", "rwkv_kernels_target", "rwkv_status_text", "rwkv_saved_bytes", "rwkv_wkv7_forward",
+        "rwkv_wkv7_backward", "rwkv_wkv6_forward", "rwkv_wkv6_backward",
+    }  # fmt: skip
+    needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libcudart" not in needed
+    assert "libtorch" not in needed
