@@ -260,7 +260,7 @@ def _ninja() -> str:
 def _version(command: str) -> str:
     run = subprocess.run([command, "--version"], capture_output=True, text=True)
     lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-    named = [line for line in lines if "release" in line or "V" in line]  # nvcc says it on its third line
+    named = [line for line in lines if "release" in line]  # nvcc says it below its name
     return (named or lines or ["unknown"])[0]
 
 

@@ -83,14 +83,13 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
     return found.reason if isinstance(found, loader.Missing) else None
 
 
-def saved_bytes(version: int, device: torch.device, shape: Sequence[int], kernel: int) -> int:
+def saved_bytes(version: int, shape: Sequence[int], kernel: int) -> int:
     """What forward keeps for backward; equals rwkv_saved_bytes of the library, and takes symbolic shapes."""
     batch, time, heads, size = shape
     states = batch * heads * ((time + STEPS_BETWEEN_STATES - 1) // STEPS_BETWEEN_STATES) * size * size
     if kernel == TENSOR_CORES:
         return 2 * states
-    keeps_sa = version == 7 and device.type == "cuda"
-    return 4 * (states + batch * time * heads * size if keeps_sa else states)
+    return 4 * (states + batch * time * heads * size if version == 7 else states)
 
 
 def _contiguous(*inputs: Tensor | None) -> list[Tensor | None]:
@@ -164,7 +163,7 @@ def _made_contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
 def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, final state and bytes for backward (none without `save`)."""
     r, exact, save = arguments[0], *arguments[-2:]
-    n_bytes = saved_bytes(version, r.device, r.shape, _kernel(r, exact)) if save else 0
+    n_bytes = saved_bytes(version, r.shape, _kernel(r, exact)) if save else 0
     return _empty_like(r), _empty_state(r), r.new_empty(n_bytes, dtype=torch.uint8)
 
 

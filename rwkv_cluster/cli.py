@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "eval": "loss and perplexity on the validation file",
     "inspect": "architecture and sizes of an RWKV .pth file",
     "config": "the resolved configuration, and where each value came from",
+    "doctor": "what this machine has for training, and a self-test of its kernels",
     "bench": "measure this machine: data, wkv or step",
 }
 CONFIG_VERBS = ("prepare", "init", "train", "eval", "config")

@@ -43,6 +43,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         )
     if options.verb == "inspect":
         return inspect(Path(options.path))
+    if options.verb == "doctor":
+        return doctor()
     if options.verb == "bench":
         return bench(options.what, extra)
     found = find_config(options.config, overrides)
@@ -56,6 +58,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         return evaluate(found.resolved.config, Path(options.weights) if options.weights else None)
     verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train}
     return verbs[options.verb](found.resolved.config)
+
+
+def doctor() -> Report:
+    """What this machine has."""
+    from rwkv_cluster import doctor as examination
+
+    rows = examination.examine()
+    return Report(examination.format(rows), examination.data(rows))
 
 
 def prepare(config: Config) -> Report:

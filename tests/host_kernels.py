@@ -1,4 +1,4 @@
-"""Call a kernel library directly, past PyTorch's dispatcher: NaN in all outputs beforehand, null pointers on request."""
+"""Call a kernel library directly, past PyTorch: NaN in its outputs beforehand, null pointers on request."""
 
 from __future__ import annotations
 

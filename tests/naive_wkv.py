@@ -47,7 +47,11 @@ def values_and_gradients(operator, inputs: list[Tensor], dtype: torch.dtype = to
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     y, state = operator(*leaves)
     dy, dstate = output_gradients(inputs)
-    return [y.detach(), state.detach(), *torch.autograd.grad((y, state), leaves, (dy.to(y), dstate.to(state)))]
+    return [
+        y.detach(),
+        state.detach(),
+        *torch.autograd.grad((y, state), leaves, (dy.to(y), dstate.to(state)), materialize_grads=True),
+    ]
 
 
 def relative_errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:

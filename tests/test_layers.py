@@ -16,7 +16,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "data.dataset": 3, "kernels": 3,
     "model": 4,
     "train": 5, "launch": 5,
-    "cli": 6, "verbs": 6, "__main__": 6, "pipeline": 6, "bench": 6,
+    "cli": 6, "verbs": 6, "__main__": 6, "pipeline": 6, "bench": 6, "doctor": 6,
 }  # fmt: skip
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config", "configfile")}
 LIGHT = """

@@ -1,4 +1,7 @@
-"""The WKV operators alone: forward plus backward of the chunked form, the time loop, and the loop of `rwkv-trainer`.
+"""The WKV operators alone, forward plus backward: the compiled kernel and its rivals.
+
+Rivals on a CPU: the chunked form in PyTorch; the time loop; for RWKV-7 a chunk form under torch.compile
+(`compiled_chunk`) and the loop of `rwkv-trainer`, where it is at hand.
 
 Everything runs in one process, in alternating turns, so that a machine whose speed drifts treats all alike; ratios
 are taken turn by turn. `extra_mb` is how much the resident memory grew at its highest during one turn (Linux only).
@@ -23,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.kernels import chunked, reference
+from rwkv_cluster.bench import compiled_chunk
+from rwkv_cluster.errors import ConfigError, KernelError
+from rwkv_cluster.kernels import chunked, native, reference
 
-OURS = "chunked"
+OURS = "native"
 _VERSIONS = ("wkv7", "wkv6", "wkv5")
 _RIVAL_FILE = Path("rwkv_trainer", "model", "model.py")
 
@@ -39,11 +43,14 @@ def run(args: Sequence[str]) -> dict[str, Any]:
         "cpu_s_min", "cpu_s_max", "tokens_per_s", "extra_mb", "ratio"}}}]}, where ratio is the CPU time over ours.
 
     Raises:
+        KernelError: there is no compiled kernel for these inputs.
         ConfigError: --seed-package has no rwkv-trainer, or the width is not a multiple of the head size.
     """
     options = _parser().parse_args(args)
     if options.width % options.head_size:
         raise ConfigError(f"--width {options.width} is not a multiple of --head-size {options.head_size}.")
+    if reason := native.unavailable("cpu", getattr(torch, options.dtype), options.head_size):
+        raise KernelError(reason)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -84,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what torch.compile makes")
     parser.add_argument("--seed-package", help="folder that holds rwkv_trainer, when it is not installed")
     return parser
 
@@ -91,9 +99,12 @@ def _parser() -> argparse.ArgumentParser:
 def _case(version: str, options: argparse.Namespace, rival: Callable[..., Tensor] | None) -> dict[str, Any]:
     inputs, dy = _inputs(version, options)
     contenders = {
-        OURS: partial(_turn, getattr(chunked, version), inputs, dy),
+        OURS: partial(_turn, getattr(native, version), inputs, dy),
+        "chunked": partial(_turn, getattr(chunked, version), inputs, dy),
         "time loop": partial(_turn, getattr(reference, version), inputs, dy),
     }
+    if options.compile and version == "wkv7":
+        contenders["compiled chunk"] = partial(_turn, compiled_chunk.compiled(), inputs, dy)
     if rival and version == "wkv7":
         contenders["rwkv-trainer loop"] = partial(_turn, *_rival_arguments(rival, inputs, dy))
     memory = {name: _extra_mb(turn) for name, turn in contenders.items()}  # also the unmeasured first turn

@@ -76,7 +76,8 @@ const char *rwkv_status_text(int32_t status) {
 int64_t rwkv_saved_bytes(int32_t version, const rwkv_problem *p) {
     if (version != 6 && version != 7) return -1;
     const int64_t states = (p->time + STEPS_BETWEEN_STATES - 1) / STEPS_BETWEEN_STATES;
-    return p->batch * p->heads * states * p->size * p->size * static_cast<int64_t>(sizeof(float));
+    const int64_t elements = states * p->size * p->size + (version == 7 ? p->time * p->size : 0);
+    return p->batch * p->heads * elements * static_cast<int64_t>(sizeof(float));
 }
 
 int32_t rwkv_wkv7_forward(const rwkv_problem *problem, const void *r, const void *w, const void *k, const void *v,

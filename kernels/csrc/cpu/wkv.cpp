@@ -19,6 +19,14 @@ T *at(T *pointer, int64_t offset) {
     return pointer ? pointer + offset : nullptr;
 }
 
+// The projections follow the states of all heads in `saved`.
+Saved7 saved7(const rwkv_problem &p, int64_t item, const void *saved) {
+    if (!saved) return {nullptr, nullptr};
+    const int64_t states = (p.time + L - 1) / L * p.size * p.size;
+    float *first = static_cast<float *>(const_cast<void *>(saved));
+    return {first + item * states, first + p.batch * p.heads * states + item * p.time * p.size};
+}
+
 // body(size that has a kernel, head, places).
 template <typename Body>
 void on_head(const rwkv_problem &p, int64_t item, const Body &body) {
@@ -35,7 +43,7 @@ void wkv7_forward(const rwkv_problem &problem, int64_t item, const void *r, cons
                   void *saved) {
     on_head(problem, item, [&](auto padded, const Head &head, const Places &places) {
         wkv7_forward_head<padded.value>(head, {r, w, k, v, a, b}, at(state, places.state), y,
-                                        at(final_state, places.state), at(static_cast<float *>(saved), places.saved));
+                                        at(final_state, places.state), saved7(problem, item, saved));
     });
 }
 
@@ -44,8 +52,7 @@ void wkv7_backward(const rwkv_problem &problem, int64_t item, const void *r, con
                    const float *dfinal_state, void *dr, void *dw, void *dk, void *dv, void *da, void *db,
                    float *dstate) {
     on_head(problem, item, [&](auto padded, const Head &head, const Places &places) {
-        wkv7_backward_head<padded.value>(head, {r, w, k, v, a, b}, static_cast<const float *>(saved) + places.saved,
-                                         dy, at(dfinal_state, places.state), {dr, dw, dk, dv, da, db},
+        wkv7_backward_head<padded.value>(head, {r, w, k, v, a, b}, saved7(problem, item, saved), dy, at(dfinal_state, places.state), {dr, dw, dk, dv, da, db},
                                          at(dstate, places.state));
     });
 }

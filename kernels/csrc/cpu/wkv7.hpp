@@ -32,6 +32,12 @@ void load_inputs(Inputs7<N> &x, const Pointers7 &from, const Head &head, int64_t
     load_rows<N>(x.b, from.b, head.io, head.at(start), head.stride, steps, head.size);
 }
 
+// What forward keeps for backward: the state of every 16th step [C(T),N,N], and sa [T,N], which spares the recomputation
+// its sums. Null where no backward follows.
+struct Saved7 {
+    float *states, *sa;
+};
+
 // sa = S a for R rows of the state.
 template <int N>
 RWKV_INLINE void project(const vec (&s)[R][N / LANES], const float *a, float (&sa)[R]) {
@@ -45,7 +51,7 @@ RWKV_INLINE void project(const vec (&s)[R][N / LANES], const float *a, float (&s
 
 // R rows one step on; v points to their R values.
 template <int N>
-RWKV_INLINE void advance(vec (&s)[R][N / LANES], const Inputs7<N> &x, int t, const float (&sa)[R], const float *v) {
+RWKV_INLINE void advance(vec (&s)[R][N / LANES], const Inputs7<N> &x, int t, const float *sa, const float *v) {
     for (int q = 0; q < R; ++q) {
         const vec its_sa = splat(sa[q]), its_v = splat(v[q]);
         for (int c = 0; c < N / LANES; ++c) {
@@ -57,11 +63,11 @@ RWKV_INLINE void advance(vec (&s)[R][N / LANES], const Inputs7<N> &x, int t, con
 
 template <int N>
 void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state, void *y, float *final_state,
-                       float *saved) {
+                       const Saved7 &saved) {
     const int size = head.size;
     struct alignas(64) {
         Inputs7<N> x;
-        Row<N> y[L], s[N];
+        Row<N> y[L], sa[L], s[N];
     } local;
     Inputs7<N> &x = local.x;
     load_state<N>(local.s, state, size);
@@ -71,17 +77,17 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
         for (int t = 0; t < steps; ++t) {
             for (int c = 0; c < N; c += LANES) store(&x.d[t][c], exp(LOG_DECAY_SCALE * sigmoid(load(&x.d[t][c]))));
         }
-        if (saved) store_state<N>(saved + start / L * size * size, local.s, size);
+        if (saved.states) store_state<N>(saved.states + start / L * size * size, local.s, size);
         for (int i = 0; i < size; i += R) {
             vec s[R][N / LANES];
             for (int q = 0; q < R; ++q) {
                 for (int c = 0; c < N / LANES; ++c) s[q][c] = load(&local.s[i + q][c * LANES]);
             }
             for (int t = 0; t < steps; ++t) {
-                float sa[R];
+                float sa[R], read[R];
                 project<N>(s, x.a[t], sa);
+                memcpy(&local.sa[t][i], sa, sizeof(sa));
                 advance<N>(s, x, t, sa, &x.v[t][i]);
-                float read[R];
                 project<N>(s, x.r[t], read);
                 memcpy(&local.y[t][i], read, sizeof(read));
             }
@@ -90,6 +96,7 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
             }
         }
         store_rows<N>(y, head.io, head.at(start), local.y, head.stride, steps, size);
+        if (saved.sa) store_rows<N>(saved.sa + start * size, local.sa, size, steps, size);
     }
     store_state<N>(final_state, local.s, size);
 }
@@ -99,8 +106,7 @@ struct alignas(64) Backward7 {
     Inputs7<N> x;
     Row<N> dy[L];
     Row<N> dr[L], dd[L], dk[L], da[L], db[L], dv[L];
-    Row<N> states[L + 1][R];
-    float sa[L][R];
+    Row<N> states[L + 1][R], sa[L];
     Row<N> g[N];
 };
 
@@ -121,8 +127,7 @@ RWKV_INLINE void recompute(Backward7<N> &local, const float *start, int i, int s
             for (int c = 0; c < N / LANES; ++c) store(&local.states[t][q][c * LANES], s[q][c]);
         }
         if (t == steps) break;
-        project<N>(s, x.a[t], local.sa[t]);
-        advance<N>(s, x, t, local.sa[t], &x.v[t][i]);
+        advance<N>(s, x, t, &local.sa[t][i], &x.v[t][i]);
     }
 }
 
@@ -130,7 +135,7 @@ RWKV_INLINE void recompute(Backward7<N> &local, const float *start, int i, int s
 template <int N>
 RWKV_INLINE void step_back(Backward7<N> &local, vec (&g)[R][N / LANES], int i, int t) {
     const Inputs7<N> &x = local.x;
-    const float *dy = &local.dy[t][i], *v = &x.v[t][i], *sa = local.sa[t];
+    const float *dy = &local.dy[t][i], *v = &x.v[t][i], *sa = &local.sa[t][i];
     vec by_k[R] = {}, by_b[R] = {};
     for (int q = 0; q < R; ++q) {
         for (int c = 0; c < N / LANES; ++c) {
@@ -171,7 +176,7 @@ struct Gradients7 {
 };
 
 template <int N>
-void wkv7_backward_head(const Head &head, const Pointers7 &in, const float *saved, const void *dy,
+void wkv7_backward_head(const Head &head, const Pointers7 &in, const Saved7 &saved, const void *dy,
                         const float *dfinal_state, const Gradients7 &out, float *dstate) {
     const int size = head.size;
     Backward7<N> local;
@@ -183,6 +188,7 @@ void wkv7_backward_head(const Head &head, const Pointers7 &in, const float *save
         load_inputs(x, in, head, start, steps);
         if (dy) load_rows<N>(local.dy, dy, head.io, at, head.stride, steps, size);
         else memset(local.dy, 0, sizeof(local.dy));
+        load_rows<N>(local.sa, static_cast<const float *>(saved.sa) + start * size, size, steps, size);
         Row<N> w_slope[L];  // d log d / dw
         for (int t = 0; t < steps; ++t) {
             for (int c = 0; c < N; c += LANES) {
@@ -193,7 +199,7 @@ void wkv7_backward_head(const Head &head, const Pointers7 &in, const float *save
         }
         memset(local.dr, 0, sizeof(local.dr) * 5);
         for (int i = 0; i < size; i += R) {
-            recompute<N>(local, saved + start / L * size * size, i, steps, size);
+            recompute<N>(local, saved.states + start / L * size * size, i, steps, size);
             vec g[R][N / LANES];
             for (int q = 0; q < R; ++q) {
                 for (int c = 0; c < N / LANES; ++c) g[q][c] = load(&local.g[i + q][c * LANES]);

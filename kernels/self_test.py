@@ -1,0 +1,65 @@
+"""The backends of `ops` on small inputs beside the float64 reference: what `rwkv-cluster doctor` runs on a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import ops, reference
+
+VERSIONS = ("wkv5", "wkv6", "wkv7")
+LIMITS = {("native", torch.bfloat16): 6e-3, ("exact", torch.bfloat16): 2.5e-3, ("fla", torch.bfloat16): 2e-2}
+FLOAT32_LIMIT = 5e-5
+
+
+def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
+    """For each backend that serves on `device`: its name, dtype, worst relative L2 error, and the error allowed.
+
+    The error is the worst of outputs, final states and gradients, over the three operators.
+    """
+    for backend in ops.BACKENDS[1:]:
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16 and (backend, dtype) not in LIMITS:
+                continue
+            try:
+                ops.require(backend, torch.device(device), dtype, 64)
+            except KernelError:
+                continue
+            worst = max(_error(version, backend, dtype, device) for version in VERSIONS)
+            yield backend, dtype, worst, LIMITS.get((backend, dtype), FLOAT32_LIMIT)
+
+
+def inputs(version: str, batch: int, time: int, heads: int, size: int) -> list[Tensor]:
+    """Random float64 arguments of an operator, the state last, with values as models have them."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    full, state = (batch, time, heads, size), normal(batch, heads, size, size)
+    if version == "wkv7":
+        kappa = torch.nn.functional.normalize(normal(*full), dim=-1)
+        return [*(normal(*full) for _ in range(4)), -kappa, kappa * torch.sigmoid(normal(*full)), state]
+    w = normal(*(full if version == "wkv6" else full[2:])) - 2
+    return [*(normal(*full) for _ in range(3)), w, normal(heads, size), state]
+
+
+def _error(version: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    # [H,N] tensors stay float32: the gradients of so few numbers would show little but bf16's rounding
+    *tensors, state = inputs(version, 1, 37, 2, 64)
+    given = [*(x.to(dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float()]
+    wanted = _results(getattr(reference, version), [x.double() for x in given], "cpu")
+    found = _results(lambda *x: getattr(ops, version)(*x, backend=backend), given, device)
+    pairs = zip(found, wanted, strict=True)
+    return max(float((x.double().cpu() - y).norm() / y.norm()) for x, y in pairs)
+
+
+def _results(operator: Callable[..., tuple[Tensor, Tensor]], given: list[Tensor], device: str) -> list[Tensor]:
+    leaves = [x.to(device).requires_grad_() for x in given]
+    y, state = operator(*leaves)
+    generator = torch.Generator().manual_seed(8)
+    grads = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (y, state)]
+    return [y.detach(), state.detach(), *torch.autograd.grad((y, state), leaves, grads)]

@@ -1,0 +1,70 @@
+"""The arguments that flash-linear-attention gets.
+
+Its kernels need a GPU. Stand-ins that follow its documented signatures (log decay, scale, [key, value] states) take
+their place here, so what is tested is our side of the bargain.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
+
+from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import fla, ops
+
+
+def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
+    s, ys = initial_state, []  # [B,H,key,value]
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        ys.append(torch.einsum("bhi,bhij->bhj", r[:, t] * scale, s + u[:, :, None] * kv))
+        s = s * w[:, t, :, :, None].exp() + kv
+    return torch.stack(ys, 1), s if output_final_state else None
+
+
+def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False):
+    s, ys = initial_state, []  # [B,H,key,value]
+    for t in range(r.shape[1]):
+        sa = torch.einsum("bhi,bhij->bhj", a[:, t], s)
+        s = (
+            s * w[:, t, :, :, None].exp()
+            + b[:, t, :, :, None] * sa[:, :, None]
+            + k[:, t, :, :, None] * v[:, t, :, None]
+        )
+        ys.append(torch.einsum("bhi,bhij->bhj", r[:, t] * scale, s))
+    return torch.stack(ys, 1), s if output_final_state else None
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in (("rwkv6", chunk_rwkv6), ("rwkv7", chunk_rwkv7)):
+        module = ModuleType(f"fla.ops.{name}")
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_decay_scale_and_state_are_given_as_it_wants_them(version, stand_in):
+    inputs = [x.float().double() for x in random_inputs(version, 2, 12, 2, 8)]
+    wanted = values_and_gradients(partial(naive, version), inputs)
+    found = values_and_gradients(getattr(fla, version), inputs, torch.float32)
+    assert max(relative_errors(found, wanted)) < 5e-6
+
+
+def test_on_a_cpu_it_is_refused():
+    inputs = [x.float() for x in random_inputs("wkv7", 1, 8, 1, 4)]
+    with pytest.raises(KernelError, match=r'"fla" is Triton code and needs a GPU, and this run is on a CPU'):
+        ops.wkv7(*inputs, backend="fla")
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(KernelError, match=r"needs the package flash-linear-attention .*'rwkv-cluster\[fla\]'"):
+        ops.require("fla", torch.device("cuda"), torch.bfloat16, 64)
