@@ -1,7 +1,7 @@
 """RWKV-7's operator in plain differentiable PyTorch, in chunks of 32, for torch.compile: the fastest rival without C++.
 
-The algebra of `rwkv_cluster.kernels.chunked_wkv7`, left to autograd and the compiler. It works in float32, for decays as
-models have them and times that are a multiple of the chunk.
+The algebra of `rwkv_cluster.kernels.chunked_wkv7`, left to autograd and the compiler. For float32, decays as models
+have them, and times that are a multiple of the chunk.
 """
 
 from __future__ import annotations

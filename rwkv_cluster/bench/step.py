@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rwkv_cluster.bench import cuda_step
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=(__doc__ or "").splitlines()[0])
@@ -31,6 +33,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--repeats", type=int, default=5, help="counted steps of each, after one that is not")
+    made.add_argument("--wkv-backend", default="auto", help="training.wkv_backend")
+    made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    made.add_argument(
+        "--presets",
+        nargs="+",
+        choices=list(cuda_step.PRESETS),
+        default=list(cuda_step.PRESETS),
+        help="models of --device cuda",
+    )
+    made.add_argument("--gpu-ctx-len", type=int, default=4096, help="context of --device cuda")
+    made.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, where it is not a known one")
     made.add_argument("--seed-package", help="folder that contains rwkv_trainer; default: the installed one")
     made.add_argument("--worker", choices=["ours", "rwkv-trainer"], help=argparse.SUPPRESS)
     return made
@@ -39,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure as the arguments say. Times in seconds, memory in MB; ratios are pair by pair."""
     options = parser().parse_args(arguments)
+    if options.device == "cuda":
+        return cuda_step.run(options)
     workers = {"ours": _Worker("ours", arguments, options.threads)}
     workers["ours"].require_ready()
     if options.model_type == "x070":  # the only version that rwkv-trainer runs without CUDA
@@ -121,6 +136,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def format(result: dict[str, Any]) -> str:
     """The figures as a table."""
+    if "cases" in result:
+        return cuda_step.format(result)
     lines = [f"{'':14}{'tokens/cpu-s':>14}{'cpu s/step':>12}{'wall s/step':>13}{'peak MB':>10}"]
     for name, row in result["results"].items():
         lines.append(
@@ -153,7 +170,7 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
         ctx_len=options.ctx_len,
         vocab_size=options.vocab_size,
     )
-    model = RWKV(config, grad_cp=bool(options.grad_cp))
+    model = RWKV(config, grad_cp=bool(options.grad_cp), wkv_backend=options.wkv_backend)
     initialize(model, 0)
     model.compute_dtype = DTYPES[options.precision]
     optimizer = build_optimizer(model, config.model_type, TrainingConfig())

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_cluster.bench import compiled_chunk
+from rwkv_cluster.bench import compiled_chunk, cuda_wkv
 from rwkv_cluster.errors import ConfigError, KernelError
 from rwkv_cluster.kernels import chunked, native, reference
 
@@ -47,6 +47,9 @@ def run(args: Sequence[str]) -> dict[str, Any]:
         ConfigError: --seed-package has no rwkv-trainer, or the width is not a multiple of the head size.
     """
     options = _parser().parse_args(args)
+    if options.device == "cuda":
+        options.dtype = "bfloat16"
+        return {"options": vars(options)} | cuda_wkv.run(options, _inputs)
     if options.width % options.head_size:
         raise ConfigError(f"--width {options.width} is not a multiple of --head-size {options.head_size}.")
     if reason := native.unavailable("cpu", getattr(torch, options.dtype), options.head_size):
@@ -63,6 +66,8 @@ def run(args: Sequence[str]) -> dict[str, Any]:
 
 def format(result: dict[str, Any]) -> str:
     """The result as a table."""
+    if result["options"]["device"] == "cuda":
+        return cuda_wkv.format(result)
     o = result["options"]
     lines = [
         f"forward + backward, B{o['batch']} T{o['time']} C{o['width']} N{o['head_size']} {o['dtype']}, "
@@ -84,6 +89,14 @@ def format(result: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rwkv-cluster bench wkv", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--versions", nargs="+", choices=_VERSIONS, default=list(_VERSIONS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=list(cuda_wkv.SHAPES),
+        default=list(cuda_wkv.SHAPES),
+        help="of --device cuda, in bfloat16",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--time", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)

@@ -1,0 +1,169 @@
+"""The kernels on a GPU: results, streams, graphs and the compiler. What a CPU can show is in test_cuda_on_host.py."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from naive_wkv import VERSIONS, naive, output_gradients, random_inputs, relative_errors, values_and_gradients
+
+from rwkv_cluster.kernels import native, ops, reference
+
+pytestmark = pytest.mark.gpu
+TESTS = Path(__file__).parent.parent
+TOLERANCES = {
+    ("exact", torch.float32): (2e-6, 5e-5),
+    ("exact", torch.bfloat16): (2.5e-3, 2.5e-3),
+    ("exact", torch.float16): (2.5e-3, 2.5e-3),
+    ("native", torch.bfloat16): (6e-3, 6e-3),
+}
+KERNELS = pytest.mark.parametrize(("backend", "dtype"), list(TOLERANCES), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu_and_a_library() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    assert native.unavailable("cuda", torch.bfloat16, 64) is None
+
+
+def operator(version: str, backend: str):
+    return partial(getattr(ops, version), backend=backend)
+
+
+def on_gpu(inputs, dtype, device="cuda"):
+    *tensors, state = inputs
+    return [*(x.to(device, dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float().to(device)]
+
+
+def run(version, backend, inputs, dtype, device="cuda"):
+    """y, final state and gradients on the device, beside float64 of the same rounded inputs."""
+    given = on_gpu(inputs, dtype, device)
+    rounded = [x.double().cpu() for x in given]
+    # the loop in PyTorch is itself tested against the naive one; at T 4096 that would take minutes
+    definition = partial(naive, version) if inputs[0].shape[1] <= 64 else getattr(reference, version)
+    wanted = values_and_gradients(definition, rounded)
+    leaves = [x.requires_grad_() for x in given]
+    y, state = operator(version, backend)(*leaves)
+    dy, dstate = (x.to(device) for x in output_gradients(rounded))
+    found = [y, state, *torch.autograd.grad((y, state), leaves, (dy.to(y), dstate.to(state)))]
+    return [x.detach().cpu() for x in found], wanted
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", [(2, 16, 2), (3, 33, 5), (1, 512, 3), (1, 4096, 1)], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_against_float64(version, shape, backend, dtype):
+    found, wanted = run(version, backend, random_inputs(version, *shape, 64), dtype)
+    errors = relative_errors(found, wanted)
+    forward, backward = TOLERANCES[backend, dtype]
+    if shape[1] == 4096 and dtype == torch.float32:
+        forward = 2e-5  # a decay's own rounding adds up over 4096 steps
+    assert max(errors[:2]) < forward, errors
+    assert max(errors[2:]) < backward, errors
+
+
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_twice_the_same_bits(version, backend, dtype):
+    inputs = random_inputs(version, 2, 100, 3, 64)
+    first, second = (run(version, backend, inputs, dtype)[0] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_current_stream_is_used(version, backend, dtype):
+    given = on_gpu(random_inputs(version, 2, 200, 4, 64), dtype)
+    wanted, _ = operator(version, backend)(*given)
+    late = [torch.zeros_like(x) for x in given]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # the inputs arrive late on this stream; another one would read zeros
+        for x, value in zip(late, given, strict=True):
+            x.copy_(value)
+        found, _ = operator(version, backend)(*late)
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted)
+
+
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_cuda_graph_holds_forward_and_backward(version, backend, dtype):
+    leaves = [x.requires_grad_() for x in on_gpu(random_inputs(version, 2, 64, 2, 64), dtype)]
+
+    def step():
+        y, state = operator(version, backend)(*leaves)
+        return torch.autograd.grad((y, state), leaves, (torch.ones_like(y), torch.ones_like(state)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            wanted = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, wanted))
+
+
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_into_one_graph(version, backend, dtype):
+    leaves = [x.requires_grad_() for x in on_gpu(random_inputs(version, 1, 32, 2, 64), dtype)]
+
+    def step(*x):
+        y, state = operator(version, backend)(*x)
+        return torch.tanh(y), state
+
+    found = torch.compile(step, fullgraph=True)(*leaves)[0]
+    torch.testing.assert_close(found, step(*leaves)[0])
+
+
+@pytest.mark.parametrize("version", ["wkv6", "wkv7"])
+def test_opcheck(version):
+    given = [x.requires_grad_() for x in on_gpu(random_inputs(version, 1, 20, 2, 64), torch.bfloat16)]
+    torch.library.opcheck(getattr(torch.ops.rwkv_cluster, version).default, [*given, False, True])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_first():
+    inputs = random_inputs("wkv7", 2, 40, 2, 64)
+    first, second = (run("wkv7", "native", inputs, torch.bfloat16, device)[0] for device in ("cuda:0", "cuda:1"))
+    assert all(map(torch.equal, first, second))
+
+
+SANITIZED = """
+import torch
+from naive_wkv import VERSIONS, random_inputs
+from rwkv_cluster.kernels import ops
+
+for version in VERSIONS:
+    for backend in ("native", "exact"):
+        *tensors, state = random_inputs(version, 1, 37, 2, 64)
+        leaves = [x.to("cuda", torch.bfloat16 if x.ndim == 4 else torch.float32).requires_grad_() for x in tensors]
+        y, final = getattr(ops, version)(*leaves, state.float().cuda(), backend=backend)
+        torch.autograd.grad((y, final), leaves, (torch.ones_like(y), torch.ones_like(final)))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool, tmp_path):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = tmp_path / "all_kernels.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{SANITIZED}")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::", sys.executable]
+    run = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
