@@ -35,14 +35,14 @@ TARGETS = ("cpu", "cuda", "host")
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 CUDA_SOURCES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "capi.cu")
 CPU_SOURCES = ("capi.cpp",)
-CPU_TARGET_SOURCES = ("wkv.cpp",)
+CPU_TARGET_SOURCES = ("wkv.cpp", "fused.cpp")
 X86_TARGETS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",
 }
 CPU_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -ffp-contract=fast -pthread "
-    "-Wall -Wno-psabi"
+    "-Wall -Wno-psabi -Wno-maybe-uninitialized"
 )
 HOST_FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -pthread -Wall -Wno-unknown-pragmas -DRWKV_HOST_SHIM -x c++"
 CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"

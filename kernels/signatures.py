@@ -26,7 +26,21 @@ class Problem(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """rwkv_rows of csrc/fused.h."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("time", c_int64),
+        ("width", c_int64),
+        ("size", c_int64),
+        ("io", c_int32),
+        ("threads", c_int32),
+    )
+
+
 _PROBLEM = POINTER(Problem)
+_ROWS = POINTER(Rows)
 
 
 def _on_tensors(count: int) -> tuple[Any, list[Any]]:
@@ -46,6 +60,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 """Result and argument types of the functions that every library exports."""
 
 ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
+    "rwkv_mix_forward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 3]),
+    "rwkv_mix_backward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 5]),
+    "rwkv_keys_forward": (c_int32, [_ROWS, *[c_void_p] * 7]),
+    "rwkv_keys_backward": (c_int32, [_ROWS, *[c_void_p] * 11]),
+    "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 9]),
+    "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 15]),
     "rwkv_select_target": (c_int32, [c_char_p]),
     "rwkv_host_schedule": (None, [ctypes.c_uint32]),
 }

@@ -19,6 +19,7 @@ from rwkv_cluster.errors import ConfigError
 ModelType = Literal["x052", "x060", "x070"]
 Precision = Literal["fp32", "bf16", "fp16"]
 WkvBackend = Literal["auto", "reference", "chunked", "native", "exact", "fla"]
+Fused = Literal["auto", "plain", "native"]
 TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
 
 
@@ -244,6 +245,11 @@ class TrainingConfig(Section):
         "auto",
         description="WKV operator: auto; native (compiled, bf16 on tensor cores), exact (compiled, fp32 maths), "
         "chunked (PyTorch), reference (a loop), fla (flash-linear-attention, extra: fla)",
+    )
+    fused: Fused = Field(
+        "auto",
+        description="token shift, and RWKV-7's key preparation and reading, on a CPU: native (compiled), plain "
+        "(PyTorch), auto (compiled where there is a library)",
     )
 
     @model_validator(mode="after")

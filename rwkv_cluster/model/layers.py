@@ -9,6 +9,7 @@ Shapes: B batch, T time, C width, A attention width, H heads, N head size (A = H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels import fused
+
 LAYER_NORM_EPS = 1e-5
-HEAD_NORM_EPS = 64e-5  # RWKV-LM: 1e-5 on y / 8, which is 64e-5 on y
 
 
 def uninitialized(*shape: int) -> nn.Parameter:
@@ -115,7 +117,7 @@ class HeadNorm(nn.Module):
         self.bias = uninitialized(width)
 
     def forward(self, y: Tensor) -> Tensor:  # [B, T, H, N] -> [B, T, A]
-        normed = F.layer_norm(y, y.shape[-1:], eps=HEAD_NORM_EPS).flatten(-2)  # [B,T,A]
+        normed = F.layer_norm(y, y.shape[-1:], eps=fused.HEAD_NORM_EPS).flatten(-2)  # [B,T,A]
         return torch.addcmul(self.bias.to(y.dtype), normed, self.weight.to(y.dtype))
 
 
@@ -145,6 +147,14 @@ def previous_tokens(x: Tensor, before: Tensor | None) -> Tensor:
     if before is None:
         return F.pad(x, (0, 0, 1, -1))
     return torch.cat([before.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
+
+
+def mixed(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str) -> list[Tensor]:
+    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: compiled or plain, see `kernels.fused`."""
+    if before is None:
+        return list(fused.mix(x, mixes, fused.MULTIPLE, choice=choice))
+    delta = shift_delta(x, before)
+    return [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in mixes]
 
 
 def shift_delta(x: Tensor, before: Tensor | None) -> Tensor:

@@ -35,15 +35,15 @@ State = list[BlockState]
 class Block(nn.Module):
     """One layer: x + time mix, then x + channel mix, each on its own layer norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
         version = VERSIONS[config.model_type]
         if layer == 0:
             self.ln0 = LayerNorm(config.n_embd)
         self.ln1 = LayerNorm(config.n_embd)
         self.ln2 = LayerNorm(config.n_embd)
-        self.att = version.TimeMix(config, layer, wkv_backend)
-        self.ffn = version.ChannelMix(config, layer)
+        self.att = version.TimeMix(config, layer, wkv_backend, fused_choice)
+        self.ffn = version.ChannelMix(config, layer, fused_choice)
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: BlockState | None
@@ -70,12 +70,15 @@ class RWKV(nn.Module):
         config: architecture; `vocab_size` must be set.
         grad_cp: recompute each block in the backward pass instead of keeping its activations.
         wkv_backend: which WKV operator, see `rwkv_cluster.kernels.ops`.
+        fused: compiled or plain token shift, key preparation and reading, see `rwkv_cluster.kernels.fused`.
 
     Raises:
         ConfigError: `vocab_size` is not set.
     """
 
-    def __init__(self, config: ModelConfig, *, grad_cp: bool = False, wkv_backend: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, *, grad_cp: bool = False, wkv_backend: str = "auto", fused: str = "auto"
+    ) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
@@ -83,7 +86,7 @@ class RWKV(nn.Module):
         self.grad_cp = grad_cp
         self.compute_dtype: torch.dtype | None = None
         self.emb = Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer, wkv_backend, fused) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
 

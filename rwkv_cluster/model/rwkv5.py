@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, previous_tokens, squared_relu, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, squared_relu, uninitialized
 from rwkv_cluster.model.shapes import Widths
 
 
 class TimeMix(nn.Module):
     """Attention of RWKV-5: one learned decay per head and key channel."""
 
-    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
         widths = Widths.of(config)
         C, A, H, N = widths.embd, widths.att, widths.n_head, widths.head_size
-        self.n_head, self.wkv_backend = H, wkv_backend
+        self.n_head, self.wkv_backend, self.fused = H, wkv_backend, fused_choice
         self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (uninitialized(1, 1, C) for _ in range(4))
         self.time_decay = uninitialized(H, N)
         self.time_faaaa = uninitialized(H, N)
@@ -38,9 +38,8 @@ class TimeMix(nn.Module):
         self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None
     ) -> tuple[Tensor, None, Tensor]:
         """x [B,T,C], before [B,C], wkv [B,H,N,N] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
-        shifted = previous_tokens(x, before)
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x_r, x_k, x_v, x_g = (torch.lerp(shifted, x, mix.to(x.dtype)) for mix in mixes)
+        x_r, x_k, x_v, x_g = mixed(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
@@ -51,8 +50,9 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """Feed-forward of RWKV-5: relu(k)² under a sigmoid receptance."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
+        self.fused = fused_choice
         widths = Widths.of(config)
         self.time_mix_k = uninitialized(1, 1, widths.embd)
         self.time_mix_r = uninitialized(1, 1, widths.embd)
@@ -61,7 +61,5 @@ class ChannelMix(nn.Module):
         self.value = Linear(widths.ffn, widths.embd)
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        shifted = previous_tokens(x, before)
-        x_k = torch.lerp(shifted, x, self.time_mix_k.to(x.dtype))
-        x_r = torch.lerp(shifted, x, self.time_mix_r.to(x.dtype))
+        x_k, x_r = mixed(x, before, [1 - mix.to(x.dtype) for mix in (self.time_mix_k, self.time_mix_r)], self.fused)
         return torch.sigmoid(self.receptance(x_r)) * self.value(squared_relu(self.key(x_k)))

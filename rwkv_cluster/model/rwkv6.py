@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, squared_relu, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, shift_delta, squared_relu, uninitialized
 from rwkv_cluster.model.shapes import Widths
 
 
 class TimeMix(nn.Module):
     """Attention of RWKV-6: token mix and decay depend on the data through low-rank corrections."""
 
-    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
         widths = Widths.of(config)
         C, A, M, D = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
@@ -66,8 +66,9 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """Feed-forward of RWKV-6: relu(k)² under a sigmoid receptance."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
+        self.fused = fused_choice
         widths = Widths.of(config)
         self.time_maa_k = uninitialized(1, 1, widths.embd)
         self.time_maa_r = uninitialized(1, 1, widths.embd)
@@ -76,7 +77,5 @@ class ChannelMix(nn.Module):
         self.value = Linear(widths.ffn, widths.embd)
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        delta = shift_delta(x, before)
-        x_k = torch.addcmul(x, delta, self.time_maa_k.to(x.dtype))
-        x_r = torch.addcmul(x, delta, self.time_maa_r.to(x.dtype))
+        x_k, x_r = mixed(x, before, (self.time_maa_k, self.time_maa_r), self.fused)
         return torch.sigmoid(self.receptance(x_r)) * self.value(squared_relu(self.key(x_k)))

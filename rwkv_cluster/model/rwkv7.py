@@ -7,25 +7,23 @@ B batch, T time, H heads, N head size, C = H * N width; ranks Dw, Da, Dv, Dg of 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, squared_relu, uninitialized
+from rwkv_cluster.kernels import fused, ops
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, squared_relu, uninitialized
 from rwkv_cluster.model.shapes import Widths
-
-KAPPA_EPS = 1e-12
 
 
 class TimeMix(nn.Module):
     """Attention of RWKV-7: a state that is decayed, corrected along κ and written with v kᵀ."""
 
-    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
         widths = Widths.of(config)
         C, H, N = widths.embd, widths.n_head, widths.head_size
-        self.layer, self.n_head, self.wkv_backend = layer, H, wkv_backend
+        self.layer, self.n_head = layer, H
+        self.wkv_backend, self.fused = wkv_backend, fused_choice
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (uninitialized(1, 1, C) for _ in range(6))
         self.w0, self.a0, self.k_k, self.k_a = (uninitialized(1, 1, C) for _ in range(4))
         self.w1, self.w2 = uninitialized(C, widths.decay_rank), uninitialized(widths.decay_rank, C)
@@ -60,49 +58,37 @@ class TimeMix(nn.Module):
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(_lora(linear(x_v, self.v1.t()), self.v2, self.v0)))
 
-        kappa = self._kappa(k)  # [B,T,H,N]
-        k = k * torch.addcmul(1 - self.k_a.to(k.dtype), a, self.k_a.to(k.dtype))  # k (1 + (a - 1) k_a)
-        r, omega, k, v_heads, a = (self._heads(z) for z in (r, omega, k, v, a))
-        y, wkv = ops.wkv7(r, omega, k, v_heads, -kappa, kappa * a, wkv, backend=self.wkv_backend)
-
-        z = self.ln_x(y)  # [B,T,C]
-        bonus = (r * k * self.r_k.to(r.dtype)).sum(-1, keepdim=True, dtype=_at_least_fp32(r))  # [B,T,H,1]
-        z = torch.addcmul(self._heads(z), bonus.to(z.dtype), v_heads).flatten(-2)  # [B,T,C]
-        return self.output(z * gate), v_first, wkv
+        k, removed, replaced = fused.keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
+        r, omega, k, v, removed, replaced = (self._heads(z) for z in (r, omega, k, v, removed, replaced))
+        y, wkv = ops.wkv7(r, omega, k, v, removed, replaced, wkv, backend=self.wkv_backend)  # [B,T,H,N]
+        norm = self.ln_x
+        z = fused.read(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
+        return self.output(z), v_first, wkv
 
     def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
-        delta = shift_delta(x, before)
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        return [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in mixes]  # 6 x [B,T,C]
+        return mixed(x, before, mixes, self.fused)  # 6 x [B,T,C]
 
     def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
         return z.unflatten(-1, (self.n_head, -1))
-
-    def _kappa(self, k: Tensor) -> Tensor:
-        """Per-head unit vector along k ⊙ k_k: [B,T,C] -> [B,T,H,N]."""
-        q = self._heads(k * self.k_k.to(k.dtype))
-        return F.normalize(q.to(_at_least_fp32(q)), dim=-1, eps=KAPPA_EPS).to(k.dtype)
 
 
 class ChannelMix(nn.Module):
     """Feed-forward of RWKV-7: relu(k)² without receptance."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
+        self.fused = fused_choice
         widths = Widths.of(config)
         self.x_k = uninitialized(1, 1, widths.embd)
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        k = torch.addcmul(x, shift_delta(x, before), self.x_k.to(x.dtype))
+        (k,) = mixed(x, before, (self.x_k,), self.fused)
         return self.value(squared_relu(self.key(k)))
 
 
 def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden [B,T,D] times up [D,C] plus bias [1,1,C]."""
     return linear(hidden, up.t(), None if bias is None else bias.flatten())
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

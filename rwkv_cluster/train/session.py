@@ -128,7 +128,12 @@ def build_model(session: Session) -> RWKV:
     At the beginning of a run rank 0 alone reads or makes them: DDP gives its parameters to all ranks.
     """
     training = session.config.training
-    model = RWKV(session.config.model, grad_cp=bool(training.grad_cp), wkv_backend=training.wkv_backend)
+    model = RWKV(
+        session.config.model,
+        grad_cp=bool(training.grad_cp),
+        wkv_backend=training.wkv_backend,
+        fused=training.fused,
+    )
     if session.found is not None:
         model.load_state_dict(fit_state_dict(session.found.weights(), model))
     elif rank() == 0:

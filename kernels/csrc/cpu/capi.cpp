@@ -4,10 +4,12 @@
 #include <atomic>
 
 #pragma GCC visibility push(default)
+#include "../fused.h"
 #include "../wkv.h"
 extern "C" int32_t rwkv_select_target(const char *target);
 #pragma GCC visibility pop
 
+#include "fused.hpp"
 #include "threads.hpp"
 #include "wkv.hpp"
 
@@ -15,24 +17,39 @@ namespace {
 
 constexpr int64_t STEPS_BETWEEN_STATES = 16;
 
-const Operators *find(const char *target) {
+struct Target {
+    const Operators *wkv;
+    const FusedOperators *fused;
+};
+
+#if RWKV_HAS_X86_TARGETS
+constexpr Target AVX512 = {&avx512::operators, &avx512::fused_operators};
+constexpr Target AVX2 = {&avx2::operators, &avx2::fused_operators};
+#endif
+constexpr Target PORTABLE = {&portable::operators, &portable::fused_operators};
+
+const Target *find(const char *target) {
     const auto is_wanted = [&](const char *name) { return !target || !strcmp(name, target); };
 #if RWKV_HAS_X86_TARGETS
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && is_wanted("avx512")) return &avx512::operators;
-    if (has_avx2 && is_wanted("avx2")) return &avx2::operators;
+    if (has_avx512 && is_wanted("avx512")) return &AVX512;
+    if (has_avx2 && is_wanted("avx2")) return &AVX2;
 #endif
-    return is_wanted("portable") ? &portable::operators : nullptr;
+    return is_wanted("portable") ? &PORTABLE : nullptr;
 }
 
-std::atomic<const Operators *> chosen{nullptr};
+std::atomic<const Target *> chosen{nullptr};
 
-const Operators &operators() {
+const Target &target() {
     if (!chosen.load()) chosen.store(find(nullptr));
     return *chosen.load();
+}
+
+const Operators &operators() {
+    return *target().wkv;
 }
 
 // body(item) for every head of the problem.
@@ -41,6 +58,17 @@ int32_t for_heads(const rwkv_problem &p, const Body &body) {
     if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
     if (p.size > LARGEST_SIZE) return RWKV_NO_SUCH_SIZE;
     parallel_for(p.batch * p.heads, p.threads, [&](int64_t item, int32_t) { body(item); });
+    return RWKV_OK;
+}
+
+// body(operators, block) for every block of rows.
+template <typename Body>
+int32_t for_blocks(const rwkv_rows &p, const Body &body) {
+    if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
+    if (p.width % 16 || p.size % 16 || p.width % p.size) return RWKV_NO_SUCH_SIZE;
+    const FusedOperators &fused = *target().fused;
+    const int64_t blocks = (p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK;
+    parallel_for(blocks, p.threads, [&](int64_t block, int32_t) { body(fused, block); });
     return RWKV_OK;
 }
 
@@ -56,7 +84,7 @@ const char *rwkv_kernels_target(void) {
 
 // "avx512", "avx2" or "portable" from now on, for tests and benchmarks.
 int32_t rwkv_select_target(const char *target) {
-    const Operators *found = find(target);
+    const Target *found = find(target);
     if (!found) return RWKV_NO_SUCH_KERNEL;
     chosen.store(found);
     return RWKV_OK;
@@ -111,5 +139,53 @@ int32_t rwkv_wkv6_backward(const rwkv_problem *problem, const void *r, const voi
     const auto operate = operators().wkv6_backward;
     return for_heads(*problem, [&](int64_t item) {
         operate(*problem, item, r, k, v, w, u, saved, dy, dfinal_state, dr, dk, dv, dw, du, dstate);
+    });
+}
+
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+                         void *const *outputs) {
+    if (count < 1 || count > RWKV_MOST_MIXES) return RWKV_NO_SUCH_SIZE;
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.mix_forward(*shape, block, count, x, mixes, outputs);
+    });
+}
+
+int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+                          const void *const *doutputs, void *dx, float *dmixes) {
+    if (count < 1 || count > RWKV_MOST_MIXES) return RWKV_NO_SUCH_SIZE;
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.mix_backward(*shape, block, count, x, mixes, doutputs, dx, dmixes);
+    });
+}
+
+int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
+                          void *written, void *removed, void *replaced) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.keys_forward(*shape, block, k, a, k_k, k_a, written, removed, replaced);
+    });
+}
+
+int32_t rwkv_keys_backward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
+                           const void *dwritten, const void *dremoved, const void *dreplaced, void *dk, void *da,
+                           float *dk_k, float *dk_a) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.keys_backward(*shape, block, k, a, k_k, k_a, dwritten, dremoved, dreplaced, dk, da, dk_k, dk_a);
+    });
+}
+
+int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
+                          const void *gate, const float *r_k, const float *weight, const float *bias, void *out) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.read_forward(*shape, block, y, r, k, v, gate, r_k, weight, bias, out);
+    });
+}
+
+int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
+                           const void *gate, const float *r_k, const float *weight, const float *bias,
+                           const void *dout, void *dy, void *dr, void *dk, void *dv, void *dgate,
+                           float *dparameters) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.read_backward(*shape, block, y, r, k, v, gate, r_k, weight, bias, dout, dy, dr, dk, dv, dgate,
+                            dparameters);
     });
 }

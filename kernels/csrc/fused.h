@@ -1,0 +1,45 @@
+// The C interface of what a block computes beside its matrix products and WKV. CPU library only.
+//
+// Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
+// parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
+// block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N.
+#pragma once
+#include <stdint.h>
+
+#define RWKV_ROWS_IN_BLOCK 64
+#define RWKV_MOST_MIXES 6
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    int64_t rows, time, width, size;  // R = B T, T, C, N
+    int32_t io;
+    int32_t threads;
+} rwkv_rows;
+
+// outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before a sequence's first is zero. mixes [count,C].
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes, void *const *outputs);
+// doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].
+int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+                          const void *const *doutputs, void *dx, float *dmixes);
+
+// kappa = per-head unit vector along k k_k; written = k (1 + (a - 1) k_a), removed = -kappa, replaced = kappa a.
+int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
+                          void *written, void *removed, void *replaced);
+int32_t rwkv_keys_backward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
+                           const void *dwritten, const void *dremoved, const void *dreplaced, void *dk, void *da,
+                           float *dk_k, float *dk_a);
+
+// out = (norm(y) weight + bias + (sum over a head of r k r_k) v) gate; norm over a head, eps 64e-5. r_k, weight, bias [C].
+int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
+                          const void *gate, const float *r_k, const float *weight, const float *bias, void *out);
+// dparameters: partial [3,C] of r_k, weight, bias.
+int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
+                           const void *gate, const float *r_k, const float *weight, const float *bias,
+                           const void *dout, void *dy, void *dr, void *dk, void *dv, void *dgate, float *dparameters);
+
+#ifdef __cplusplus
+}
+#endif

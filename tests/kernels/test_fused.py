@@ -1,0 +1,124 @@
+"""The compiled passes beside their plain forms in float64: results, every gradient, the same bits on any threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from naive_wkv import relative_errors
+
+from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import fused, loader
+
+SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]  # B, T, H, N
+
+
+def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tuple[list[torch.Tensor], int]:
+    """float64 tensors of an operator, its parameters last, and the number of those."""
+    batch, time, heads, size = shape
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*dims: int) -> torch.Tensor:
+        return torch.randn(dims, generator=generator, dtype=torch.float64)
+
+    flat, full, width = (batch, time, heads * size), shape, heads * size
+    if name == "mix":
+        return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
+    if name == "keys":
+        return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
+    parameters = [normal(heads, size), normal(width), normal(width)]
+    return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
+
+
+def run(name: str, given: list[torch.Tensor], size: int, choice: str) -> list[torch.Tensor]:
+    """Results and the gradients of everything."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    if name == "mix":
+        results = list(fused.mix(leaves[0], leaves[1:], size, choice=choice))
+    elif name == "keys":
+        results = list(fused.keys(*leaves, size, choice=choice))
+    else:
+        results = [fused.read(*leaves, choice=choice)]
+    generator = torch.Generator().manual_seed(4)
+    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in results]
+    return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+def test_results_and_every_gradient(name, shape, dtype):
+    tensors, parameters = arguments(name, shape)
+    first = len(tensors) - parameters
+    rounded = [x.to(dtype) for x in tensors]  # parameters too: they are used in the dtype of the activations
+    given = [x if i < first else x.float() for i, x in enumerate(rounded)]
+    found = run(name, given, shape[-1], "native")
+    wanted = run(name, [x.double() for x in given], shape[-1], "plain")
+    limit = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_any_number_of_mixes(count):
+    tensors, _ = arguments("mix", (2, 9, 1, 32), count)
+    given = [x.float() for x in tensors]
+    wanted = run("mix", [x.double() for x in given], 32, "plain")
+    assert max(relative_errors(run("mix", given, 32, "native"), wanted)) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+def test_any_number_of_threads_gives_the_same_bits(name):
+    tensors, _ = arguments(name, (3, 100, 2, 32))
+    given = [x.float() for x in tensors]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run(name, given, 32, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+def test_every_instruction_set(name, target):
+    library = loader.cpu()
+    assert isinstance(library, loader.Library)
+    if library.handle.rwkv_select_target(target.encode()):
+        pytest.skip(f"this processor has no {target}")
+    try:
+        tensors, _ = arguments(name, (2, 20, 2, 32))
+        given = [x.float() for x in tensors]
+        wanted = run(name, [x.double() for x in given], 32, "plain")
+        assert max(relative_errors(run(name, given, 32, "native"), wanted)) < 2e-6
+    finally:
+        library.handle.rwkv_select_target(library.target.encode())
+
+
+def test_a_vanishing_key_has_finite_gradients():
+    tensors, _ = arguments("keys", (1, 3, 1, 16))
+    given = [x.float() for x in tensors]
+    given[0][0, 1] = 0.0
+    wanted = run("keys", [x.double() for x in given], 16, "plain")
+    found = run("keys", given, 16, "native")
+    assert all(torch.isfinite(x).all() for x in found)
+    assert max(relative_errors(found, wanted)) < 2e-6
+
+
+def test_what_the_compiled_form_does_not_take_goes_the_plain_way(monkeypatch):
+    tensors, _ = arguments("mix", (1, 5, 1, 12))
+    given = [x.float() for x in tensors]
+    assert not fused.serves("auto", given[0], 12)
+    assert all(map(torch.equal, run("mix", given, 12, "native"), run("mix", given, 12, "plain")))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
+    assert not fused.serves("auto", torch.zeros(1, 2, 16), 16)
+    with pytest.raises(KernelError, match=r'^Nothing here\. training\.fused "native" needs them'):
+        fused.serves("native", torch.zeros(1, 2, 16), 16)
