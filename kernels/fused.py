@@ -40,11 +40,17 @@ def serves(choice: str, x: Tensor, size: int) -> bool:
     """
     if choice == "plain":
         return False
+    require(choice)
+    found = _library()
+    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % MULTIPLE == 0 and size % MULTIPLE == 0
+    return fits and isinstance(found, loader.Library) and not torch.compiler.is_compiling()
+
+
+def require(choice: str) -> None:
+    """Raise KernelError for the choice "native" where there is no library."""
     found = _library()
     if choice == "native" and isinstance(found, loader.Missing):
         raise KernelError(f'{found.reason} training.fused "native" needs them; "auto" takes what there is.')
-    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % MULTIPLE == 0 and size % MULTIPLE == 0
-    return fits and isinstance(found, loader.Library) and not torch.compiler.is_compiling()
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor], size: int, *, choice: str = "auto") -> tuple[Tensor, ...]:

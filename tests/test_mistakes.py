@@ -20,6 +20,7 @@ from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.kernels import loader, ops
 from rwkv_cluster.model.state_dict import load_pth, save_pth
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -367,3 +368,31 @@ def test_a_directory_name_means_nothing(run: Run) -> None:
     assert run("train", "run.yaml", "--work_dir=world/14b-run1 $(touch pwned)")[0] == 0
     assert Path("world/14b-run1 $(touch pwned)/out/rwkv-final.pth").exists()
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--training.wkv_backend=fla", 'wkv_backend "fla" is Triton code and needs a GPU, and this run is on a CPU. Use wkv_backend "auto"'),
+        ("--training.wkv_backend=native", 'Nothing compiled. Build it. wkv_backend "native" needs a compiled kernel; "auto" takes what there is.'),
+        ("--training.fused=native", 'Nothing compiled. Build it. training.fused "native" needs them; "auto" takes what there is.'),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_is_not_here_is_refused_before_anything_is_prepared(
+    run: Run, override: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. Build it."))
+    refused(run, 5, sentence, "train", "run.yaml", override)
+    assert not Path("work").exists()
+
+
+def test_without_a_library_a_run_trains_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops._tell.cache_clear()
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. Build it."))
+    code, lines = run("train", "run.yaml")
+    ops._tell.cache_clear()
+    assert code == 0
+    assert (
+        sum("Nothing compiled. Build it. Until then WKV runs in PyTorch, in chunked form." in line for line in lines)
+        == 1
+    )

@@ -15,7 +15,7 @@ from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import fused, ops
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
@@ -101,6 +101,7 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
     placement = place(training)
     device = torch.device(placement.accelerator)
     ops.require(training.wkv_backend, device, DTYPES[training.precision], config.model.head_size_a)
+    fused.require(training.fused)
     accumulate = accumulation(
         micro_bsz=training.micro_bsz,
         world_size=placement.world_size,
