@@ -18,6 +18,10 @@ constexpr int R = 4;
 template <int N>
 using Row = float[N];
 
+// The rows of a chunk, and one more: with L rows all the arrays of a chunk would be 4096 bytes apart for N = 64, and
+// their rows of a step would compete for the same few lines of L1.
+constexpr int PADDED = L + 1;
+
 // `steps` rows of `size` elements, `stride` elements apart, as fp32.
 template <int N, typename io>
 RWKV_INLINE void load_rows(Row<N> *to, const io *from, int64_t stride, int steps, int size) {

@@ -14,7 +14,7 @@ namespace RWKV_TARGET {
 
 template <int N>
 struct alignas(64) Inputs6 {
-    Row<N> r[L], d[L], k[L], v[L], rate[L];  // rate: exp(w) = -log d
+    Row<N> r[PADDED], d[PADDED], k[PADDED], v[PADDED], rate[PADDED];  // rate: exp(w) = -log d
     float bonus[L];                          // r . (u k)
 };
 
@@ -81,7 +81,7 @@ void wkv6_forward_head(const Head &head, const Pointers6 &in, const float *state
     const int size = head.size;
     struct alignas(64) {
         Inputs6<N> x;
-        Row<N> u, y[L], s[N];
+        Row<N> u, y[PADDED], s[N];
     } local;
     Inputs6<N> &x = local.x;
     load_rows<N>(&local.u, in.u, 0, 1, size);
@@ -122,8 +122,8 @@ void wkv6_forward_head(const Head &head, const Pointers6 &in, const float *state
 template <int N>
 struct alignas(64) Backward6 {
     Inputs6<N> x;
-    Row<N> dy[L];
-    Row<N> dr[L], dd[L], dk[L], dv[L];
+    Row<N> dy[PADDED];
+    Row<N> dr[PADDED], dd[PADDED], dk[PADDED], dv[PADDED];
     Row<N> states[L][R];
     Row<N> g[N];
     Row<N> u, du, dw;  // the last two: sums over time, dw for a constant decay

@@ -15,7 +15,7 @@ constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
 
 template <int N>
 struct alignas(64) Inputs7 {
-    Row<N> r[L], d[L], k[L], v[L], a[L], b[L];
+    Row<N> r[PADDED], d[PADDED], k[PADDED], v[PADDED], a[PADDED], b[PADDED];
 };
 
 struct Pointers7 {
@@ -67,7 +67,7 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
     const int size = head.size;
     struct alignas(64) {
         Inputs7<N> x;
-        Row<N> y[L], sa[L], s[N];
+        Row<N> y[PADDED], sa[PADDED], s[N];
     } local;
     Inputs7<N> &x = local.x;
     load_state<N>(local.s, state, size);
@@ -104,9 +104,9 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
 template <int N>
 struct alignas(64) Backward7 {
     Inputs7<N> x;
-    Row<N> dy[L];
-    Row<N> dr[L], dd[L], dk[L], da[L], db[L], dv[L];
-    Row<N> states[L + 1][R], sa[L];
+    Row<N> dy[PADDED];
+    Row<N> dr[PADDED], dd[PADDED], dk[PADDED], da[PADDED], db[PADDED], dv[PADDED];
+    Row<N> states[L + 1][R], sa[PADDED];
     Row<N> g[N];
 };
 
