@@ -20,7 +20,8 @@ typedef struct {
 } rwkv_rows;
 
 // outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before a sequence's first is zero. mixes [count,C].
-int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes, void *const *outputs);
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+                         void *const *outputs);
 // doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].
 int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
@@ -32,7 +33,7 @@ int32_t rwkv_keys_backward(const rwkv_rows *shape, const void *k, const void *a,
                            const void *dwritten, const void *dremoved, const void *dreplaced, void *dk, void *da,
                            float *dk_k, float *dk_a);
 
-// out = (norm(y) weight + bias + (sum over a head of r k r_k) v) gate; norm over a head, eps 64e-5. r_k, weight, bias [C].
+// out = (norm(y) weight + bias + (sum over a head of r k r_k) v) gate; norm over a head, eps 64e-5. Parameters [C].
 int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
                           const void *gate, const float *r_k, const float *weight, const float *bias, void *out);
 // dparameters: partial [3,C] of r_k, weight, bias.

@@ -6,6 +6,7 @@ import ctypes
 import logging
 from functools import partial
 
+import host_kernels
 import pytest
 import torch
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
@@ -47,6 +48,60 @@ def test_half_precision_rounds_only_inputs_and_outputs(version, dtype):
     )
     assert [x.dtype for x in found] == [dtype, torch.float32, *[dtype] * (len(inputs) + 1)]
     assert max(relative_errors(found, wanted)) < 2.5e-3
+
+
+@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_instruction_set(version, dtype, target):
+    library = loader.cpu()
+    assert isinstance(library, loader.Library), library
+    if library.handle.rwkv_select_target(target.encode()):
+        pytest.skip(f"this processor has no {target}")
+    try:
+        *inputs, state = random_inputs(version, 1, 37, 2, 64)
+        inputs = [*(x.to(dtype if x.ndim == 4 else torch.float32).double() for x in inputs), state.float().double()]
+        wanted = values_and_gradients(partial(naive, version), inputs)
+        errors = relative_errors(host_kernels.values_and_gradients(library.handle, version, inputs, dtype), wanted)
+    finally:
+        library.handle.rwkv_select_target(library.target.encode())
+    assert max(errors) < (2e-6 if dtype == torch.float32 else 2.5e-3)
+
+
+@pytest.mark.parametrize("decay", ["mixed", "slowest", "fast", "infinite"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_any_decay(version, decay):
+    inputs = random_inputs(version, 1, 130, 2, 16)
+    index = 1 if version == "wkv7" else 3
+    w = inputs[index]
+    generator = torch.Generator().manual_seed(5)
+    inputs[index] = {
+        "mixed": torch.rand(w.shape, generator=generator, dtype=torch.float64) * 26 - 20,
+        "slowest": torch.full_like(w, -20.0),
+        "fast": torch.full_like(w, 2.5),
+        "infinite": torch.full_like(w, 1000.0),
+    }[decay]
+    inputs = [x.float().double() for x in inputs]
+    wanted = values_and_gradients(partial(naive, version), inputs)
+    found = values_and_gradients(operator(version, "native"), inputs, torch.float32)
+    errors = relative_errors(found, wanted)
+    if decay == "infinite":  # the naive gradient of w is 0 * inf; the true one is 0
+        assert torch.equal(found[2 + index], torch.zeros_like(found[2 + index]))
+        errors[2 + index] = 0.0
+    assert errors[0] < 1e-6
+    assert max(errors[1:]) < 5e-5
+
+
+@pytest.mark.parametrize("similarity", [0.9, 1.0])
+def test_correlated_and_identical_keys(similarity):
+    inputs = random_inputs("wkv7", 1, 100, 1, 64)
+    kappa = torch.nn.functional.normalize(inputs[5], dim=-1)
+    kappa = torch.nn.functional.normalize(similarity * kappa[:, :1] + (1 - similarity) * kappa, dim=-1)
+    inputs[1], inputs[4], inputs[5] = torch.full_like(kappa, -8.0), -kappa, kappa
+    inputs = [x.float().double() for x in inputs]
+    wanted = values_and_gradients(partial(naive, "wkv7"), inputs)
+    errors = relative_errors(values_and_gradients(operator("wkv7", "native"), inputs, torch.float32), wanted)
+    assert max(errors) < 2e-6
 
 
 @pytest.mark.parametrize("version", VERSIONS)

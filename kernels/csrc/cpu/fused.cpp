@@ -75,7 +75,9 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
             }
             vec later = {};  // sum of g mix of the row after this one, where it is of the same sequence
             if (rows.end < p.rows && rows.end % p.time) {
-                for (int32_t m = 0; m < count; ++m) later += load_io(in<io>(doutputs[m], rows.end * p.width + c)) * mix[m];
+                for (int32_t m = 0; m < count; ++m) {
+                    later += load_io(in<io>(doutputs[m], rows.end * p.width + c)) * mix[m];
+                }
             }
             for (int64_t row = rows.end - 1; row >= rows.begin; --row) {
                 const int64_t place = row * p.width + c;

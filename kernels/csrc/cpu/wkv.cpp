@@ -52,7 +52,8 @@ void wkv7_backward(const rwkv_problem &problem, int64_t item, const void *r, con
                    const float *dfinal_state, void *dr, void *dw, void *dk, void *dv, void *da, void *db,
                    float *dstate) {
     on_head(problem, item, [&](auto padded, const Head &head, const Places &places) {
-        wkv7_backward_head<padded.value>(head, {r, w, k, v, a, b}, saved7(problem, item, saved), dy, at(dfinal_state, places.state), {dr, dw, dk, dv, da, db},
+        wkv7_backward_head<padded.value>(head, {r, w, k, v, a, b}, saved7(problem, item, saved), dy,
+                                         at(dfinal_state, places.state), {dr, dw, dk, dv, da, db},
                                          at(dstate, places.state));
     });
 }

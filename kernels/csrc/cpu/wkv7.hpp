@@ -51,7 +51,8 @@ RWKV_INLINE void project(const vec (&s)[R][N / LANES], const float *a, float (&s
 
 // R rows one step on; v points to their R values.
 template <int N>
-RWKV_INLINE void advance(vec (&s)[R][N / LANES], const Inputs7<N> &x, int t, const float *sa, const float *v) {
+RWKV_INLINE void advance(vec (&s)[R][N / LANES], const Inputs7<N> &x, int t, const float *sa,
+                         const float *v) {
     for (int q = 0; q < R; ++q) {
         const vec its_sa = splat(sa[q]), its_v = splat(v[q]);
         for (int c = 0; c < N / LANES; ++c) {
