@@ -11,6 +11,9 @@ from types import FrameType
 
 from pytorch_lightning import Trainer
 
+from rwkv_cluster.errors import Preempted
+from rwkv_cluster.ranks import launched
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,13 +35,21 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Signals set the flag inside the block; the handlers from before it come back after it."""
+        """Signals set the flag inside the block; the handlers from before it come back after it.
+
+        Not after a Preempted under a launcher: it sends SIGTERM to the other ranks as soon as the first one has ended,
+        and they must still say why they end, with their own exit code.
+        """
         if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
             yield self
             return
         before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield self
+        except Preempted:
+            if launched():
+                before.clear()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
