@@ -55,10 +55,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """command: what runs it; version: the first line that names it."""
+    """command: what runs it; version: the first line that names it; machine: what its code runs on, e.g. "aarch64"."""
 
     command: str
     version: str
+    machine: str
 
 
 def library_name(target: str) -> str:
@@ -116,7 +117,7 @@ def build(
             "manifest_version": MANIFEST_VERSION,
             "abi": _abi(csrc),
             "target": target,
-            "machine": platform.machine(),
+            "machine": compiler.machine,
             "architectures": _architecture_names(architectures) if target == "cuda" else [],
             "compiler": compiler.version,
             "flags": flags,
@@ -135,7 +136,7 @@ def cpp_compiler() -> Compiler:
     chosen = os.environ.get("CXX")
     for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
         if path := shutil.which(command):
-            return Compiler(path, _version(path))
+            return Compiler(path, _version(path), _machine(path))
     looked_for = f"CXX={chosen}" if chosen else "c++, g++ or clang++ on PATH"
     raise BuildError(f"no C++ compiler: looked for {looked_for}. Install one, e.g. `apt-get install g++`")
 
@@ -145,7 +146,7 @@ def cuda_compiler() -> Compiler:
     home = os.environ.get("CUDA_HOME")
     for command in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
         if path := shutil.which(command):
-            return Compiler(path, _version(path))
+            return Compiler(path, _version(path), platform.machine())
     looked_for = f"CUDA_HOME={home}" if home else "CUDA_HOME, PATH and /usr/local/cuda"
     raise BuildError(f"no nvcc: looked in {looked_for}. Install the CUDA toolkit, 12.8 or newer")
 
@@ -195,7 +196,7 @@ def _gencode(architectures: Sequence[str]) -> str:
 
 def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: Sequence[str]) -> str:
     """Write build.ninja beside csrc; returns the flags in one line."""
-    steps = list(_cpu_steps() if target == "cpu" else _cuda_steps(folder / "csrc", target))
+    steps = list(_cpu_steps(compiler.machine) if target == "cpu" else _cuda_steps(folder / "csrc", target))
     if target == "cuda":
         flags = f"{CUDA_FLAGS} {_gencode(architectures)}"
         compile_line = f"$compiler {flags} $extra -c $in -o $out"
@@ -215,9 +216,9 @@ def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: S
     return " ".join([flags, *sorted({extra for _, _, extra in steps if extra})])
 
 
-def _cpu_steps() -> Iterator[tuple[str, str, str]]:
+def _cpu_steps(machine: str) -> Iterator[tuple[str, str, str]]:
     """Source below csrc, object and extra flags of each compilation."""
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    is_x86 = machine in ("x86_64", "AMD64")
     targets = (X86_TARGETS if is_x86 else {}) | {"portable": ""}
     common = f"-DRWKV_HAS_X86_TARGETS={int(is_x86)}"
     for source in CPU_SOURCES:
@@ -262,6 +263,12 @@ def _version(command: str) -> str:
     lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
     named = [line for line in lines if "release" in line]  # nvcc says it below its name
     return (named or lines or ["unknown"])[0]
+
+
+def _machine(command: str) -> str:
+    """The first part of the compiler's target, "x86_64" of x86_64-linux-gnu: a cross compiler's is not this machine."""
+    run = subprocess.run([command, "-dumpmachine"], capture_output=True, text=True)
+    return run.stdout.strip().split("-")[0] or platform.machine()
 
 
 def _abi(csrc: Path) -> int:

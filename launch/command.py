@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.plain_text import hidden_character
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that bash reads as grammar when they stand first and are not quoted.
 _RESERVED = re.compile("if|then|else|elif|fi|case|esac|for|select|while|until|do|done|in|function|time|coproc")
-# Controls, invisible formatting, lone surrogates (undecodable bytes), line and paragraph separators.
-_REFUSED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,8 @@ class Command:
 
 def refuse_control_characters(text: str, what: str) -> None:
     """Raise LaunchError, naming `what`, where `text` holds a control, invisible or undecodable character."""
-    for position, character in enumerate(text):
-        if unicodedata.category(character) in _REFUSED_CATEGORIES:
-            raise LaunchError(
-                f"{what} has the character {character!a} at position {position}: {text[:80]!a}. "
-                "Control and invisible characters are not passed to a shell. Choose another name"
-            )
+    if (found := hidden_character(text)) is not None:
+        raise LaunchError(f"{what} has {found}. Control and invisible characters are not passed to a shell")
 
 
 def _quote_program(program: str) -> str:

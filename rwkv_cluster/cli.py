@@ -18,20 +18,27 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
+from rwkv_cluster.launched import log_to_agent, tell_agent
 from rwkv_cluster.ranks import launched, rank
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
     "init": "write the initial weights, WORK_DIR/out/rwkv-init.pth",
     "train": "prepare and initialise what is missing, then train; the same command again continues",
+    "launch": "start the run on its target: here, torchrun, deepspeed, a container or Slurm",
+    "status": "what the newest launch of a work directory is doing",
+    "logs": "what the newest launch of a work directory says",
+    "cancel": "end the newest launch of a work directory after a checkpoint",
     "generate": "continue a text with a trained model",
     "eval": "loss and perplexity on the validation file",
+    "consolidate": "write the weights of a checkpoint, by however many ranks it was saved, as one .pth",
     "inspect": "architecture and sizes of an RWKV .pth file",
     "config": "the resolved configuration, and where each value came from",
     "doctor": "what this machine has for training, and a self-test of its kernels",
-    "bench": "measure this machine: data, wkv or step",
+    "bench": "measure this machine: data, wkv, step or ddp",
 }
-CONFIG_VERBS = ("prepare", "init", "train", "eval", "config")
+CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config")
+RANK_VERBS = ("prepare", "train")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -43,26 +50,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    code, message = _guarded(list(sys.argv[1:] if argv is None else argv))
+    tell_agent(code, message)
+    return code
+
+
+def _guarded(argv: list[str]) -> tuple[int, str]:
+    """Exit code, and for an error of ours its sentence."""
     try:
+        if argv[:1] and argv[0] in RANK_VERBS:
+            log_to_agent()
         with _log_to_stderr():
-            code = _run(list(sys.argv[1:] if argv is None else argv))
+            code = _run(argv)
         sys.stdout.flush()
-        return code
+        return code, ""
     except SystemExit as error:  # argparse: --help or a malformed command line
-        return error.code if isinstance(error.code, int) else 1
+        return error.code if isinstance(error.code, int) else 1, ""
     except RWKVClusterError as error:
         _complain(f"error: {error}")
-        return error.exit_code
+        return error.exit_code, str(error)
     except KeyboardInterrupt:
         _complain("interrupted")
-        return INTERRUPTED
+        return INTERRUPTED, "interrupted"
     except BrokenPipeError:  # `rwkv-cluster config x.yaml | head`
         _silence_stdout()
-        return BROKEN_PIPE
-    except Exception:
+        return BROKEN_PIPE, ""
+    except Exception as error:
         traceback.print_exc()
         _complain("this is a bug in rwkv-cluster: please report it with the text above")
-        return 1
+        return 1, f"{type(error).__name__}: {error}"
 
 
 def _run(argv: list[str]) -> int:
@@ -85,9 +101,9 @@ def _run(argv: list[str]) -> int:
     from rwkv_cluster import verbs
 
     report = verbs.run(options, overrides, extra)
-    if rank() == 0:
+    if rank() == 0 and (report.text or options.json):
         print(json.dumps(report.data, indent=2, default=str) if options.json else report.text.rstrip("\n"))
-    return 0
+    return report.code
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -137,8 +153,17 @@ def build_parser() -> argparse.ArgumentParser:
         if verb in CONFIG_VERBS:
             subparser.add_argument("config", metavar="CONFIG", help="YAML file, shipped recipe, or WORK_DIR")
             subparser.epilog = "Any field may be set with --section.field=value."
+    launch = by_verb["launch"]
+    launch.add_argument("--target", metavar="T", help="instead of the file's launch.target")
+    launch.add_argument("--dry-run", action="store_true", help="print the script, start and write nothing")
+    for verb in ("status", "logs", "cancel"):
+        by_verb[verb].add_argument("work_dir", metavar="WORK_DIR", help="the directory of the run")
+    by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")
+    by_verb["logs"].add_argument("--rank", type=int, metavar="N", help="only what this rank says")
+    by_verb["cancel"].add_argument("--now", action="store_true", help="without waiting for a checkpoint")
     by_verb["init"].add_argument("--force", action="store_true", help="replace weights that exist")
     by_verb["eval"].add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
+    by_verb["consolidate"].add_argument("--step", type=int, metavar="N", help="of the checkpoint; default the newest")
     by_verb["inspect"].add_argument("path", metavar="PTH", help="an RWKV weights file")
     generate = by_verb["generate"]
     generate.add_argument("source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one")
@@ -149,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
     generate.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
     generate.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
-    by_verb["bench"].add_argument("what", metavar="{data,wkv,step}", choices=("data", "wkv", "step"))
+    by_verb["bench"].add_argument("what", metavar="{data,wkv,step,ddp}", choices=("data", "wkv", "step", "ddp"))
     by_verb["bench"].epilog = "Further arguments go to the benchmark."
     return parser
 

@@ -7,78 +7,33 @@ Reading YAML and applying overrides lives in `rwkv_cluster.configfile`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from typing import Any, Literal
+import re
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator, model_validator
 
-from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.launch_config import LaunchConfig
+from rwkv_cluster.section import InvalidFields, Section
+
+__all__ = ["Config", "InvalidFields", "Section"]
 
 ModelType = Literal["x052", "x060", "x070"]
 Precision = Literal["fp32", "bf16", "fp16"]
 WkvBackend = Literal["auto", "reference", "chunked", "native", "exact", "fla"]
-Fused = Literal["auto", "plain", "native"]
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "deepspeed",
+    "deepspeed_stage_0",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_1_offload",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3_offload",
+]
+Fused = Literal["auto", "plain", "native", "compile"]
 TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
-
-
-class InvalidFields(ConfigError):
-    """Fields of a section that are unknown, of the wrong type or out of range. `faults`: pydantic's details of each."""
-
-    def __init__(self, message: str, faults: list[ErrorDetails]) -> None:
-        super().__init__(message, faults)
-        self.faults = faults
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration. Unknown fields are refused; positional arguments follow field order.
-
-    Making one raises InvalidFields, a ConfigError with a sentence for each fault.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = list(type(self).model_fields)
-        if len(args) > len(names):
-            raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(args)}")
-        given = dict(zip(names, args))  # noqa: B905 -- fewer arguments than fields is the rule
-        if twice := [name for name in given if name in kwargs]:
-            raise TypeError(f"{type(self).__name__} got {twice[0]} twice, by position and by name")
-        try:
-            super().__init__(**given, **kwargs)
-        except ValidationError as error:
-            faults = list(_flat(error.errors()))
-            sentences = [f"{type(self).__name__}: {_sentence(fault, names)}" for fault in faults]
-            raise InvalidFields("\n".join(sentences), faults) from None
-
-
-def _flat(details: list[ErrorDetails]) -> Iterator[ErrorDetails]:
-    """Faults with those of nested sections in the place of the one that stands for them."""
-    for fault in details:
-        cause = fault.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidFields):
-            for inner in cause.faults:
-                outer: ErrorDetails = inner.copy()
-                outer["loc"] = (*fault["loc"], *inner["loc"])
-                yield outer
-        else:
-            yield fault
-
-
-def _sentence(fault: ErrorDetails, names: list[str]) -> str:
-    """A fault for people. names: fields of the section, for the nearest one to an unknown name."""
-    field = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, names, 1)
-        return f"there is no field '{field}'. " + (f"Nearest: {near[0]}" if near else f"Fields: {', '.join(names)}")
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    return f"{field} is {fault['input']!r}. {fault['msg']}"
 
 
 class ModelConfig(Section):
@@ -206,7 +161,26 @@ class TrainingConfig(Section):
         "bf16",
         description="of activations: fp32, bf16 or fp16 (CUDA only); masters and optimizer are always fp32",
     )
-    strategy: str = Field("auto", description="auto or ddp")
+    strategy: Strategy = Field(
+        "auto",
+        description="auto (one process, or ddp), ddp, deepspeed (ZeRO, stage 2 unless zero_stage says), "
+        "deepspeed_stage_0 to deepspeed_stage_3, each from 1 on also with _offload",
+    )
+    zero_stage: int | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: 0 keeps everything on every rank, 1 shards the optimizer, 2 also the gradients, "
+        "3 also the parameters; the same as strategy deepspeed_stage_<n>",
+    )
+    offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: masters and moments in the host's memory")
+    offload_parameters: bool = Field(False, description="ZeRO 3: parameters in the host's memory")
+    ds_bucket_mb: int = Field(
+        200, ge=1, description="ZeRO: size of a communication bucket in millions of elements (RWKV-LM's word)"
+    )
+    communication_dtype: Precision | None = Field(
+        None, description="ZeRO: gradients travel in this dtype; default: that of the parameters"
+    )
     num_epochs: int | None = Field(
         None, ge=1, description="passes over the token file's slots; default 1 without another bound"
     )
@@ -234,6 +208,9 @@ class TrainingConfig(Section):
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
     devices: int = Field(1, ge=1, description="processes on this machine when no launcher has set the world size")
+    timeout_s: float = Field(
+        1800.0, ge=1, description="for how long a rank waits for the others in an exchange before the run ends"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default torch's own choice")
     val_interval_steps: int | None = Field(
         None, ge=1, description="evaluate every this many steps; default: at each epoch's end"
@@ -248,8 +225,8 @@ class TrainingConfig(Section):
     )
     fused: Fused = Field(
         "auto",
-        description="token shift, and RWKV-7's key preparation and reading, on a CPU: native (compiled), plain "
-        "(PyTorch), auto (compiled where there is a library)",
+        description="what a block computes between products and WKV, in few passes: native (the CPU library), compile "
+        "(torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are at hand)",
     )
 
     @model_validator(mode="after")
@@ -258,12 +235,43 @@ class TrainingConfig(Section):
             raise ValueError("set global_batch_size or accumulate_grad_batches, not both: one follows from the other")
         return self
 
-    @field_validator("strategy")
-    @classmethod
-    def _known_strategy(cls, value: str) -> str:
-        if value not in ("auto", "ddp"):
-            raise ValueError(f"strategy is {value!r}. Use auto or ddp")
-        return value
+    @property
+    def deepspeed_stage(self) -> int | None:
+        """The ZeRO stage; None without DeepSpeed."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        named = re.search(r"stage_(\d)", self.strategy)
+        return int(named[1]) if named else (2 if self.strategy == "deepspeed" else None)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether masters and moments are kept in the host's memory."""
+        return self.offload_optimizer or self.strategy.endswith("_offload")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether parameters are kept in the host's memory."""
+        return self.offload_parameters or self.strategy == "deepspeed_stage_3_offload"
+
+    @model_validator(mode="after")
+    def _one_zero_stage(self) -> TrainingConfig:
+        stage = self.deepspeed_stage
+        named = re.search(r"stage_(\d)", self.strategy)
+        if self.zero_stage is not None and (self.strategy == "ddp" or (named and int(named[1]) != self.zero_stage)):
+            raise ValueError(
+                f"strategy {self.strategy} and zero_stage {self.zero_stage} contradict each other. Keep one"
+            )
+        if self.offloads_optimizer and not stage:
+            raise ValueError(f"offload_optimizer needs ZeRO stage 1 to 3, {_stage_found(stage)}. Set zero_stage")
+        if self.offloads_parameters and stage != 3:
+            raise ValueError(f"offload_parameters needs ZeRO stage 3, {_stage_found(stage)}. Set zero_stage to 3")
+        if stage is not None and self.precision == "fp16":
+            raise ValueError("precision fp16 works with strategy auto or ddp only. Use bf16 with DeepSpeed")
+        return self
+
+
+def _stage_found(stage: int | None) -> str:
+    return "and there is no ZeRO stage" if stage is None else f"and the stage is {stage}"
 
 
 class CheckpointConfig(Section):
@@ -278,6 +286,10 @@ class CheckpointConfig(Section):
         600.0, gt=0, description="and whenever this many seconds have passed; null: never"
     )
     keep_last: int = Field(3, ge=1, description="full-state checkpoints that are kept")
+    background: bool | None = Field(
+        None,
+        description="write checkpoints while training goes on, from a copy in the host's memory; default: on a GPU",
+    )
 
 
 class LoggingConfig(Section):
@@ -304,3 +316,4 @@ class Config(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="optimisation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="records")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="where and how the run is started")

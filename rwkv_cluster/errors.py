@@ -31,7 +31,7 @@ class MissingDataError(DataError, FileNotFoundError):
 
 
 class CheckpointError(RWKVClusterError, RuntimeError):
-    """A checkpoint or weights file is missing, damaged, unsafe or does not fit. Exit code 4."""
+    """A checkpoint or weights file is missing, damaged, unsafe or does not fit, or cannot be written. Exit code 4."""
 
     exit_code = 4
 

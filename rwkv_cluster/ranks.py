@@ -8,6 +8,15 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_START = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def launched() -> bool:
@@ -31,8 +40,23 @@ def launched_world_size() -> int | None:
 
 def launched_local_world_size() -> int | None:
     """Number of those that are on this machine, or None where the launcher does not say."""
-    value = os.environ.get("LOCAL_WORLD_SIZE")
+    value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # LOCAL_SIZE: deepspeed's launcher
     return int(value) if value else None
+
+
+def attempt() -> str:
+    """What the ranks of one start of a run have in common, and those of other starts mostly do not.
+
+    Processes started by hand on a fixed port look alike each time.
+    """
+    if "RANK" not in os.environ:  # rank 0 starts the others itself: Lightning's own launcher
+        return f"started by {os.getppid() if launched() else os.getpid()}"
+    return " ".join(os.environ.get(name, "-") for name in _START)
+
+
+def slurm_job() -> str | None:
+    """Number of the Slurm job that this process is part of."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def end_with_launcher() -> None:

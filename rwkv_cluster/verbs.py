@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import importlib
 import logging
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ logger = logging.getLogger("rwkv_cluster")
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A verb's result: `text` for people, `data` for `--json`."""
+    """A verb's result: `text` for people, `data` for `--json`, and its exit code."""
 
     text: str
     data: Any
+    code: int = 0
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[str]) -> Report:
@@ -47,15 +50,23 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         return doctor()
     if options.verb == "bench":
         return bench(options.what, extra)
+    if options.verb in ("status", "logs", "cancel"):
+        return manage(options)
+    if options.verb == "launch" and options.target:
+        overrides = [*overrides, f"--launch.target={options.target}"]
     found = find_config(options.config, overrides)
     if found.notice:
         logger.info(found.notice)
     if options.verb == "config":
         return config(found)
+    if options.verb == "launch":
+        return launch(found.resolved.config, dry_run=options.dry_run)
     if options.verb == "init":
         return init(found.resolved.config, force=options.force)
     if options.verb == "eval":
         return evaluate(found.resolved.config, Path(options.weights) if options.weights else None)
+    if options.verb == "consolidate":
+        return consolidate(found.resolved.config, options.step)
     verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train}
     return verbs[options.verb](found.resolved.config)
 
@@ -104,6 +115,53 @@ def train(config: Config) -> Report:
         f"next       {Command(('rwkv-cluster', 'generate', config.work_dir, '--prompt', 'some text')).shell()}",
     ]
     return Report("\n".join(lines), dataclasses.asdict(result))
+
+
+def launch(config: Config, *, dry_run: bool) -> Report:
+    """Start the run on its target, or show what that would be."""
+    from rwkv_cluster.launch.plan import plan
+    from rwkv_cluster.launch.submit import launch_folder, submit
+
+    planned = plan(config, Path.cwd())
+    if dry_run:
+        folder = launch_folder(planned.config.work_dir, time.time())
+        commands = [command.shell() for command in planned.commands]
+        logger.info("would run in %s: %s", folder, "; ".join(commands))
+        scripts = [text for name, text in planned.files.items() if name.endswith(".sh")]
+        return Report("".join(scripts), {"folder": folder, "files": dict(planned.files), "commands": commands})
+    launched = submit(planned)
+    data = {"folder": launched.folder, "jobs": launched.jobs, "exit_code": launched.code}
+    rows = {"launch": str(launched.folder)}
+    if launched.jobs:
+        rows = {"job": " after ".join(reversed(launched.jobs)), **rows, "log": f"{launched.folder}/job.log"}
+        rows |= {"ranks": f"{launched.folder}/rank-N.log"}
+    for verb in ("status", "logs", "cancel") if launched.jobs else ():
+        rows[verb] = Command(("rwkv-cluster", verb, config.work_dir, *(["-f"] if verb == "logs" else []))).shell()
+    return Report("\n".join(f"{name:<7} {value}" for name, value in rows.items()), data, launched.code or 0)
+
+
+CANCEL_GRACE_S = 120.0  # for a checkpoint
+
+
+def manage(options: argparse.Namespace) -> Report:
+    """status, logs and cancel of the newest launch in a work directory."""
+    from rwkv_cluster.launch import manage
+
+    folder = manage.newest(WorkDir(options.work_dir).root)
+    if options.verb == "logs" and options.follow:
+        for text in manage.follow(folder, options.rank):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        return Report("", {"folder": folder})
+    if options.verb == "logs":
+        text = manage.logs(folder, options.rank)
+        return Report(text, {"folder": folder, "text": text})
+    if options.verb == "cancel":
+        found = manage.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
+    else:
+        found = manage.status(folder)
+    text = f"{found.state}  {found.target}, {found.detail}\nlaunch {found.folder}"
+    return Report(text, dataclasses.asdict(found))
 
 
 def generate(
@@ -161,6 +219,15 @@ def evaluate(config: Config, weights: Path | None) -> Report:
     result = evaluate_run(config, weights)
     text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {result.n_tokens:,} tokens"
     return Report(text, dataclasses.asdict(result) | {"perplexity": result.perplexity})
+
+
+def consolidate(config: Config, step: int | None) -> Report:
+    """One weights file, in the training precision, of a checkpoint."""
+    from rwkv_cluster.train import weights
+    from rwkv_cluster.train.precision import DTYPES
+
+    path = weights.consolidate(WorkDir(config.work_dir), step=step, dtype=DTYPES[config.training.precision])
+    return Report(str(path), {"path": str(path)})
 
 
 def inspect(path: Path) -> Report:

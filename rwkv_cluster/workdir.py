@@ -11,23 +11,19 @@ A final path is never written in place: files and directories appear whole, by r
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
 import shutil
-import socket
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from rwkv_cluster.errors import ConfigError, LaunchError
+from rwkv_cluster import lock
+from rwkv_cluster.errors import ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
-_HOLDER_BYTES = 512  # always written in one piece, so that nobody reads the lock file while it is empty
 
 
 def fsync_directory(path: Path) -> None:
@@ -134,58 +130,33 @@ class WorkDir:
         return self.out / "rwkv-final.pth"
 
     @property
+    def ranks(self) -> Path:
+        """Where the ranks of a run show each other that they live."""
+        return self.root / ".ranks"
+
+    @property
     def lock_file(self) -> Path:
         return self.root / ".lock"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the work directory for this process. Raises LaunchError at once when another run holds it.
+        """Hold the work directory for this process. Raises LaunchError when another run holds it.
 
-        The kernel drops the lock with the process, so a killed run never leaves it taken.
+        A run that was killed, or whose machine is gone, does not hold it: see `rwkv_cluster.lock`.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            holding = lock.hold(self.lock_file, f"work_dir {self.root}")
+            holding.__enter__()
         except OSError as error:
             raise ConfigError(
                 f"work_dir {self.root} cannot be used: {error.strerror} at {error.filename}. "
                 "Choose a directory that you may write to"
             ) from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LaunchError(self._holder_message()) from error
-            except OSError as error:
-                raise LaunchError(f"work_dir {self.root} cannot be locked: {error.strerror}") from error
-            holder = {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-            os.pwrite(descriptor, json.dumps(holder).ljust(_HOLDER_BYTES).encode(), 0)
+        with ExitStack() as stack:
+            stack.push(holding)
             yield
-        finally:
-            os.close(descriptor)
 
     def require_free(self) -> None:
         """Raises LaunchError when another run holds the directory. A look before slow imports; `lock` decides."""
-        try:
-            descriptor = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LaunchError(self._holder_message()) from error
-        finally:
-            os.close(descriptor)
-
-    def _holder_message(self) -> str:
-        time.sleep(0.2)  # the file may still name the holder before: a new one writes just after it has locked
-        try:
-            holder = json.loads(self.lock_file.read_text())
-            who = f"by process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "by another process"
-        return f"work_dir {self.root} is in use {who}. Wait for it, end it, or choose another work_dir"
+        lock.require_free(self.lock_file, f"work_dir {self.root}")

@@ -23,6 +23,7 @@ MAX_CHARACTERS = 4 << 20  # of all scalars after aliases are expanded
 
 Value = Union[None, bool, int, float, str, "list[Node]", "dict[str, Node]"]
 
+_TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times faster
 _NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -143,7 +144,7 @@ class _Composer:
 
     def _node(self, event: Any, depth: int) -> Node:
         if depth > MAX_DEPTH:
-            raise self._fault(event, f"values are nested more than {MAX_DEPTH} deep")
+            raise self._fault(event, _TOO_DEEP)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, depth)
         if event.tag is not None:
@@ -204,7 +205,7 @@ class _Composer:
         if node is None:
             raise self._fault(event, f"*{shown(event.anchor)} stands for nothing that is complete above it")
         if depth + node.depth - 1 > MAX_DEPTH:
-            raise self._fault(event, f"values are nested more than {MAX_DEPTH} deep")
+            raise self._fault(event, _TOO_DEEP)
         self._count(event, node.n_nodes, node.n_characters)
         return node
 
@@ -232,6 +233,8 @@ class _Composer:
         if mark is None:
             return ConfigError(f"{self.name}: this is not YAML: {problem}")
         where = f"{self.name}:{mark.line + 1}" if self.numbered else self.name
+        if "nesting depth" in problem:  # libyaml reads ahead and has a limit of its own, of 1,000
+            return ConfigError(f"{where}: {_TOO_DEEP}")
         lines = self.text.splitlines()
         if (
             mark.line < len(lines)

@@ -62,7 +62,7 @@ def run_yaml(tmp_path: Path) -> str:
 def test_help_lists_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^ +{verb} +\w", text, re.MULTILINE) for verb in VERBS)
+    assert all(re.search(rf"^ +{verb}\s+\w", text, re.MULTILINE) for verb in VERBS)
     assert all(re.search(rf"^ +{code} +{meaning}$", text, re.MULTILINE) for code, meaning in EXIT_CODES.items())
     assert "--section.field=value" in text
 

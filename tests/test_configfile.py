@@ -26,6 +26,8 @@ from rwkv_cluster.configfile import (
 )
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.field_types import is_section, iterate_fields
+from rwkv_cluster.launch_config import ContainerConfig, LaunchConfig
+from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.yaml_nodes import MAX_BYTES, parse_scalar
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -113,7 +115,20 @@ def test_scalars_in_a_file() -> None:
          "run.yaml:1: checkpoint.save_interval_s is '3 parsecs', expected a number > 0, or null"),
         ("training: {precision: bf-16}",
          "run.yaml:1: training.precision is 'bf-16', expected fp32, bf16 or fp16. Nearest valid value: bf16"),
-        ("training: {strategy: dpd}", "run.yaml:1: training.strategy: strategy is 'dpd'. Use auto or ddp"),
+        ("training: {strategy: dpd}",
+         "run.yaml:1: training.strategy is 'dpd', expected auto, ddp, deepspeed, deepspeed_stage_0, deepspeed_stage_1, "
+         "deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_1_offload, deepspeed_stage_2_offload or "
+         "deepspeed_stage_3_offload"),
+        ("training:\n  strategy: ddp\n  zero_stage: 2",
+         "run.yaml:2: training: strategy ddp and zero_stage 2 contradict each other. Keep one"),
+        ("training:\n  strategy: deepspeed_stage_1\n  zero_stage: 2",
+         "run.yaml:2: training: strategy deepspeed_stage_1 and zero_stage 2 contradict each other. Keep one"),
+        ("training: {offload_optimizer: true}",
+         "run.yaml:1: training: offload_optimizer needs ZeRO stage 1 to 3, and there is no ZeRO stage. Set zero_stage"),
+        ("training: {offload_parameters: true, zero_stage: 2}",
+         "run.yaml:1: training: offload_parameters needs ZeRO stage 3, and the stage is 2. Set zero_stage to 3"),
+        ("training: {precision: fp16, strategy: deepspeed}",
+         "run.yaml:1: training: precision fp16 works with strategy auto or ddp only. Use bf16 with DeepSpeed"),
         ("data: {shuffle: yes}", "run.yaml:1: data.shuffle is 'yes', expected true or false. Write true"),
         ("data: {shuffle: 0}", "run.yaml:1: data.shuffle is 0, expected true or false. Write false"),
         ("data: {text_field: 5}", 'run.yaml:1: data.text_field is 5, expected text. Put it in quotes: "5"'),
@@ -134,7 +149,7 @@ def test_scalars_in_a_file() -> None:
          "run.yaml:3: data.tokenizer has no field 'typ'. Nearest valid name: data.tokenizer.type"),
         ("zzz: 3",
          "run.yaml:1: the configuration has no field 'zzz'. "
-         "Valid names: work_dir, model, data, training, checkpoint, logging"),
+         "Valid names: work_dir, model, data, training, checkpoint, logging, launch"),
         ("model:\n  n_layer: 2\n  n_embd: 100",
          "run.yaml:3: model: n_embd is 100, which is not a multiple of head_size_a 64. "
          "Use n_embd 64 or 128, or a head_size_a that divides 100"),
@@ -350,14 +365,26 @@ def bounds(field: FieldInfo, low: Any, high: Any) -> dict[str, Any]:
     return {"min_value": low, "max_value": high}
 
 
+BOUND_TO_OTHERS = (
+    "n_embd",
+    "head_size_a",
+    "dim_att",
+    "dim_ffn",
+    "accumulate_grad_batches",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+)
+
+
 def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that `field` accepts on its own."""
     if name in ("strategy", "type"):
         return st.sampled_from({"strategy": ["auto", "ddp"], "type": ["byte", "angle", "my.module:Class"]}[name])
     if name == "work_dir":
         return TEXT.filter(bool)
-    if name in ("n_embd", "head_size_a", "dim_att", "dim_ffn", "accumulate_grad_batches"):
-        return st.just(field.get_default(call_default_factory=True))  # bound to other fields
+    if name in BOUND_TO_OTHERS:
+        return st.just(field.get_default(call_default_factory=True))
     annotation = field.annotation
     optional = type(None) in get_args(annotation)
     kind = next(part for part in get_args(annotation) if part is not type(None)) if optional else annotation
@@ -377,7 +404,26 @@ def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     return st.none() | values if optional else values
 
 
+# Rules bind most fields of this section: see tests/launch. Here is what its types add, mappings of odd text above all.
+VISIBLE = (TEXT | ODD_TEXT).filter(lambda text: hidden_character(text) is None)
+LAUNCH = st.fixed_dictionaries(
+    {},
+    optional={
+        "target": st.sampled_from(["local", "torchrun", "deepspeed", "sbatch"]),
+        "time": st.sampled_from(["90", "12:30", "1-00:00:00"]),
+        "env": st.dictionaries(st.sampled_from(["A", "NO", "_1"]), VISIBLE),
+        "slurm_parameters": st.dictionaries(
+            st.sampled_from(["nice", "reservation"]), st.sampled_from(["100", "x", "0o7"])
+        ),
+        "setup": st.lists(VISIBLE, max_size=3),
+        "container": st.just(ContainerConfig(runtime="pyxis", image="a/b:1", mounts=["/a:/b:ro"])),
+    },
+).map(lambda values: LaunchConfig(**values))
+
+
 def section_values(section: type[Section]) -> st.SearchStrategy[Any]:
+    if section is LaunchConfig:
+        return LAUNCH
     fields = {
         name: section_values(field.annotation) if is_section(field.annotation) else field_values(name, field)
         for name, field in section.model_fields.items()

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # by the longest matching prefix below rwkv_cluster
-    "errors": 0, "ranks": 0,
+    "errors": 0, "ranks": 0, "heartbeat": 0, "lock": 0, "plain_text": 0, "launched": 0, "disk": 0,
+    "section": 1, "launch_config": 1,
     "config": 1, "configfile": 1, "field_types": 1, "yaml_nodes": 1, "recipes": 1, "configs": 1, "workdir": 1,
     "data": 2, "tokenizer": 2, "base_tokenizer": 2, "vocabulary": 2, "greedy": 2, "integers": 2,
     "data.dataset": 3, "kernels": 3,
@@ -21,7 +22,8 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config", "configfile")}
 LIGHT = """
     rwkv_cluster rwkv_cluster.config rwkv_cluster.configfile rwkv_cluster.recipes rwkv_cluster.workdir
-    rwkv_cluster.verbs rwkv_cluster.launch.command rwkv_cluster.tokenizer rwkv_cluster.data.sampler
+    rwkv_cluster.verbs rwkv_cluster.launch.command rwkv_cluster.launch.agent
+    rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.prepare rwkv_cluster.data.readers rwkv_cluster.data.binidx rwkv_cluster.data.converters
 """.split()  # noqa: SIM905 -- a list of words reads better
 
@@ -89,6 +91,21 @@ def test_the_login_node_half_leaves_torch_alone() -> None:
     loaded = loaded_by("\n".join(f"import {module}" for module in LIGHT))
     assert "rwkv_cluster" in loaded
     assert not loaded & {"torch", "pytorch_lightning", "deepspeed"}
+
+
+def test_a_dry_run_of_a_launch_leaves_torch_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"work_dir: {tmp_path / 'work'}\nlaunch: {{target: sbatch}}\n")
+    arguments = ["launch", str(tmp_path / "run.yaml"), "--dry-run"]
+    code = f"from rwkv_cluster.cli import main; assert main({arguments}) == 0"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; assert not {{'torch', 'numpy', 'submitit'}} & set(sys.modules)"],
+        env={"PATH": str(tmp_path)},  # neither Slurm nor docker
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "#SBATCH --output=job.log" in run.stdout
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"], ["--version"]])

@@ -180,7 +180,9 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
         (["--training.lr_init=-1e-3"], "--training.lr_init=-1e-3: training.lr_init is -1e-3, expected a number >= 0"),
         (["--training.max_steps=0"], "--training.max_steps=0: training.max_steps is 0, expected an integer >= 1, or null"),
         (["--training.num_epochs=0"], "--training.num_epochs=0: training.num_epochs is 0, expected an integer >= 1, or null"),
-        (["--training.strategy=zero9"], "--training.strategy=zero9: training.strategy: strategy is 'zero9'. Use auto or ddp"),
+        (["--training.strategy=zero9"], "--training.strategy=zero9: training.strategy is 'zero9', expected auto, ddp, "
+         "deepspeed, deepspeed_stage_0, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, "
+         "deepspeed_stage_1_offload, deepspeed_stage_2_offload or deepspeed_stage_3_offload"),
         (["--training.global_batch_size=6"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 1 rank = 4. Use training.global_batch_size 4 or 8, or a training.micro_bsz of 1, 2, 3 or 6"),
         (["--training.precision=fp16", "--training.accelerator=cpu"], "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"),
         (["--data.validation_fraction=1"], "--data.validation_fraction=1: data.validation_fraction is 1, expected a number >= 0 and < 1"),

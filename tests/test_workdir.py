@@ -217,8 +217,8 @@ def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
     work = WorkDir(tmp_path)
     with work.lock():
         work.lock_file.write_text("not JSON")
-        with pytest.raises(LaunchError, match="by another process"), WorkDir(tmp_path).lock():
-            pass
+        with pytest.raises(LaunchError, match=f"in use by process {os.getpid()} on "), WorkDir(tmp_path).lock():
+            pass  # refused when the holder's next heartbeat has mended it
 
 
 NAMES = st.sampled_from(["a", "b", "manifest.json", "step-00000010"])
@@ -312,5 +312,5 @@ class VisibleFiles(RuleBasedStateMachine):
         assert visible == self.committed
 
 
-VisibleFiles.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+VisibleFiles.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestVisibleFiles = VisibleFiles.TestCase

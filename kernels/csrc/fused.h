@@ -26,6 +26,10 @@ int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, c
 int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
 
+// y = relu(x)^2, and dx = 2 relu(x) dy.
+int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y);
+int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const void *dy, void *dx);
+
 // kappa = per-head unit vector along k k_k; written = k (1 + (a - 1) k_a), removed = -kappa, replaced = kappa a.
 int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
                           void *written, void *removed, void *replaced);

@@ -1,1 +1,4 @@
-"""Measurements that a reader can repeat: `rwkv-cluster bench data | wkv | step`. Each module has `run` and `format`."""
+"""Measurements that a reader can repeat: `rwkv-cluster bench data | wkv | step | ddp`.
+
+Each module has `run` and `format`.
+"""

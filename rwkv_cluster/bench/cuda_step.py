@@ -80,14 +80,14 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
 
     from rwkv_cluster.config import ModelConfig, TrainingConfig
     from rwkv_cluster.model.init import initialize
-    from rwkv_cluster.model.loss import head_loss
+    from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
     from rwkv_cluster.train.optimizer import build_optimizer
 
     config = ModelConfig(
         model_type="x070", n_layer=n_layer, n_embd=n_embd, ctx_len=options.gpu_ctx_len, vocab_size=VOCAB_SIZE
     )
-    model = RWKV(config, grad_cp=bool(grad_cp), wkv_backend=options.wkv_backend)
+    model = RWKV(config, grad_cp=bool(grad_cp), wkv_backend=options.wkv_backend, fused=options.fused)
     initialize(model, 0)
     model = model.to(options.device)
     model.compute_dtype = torch.bfloat16
@@ -95,8 +95,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     tokens = torch.randint(0, VOCAB_SIZE, (batch, options.gpu_ctx_len + 1), device=options.device)
 
     def step() -> None:
-        hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-        head_loss(hidden, model.head.weight, tokens[:, 1:].flatten(), l2wrap=1e-4).backward()
+        next_token_loss(model, tokens, l2wrap=1e-4).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

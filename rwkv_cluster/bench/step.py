@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--repeats", type=int, default=5, help="counted steps of each, after one that is not")
     made.add_argument("--wkv-backend", default="auto", help="training.wkv_backend")
+    made.add_argument("--fused", default="auto", help="training.fused")
     made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     made.add_argument(
         "--presets",
@@ -157,8 +158,9 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
 
     from rwkv_cluster.config import ModelConfig, TrainingConfig
     from rwkv_cluster.model.init import initialize
-    from rwkv_cluster.model.loss import head_loss
+    from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
+    from rwkv_cluster.train.memory import keep_freed_memory
     from rwkv_cluster.train.optimizer import build_optimizer
     from rwkv_cluster.train.precision import DTYPES
 
@@ -170,15 +172,15 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
         ctx_len=options.ctx_len,
         vocab_size=options.vocab_size,
     )
-    model = RWKV(config, grad_cp=bool(options.grad_cp), wkv_backend=options.wkv_backend)
+    keep_freed_memory()
+    model = RWKV(config, grad_cp=bool(options.grad_cp), wkv_backend=options.wkv_backend, fused=options.fused)
     initialize(model, 0)
     model.compute_dtype = DTYPES[options.precision]
     optimizer = build_optimizer(model, config.model_type, TrainingConfig())
     tokens = torch.randint(0, options.vocab_size, (options.batch, options.ctx_len + 1))
 
     def step() -> None:
-        hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-        head_loss(hidden, model.head.weight, tokens[:, 1:].flatten(), l2wrap=1e-4).backward()
+        next_token_loss(model, tokens, l2wrap=1e-4).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

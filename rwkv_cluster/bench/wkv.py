@@ -4,7 +4,9 @@ Rivals on a CPU: the chunked form in PyTorch; the time loop; for RWKV-7 a chunk 
 (`compiled_chunk`) and the loop of `rwkv-trainer`, where it is at hand.
 
 Everything runs in one process, in alternating turns, so that a machine whose speed drifts treats all alike; ratios
-are taken turn by turn. `extra_mb` is how much the resident memory grew at its highest during one turn (Linux only).
+are taken turn by turn. An unmeasured turn of the same contender comes before each measured one: in training too an
+operator follows itself, and finds its memory where the last call left it. `extra_mb` is how much the resident memory
+grew at its highest during one turn (Linux only).
 """
 
 from __future__ import annotations
@@ -168,7 +170,8 @@ def _turn(operator: Callable[..., Any], inputs: list[Tensor], dy: Tensor) -> Non
 
 
 def _timed(turn: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of CPU time and of wall time."""
+    """Seconds of CPU time and of wall time of the second of two turns."""
+    turn()
     cpu, wall = time.process_time(), time.perf_counter()
     turn()
     return time.process_time() - cpu, time.perf_counter() - wall

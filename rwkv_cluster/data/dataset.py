@@ -58,11 +58,12 @@ class MicroBatches:
 
 def validation_batches(
     tokens: IndexedTokens, *, ctx_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor | None]:
     """[b, length + 1] int64 windows that cover the first `max_tokens` targets of a file once, in file order.
 
     The last window may be shorter than ctx_len and then comes alone. Ranks take whole batches in turn, so the sum
-    over ranks does not depend on their number.
+    over ranks does not depend on their number. None stands for the turn of a rank for which none is left: each has as
+    many turns, since under ZeRO-3 no rank can compute alone.
     """
     n_targets = min(tokens.n_tokens - 1, max_tokens)
     full, rest = divmod(n_targets, ctx_len)
@@ -70,6 +71,10 @@ def validation_batches(
     batches = [(starts[i : i + batch_size], ctx_len) for i in range(0, full, batch_size)]
     if rest:
         batches.append(([full * ctx_len], rest))
-    for group, length in batches[rank::world_size]:
+    for turn in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+        if turn >= len(batches):
+            yield None
+            return
+        group, length = batches[turn]
         rows = [tokens.read(start, start + length + 1).astype(np.int64) for start in group]
         yield torch.from_numpy(np.stack(rows))

@@ -129,16 +129,23 @@ def accumulation(
     if global_batch_size % world_size:
         remedy = f"Use training.global_batch_size {batches}"
     else:
-        share = global_batch_size // world_size
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        remedy = f"Use training.global_batch_size {batches}, or a training.micro_bsz of {_listing(divisors)}"
+        sizes = listing(divisors(global_batch_size // world_size))
+        remedy = f"Use training.global_batch_size {batches}, or a training.micro_bsz of {sizes}"
     raise ConfigError(
         f"training.global_batch_size {global_batch_size} is not a multiple of micro_bsz {micro_bsz} * "
         f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}. {remedy}"
     )
 
 
-def _listing(numbers: list[int]) -> str:
+def divisors(number: int) -> list[int]:
+    """Of a positive number, ascending."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def listing(numbers: list[int]) -> str:
+    """Numbers for a sentence, the middle of many left out: "1, 2 or 4"."""
+    if not numbers:
+        return ""
     if len(numbers) == 1:
         return str(numbers[0])
     shown = numbers if len(numbers) <= 12 else [*numbers[:11], numbers[-1]]

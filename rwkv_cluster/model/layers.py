@@ -9,6 +9,7 @@ Shapes: B batch, T time, C width, A attention width, H heads, N head size (A = H
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -28,47 +29,71 @@ def uninitialized(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, float("nan")))
 
 
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
 @cache
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _has_fast_onednn() -> bool:
+    """Whether oneDNN's fp32 products are the ones to take: they use AVX-512 on every processor that has it."""
+    has_avx512 = IS_X86 and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return has_avx512 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+@cache
+def _has_half_units() -> bool:
+    """Whether bf16 and fp16 products may be left to PyTorch: on anything but an x86 known to have no units for them."""
+    asked = [getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("avx512_bf16", "amx_tile")]
+    return not IS_X86 or any(ask is None or ask() for ask in asked)
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    """fp32 x Wᵀ + b on a CPU through oneDNN.
+def _goes_through_fp32(x: Tensor) -> bool:
+    """Whether `_Fp32Linear` beats PyTorch at x's products."""
+    if x.device.type != "cpu" or x.numel() < 16 * x.shape[-1]:  # for a few rows the set-up costs more than it saves
+        return False
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return (is_half and not _has_half_units()) or (x.dtype == torch.float32 and _has_fast_onednn())
 
-    PyTorch sends fp32 products to MKL, which on AMD processors does without AVX-512: 95 against 190 GFLOP/s
-    measured on one Zen 5 core. bf16 products go to oneDNN already.
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in fp32: x [..., in], weight [out, in], bias [out]."""
+    if _has_fast_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class _Fp32Linear(torch.autograd.Function):
+    """x Wᵀ + b on a CPU by fp32 products.
+
+    For fp32 with AVX-512: PyTorch asks MKL, which on AMD processors does without, 95 against oneDNN's 190 GFLOP/s
+    on one Zen 5 core (without AVX-512, MKL is a tenth faster on Zen 3).
+    For bf16 and fp16 without units for them: the operands are exact in fp32 and only the result is rounded, 8 times
+    faster than PyTorch's emulation on one Zen 3 core. What backward needs is kept in the dtype it came in.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()  # oneDNN takes any strides, but for most it has only a reference loop: 100 times slower
+        if _has_fast_onednn():  # it takes any strides, but for most it has only a reference loop: 100 times slower
+            x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors  # [..., in], [out, in]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.contiguous().view(-1, grad.shape[-1])  # [M, out]
-        grad_x = _onednn(rows, weight.t()).view(x.shape) if needs_x else None
-        grad_weight = _onednn(rows.t(), x.view(-1, x.shape[-1]).t()) if needs_weight else None  # [out, in]
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+        rows = grad.contiguous().view(-1, grad.shape[-1]).float()  # [M, out]
+        inputs = x.reshape(-1, x.shape[-1])  # [M, in]
+        grad_x = _product(rows, weight.float().t()).view(x.shape).to(x.dtype) if needs_x else None
+        grad_weight = _product(rows.t(), inputs.float().t()).to(x.dtype) if needs_weight else None  # [out, in]
+        return grad_x, grad_weight, rows.sum(0).to(x.dtype) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out] in x's dtype."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    many_rows = x.numel() >= 16 * x.shape[-1]  # for a few rows oneDNN's set-up costs more than it saves
-    if x.dtype == torch.float32 and x.device.type == "cpu" and many_rows and _has_onednn_linear():
-        return _OneDnnLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return _Fp32Linear.apply(x, weight, bias) if _goes_through_fp32(x) else F.linear(x, weight, bias)
 
 
 class Linear(nn.Module):
@@ -106,40 +131,12 @@ class LayerNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RWKV-LM's `ln_x`: group norm with one group per head, then weight and bias [A].
-
-    Written as a layer norm over N: on a CPU that is 2.5 times as fast as group_norm, forward and backward.
-    """
+    """Weight and bias [A] of RWKV-LM's `ln_x`, the norm of each head, which `fused.read` and `gated_norm` apply."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = uninitialized(width)
         self.bias = uninitialized(width)
-
-    def forward(self, y: Tensor) -> Tensor:  # [B, T, H, N] -> [B, T, A]
-        normed = F.layer_norm(y, y.shape[-1:], eps=fused.HEAD_NORM_EPS).flatten(-2)  # [B,T,A]
-        return torch.addcmul(self.bias.to(y.dtype), normed, self.weight.to(y.dtype))
-
-
-class _SquaredRelu(torch.autograd.Function):
-    """relu(x)², saving relu(x) alone: its gradient is 2 relu(x), a pass over the widest tensor of a block."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (grad * positive).mul_(2)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)², the activation of every channel mix."""
-    return _SquaredRelu.apply(x)
 
 
 def previous_tokens(x: Tensor, before: Tensor | None) -> Tensor:
@@ -150,11 +147,10 @@ def previous_tokens(x: Tensor, before: Tensor | None) -> Tensor:
 
 
 def mixed(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str) -> list[Tensor]:
-    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: compiled or plain, see `kernels.fused`."""
+    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: see `kernels.fused`."""
     if before is None:
-        return list(fused.mix(x, mixes, fused.MULTIPLE, choice=choice))
-    delta = shift_delta(x, before)
-    return [torch.addcmul(x, delta, mix.to(x.dtype)) for mix in mixes]
+        return list(fused.mix(x, mixes, choice=choice))
+    return list(fused.blend(x, shift_delta(x, before), mixes, choice="plain"))
 
 
 def shift_delta(x: Tensor, before: Tensor | None) -> Tensor:

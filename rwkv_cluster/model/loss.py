@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.model.layers import linear
+from rwkv_cluster.model.rwkv import RWKV
 
 CHUNK_ELEMENTS = 1 << 24  # logits in flight: 64 MiB of fp32
+
+
+def next_token_loss(model: RWKV, batch: Tensor, l2wrap: float = 0.0) -> Tensor:
+    """`head_loss` of predicting each next token of batch [b, T + 1] int64."""
+    hidden = model.hidden(batch[:, :-1]).flatten(0, 1)  # [b T, C]
+    return head_loss(hidden, model.head.weight, batch[:, 1:].flatten(), l2wrap)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int | None = None) -> Tensor:

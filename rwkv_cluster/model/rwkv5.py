@@ -7,12 +7,11 @@ Token mixes interpolate between the previous and the current token; decay = exp(
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, squared_relu, uninitialized
+from rwkv_cluster.kernels import fused, ops
+from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, uninitialized
 from rwkv_cluster.model.shapes import Widths
 
 
@@ -44,7 +43,9 @@ class TimeMix(nn.Module):
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
         y, wkv = ops.wkv5(r, k, v, decay, bonus, wkv, backend=self.wkv_backend)
-        return self.output(self.ln_x(y) * F.silu(self.gate(x_g))), v_first, wkv
+        norm = self.ln_x
+        z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
+        return self.output(z), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -62,4 +63,4 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
         x_k, x_r = mixed(x, before, [1 - mix.to(x.dtype) for mix in (self.time_mix_k, self.time_mix_r)], self.fused)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(squared_relu(self.key(x_k)))
+        return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))

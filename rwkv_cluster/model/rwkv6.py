@@ -7,12 +7,11 @@ B batch, T time, H heads, N head size, C width, A = H * N attention width; M mix
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, shift_delta, squared_relu, uninitialized
+from rwkv_cluster.kernels import fused, ops
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, shift_delta, uninitialized
 from rwkv_cluster.model.shapes import Widths
 
 
@@ -23,7 +22,7 @@ class TimeMix(nn.Module):
         super().__init__()
         widths = Widths.of(config)
         C, A, M, D = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
-        self.n_head, self.wkv_backend = widths.n_head, wkv_backend
+        self.n_head, self.wkv_backend, self.fused = widths.n_head, wkv_backend, fused_choice
         self.time_maa_x, self.time_maa_w, self.time_maa_k = (uninitialized(1, 1, C) for _ in range(3))
         self.time_maa_v, self.time_maa_r, self.time_maa_g = (uninitialized(1, 1, C) for _ in range(3))
         self.time_maa_w1 = uninitialized(C, 5 * M)
@@ -49,18 +48,21 @@ class TimeMix(nn.Module):
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
         y, wkv = ops.wkv6(r, k, v, w, self.time_faaaa.to(r.dtype), wkv, backend=self.wkv_backend)
-        return self.output(self.ln_x(y) * F.silu(self.gate(x_g))), v_first, wkv
+        norm = self.ln_x
+        z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
+        return self.output(z), v_first, wkv
 
     def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
         """The inputs of w, k, v, r, g, in this order: 5 x [B,T,C]."""
         delta = shift_delta(x, before)
-        base = torch.addcmul(x, delta, self.time_maa_x.to(x.dtype))
+        (base,) = fused.blend(x, delta, (self.time_maa_x,), choice=self.fused)
         low = torch.tanh(linear(base, self.time_maa_w1.t()))  # [B,T,5M]
         constant = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return [
-            torch.addcmul(x, delta, linear(part, up.t(), maa.flatten()))
+        mixes = [
+            linear(part, up.t(), maa.flatten())
             for part, up, maa in zip(low.chunk(5, dim=-1), self.time_maa_w2, constant, strict=True)
         ]
+        return list(fused.blend(x, delta, mixes, choice=self.fused))
 
 
 class ChannelMix(nn.Module):
@@ -78,4 +80,4 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
         x_k, x_r = mixed(x, before, (self.time_maa_k, self.time_maa_r), self.fused)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(squared_relu(self.key(x_k)))
+        return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import fused, ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, squared_relu, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, uninitialized
 from rwkv_cluster.model.shapes import Widths
 
 
@@ -86,7 +86,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
         (k,) = mixed(x, before, (self.x_k,), self.fused)
-        return self.value(squared_relu(self.key(k)))
+        return self.value(fused.squared_relu(self.key(k), choice=self.fused))
 
 
 def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:

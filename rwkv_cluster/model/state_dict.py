@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 from rwkv_cluster.model.init import initial_value
 from rwkv_cluster.model.rwkv import RWKV
@@ -43,17 +44,14 @@ def save_pth(path: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype | 
         name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
         for name, tensor in state_dict.items()
     }
-    try:
-        with atomic_writer(path) as handle:
-            torch.save(flat, handle)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror or error}. Free space or fix access"
-        ) from error
+    with writing(path, sum(tensor.nbytes for tensor in flat.values())), atomic_writer(path) as handle:
+        torch.save(flat, handle)
 
 
-def load_pth(path: Path) -> dict[str, Tensor]:
+def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Read a weights file into tensors on the CPU, in the dtypes of the file, in the order of the file.
+
+    mapped: leave the tensors in the file, from which the system reads what is used of them.
 
     Raises:
         MissingCheckpointError: no such file.
@@ -65,7 +63,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
         raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # hostile bytes make the unpickler raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
         # no more of torch's text than a name: it advises to switch the protection off

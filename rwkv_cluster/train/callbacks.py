@@ -17,13 +17,13 @@ from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import rank
-from rwkv_cluster.train import checkpoint, distributed, random_state
+from rwkv_cluster.train import distributed, random_state
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.module import StepResult, TrainingModule
-from rwkv_cluster.train.optimizer import optimizer_tensors, update_count
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records, StepRecord
+from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.workdir import WorkDir
 
@@ -85,6 +85,7 @@ class Bookkeeping(Callback):
         epoch_mean: EpochMean,
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,
+        saver: Saver,
     ) -> None:
         self.last_loss: float | None = None
         self.last_val: EvalResult | None = None
@@ -101,6 +102,7 @@ class Bookkeeping(Callback):
         self._start_epoch = start_epoch
         self._random_states = random_states
         self._saved_at = time.monotonic()
+        self._saver = saver
 
     def __enter__(self) -> Bookkeeping:
         return self
@@ -108,15 +110,16 @@ class Bookkeeping(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._saver.abandon()
         for writer in (self._records, self._progress):
             if writer is not None:
                 writer.close()
 
-    def votes(self) -> tuple[bool, bool]:
-        """This rank's wish to (stop, save) at the next step boundary."""
+    def votes(self) -> tuple[bool, bool, bool]:
+        """This rank's wish to stop and to save at the next step boundary, and whether it has written its checkpoint."""
         interval = self._config.checkpoint.save_interval_s
         overdue = interval is not None and time.monotonic() - self._saved_at > interval
-        return self._stop_request.requested(), overdue and rank() == 0
+        return self._stop_request.requested(), overdue and rank() == 0, self._saver.written()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, TrainingModule)
@@ -133,6 +136,8 @@ class Bookkeeping(Callback):
         result, module.result = module.result, None
         module.step += 1
         distributed.fault_point("train.step", step=module.step)
+        if module.all_written:
+            self._saver.finish()
         self._finish_step(module, result, self._clock.lap())
         trainer.should_stop = module.should_stop
 
@@ -147,10 +152,12 @@ class Bookkeeping(Callback):
         val_loss = None
         if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
             self.last_val = evaluate(
-                module.model,
+                module.trainer.strategy.model or module,
                 self._val_tokens,
+                ctx_len=self._config.model.ctx_len,
                 batch_size=training.micro_bsz,
                 max_tokens=training.val_max_tokens,
+                device=module.device,
             )
             val_loss = self.last_val.loss
         self._record(module, result, seconds, val_loss)
@@ -158,9 +165,9 @@ class Bookkeeping(Callback):
             self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
         if run_ends:
             self._export(module, "final")
-        save_asked = run_ends or module.should_save or module.should_stop
-        if save_asked or _is_due(module.step, saving.save_interval_steps, epoch_ends):
-            self._save(module)
+        session_ends = run_ends or module.should_stop
+        if session_ends or module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends):
+            self._save(module, at_once=session_ends or not self._saver.background)
 
     def _record(self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None) -> None:
         record = StepRecord(
@@ -172,6 +179,7 @@ class Bookkeeping(Callback):
             tokens_per_s=module.plan.tokens_per_step / seconds,
             memory_mb=peak_memory_mb(module.device),
             val_loss=val_loss,
+            save_wait_s=self._saver.take_waited_s() or None,
         )
         if self._records is not None:
             self._records.step(record)
@@ -189,25 +197,18 @@ class Bookkeeping(Callback):
 
     def _export(self, module: TrainingModule, label: str) -> None:
         """RWKV-LM's flat file of weights, in the training precision."""
-        if rank() == 0:
-            path = self._work.out / f"rwkv-{label}.pth"
-            save_pth(path, module.model.state_dict(), DTYPES[self._config.training.precision])
+        weights = module.state.weights()
+        if weights is not None:
+            save_pth(self._work.out / f"rwkv-{label}.pth", weights, DTYPES[self._config.training.precision])
 
-    def _save(self, module: TrainingModule) -> None:
+    def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         random_states = distributed.gather_objects(random_state.capture())
-        if random_states is not None:
-            checkpoint.save(
-                self._work.checkpoints,
-                module.step,
-                weights=module.model.state_dict(),
-                optimizer=optimizer_tensors(module.optimizer),
-                state=self._state(module, random_states),
-            )
-            checkpoint.prune(self._work.checkpoints, self._config.checkpoint.keep_last)
-        distributed.barrier()
+        self._saver.begin(module.step, module.state.files(), self._state(module, random_states))
+        if at_once:
+            self._saver.finish()
         self._saved_at = time.monotonic()
 
-    def _state(self, module: TrainingModule, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self, module: TrainingModule, random_states: list[dict[str, Any]] | None) -> dict[str, Any]:
         return {
             **self._identity,
             "step": module.step,
@@ -216,7 +217,8 @@ class Bookkeeping(Callback):
             "epoch_loss_count": self._epoch_mean.count,
             "loss": self.last_loss,
             "val_loss": self.last_val.loss if self.last_val else None,
-            "optimizer_updates": update_count(module.optimizer),
+            "optimizer_updates": module.state.update_count(),
+            "shapes": module.state.shapes(),
             "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
             "torch": torch.__version__,
             "random_states": random_states,

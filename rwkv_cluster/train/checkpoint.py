@@ -5,6 +5,8 @@
     state.json       step, tokens seen, random states of every rank, the configuration, the data's fingerprint
     manifest.json    size and sha256 of each of these, and of itself
 
+Ranks that share the state out among themselves (ZeRO) write `weights-00000-of-00002.pth` and so on, in pieces.
+
 A checkpoint is filled under a temporary name and renamed when all of it is on the disk. Reading starts with the
 manifest: torch's own loader accepts most flipped bits in silence.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -28,29 +31,41 @@ from torch import Tensor
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import check_finite, load_pth
 from rwkv_cluster.train.distributed import fault_point
-from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_directory, fsync_directory, sha256_file
+from rwkv_cluster.train.pieces import Pieces
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory, sha256_file
 
 log = logging.getLogger("rwkv_cluster")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PAYLOAD = ("weights.pth", "optimizer.pth", "state.json")
+STATE = "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is state.json; tensors are read on demand."""
+    """A verified checkpoint. state: of state.json. files: names of all but the manifest. Tensors are read on demand."""
 
     path: Path
     step: int
     state: dict[str, Any]
+    files: tuple[str, ...]
 
-    def weights(self) -> dict[str, Tensor]:
-        return load_pth(self.path / "weights.pth")
+    def weights(self) -> dict[str, Tensor] | Pieces:
+        """fp32 masters by name. Raises CheckpointError, as `optimizer` does, for a value that is not finite."""
+        return self._tensors("weights")
 
-    def optimizer(self) -> dict[str, Tensor]:
-        return load_pth(self.path / "optimizer.pth")
+    def optimizer(self) -> dict[str, Tensor] | Pieces:
+        """Moments as `<moment>/<name>`."""
+        return self._tensors("optimizer")
+
+    def _tensors(self, kind: str) -> dict[str, Tensor] | Pieces:
+        if f"{kind}.pth" in self.files:
+            tensors = load_pth(self.path / f"{kind}.pth")
+            check_finite(tensors, f"{self.path / kind}.pth is not usable")
+            return tensors
+        names = [name for name in self.files if name.startswith(f"{kind}-")]
+        return Pieces([self.path / name for name in names], self.state["shapes"])
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -65,48 +80,41 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def save(
-    directory: Path,
-    step: int,
-    *,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-) -> Path:
-    """Commit a checkpoint of `step`, replacing one that a damaged earlier attempt left under the same name.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one file of a checkpoint durably; returns its entry in the manifest.
 
-    Raises CheckpointError when a value is not finite or the disk refuses; the previous checkpoint is untouched.
+    Raises CheckpointError when a value is not finite, OSError or RuntimeError (torch) when the disk refuses.
     """
-    for tensors in (weights, optimizer):
-        check_finite(tensors, f"the checkpoint of step {step} is not written")
-    path = checkpoint_path(directory, step)
-    try:
-        _remove(path)
-        with atomic_directory(path) as temporary:
-            torch.save(dict(weights), temporary / "weights.pth")
-            fault_point("checkpoint.after_weights", step=step)
-            torch.save(dict(optimizer), temporary / "optimizer.pth")
-            fault_point("checkpoint.after_optimizer", step=step)
-            (temporary / "state.json").write_text(json.dumps(state, indent=1))
-            fault_point("checkpoint.before_manifest", step=step)
-            (temporary / MANIFEST).write_bytes(_manifest_bytes(temporary, step))
-            fault_point("checkpoint.before_commit", step=step)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        free = shutil.disk_usage(directory).free
-        needed = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
-        raise CheckpointError(
-            f"checkpoint {path} cannot be written: {error}. It needs about {needed:,} bytes and {free:,} are free "
-            f"on {directory}. Make room and run the same command again"
-        ) from error
+    check_finite(tensors, f"{path.name} is not written")
+    with open(path, "xb") as handle:  # given a name, torch would write by itself and not say why the disk refuses
+        torch.save(dict(tensors), handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return _entry(path)
+
+
+def commit(temporary: Path, path: Path, step: int, *, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Complete the checkpoint in `temporary` with its state and manifest, and give it its name `path`.
+
+    files: what `write_tensors` returned, by file name.
+    """
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    fault_point("checkpoint.before_manifest", step=step)
+    entries = {**files, STATE: _entry(temporary / STATE)}
+    (temporary / MANIFEST).write_bytes(_canonical({"format": FORMAT, "step": step, "files": entries}))
+    for name in (STATE, MANIFEST):
+        with open(temporary / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_directory(temporary)
+    fault_point("checkpoint.before_commit", step=step)
+    remove(path)  # one that a damaged earlier attempt has left under the same name
+    temporary.rename(path)
+    fsync_directory(path.parent)
     fault_point("checkpoint.after_commit", step=step)
-    return path
 
 
-def _manifest_bytes(directory: Path, step: int) -> bytes:
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)} for name in PAYLOAD
-    }
-    return _canonical({"format": FORMAT, "step": step, "files": files})
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
@@ -130,9 +138,11 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{manifest_path}: format {body['format']}, this version reads {FORMAT}")
     if path.name != checkpoint_path(path.parent, body["step"]).name:
         raise CheckpointError(f"{manifest_path}: it belongs to step {body['step']}, not to {path.name}")
-    for name in PAYLOAD:
-        _verify_file(path / name, **body["files"][name])
-    return Checkpoint(path, body["step"], json.loads((path / "state.json").read_text()))
+    for name, entry in body["files"].items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
+        _verify_file(path / name, **entry)
+    return Checkpoint(path, body["step"], json.loads((path / STATE).read_text()), tuple(body["files"]))
 
 
 def _verify_file(path: Path, *, bytes: int, sha256: str) -> None:
@@ -170,12 +180,13 @@ def newest_verified(directory: Path) -> Checkpoint | None:
 
 
 def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints. A name vanishes at once, before its content does."""
+    """Delete all but the newest `keep_last` checkpoints."""
     for step in list_steps(directory)[:-keep_last]:
-        _remove(checkpoint_path(directory, step))
+        remove(checkpoint_path(directory, step))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a checkpoint or part of one, if it is there. Its name vanishes at once, before its content does."""
     if path.exists():
         doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
         path.rename(doomed)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.sampler import SamplePlan
-
-
-def _as_given(batch: Any) -> Any:
-    return batch
+from rwkv_cluster.train import distributed
 
 
 class TokenDataModule(LightningDataModule):
@@ -43,4 +40,9 @@ class TokenDataModule(LightningDataModule):
             world_size=self.trainer.world_size,
             micro_bsz=self._micro_bsz,
         )
-        return DataLoader(self._dataset, batch_sampler=batches, collate_fn=_as_given, num_workers=0)
+        return DataLoader(self._dataset, batch_sampler=batches, collate_fn=self._as_given, num_workers=0)
+
+    def _as_given(self, batch: Any) -> Any:
+        assert isinstance(self.trainer, Trainer)
+        distributed.fault_point("data.batch", step=self._start_step + self.trainer.global_step)
+        return batch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 
 class SettledBuckets(Callback):
@@ -19,10 +19,10 @@ class SettledBuckets(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, DDPStrategy):
-            assert trainer.strategy.model is not None
+        model = trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
             batch = torch.zeros(1, 3, dtype=torch.int64, device=module.device)
-            trainer.strategy.model(batch).backward()
+            model(batch).backward()
             module.zero_grad()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -22,6 +25,20 @@ T = TypeVar("T")
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def leaving_group() -> Iterator[None]:
+    """A process group made inside the block is gone after it, unless an exception ends the block.
+
+    Gloo's threads let go of tensors at their leisure, for which they need Python: one that does so while the
+    interpreter ends aborts a process that has done all its work. Leaving the group waits for these threads.
+    """
+    found = dist.is_available() and dist.is_initialized()
+    yield
+    if dist.is_available() and dist.is_initialized() and not found:
+        gc.collect()  # DDP and Lightning's objects, in cycles, hold the group too
+        dist.destroy_process_group()
 
 
 def position() -> tuple[int, int]:
@@ -54,9 +71,23 @@ def gather_objects(value: T) -> list[T] | None:
     return gathered  # type: ignore[return-value]
 
 
-def barrier() -> None:
-    if is_distributed():
-        dist.barrier()
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether torch says that a collective, or the making of the process group, has failed or taken too long.
+
+    Gloo's errors inside the backward pass are plain RuntimeErrors and known by their text only.
+    """
+    text = str(error).lower()
+    by_text = isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "processgroup"))
+    return isinstance(error, dist.DistError) or by_text
 
 
 def wait_for(ready: Callable[[], T | None], *, what: str, timeout_s: float, poll_s: float = 0.2) -> T:
@@ -72,8 +103,9 @@ def wait_for(ready: Callable[[], T | None], *, what: str, timeout_s: float, poll
 def fault_point(name: str, *, step: int | None = None) -> bool:
     """Where tests make a run fail: does nothing unless the environment names this point.
 
-    RWKV_CLUSTER_FAULT is `point[@step][#rank]:action` with action `signal=NAME` (to this process), `sleep=SECONDS`
-    or `hit`; returns True for `hit`, so that the caller spoils its own value.
+    RWKV_CLUSTER_FAULT is `point[@step][#rank]:action` with action `signal=NAME` (to this process), `sleep=SECONDS`,
+    `error=NAME` (raises the OSError of that errno, ENOSPC for instance) or `hit`; returns True for `hit`, so that the
+    caller spoils its own value.
     """
     specification = os.environ.get(FAULT_VARIABLE)
     if not specification:
@@ -87,4 +119,7 @@ def fault_point(name: str, *, step: int | None = None) -> bool:
         os.kill(os.getpid(), signal.Signals[action.removeprefix("signal=")])
     elif action.startswith("sleep="):
         time.sleep(float(action.removeprefix("sleep=")))
+    elif action.startswith("error="):
+        number = getattr(errno, action.removeprefix("error="))
+        raise OSError(number, os.strerror(number))
     return action == "hit"

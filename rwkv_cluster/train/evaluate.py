@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.model.loss import head_loss
-from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.train import distributed
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import WorkDir
+
+_STAND_IN = torch.zeros(1, 2, dtype=torch.int64)  # for a rank whose turn has no batch; counts for nothing
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,34 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model: RWKV, tokens: IndexedTokens, *, batch_size: int, max_tokens: int) -> EvalResult:
+def evaluate(
+    loss_of: Callable[[Tensor], Tensor],
+    tokens: IndexedTokens,
+    *,
+    ctx_len: int,
+    batch_size: int,
+    max_tokens: int,
+    device: torch.device,
+) -> EvalResult:
     """Mean loss over the first `max_tokens` targets of `tokens`, in windows of ctx_len that start from a zero state.
 
-    Collective: every rank must call it, and takes its share of the batches.
+    Collective: every rank must call it, and takes its share of the batches. loss_of: a batch [b, T + 1] of int64 on
+    `device` -> the mean loss of predicting each next token.
     """
-    device = model.head.weight.device
     rank, world_size = distributed.position()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = validation_batches(
         tokens,
-        ctx_len=model.config.ctx_len,
+        ctx_len=ctx_len,
         batch_size=batch_size,
         max_tokens=max_tokens,
         rank=rank,
         world_size=world_size,
     )
     for batch in batches:
-        batch = batch.to(device)
-        targets = batch[:, 1:].flatten()
-        hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
-        loss = head_loss(hidden, model.head.weight, targets, l2wrap=0.0)
-        sums += torch.stack([loss.double() * targets.numel(), torch.full_like(sums[0], targets.numel())])
+        n_targets = 0 if batch is None else batch[:, 1:].numel()
+        loss = loss_of((_STAND_IN if batch is None else batch).to(device))
+        sums += torch.stack([loss.double() * n_targets, torch.full_like(sums[0], n_targets)])
     total, count = distributed.sum_over_ranks(sums).tolist()
     return EvalResult(total / count, int(count))
 
@@ -75,4 +85,11 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
     tokens = open_tokens(prefix)
-    return evaluate(model, tokens, batch_size=config.training.micro_bsz, max_tokens=tokens.n_tokens)
+    return evaluate(
+        partial(next_token_loss, model),
+        tokens,
+        ctx_len=config.model.ctx_len,
+        batch_size=config.training.micro_bsz,
+        max_tokens=tokens.n_tokens,
+        device=torch.device(device),
+    )

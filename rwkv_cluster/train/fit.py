@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,29 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster import configfile
+from rwkv_cluster.config import Config
+from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Preempted
+from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import strategy
 from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
+from rwkv_cluster.train.distributed import fault_point, leaving_group
 from rwkv_cluster.train.loggers import loggers
+from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records
+from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
 from rwkv_cluster.train.sample import sample_text
+from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
+from rwkv_cluster.train.strategy import Placement
+from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 
 log = logging.getLogger("rwkv_cluster")
@@ -47,16 +57,22 @@ class TrainResult:
     sample: str | None
 
 
-def fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainResult:
+def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train `session` to its end and say how it ended. Raises Preempted, TrainingError or CheckpointError."""
     config = session.config
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
+    if session.placement.accelerator == "cpu":
+        keep_freed_memory()
+    shapes = expected_shapes(config.model)
+    if rank() == 0:
+        _require_room(session, shapes)
     model = build_model(session)
     _write_config(session)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
+    fault_point("train.start")
     clock = StepClock()
-    bookkeeping = _bookkeeping(session, clock, stop_request)
+    bookkeeping = _bookkeeping(session, clock, stop_request, shapes)
     module = TrainingModule(
         model,
         config.training,
@@ -65,8 +81,10 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRes
         found=session.found,
         votes=bookkeeping.votes,
     )
-    with bookkeeping, _quiet_lightning():
-        _trainer(session, [SettledBuckets(), clock, bookkeeping, OrderlyEnd()]).fit(module, datamodule=_data(session))
+    with bookkeeping, _quiet_lightning(), leaving_group():
+        _trainer(session, [SettledBuckets(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
+            module, datamodule=_data(session)
+        )
     if module.step < session.horizon.total_steps:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
@@ -82,8 +100,23 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest) -> TrainRes
         work_dir=session.work.root,
         final_path=session.work.final_weights,
         already_complete=False,
-        sample=sample_text(model, tokenizer, config.logging) if rank() == 0 else None,
+        sample=_sample(session, tokenizer) if rank() == 0 else None,
     )
+
+
+def _require_room(session: Session, shapes: Shapes) -> None:
+    """For the next checkpoint, a weights file beside it, and the initial weights. Raises CheckpointError."""
+    work, dtype = session.work, DTYPES[session.config.training.precision]
+    n_files = 1 if session.found or (work.out / "rwkv-init.pth").exists() else 2
+    n_bytes = checkpoint_bytes(shapes, session.placement.world_size) + n_files * weights_bytes(shapes, dtype)
+    require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
+
+
+def _sample(session: Session, tokenizer: Any) -> str | None:
+    """From the weights on the disk: under ZeRO-3 no rank has the model, and here rank 0 is alone."""
+    if session.config.logging.sample_tokens == 0:
+        return None
+    return sample_text(load_model(session.work.final_weights), tokenizer, session.config.logging)
 
 
 def _announce(session: Session, n_parameters: int) -> None:
@@ -103,7 +136,7 @@ def _announce(session: Session, n_parameters: int) -> None:
     )
 
 
-def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) -> Bookkeeping:
+def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest, shapes: Shapes) -> Bookkeeping:
     config, found = session.config, session.found
     start_epoch = session.horizon.epoch_of(session.start_step)
     is_rank_0 = rank() == 0
@@ -130,7 +163,19 @@ def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest) 
         epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
         start_epoch=start_epoch,
         random_states=found.state["random_states"] if found else None,
+        saver=Saver(
+            session.work.checkpoints,
+            config.checkpoint.keep_last,
+            background=_saves_in_background(config, session.placement),
+            n_bytes=checkpoint_bytes(shapes, session.placement.world_size),
+        ),
     )
+
+
+def _saves_in_background(config: Config, placement: Placement) -> bool:
+    """On a GPU by default: on a CPU the writer would take the cores that train."""
+    wanted = config.checkpoint.background
+    return placement.accelerator == "cuda" if wanted is None else wanted
 
 
 def _data(session: Session) -> TokenDataModule:
@@ -173,7 +218,8 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            warnings.filterwarnings("ignore", module="(pytorch_lightning|lightning_fabric)")
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
             yield
     finally:
         for logger, level in zip(loggers_, levels, strict=True):
@@ -183,5 +229,7 @@ def _quiet_lightning() -> Iterator[None]:
 def _write_config(session: Session) -> None:
     """Leave the resolved configuration where `eval`, `generate` and people look for it."""
     if rank() == 0:
-        atomic_write(session.work.configs / "config.yaml", configfile.dump_yaml(session.config).encode())
-        atomic_write(session.work.configs / "config.json", configfile.dump_json(session.config).encode())
+        for name, dump in (("config.yaml", configfile.dump_yaml), ("config.json", configfile.dump_json)):
+            content = dump(session.config).encode()
+            with writing(session.work.configs / name, len(content)):
+                atomic_write(session.work.configs / name, content)

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.sampler import Horizon, SamplePlan
 from rwkv_cluster.errors import TrainingError
-from rwkv_cluster.model.loss import head_loss
+from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.train import distributed
+from rwkv_cluster.train import distributed, strategy
 from rwkv_cluster.train.checkpoint import Checkpoint
-from rwkv_cluster.train.optimizer import build_optimizer, restore_optimizer, set_learning_rate
+from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate
+from rwkv_cluster.train.state import TrainState
 
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
 
@@ -41,8 +42,9 @@ class TrainingModule(LightningModule):
     """RWKV with its loss, optimizer and schedule.
 
     found: the checkpoint to continue, or None at the beginning; its weights are in `model` already.
-    votes: whether this rank wants to (stop, save) after the step; asked on every rank at every step. One vote is
-    enough: the step's one small all-reduce makes every rank see the same answer.
+    votes: whether this rank wants to stop and to save after the step, and whether its part of a checkpoint is written;
+    asked on every rank at every step, whose one small all-reduce makes every rank see the same answer. One vote is
+    enough to stop or to save; a checkpoint is written when all have written.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class TrainingModule(LightningModule):
         horizon: Horizon,
         *,
         found: Checkpoint | None = None,
-        votes: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+        votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,18 +65,25 @@ class TrainingModule(LightningModule):
         self.step = found.step if found else 0
         self.should_stop = False
         self.should_save = False
+        self.all_written = False
         self.result: StepResult | None = None
+        self.state: TrainState
         self._found = found
         self._votes = votes
         self._micro_losses: list[Tensor] = []
+        self._gradient_sum = torch.zeros(())  # of this rank alone, before any exchange
+        model.emb.register_forward_hook(self._watch_gradient)
+        self._loss: float | None = None  # of the step whose update is due
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(self.model, self.model.config.model_type, self.training_config)
+        return build_optimizer(self.model, self.model.config.model_type, self.training_config)
+
+    def on_train_start(self) -> None:
+        self.state = strategy.train_state(self.trainer, self.model)
         if self._found is not None:
-            restore_optimizer(optimizer, self._found.optimizer(), self._found.state["optimizer_updates"])
+            self.state.restore(self._found)
             if self.scaler is not None:
                 self.scaler.load_state_dict(self._found.state["loss_scale"])
-        return optimizer
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -102,21 +111,29 @@ class TrainingModule(LightningModule):
 
     def forward(self, batch: Tensor) -> Tensor:
         """batch [b, T + 1] int64 -> scalar fp32 loss of predicting each next token."""
-        hidden = self.model.hidden(batch[:, :-1])  # [b, T, C]
-        return head_loss(
-            hidden.flatten(0, 1),
-            self.model.head.weight,
-            batch[:, 1:].flatten(),
-            l2wrap=self.training_config.l2wrap,
-        )
+        return next_token_loss(self.model, batch, self.training_config.l2wrap)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """batch [b, T + 1] int64 -> scalar fp32 loss of this micro batch."""
         loss = self.forward(batch)
         if distributed.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
+        if distributed.fault_point("train.gradient", step=self.step):
+            loss.register_hook(lambda gradient: gradient * math.nan)
         self._micro_losses.append(loss.detach())
         return loss
+
+    def _watch_gradient(self, embedding: nn.Module, arguments: Any, output: Tensor) -> None:
+        """Sum what reaches the bottom of the network, where a value that is not finite anywhere above arrives.
+
+        Parameters' gradients are exchanged while they are computed, after which all ranks have the NaN of one.
+        """
+
+        def add(gradient: Tensor) -> None:
+            self._gradient_sum = self._gradient_sum.to(gradient.device) + gradient.sum(dtype=torch.float32)
+
+        if output.requires_grad:
+            output.register_hook(add)
 
     def configure_gradient_clipping(
         self,
@@ -124,29 +141,47 @@ class TrainingModule(LightningModule):
         gradient_clip_val: Any = None,
         gradient_clip_algorithm: Any = None,
     ) -> None:
-        """After the last backward pass of a step and before its update: agree on the loss, guard, clip."""
+        """After the last backward pass of a step and before its update: agree on the loss, guard, clip.
+
+        DeepSpeed asks after every micro batch.
+        """
+        if not strategy.completes_step(self.trainer):
+            return
         local_loss = torch.stack(self._micro_losses).double().mean()
         self._micro_losses.clear()
         ballot = torch.tensor([0.0, 1.0, *self._votes()], dtype=torch.float64, device=local_loss.device)
         ballot[0] = local_loss
-        total, ranks, stop, save = distributed.sum_over_ranks(ballot).tolist()
-        loss, self.should_stop, self.should_save = total / ranks, stop > 0, save > 0
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        total, ranks, stop, save, written = distributed.sum_over_ranks(ballot).tolist()
+        self._local_loss, self._loss = float(local_loss), total / ranks
+        self.should_stop, self.should_save, self.all_written = stop > 0, save > 0, written == ranks
         limit = self.training_config.gradient_clip_val or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        self._require_finite(0.0 if self.state.clips_in_update else self.state.clip_gradients(limit))
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """One micro batch under DeepSpeed, else all of a step; then what is known of a step that is complete."""
+        super().optimizer_step(*arguments, **named)
+        if self._loss is not None:
+            grad_norm = self.state.grad_norm()
+            if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
+                self._require_finite(grad_norm)
+            self.result, self._loss = StepResult(self.step, self._loss, grad_norm, self.current_lr), None
+            self._gradient_sum = torch.zeros_like(self._gradient_sum)
+
+    def _require_finite(self, grad_norm: float) -> None:
+        """Raises TrainingError on every rank, before an update with values that are not finite."""
+        assert self._loss is not None
         # fp16 overflows now and then: its loss scaling then skips the update and lowers the scale
         may_skip = self.scaler is not None and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or may_skip)):
-            self._refuse_update(float(local_loss), grad_norm)
-        self.result = StepResult(self.step, loss, grad_norm, self.current_lr)
-
-    def _refuse_update(self, local_loss: float, grad_norm: float) -> None:
-        losses = distributed.all_gather_floats(local_loss, self.device)
-        bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-        ranks = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient only"
+        if math.isfinite(self._loss) and (math.isfinite(grad_norm) or may_skip):
+            return
+        losses = distributed.all_gather_floats(self._local_loss, self.device)
+        gradients = distributed.all_gather_floats(float(self._gradient_sum), self.device)
+        what, values = ("gradient", gradients) if all(map(math.isfinite, losses)) else ("loss", losses)
+        bad = [str(rank) for rank, value in enumerate(values) if not math.isfinite(value)]
+        ranks = f" on rank {', '.join(bad)}" if bad else ""
         samples = self.plan.samples(self.step)
         raise TrainingError(
-            f"step {self.step}: the loss or gradient is not finite {ranks} (losses {losses}, gradient norm "
+            f"step {self.step}: the {what} is not finite{ranks} (losses {losses}, gradient norm "
             f"{grad_norm}). Samples {samples.start} to {samples.stop - 1} of the token file were not applied. "
             "The same command starts again from the newest checkpoint; lower training.lr_init or look at the data"
         )

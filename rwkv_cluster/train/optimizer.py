@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
+from rwkv_cluster.train.pieces import Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -90,7 +91,7 @@ def update_count(optimizer: torch.optim.Optimizer) -> int:
     return int(optimizer.state[first]["step"]) if first in optimizer.state else 0
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], updates: int) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor] | Pieces, updates: int) -> None:
     """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted."""
     if updates == 0:
         return

@@ -12,9 +12,11 @@ import io
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rwkv_cluster.disk import writing
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 
@@ -22,7 +24,8 @@ from rwkv_cluster.workdir import WorkDir, atomic_write
 class StepRecord:
     """One line of metrics. step: steps done, from 1. grad_norm: None where fp16 skipped the update.
 
-    tokens: seen so far. memory_mb: peak of this process.
+    tokens: seen so far. memory_mb: peak of this process. save_wait_s: seconds that training has waited for checkpoints
+    since the step before.
     """
 
     step: int
@@ -33,6 +36,7 @@ class StepRecord:
     tokens_per_s: float
     memory_mb: float
     val_loss: float | None = None
+    save_wait_s: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that this step has, by name."""
@@ -49,6 +53,11 @@ class Records:
         self._jsonl_path = work.logs / "metrics.jsonl"
         self._csv_path = work.logs / "metrics.csv"
         self._log_path = work.out / "train_log.txt"
+        with writing(work.logs, len(header)):
+            self._open(start_step, start_epoch)
+        self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
+
+    def _open(self, start_step: int, start_epoch: int) -> None:
         _keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
         _keep_lines(self._csv_path, lambda line: line.startswith(COLUMNS[0]) or int(line.split(",")[0]) <= start_step)
         _keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
@@ -57,14 +66,18 @@ class Records:
         self._csv = open(self._csv_path, "a", encoding="utf-8", buffering=1, newline="")  # noqa: SIM115
         if new_csv:
             self._csv.write(",".join(COLUMNS) + "\n")
-        self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
 
     def step(self, record: StepRecord) -> None:
+        """Raises CheckpointError, as `epoch` does, when the disk refuses the line."""
         values = record.metrics()
-        self._jsonl.write(json.dumps(values) + "\n")
         row = io.StringIO()
         csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in COLUMNS)
-        self._csv.write(row.getvalue())
+        for path, file, line in (
+            (self._jsonl_path, self._jsonl, json.dumps(values) + "\n"),
+            (self._csv_path, self._csv, row.getvalue()),
+        ):
+            with writing(path, len(line)):
+                file.write(line)
 
     def epoch(self, epoch: int, mean_loss: float, lr: float, session_epoch: int) -> None:
         """RWKV-LM's line: index, mean loss, its exponential, lr of the last step, time, epoch of this session."""
@@ -74,12 +87,13 @@ class Records:
         )
 
     def _append_log(self, text: str) -> None:
-        with open(self._log_path, "a", encoding="utf-8") as handle:
+        with writing(self._log_path, len(text)), open(self._log_path, "a", encoding="utf-8") as handle:
             handle.write(text)
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._csv.close()
+        for file in (self._jsonl, self._csv):
+            with suppress(OSError):  # lines are written at once: what is left is one that the disk has refused
+                file.close()
 
 
 def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rwkv_cluster.config import Config
+from rwkv_cluster.config import Config, TrainingConfig
+from rwkv_cluster.data.sampler import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.train.checkpoint import Checkpoint
 
@@ -22,6 +23,32 @@ def run_identity(config: Config, *, data_fingerprint: str, global_batch_size: in
         "global_batch_size": global_batch_size,
         "magic_prime": magic_prime,
     }
+
+
+def accumulation_of(found: Checkpoint, training: TrainingConfig, world_size: int) -> int | None:
+    """Micro batches per optimizer step with which another number of ranks has `found`'s global batch.
+
+    None where the number of ranks is the same, or the configuration says something new about the batch itself. Raises
+    ConfigError, with numbers that would do, where the global batch cannot be kept.
+    """
+    before = found.state["config"]["training"]
+    fields = ("accumulate_grad_batches", "global_batch_size")
+    if len(found.state["random_states"]) == world_size or any(
+        before[name] != getattr(training, name) for name in fields
+    ):
+        return None
+    batch = found.state["global_batch_size"]
+    per_pass = training.micro_bsz * world_size
+    if batch % per_pass == 0:
+        return int(batch // per_pass)
+    worlds = listing([ranks for ranks in divisors(batch) if batch % (training.micro_bsz * ranks) == 0])
+    remedies = [f"{worlds} rank{'' if worlds == '1' else 's'}"] if worlds else []
+    if batch % world_size == 0:
+        remedies.append(f"a training.micro_bsz of {listing(divisors(batch // world_size))}")
+    raise ConfigError(
+        f"{found.path} has a global batch of {batch} samples, which is not a multiple of micro_bsz "
+        f"{training.micro_bsz} * {world_size} ranks = {per_pass}. Use {', or '.join(remedies)}"
+    )
 
 
 def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
-from rwkv_cluster.errors import MissingDataError
-from rwkv_cluster.ranks import end_with_launcher, rank
+from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.ranks import end_with_launcher, launched_world_size, rank
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
+from rwkv_cluster.train.attendance import Attendance
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.loggers import require_packages
+from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, resolve, with_vocabulary
 from rwkv_cluster.train.signals import StopRequest
@@ -27,7 +29,7 @@ __all__ = ["TrainResult", "initialize", "prepare_data", "train"]
 
 log = logging.getLogger("rwkv_cluster")
 
-PREPARATION_TIMEOUT_S = 24 * 3600.0
+SHARED_DIRECTORY_S = 120.0  # for what one machine has written to be seen on another
 
 
 def prepare_data(
@@ -38,15 +40,15 @@ def prepare_data(
     tokenizer, arrays: objects to use instead of, and in addition to, what config.data names.
     """
     work = WorkDir(config.work_dir)
-    with _holding(work):
-        return _obtain_data(config, work, _chosen(tokenizer, config), arrays, name)
+    with _holding(config, work) as roll_call:
+        return _obtain_data(config, work, roll_call, _chosen(tokenizer, config), arrays, name)
 
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
     """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path."""
     work = WorkDir(config.work_dir)
     vocab_size = _chosen(tokenizer, config).vocab_size
-    with _holding(work):
+    with _holding(config, work):
         return ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
 
 
@@ -67,12 +69,12 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     require_packages(config.logging)
     require_sample_prompt(config.logging, tokenizer)
     resolve(config, int(tokenizer.vocab_size))  # refuses before the data is prepared what would be refused after it
-    with _holding(work):
-        session = open_session(config, work, manifest or _obtain_data(config, work, tokenizer))
+    with _holding(config, work) as roll_call:
+        session = open_session(config, work, manifest or _obtain_data(config, work, roll_call, tokenizer))
         if session.start_step == session.horizon.total_steps:
             return _already_complete(session)
         with StopRequest(work.root / "STOP").listening() as stop_request:
-            return fit(session, tokenizer, stop_request)
+            return fit(session, tokenizer, stop_request, [Attendance(roll_call)])
 
 
 def _chosen(tokenizer: Any, config: Config) -> Any:
@@ -80,23 +82,42 @@ def _chosen(tokenizer: Any, config: Config) -> Any:
 
 
 @contextmanager
-def _holding(work: WorkDir) -> Iterator[None]:
-    """The work directory, created and locked by rank 0 for all ranks."""
-    if rank() != 0:
-        yield
-        return
-    work.create()
-    with work.lock():
-        for folder in (work.out, work.checkpoints, work.logs, work.configs):
-            remove_temporaries(folder)
-        (work.root / "STOP").unlink(missing_ok=True)
-        yield
+def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
+    """The work directory, created and locked by rank 0 for all ranks, which see each other inside the block."""
+    world_size = launched_world_size() or config.training.devices
+    with RollCall(work, world_size, config.training.timeout_s).answering() as roll_call:
+        if rank() != 0:
+            yield roll_call
+            return
+        work.create()
+        with work.lock():
+            roll_call.forget_earlier_runs()
+            for folder in (work.out, work.checkpoints, work.logs, work.configs):
+                remove_temporaries(folder)
+            (work.root / "STOP").unlink(missing_ok=True)
+            yield roll_call
 
 
 def _obtain_data(
-    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray] = (), name: str = "train"
+    config: Config,
+    work: WorkDir,
+    roll_call: RollCall,
+    tokenizer: Any,
+    arrays: Sequence[np.ndarray] = (),
+    name: str = "train",
 ) -> DataManifest:
-    """Rank 0 prepares; the others wait until what is there fits the configuration. No collective is held meanwhile."""
+    """Rank 0 prepares; the others wait for its word, and for the files to be seen here. No collective meanwhile."""
+    if rank() != 0:
+        fingerprint = roll_call.wait_for_rank_0("data", what="the preparation of the data")
+        return _manifest_seen_here(work, fingerprint)
+    manifest = _prepared_by_rank_0(config, work, tokenizer, arrays, name)
+    roll_call.publish(data=manifest.fingerprint)
+    return manifest
+
+
+def _prepared_by_rank_0(
+    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray], name: str
+) -> DataManifest:
     if not config.data.inputs and not arrays:
         try:
             return load_manifest(work.data)
@@ -106,20 +127,24 @@ def _obtain_data(
                 "Name files, folders or patterns in data.inputs"
             ) from error
 
-    def reason() -> str | None:
-        return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    change = reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    if change is not None:  # otherwise no checkpoint has to be read and hashed for this
+        resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), change)
+    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
 
-    if rank() == 0:
-        change = reason()
-        if change is not None:  # otherwise no checkpoint has to be read and hashed for this
-            resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), change)
-        return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
-    distributed.wait_for(
-        lambda: True if reason() is None else None,
-        what="rank 0 to prepare the data",
-        timeout_s=PREPARATION_TIMEOUT_S,
-    )
-    return load_manifest(work.data)
+
+def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
+    """The manifest that rank 0 has written, once the shared directory shows it to this machine."""
+
+    def look() -> DataManifest | None:
+        try:
+            found = load_manifest(work.data)
+        except DataError:
+            return None
+        return found if found.fingerprint == fingerprint else None
+
+    what = f"the data that rank 0 has prepared to be seen in {work.data} on this machine"
+    return distributed.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
 
 
 def _already_complete(session: Session) -> TrainResult:

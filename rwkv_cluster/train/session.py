@@ -73,6 +73,9 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     """
     config, placement, accumulate = resolve(config, manifest.vocab_size)
     training = config.training
+    found = newest_verified(work.checkpoints)
+    if found is not None:
+        accumulate = resume.accumulation_of(found, training, placement.world_size) or accumulate
     plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
@@ -85,10 +88,10 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    session = Session(config, work, manifest, placement, plan, end, accumulate, newest_verified(work.checkpoints))
-    if session.found is not None:
-        resume.require_same_run(session.found, session.identity)
-        resume.finished_beyond(session.found, end.total_steps)
+    session = Session(config, work, manifest, placement, plan, end, accumulate, found)
+    if found is not None:
+        resume.require_same_run(found, session.identity)
+        resume.finished_beyond(found, end.total_steps)
     return session
 
 
@@ -101,7 +104,7 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
     placement = place(training)
     device = torch.device(placement.accelerator)
     ops.require(training.wkv_backend, device, DTYPES[training.precision], config.model.head_size_a)
-    fused.require(training.fused)
+    fused.require(training.fused, placement.accelerator)
     accumulate = accumulation(
         micro_bsz=training.micro_bsz,
         world_size=placement.world_size,
@@ -136,7 +139,7 @@ def build_model(session: Session) -> RWKV:
         fused=training.fused,
     )
     if session.found is not None:
-        model.load_state_dict(fit_state_dict(session.found.weights(), model))
+        model.load_state_dict(fit_state_dict(dict(session.found.weights()), model))
     elif rank() == 0:
         path = ensure_init_file(session.config, session.work, force=training.init_from is not None)
         model.load_state_dict(fit_state_dict(load_pth(path), model))

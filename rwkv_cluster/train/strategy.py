@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.train.state import Replica, TrainState
+from rwkv_cluster.train.zero import Shards, ZeroStrategy, require_deepspeed, zero_strategy
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def place(training: TrainingConfig) -> Placement:
         raise ConfigError(
             "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"
         )
+    require_deepspeed(training, accelerator)
     world_size = ranks.launched_world_size() or training.devices
     devices = ranks.launched_local_world_size() or min(training.devices, world_size)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
@@ -70,11 +76,30 @@ def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[st
     }
     if training.precision == "fp16":
         arguments["plugins"] = [ScaledFp16("16-mixed", placement.accelerator)]
+    if training.precision == "bf16" and training.deepspeed_stage:  # stage 0 keeps fp32 parameters, as DDP
+        arguments["precision"] = "bf16-mixed"
     return arguments
 
 
+def train_state(trainer: Trainer, model: nn.Module) -> TrainState:
+    """What this rank holds of `model`, once `trainer` has set it up."""
+    if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.stage > 0:
+        return Shards(model, trainer.strategy.deepspeed_engine)
+    (optimizer,) = trainer.optimizers
+    return Replica(model, optimizer)
+
+
+def completes_step(trainer: Trainer) -> bool:
+    """Whether an update follows the backward pass that has just ended."""
+    return not isinstance(trainer.strategy, ZeroStrategy) or trainer.strategy.completes_step()
+
+
 def _strategy(training: TrainingConfig, placement: Placement) -> Strategy | str:
+    if training.deepspeed_stage is not None:
+        return zero_strategy(training, placement.accelerator)
     if placement.world_size == 1 and training.strategy == "auto":
         return SingleDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
     backend = "nccl" if placement.accelerator == "cuda" else "gloo"
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+    return DDPStrategy(
+        process_group_backend=backend, timeout=timedelta(seconds=training.timeout_s), gradient_as_bucket_view=True
+    )

@@ -10,8 +10,8 @@ from torch import Tensor
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import MissingCheckpointError
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth
-from rwkv_cluster.train.checkpoint import newest_verified
+from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
+from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, newest_verified, verify
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -22,13 +22,30 @@ def newest_weights(work: WorkDir) -> dict[str, Tensor]:
     """
     found = newest_verified(work.checkpoints)
     if found is not None:
-        return found.weights()
+        return dict(found.weights())
     if work.final_weights.exists():
         return load_pth(work.final_weights)
     raise MissingCheckpointError(
         f"{work.root} has no trained weights: no checkpoint and no {work.final_weights.name}. "
         "Train first: `rwkv-cluster train CONFIG`"
     )
+
+
+def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the masters of a checkpoint, by however many ranks it was saved, to out/step-XXXXXXXX.pth.
+
+    step: of the checkpoint; default the newest. Raises MissingCheckpointError when it is not there, CheckpointError
+    when it is damaged.
+    """
+    steps = list_steps(work.checkpoints)
+    if not steps or (step is not None and step not in steps):
+        wanted, there = "checkpoint" if step is None else f"checkpoint of step {step}", ", ".join(map(str, steps))
+        raise MissingCheckpointError(f"{work.checkpoints} has no {wanted}. Steps that are there: {there or 'none'}")
+    found = newest_verified(work.checkpoints) if step is None else verify(checkpoint_path(work.checkpoints, step))
+    assert found is not None
+    path = work.out / f"{found.path.name}.pth"
+    save_pth(path, dict(found.weights()), dtype)
+    return path
 
 
 def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:

@@ -47,15 +47,22 @@ def test_micro_batches_of_all_ranks_are_the_steps(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("max_tokens", [7, 100, 995, 10**9])
 def test_validation_predicts_each_token_once(tokens: IndexedTokens, max_tokens: int, world_size: int) -> None:
-    targets = []
+    targets, turns = [], []
     for rank in range(world_size):
-        batches = validation_batches(
-            tokens, ctx_len=10, batch_size=3, max_tokens=max_tokens, rank=rank, world_size=world_size
+        batches = list(
+            validation_batches(
+                tokens, ctx_len=10, batch_size=3, max_tokens=max_tokens, rank=rank, world_size=world_size
+            )
         )
+        turns.append(len(batches))
+        assert all(batch is not None for batch in batches[:-1])
         for batch in batches:
+            if batch is None:
+                continue
             assert torch.equal(batch[:, 1:], batch[:, :-1] + 1)
             targets += batch[:, 1:].flatten().tolist()
     assert sorted(targets) == list(range(1, 1 + min(N_TOKENS - 1, max_tokens)))
+    assert len(set(turns)) == 1
 
 
 def test_a_file_that_shrinks_under_the_run_is_said(tokens: IndexedTokens, tmp_path: Path) -> None:

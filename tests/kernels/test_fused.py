@@ -7,8 +7,9 @@ import torch
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import fused, loader
+from rwkv_cluster.kernels import fused, fused_cpu, loader
 
+NATIVE = ["mix", "squared_relu", "keys", "read"]
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]  # B, T, H, N
 
 
@@ -23,6 +24,12 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
     flat, full, width = (batch, time, heads * size), shape, heads * size
     if name == "mix":
         return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
+    if name == "blend":
+        return [normal(*flat), normal(*flat), *(normal(*flat) for _ in range(5))], 0
+    if name == "squared_relu":
+        return [normal(*flat)], 0
+    if name == "gated_norm":
+        return [normal(*full), normal(*flat), normal(width), normal(width)], 2
     if name == "keys":
         return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
     parameters = [normal(heads, size), normal(width), normal(width)]
@@ -33,11 +40,13 @@ def run(name: str, given: list[torch.Tensor], size: int, choice: str) -> list[to
     """Results and the gradients of everything."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
     if name == "mix":
-        results = list(fused.mix(leaves[0], leaves[1:], size, choice=choice))
+        results = list(fused.mix(leaves[0], leaves[1:], choice=choice))
+    elif name == "blend":
+        results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
     elif name == "keys":
         results = list(fused.keys(*leaves, size, choice=choice))
     else:
-        results = [fused.read(*leaves, choice=choice)]
+        results = [getattr(fused, name)(*leaves, choice=choice)]
     generator = torch.Generator().manual_seed(4)
     sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in results]
     return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
@@ -52,7 +61,7 @@ def _nan_in_uninitialised_memory():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_results_and_every_gradient(name, shape, dtype):
     tensors, parameters = arguments(name, shape)
     first = len(tensors) - parameters
@@ -72,7 +81,7 @@ def test_any_number_of_mixes(count):
     assert max(relative_errors(run("mix", given, 32, "native"), wanted)) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_any_number_of_threads_gives_the_same_bits(name):
     tensors, _ = arguments(name, (3, 100, 2, 32))
     given = [x.float() for x in tensors]
@@ -88,7 +97,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
-@pytest.mark.parametrize("name", ["mix", "keys", "read"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_every_instruction_set(name, target):
     library = loader.cpu()
     assert isinstance(library, loader.Library)
@@ -113,12 +122,36 @@ def test_a_vanishing_key_has_finite_gradients():
     assert max(relative_errors(found, wanted)) < 2e-6
 
 
-def test_what_the_compiled_form_does_not_take_goes_the_plain_way(monkeypatch):
+@pytest.mark.parametrize("name", [*NATIVE, "blend", "gated_norm"])
+def test_under_torch_compile(name):
+    """Inductor's C++ for the CPU stands in for its Triton code; bf16 beside float64 as above."""
+    tensors, parameters = arguments(name, (2, 9, 2, 32))
+    first = len(tensors) - parameters
+    given = [x.bfloat16() if i < first else x.bfloat16().float() for i, x in enumerate(tensors)]
+    found = run(name, given, 32, "compile")
+    assert all(x.dtype == g.dtype for x, g in zip(found[-len(given) :], given, strict=True))
+    wanted = run(name, [x.double() for x in given], 32, "plain")
+    limit = 8e-3  # the plain form rounds in between, and the compiled one may
+    assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
+
+
+def test_what_the_native_form_does_not_take_goes_the_plain_way(monkeypatch):
     tensors, _ = arguments("mix", (1, 5, 1, 12))
     given = [x.float() for x in tensors]
-    assert not fused.serves("auto", given[0], 12)
+    assert not fused_cpu.serves(given[0], 12)
     assert all(map(torch.equal, run("mix", given, 12, "native"), run("mix", given, 12, "plain")))
     monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
-    assert not fused.serves("auto", torch.zeros(1, 2, 16), 16)
+    assert not fused_cpu.serves(torch.zeros(1, 2, 16), 16)
+
+
+def test_a_choice_that_cannot_be_had_is_refused(monkeypatch):
+    with pytest.raises(KernelError, match=r'^training\.fused "native" is for CPUs'):
+        fused.require("native", "cuda")
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
     with pytest.raises(KernelError, match=r'^Nothing here\. training\.fused "native" needs them'):
-        fused.serves("native", torch.zeros(1, 2, 16), 16)
+        fused.require("native", "cpu")
+    monkeypatch.setattr(fused, "_can_compile", lambda device_type: False)
+    with pytest.raises(KernelError, match=r'^training\.fused "compile" needs Triton'):
+        fused.require("compile", "cuda")
+    for choice in ("auto", "plain"):
+        fused.require(choice, "cuda")

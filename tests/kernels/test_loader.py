@@ -11,16 +11,11 @@ import pytest
 from rwkv_cluster.kernels import build, loader
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    return build.build("cpu", tmp_path_factory.mktemp("built")).parent
-
-
 @pytest.fixture
-def folder(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cpu_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder that is looked in, with a whole library."""
     target = tmp_path / "lib"
-    shutil.copytree(built, target)
+    shutil.copytree(cpu_library.parent, target)
     monkeypatch.setattr(loader, "folders", lambda: [target])
     return target
 

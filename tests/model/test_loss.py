@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import relative_error
 
+from rwkv_cluster.model import layers
 from rwkv_cluster.model import loss as loss_module
 from rwkv_cluster.model.loss import head_loss
 
@@ -58,6 +59,22 @@ def test_bf16_hidden_on_fp32_weight():
     assert (found.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32,) * 3
     assert abs((found - value).item()) < 0.05
     assert relative_error(grad_weight, wanted) < 0.05
+
+
+@pytest.mark.parametrize("has_units", [True, False], ids=["pytorch", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_weight_gradient_of_many_chunks_is_summed_in_fp32(monkeypatch, dtype, has_units):
+    monkeypatch.setattr(layers, "_has_half_units", lambda: has_units)
+    generator = torch.Generator().manual_seed(0)
+    rows = 2048  # the same 16 rows again and again: summed in bf16 they would stop adding up after some 256 chunks
+    hidden = torch.randn(16, 24, generator=generator).to(dtype).repeat(rows // 16, 1)
+    weight = (torch.randn(V, 24, generator=generator) / 8).to(dtype).float().requires_grad_()
+    targets = torch.randint(0, V, (16,), generator=generator).repeat(rows // 16)
+    found = torch.autograd.grad(head_loss(hidden, weight, targets, 1e-4, 16), weight)[0]
+    wanted = torch.autograd.grad(head_loss(hidden[:16], weight, targets[:16], 1e-4, 16), weight)[0]
+    assert relative_error(found, wanted) < 1e-6
+    exact = torch.autograd.grad(plain(hidden.double(), weight.double(), targets, 1e-4)[1], weight)[0]
+    assert relative_error(found, exact) < {torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
 
 
 def test_l2wrap_goes_to_the_first_of_equal_maxima():

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from naive_wkv import relative_errors
 from numpy_rwkv import NumpyRWKV
 from tiny_models import VERSIONS, relative_error, some_tokens, tiny_config, tiny_model
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.model.layers import linear, squared_relu
+from rwkv_cluster.kernels import plain
+from rwkv_cluster.model import layers
+from rwkv_cluster.model.layers import linear
 from rwkv_cluster.model.loss import head_loss
 from rwkv_cluster.model.rwkv import RWKV
 
@@ -129,23 +132,46 @@ def test_vocab_size_is_required():
         RWKV(ModelConfig(model_type="x070"))
 
 
-def test_linear_and_its_gradients_in_fp32():
+@pytest.fixture(params=["onednn", "mkl", "pytorch"])
+def product(request, monkeypatch):
+    """The ways of a product on a CPU, whatever units this one has: in fp32 by either library, or left to PyTorch."""
+    monkeypatch.setattr(layers, "_has_fast_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(layers, "_has_half_units", lambda: request.param == "pytorch")
+    return request.param
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2.5e-3), (torch.float16, 4e-4)], ids=str
+)
+def test_linear_and_its_gradients(product, dtype, tolerance, strided):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, upstream = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
+    rounded = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         for shape in ((3, 40, 24), (56, 24), (56,), (3, 40, 56))
-    )
+    ]
+    if strided:
+        rounded = [z.transpose(0, -1).contiguous().transpose(0, -1) for z in rounded]
     results = []
-    for dtype in (torch.float32, torch.float64):
-        inputs = [z.to(dtype).requires_grad_() for z in (x, weight, bias)]
-        y = linear(*inputs)
-        y.backward(upstream.to(dtype))
-        results.append([y, *(z.grad for z in inputs)])
-    for found, wanted in zip(*results, strict=True):
-        assert found.shape == wanted.shape
-        assert relative_error(found.double(), wanted) < 1e-6
+    for precision in (dtype, torch.float64):
+        *leaves, upstream = (z.to(precision) for z in rounded)
+        leaves = [z.requires_grad_() for z in leaves]
+        y = linear(*leaves) if precision == dtype else leaves[0] @ leaves[1].t() + leaves[2]
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream)])
+    assert [(z.shape, z.dtype) for z in results[0]] == [(z.shape, dtype) for z in results[1]]
+    assert max(relative_errors(*results)) < tolerance
+
+
+def test_products_in_fp32_keep_no_fp32_copies(monkeypatch):
+    monkeypatch.setattr(layers, "_has_half_units", lambda: False)
+    x, weight = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((40, 24), (56, 24)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):
+        y = linear(x, weight)
+    assert type(y.grad_fn).__name__ == "_Fp32LinearBackward"
+    assert [(z.shape, z.dtype) for z in kept] == [(x.shape, torch.bfloat16), (weight.shape, torch.bfloat16)]
 
 
 def test_squared_relu_gradient():
     x = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(squared_relu, (x,))
+    assert torch.autograd.gradcheck(plain.squared_relu, (x,))

@@ -91,7 +91,7 @@ def test_not_finite_is_never_written(tmp_path):
 
 
 def test_an_unwritable_place_is_a_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match=r"absent/m\.pth: cannot be written: No such file"):
+    with pytest.raises(CheckpointError, match=r"absent/m\.pth cannot be written: No such file"):
         save_pth(tmp_path / "absent" / "m.pth", {"a": torch.ones(1)})
 
 

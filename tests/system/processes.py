@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tiny_run import fingerprint
@@ -31,20 +31,33 @@ def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = E
 
 
 class Job:
-    """One `python -m rwkv_cluster VERB run.yaml`, alone or as the ranks of a torchrun, with its output in a file."""
+    """One `python -m rwkv_cluster VERB run.yaml`, alone or as the ranks of a torchrun, with its output in a file.
+
+    launcher: torchrun's arguments, in place of those for `ranks` on one machine. prefix: a command that runs the rest.
+    """
 
     def __init__(
-        self, folder: Path, *, verb: str = "train", ranks: int | None = None, fault: str | None = None
+        self,
+        folder: Path,
+        *,
+        verb: str = "train",
+        ranks: int | None = None,
+        fault: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        config: str = "run.yaml",
     ) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
-        environment |= {"OMP_NUM_THREADS": "1"} | ({FAULT_VARIABLE: fault} if fault else {})
+        launcher = ["--standalone", "--nproc-per-node", str(ranks)] if ranks else launcher
+        launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
+        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
+        inherited |= {"OMP_NUM_THREADS": "1"} | ({FAULT_VARIABLE: fault} if fault else {})
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "rwkv_cluster", verb, "run.yaml"],
+                [*prefix, sys.executable, *launcher, "-m", "rwkv_cluster", verb, config],
                 cwd=folder,
-                env=environment,
+                env=inherited | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,9 @@ from system.processes import Job, Watched
 from tiny_run import tiny_config, write_config, write_text
 
 from rwkv_cluster.data.prepare import load_manifest
-from rwkv_cluster.errors import MissingDataError
+from rwkv_cluster.errors import LaunchError, MissingDataError
+from rwkv_cluster.heartbeat import BEAT_S, every, write_record
+from rwkv_cluster.lock import TAKEOVER_S
 
 pytestmark = pytest.mark.system
 
@@ -57,14 +62,16 @@ def _new_run(folder: Path, **training: object) -> Watched:
 
 
 def test_the_second_run_ends_at_once_and_names_the_first(tmp_path: Path, start: Callable[..., Job]) -> None:
+    """D1."""
     run = _new_run(tmp_path, max_steps=100_000)
-    first = start(run.folder)
+    first = start(run.folder, environment={"SLURM_JOB_ID": "77"})
     run.wait_for_steps(first, sessions=0, step=1)
     second = start(run.folder)
     assert second.wait(5) == 6
     assert re.search(
         rf"error: work_dir {re.escape(str(run.work.root))} is in use by process {first.process.pid} on "
-        rf"{re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\. ",
+        rf"{re.escape(socket.gethostname())} in Slurm job 77 since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\. "
+        r"Look at it with `squeue -j 77`, wait for it",
         second.text,
     )
     assert first.running()
@@ -84,7 +91,7 @@ def test_of_two_started_together_one_runs(tmp_path: Path, start: Callable[..., J
 
 @pytest.mark.parametrize("what", ["command", "function"])
 def test_twenty_preparations_at_once(what: str, tmp_path: Path) -> None:
-    """The command refuses while another holds the work directory; the function waits and uses what is there."""
+    """D3. The command refuses while another holds the work directory; the function waits and uses what is there."""
     write_text(tmp_path / "text.jsonl", n_words=50_000)
     run = _new_run(tmp_path)
     with open(tmp_path / "output.txt", "w+") as output:
@@ -114,3 +121,39 @@ def test_twenty_preparations_at_once(what: str, tmp_path: Path) -> None:
         assert set(codes) <= {0, 6}
         assert codes.count(0) >= 1
         assert text.count("is in use by process") == codes.count(6) >= 1
+
+
+def test_a_holder_on_another_machine(tmp_path: Path, start: Callable[..., Job]) -> None:
+    """D1, D2: refused while its heartbeat changes, a hundred times; taken over a minute after the last change."""
+    run = _new_run(tmp_path, max_steps=2)
+    run.work.create()
+    record = {
+        "host": "node-7",
+        "machine": "another kernel",
+        "pid": 4711,
+        "claim": "theirs",
+        "since": "2026-01-02 03:04:05",
+    }
+    beats = itertools.count()
+    with every(BEAT_S, lambda: write_record(run.work.lock_file, record | {"beats": next(beats)})):
+        refused = start(run.folder)
+        began = time.monotonic()
+        with ThreadPoolExecutor(100) as pool:
+            outcomes = Counter(pool.map(lambda _: _try_to_hold(run), range(100)))
+        assert time.monotonic() - began < 10
+        assert set(outcomes) == {"refused"}
+        assert refused.wait(10) == 6
+        assert "is in use by process 4711 on node-7 since 2026-01-02 03:04:05" in refused.text
+    gone_since = time.monotonic()
+    job = start(run.folder)
+    job.complete()
+    assert time.monotonic() - gone_since > TAKEOVER_S
+    assert "is taken over: it was held by process 4711 on node-7 since 2026-01-02 03:04:05" in job.text
+
+
+def _try_to_hold(run: Watched) -> str:
+    try:
+        with run.work.lock():
+            return "held"
+    except LaunchError:
+        return "refused"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -128,34 +129,45 @@ def test_bad_data_on_rank_0_ends_rank_1(tmp_path: Path, start: Callable[..., Job
     wait_for_end(workers, timeout_s=10)
 
 
-@pytest.mark.parametrize("ranks", [2, None], ids=["torchrun", "devices"])
+@pytest.mark.parametrize(
+    ("ranks", "what"), [(2, "loss"), (None, "gradient")], ids=["torchrun-loss", "devices-gradient"]
+)
 def test_nan_on_rank_1_stops_both_before_the_update(
-    ranks: int | None, tmp_path: Path, start: Callable[..., Job]
+    ranks: int | None, what: str, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path, devices=1 if ranks else 2)
-    job = start(run.folder, ranks=ranks, fault="train.loss@3#1:hit")
+    job = start(run.folder, ranks=ranks, fault=f"train.{what}@3#1:hit")
     assert job.wait() == 1, job.text
-    assert "rank 0: error: step 3: the loss or gradient is not finite on rank 1 (" in job.text
+    assert f"rank 0: error: step 3: the {what} is not finite on rank 1 (" in job.text
     assert run.steps_logged() == 3
     assert run.newest_checkpoint() == 0
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("ranks", [2, None], ids=["torchrun", "devices"])
+@pytest.mark.parametrize(
+    ("ranks", "victims"),
+    [(2, [0]), (2, [1]), (2, [0, 1]), (None, [0]), (None, [1])],
+    ids=["torchrun-0", "torchrun-1", "torchrun-both", "devices-0", "devices-1"],
+)
 def test_a_killed_rank_ends_the_other(
-    ranks: int | None, victim: int, tmp_path: Path, start: Callable[..., Job]
+    ranks: int | None, victims: list[int], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
+    """C1."""
     run = _new_run(tmp_path, devices=1 if ranks else 2, max_steps=3000)
     job = start(run.folder, ranks=ranks)
     run.wait_for_steps(job, sessions=0, step=55)
     pids = [job.worker(0) if ranks else job.process.pid, job.worker(1)]
-    os.kill(pids[victim], signal.SIGKILL)
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
     assert job.wait(10) != 0
     wait_for_end(pids, timeout_s=10)
+    if ranks:
+        tail = " ".join(line.strip() for line in job.text.splitlines()[-20:])
+        assert any(re.search(rf"rank +: {victim} .*exitcode +: -9 ", tail) for victim in victims), job.text
     assert run.newest_checkpoint() >= 50
 
 
 def test_the_workers_of_a_killed_torchrun_end(tmp_path: Path, start: Callable[..., Job]) -> None:
+    """C6."""
     run = _new_run(tmp_path, max_steps=3000)
     job = start(run.folder, ranks=2)
     run.wait_for_steps(job, sessions=0, step=5)

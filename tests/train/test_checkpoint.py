@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
 import random
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +17,14 @@ import torch
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train import checkpoint
+from rwkv_cluster.train.saving import Saver
 
 
 def _save(directory: Path, step: int, value: float = 1.0) -> Path:
-    return checkpoint.save(
-        directory,
-        step,
-        weights={"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)},
-        optimizer={"exp_avg/emb.weight": torch.full((3, 4), value)},
-        state={"step": step, "loss": 2.5},
-    )
+    weights = {"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)}
+    files = {"weights.pth": weights, "optimizer.pth": {"exp_avg/emb.weight": torch.full((3, 4), value)}}
+    Saver(directory, keep_last=100, background=False, n_bytes=0).save(step, files, {"step": step, "loss": 2.5})
+    return checkpoint.checkpoint_path(directory, step)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_300_of_300_flipped_bits_are_found(directory: Path) -> None:
 
 def test_missing_and_foreign_and_left_over(directory: Path) -> None:
     _save(directory, 1)
-    for name in checkpoint.PAYLOAD:
+    for name in ("weights.pth", "optimizer.pth", "state.json"):
         newest = _save(directory, 2)
         (newest / name).unlink()
         assert checkpoint.newest_verified(directory).step == 1
@@ -131,23 +132,24 @@ def test_all_bad_is_an_error_that_lists_each(directory: Path) -> None:
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("kind", ["weights", "optimizer"])
-def test_nan_is_not_saved(directory: Path, kind: str) -> None:
-    tensors = {"weights": {"a": torch.ones(2)}, "optimizer": {"b": torch.ones(2)}}
-    next(iter(tensors[kind].values()))[1] = float("nan")
-    with pytest.raises(CheckpointError, match=r"step 3 is not written: [ab] has a NaN or infinite value"):
-        checkpoint.save(directory, 3, **tensors, state={})
+def test_nan_is_not_saved(directory: Path, kind: str, background: bool) -> None:
+    files = {"weights.pth": {"a": torch.ones(2)}, "optimizer.pth": {"b": torch.ones(2)}}
+    next(iter(files[f"{kind}.pth"].values()))[1] = float("nan")
+    with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not written: [ab] has a NaN or infinite value"):
+        Saver(directory, keep_last=3, background=background, n_bytes=0).save(3, files, {})
     assert list(directory.iterdir()) == []
 
 
 def test_a_save_that_fails_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save(directory, 1)
 
-    def refuse(source: str, target: str) -> None:
+    def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*bytes are free|It needs about"):
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"No space left on device\. It needs about .* free on .*Make room"):
         _save(directory, 2)
     assert [entry.name for entry in directory.iterdir()] == ["step-00000001"]
     assert checkpoint.newest_verified(directory).step == 1
@@ -165,6 +167,44 @@ def test_prune_keeps_the_newest(directory: Path) -> None:
     assert checkpoint.list_steps(directory) == [200]
 
 
+DELETING = ("os.rename", "os.remove", "os.rmdir")  # audit events of the interpreter, each before its system call
+
+
+def _prune_until(directory: Path, point: int) -> bool:
+    """Prune to one checkpoint in a process that kills itself at its `point`-th deletion; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        left = itertools.count(point, -1)
+
+        def kill_at_point(event: str, arguments: tuple[object, ...]) -> None:
+            if event in DELETING and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill_at_point)
+        checkpoint.prune(directory, 1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_while_it_prunes_leaves_the_newest_and_no_half(directory: Path, tmp_path: Path) -> None:
+    """Row B9: at every single deletion."""
+    for step in range(1, 6):
+        _save(directory, step)
+    points = 0
+    while True:
+        copy = tmp_path / f"killed-{points}"
+        shutil.copytree(directory, copy)
+        killed = _prune_until(copy, points)
+        for step in checkpoint.list_steps(copy):
+            checkpoint.verify(checkpoint.checkpoint_path(copy, step))
+        assert checkpoint.newest_verified(copy).step == 5
+        if not killed:
+            break
+        points += 1
+    assert points >= 20
+    assert [entry.name for entry in copy.iterdir()] == ["step-00000005"]
+
+
 def test_replaces_a_damaged_one_of_the_same_step(directory: Path) -> None:
     (_save(directory, 4, 1.0) / "weights.pth").write_bytes(b"")
     _save(directory, 4, 2.0)
@@ -179,17 +219,24 @@ class _Bomb:
         return os.system, (f"touch {self.canary}",)
 
 
+def _forge_manifest(path: Path) -> None:
+    text, _, _ = (path / "manifest.json").read_bytes().rstrip(b"\n").rpartition(b"\n")
+    body = json.loads(text)
+    for name in body["files"]:
+        body["files"][name] = checkpoint._entry(path / name)
+    (path / "manifest.json").write_bytes(checkpoint._canonical(body))
+
+
 def test_code_in_a_checkpoint_does_not_run(directory: Path, tmp_path: Path) -> None:
     """A forger who also renews the checksums still gets nothing executed."""
     path = _save(directory, 1)
     canary = tmp_path / "canary"
     torch.save({"emb.weight": torch.ones(1), "x": _Bomb(canary)}, path / "weights.pth")
-    (path / "manifest.json").unlink()
-    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(path, 1))
+    _forge_manifest(path)
     with pytest.raises(CheckpointError, match=r"weights\.pth"):
         checkpoint.newest_verified(directory).weights()
     (path / "optimizer.pth").write_bytes(pickle.dumps(_Bomb(canary)))
-    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(path, 1))
+    _forge_manifest(path)
     with pytest.raises(CheckpointError, match=r"optimizer\.pth"):
         checkpoint.newest_verified(directory).optimizer()
     assert not canary.exists()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import fingerprint, losses, tiny_config, write_text
@@ -16,6 +19,8 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchE
 from rwkv_cluster.model.state_dict import load_pth
 from rwkv_cluster.train.checkpoint import list_steps, newest_verified
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.resume import accumulation_of
 from rwkv_cluster.train.run import initialize, train
 from rwkv_cluster.train.strategy import Placement
 from rwkv_cluster.workdir import WorkDir
@@ -106,6 +111,38 @@ def test_every_version_and_precision_continues_exactly(
     train(configs[0])
     _run_in_sessions(configs[1], [3], monkeypatch)
     assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def test_noise_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dropout would use it, from each generator: the models have none, a user's change to them may."""
+    step = TrainingModule.training_step
+
+    def noisy(module: TrainingModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return step(module, batch, batch_idx) * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+    monkeypatch.setattr(TrainingModule, "training_step", noisy)
+    fingerprints = []
+    for name in ("unbroken", "stopped", "noise lost"):
+        (tmp_path / name).mkdir()
+        config = tiny_config(tmp_path / name)
+        _seed_all(1)
+        if name != "unbroken":
+            monkeypatch.setenv(FAULT_VARIABLE, "train.step@3:signal=SIGUSR1")
+            with pytest.raises(Preempted):
+                train(config)
+            monkeypatch.delenv(FAULT_VARIABLE)
+            _seed_all(2)  # as another process has them
+        if name == "noise lost":
+            monkeypatch.setattr("rwkv_cluster.train.random_state.restore", lambda states, rank: None)
+        train(config)
+        fingerprints.append(fingerprint(config.work_dir))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,10 +274,12 @@ def test_leftovers_of_a_killed_save_are_removed(unbroken: Path, tmp_path: Path) 
     assert not left.exists()
 
 
-def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row G1."""
     config = tiny_config(tmp_path, checkpoint={"save_interval_steps": 2})
-    monkeypatch.setenv(FAULT_VARIABLE, "train.loss@5:hit")
-    with pytest.raises(TrainingError, match=r"step 5: .*rank 0.*Samples 21 to 24") as caught:
+    monkeypatch.setenv(FAULT_VARIABLE, f"train.{what}@5:hit")
+    with pytest.raises(TrainingError, match=rf"step 5: the {what} is .*rank 0.*Samples 21 to 24") as caught:
         train(config)
     assert caught.value.exit_code == 1
     assert len(losses(config.work_dir)) == 5
@@ -308,3 +347,30 @@ def test_epochs_are_passes_over_the_slots(tmp_path: Path) -> None:
 def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):
         train(tiny_config(tmp_path, training={"precision": "fp16", "accelerator": "cpu"}))
+
+
+def test_another_number_of_ranks_keeps_the_global_batch(unbroken: Path) -> None:
+    """Row A6: accumulation follows; what does not divide is refused with the numbers that would."""
+    config = tiny_config(unbroken)
+    found = newest_verified(WorkDir(config.work_dir).checkpoints)
+    assert found is not None
+    assert found.state["global_batch_size"] == 4  # of one rank with micro_bsz 4
+    halves = config.training.model_copy(update={"micro_bsz": 1})
+    assert accumulation_of(found, halves, world_size=2) == 2
+    assert accumulation_of(found, config.training, world_size=1) is None
+    assert accumulation_of(found, halves.model_copy(update={"global_batch_size": 8}), world_size=2) is None
+    with pytest.raises(ConfigError) as caught:
+        accumulation_of(found, config.training, world_size=2)
+    assert str(caught.value) == (
+        f"{found.path} has a global batch of 4 samples, which is not a multiple of micro_bsz 4 * 2 ranks = 8. "
+        "Use 1 rank, or a training.micro_bsz of 1 or 2"
+    )
+
+
+def test_deepspeed_that_cannot_be_imported_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"ZeRO stage 2 needs the package deepspeed, which cannot be imported: .*ddp"):
+        train(tiny_config(tmp_path, training={"zero_stage": 2}))
+    assert not (tmp_path / "work").exists()

@@ -158,6 +158,18 @@ int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, 
     });
 }
 
+int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.squared_relu_forward(*shape, block, x, y);
+    });
+}
+
+int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const void *dy, void *dx) {
+    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
+        fused.squared_relu_backward(*shape, block, x, dy, dx);
+    });
+}
+
 int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
                           void *written, void *removed, void *replaced) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {

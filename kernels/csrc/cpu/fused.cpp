@@ -98,6 +98,32 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
     });
 }
 
+RWKV_INLINE vec relu(vec x) {
+    return select(x < vec{}, vec{}, x);  // NaN stays NaN
+}
+
+void squared_relu_forward(const rwkv_rows &p, int64_t block, const void *x, void *y) {
+    with_io(p.io, [&](auto element) {
+        using io = decltype(element);
+        const Range rows = rows_of(p, block);
+        for (int64_t place = rows.begin * p.width; place < rows.end * p.width; place += LANES) {
+            const vec positive = relu(load_io(in<io>(x, place)));
+            store_io(out<io>(y, place), positive * positive);
+        }
+    });
+}
+
+void squared_relu_backward(const rwkv_rows &p, int64_t block, const void *x, const void *dy, void *dx) {
+    with_io(p.io, [&](auto element) {
+        using io = decltype(element);
+        const Range rows = rows_of(p, block);
+        for (int64_t place = rows.begin * p.width; place < rows.end * p.width; place += LANES) {
+            const vec positive = relu(load_io(in<io>(x, place)));
+            store_io(out<io>(dx, place), 2.0f * positive * load_io(in<io>(dy, place)));
+        }
+    });
+}
+
 // 1 / max(length of k k_k over a head, KAPPA_EPS)
 template <typename io>
 RWKV_INLINE float inverse_length(const io *k, const float *k_k, int64_t size) {
@@ -246,7 +272,9 @@ void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void 
 
 }  // namespace
 
-extern const FusedOperators fused_operators = {mix_forward,   mix_backward, keys_forward,
-                                               keys_backward, read_forward, read_backward};
+extern const FusedOperators fused_operators = {
+    mix_forward,  mix_backward,  squared_relu_forward, squared_relu_backward,
+    keys_forward, keys_backward, read_forward,         read_backward,
+};
 
 }  // namespace RWKV_TARGET

@@ -8,6 +8,8 @@ struct FusedOperators {
                         void *const *outputs);
     void (*mix_backward)(const rwkv_rows &, int64_t block, int32_t count, const void *x, const float *mixes,
                          const void *const *doutputs, void *dx, float *dmixes);
+    void (*squared_relu_forward)(const rwkv_rows &, int64_t block, const void *x, void *y);
+    void (*squared_relu_backward)(const rwkv_rows &, int64_t block, const void *x, const void *dy, void *dx);
     void (*keys_forward)(const rwkv_rows &, int64_t block, const void *k, const void *a, const float *k_k,
                          const float *k_a, void *written, void *removed, void *replaced);
     void (*keys_backward)(const rwkv_rows &, int64_t block, const void *k, const void *a, const float *k_k,

@@ -7,6 +7,8 @@
 //   dd = columns' sums of G * S_{t-1};  G = G diag(d) + dsa a^T
 #pragma once
 
+#include <initializer_list>
+
 #include "chunk.hpp"
 
 namespace RWKV_TARGET {
@@ -30,6 +32,15 @@ void load_inputs(Inputs7<N> &x, const Pointers7 &from, const Head &head, int64_t
     load_rows<N>(x.v, from.v, head.io, head.at(start), head.stride, steps, head.size);
     load_rows<N>(x.a, from.a, head.io, head.at(start), head.stride, steps, head.size);
     load_rows<N>(x.b, from.b, head.io, head.at(start), head.stride, steps, head.size);
+}
+
+// Spread over a chunk's groups of rows: group i asks for the chunk's step i / R of the chunk that comes next.
+RWKV_INLINE void prefetch_inputs(const Pointers7 &from, const Head &head, int64_t next, int i) {
+    const int64_t step = next + i / R;
+    if (next < 0 || i / R >= L || step >= head.time) return;
+    for (const void *input : {from.r, from.w, from.k, from.v, from.a, from.b}) {
+        prefetch_row(input, head.io, head.at(step), head.size);
+    }
 }
 
 // What forward keeps for backward: the state of every 16th step [C(T),N,N], and sa [T,N], which spares the recomputation
@@ -80,6 +91,7 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
         }
         if (saved.states) store_state<N>(saved.states + start / L * size * size, local.s, size);
         for (int i = 0; i < size; i += R) {
+            prefetch_inputs(in, head, start + L, i);
             vec s[R][N / LANES];
             for (int q = 0; q < R; ++q) {
                 for (int c = 0; c < N / LANES; ++c) s[q][c] = load(&local.s[i + q][c * LANES]);
@@ -200,6 +212,7 @@ void wkv7_backward_head(const Head &head, const Pointers7 &in, const Saved7 &sav
         }
         memset(local.dr, 0, sizeof(local.dr) * 5);
         for (int i = 0; i < size; i += R) {
+            prefetch_inputs(in, head, start - L, i);
             recompute<N>(local, saved.states + start / L * size * size, i, steps, size);
             vec g[R][N / LANES];
             for (int q = 0; q < R; ++q) {

@@ -22,6 +22,8 @@
 // Warp w computes one of the four [L,L] matrices, then owns the 16 value rows from 16 w on (of S, U, V, Y, Z) and, for
 // the gradients of what is indexed by keys, the 16 keys from 16 w on. The state itself stays in fp32 registers.
 // Thread i loads the 8 channels from 8 (i % 8) on of step i / 8, one 16-byte piece of each input, a chunk ahead.
+#include <type_traits>
+
 #include "chunk.cuh"
 #include "launchers.hpp"
 
@@ -34,9 +36,10 @@ enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that 
 
 struct alignas(16) Chunk {
     Steps rq, aq, ki, bi, ke, be, v, u;
+    Steps aq_rest;  // what bf16 left of aq (backward: of be too), where keys that resemble each other amplify it
     Square s;
     Small product[4], product_rest[4], inverse, inverse_rest;
-    Steps rest;  // of u or z before `solve`: what bf16 left of the fp32 sums
+    Steps rest;  // of u: what bf16 left of the fp32 sums
     float ab[L][L + 1];
     float decay[WARPS][N];  // product over the four steps that a warp loads
     float total[N];         // c_L
@@ -44,6 +47,7 @@ struct alignas(16) Chunk {
 
 struct alignas(16) BackwardChunk : Chunk {
     Steps dy, z, z_rest;
+    Steps be_rest;
     Square ds;
     Small dproduct[4];
     float cumulative[L + 1][N + 4];  // row t is c_{t-1}, row t + 1 is c_t
@@ -122,14 +126,21 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
     };
     unpack(from, in.r);
     put(x.rq, [&](int i) { return inclusive[i]; });
+    const auto put_rest = [&](Steps &where) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] -= to_float(to_bf16(to[i]));
+        store_piece(where, pack(to));
+    };
     unpack(from, in.a);
     put(x.aq, [&](int i) { return exclusive[i]; });
+    put_rest(x.aq_rest);
     unpack(from, in.k);
     put(x.ki, [&](int i) { return inverse[i]; });
     put(x.ke, [&](int i) { return inverse[i] * total[i]; });
     unpack(from, in.b);
     put(x.bi, [&](int i) { return inverse[i]; });
     put(x.be, [&](int i) { return inverse[i] * total[i]; });
+    if constexpr (std::is_same_v<Memory, BackwardChunk>) put_rest(x.be_rest);
     store_piece(x.v, in.v);
 }
 
@@ -172,6 +183,7 @@ __device__ __forceinline__ void multiply_steps(Chunk &x) {
     float acc[2][4] = {};
     const bool reads_b = matrix == AB || matrix == QB;
     multiply<N, false, true>(acc, operand(matrix < QB ? x.aq : x.rq), operand(reads_b ? x.bi : x.ki));
+    if (matrix < QB) multiply<N, false, true>(acc, operand(x.aq_rest), operand(reads_b ? x.bi : x.ki));
     for_pairs(acc, [&](int row, int column, float &first, float &second) {
         first = masked(matrix, row, column, first);
         second = masked(matrix, row, column + 1, second);
@@ -208,6 +220,7 @@ __device__ __forceinline__ void invert(Chunk &x) {
 __device__ __forceinline__ void project(Chunk &x, int first) {
     float acc[2][4] = {};
     multiply<N, false, true>(acc, operand(x.aq), operand(x.s, first));
+    multiply<N, false, true>(acc, operand(x.aq_rest), operand(x.s, first));
     multiply<L>(acc, operand(x.product[AK]), operand(x.v, 0, first));
     multiply<L>(acc, operand(x.product_rest[AK]), operand(x.v, 0, first));
     store_split(x.u, x.rest, first, acc);
@@ -222,7 +235,7 @@ __device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int
     multiply<L, transposed>(acc, operand(x.inverse), operand(rest, 0, first));
     multiply<L, transposed>(acc, operand(x.inverse_rest), operand(columns, 0, first));
     __syncwarp();
-    store(&columns[0][first], STRIDE, acc);
+    store_split(columns, rest, first, acc);
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -271,10 +284,12 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
     multiply<L>(drq, operand(x.dproduct[QB]), operand(x.bi, 0, first));
     multiply<L>(drq, operand(x.dproduct[QK]), operand(x.ki, 0, first));
     multiply<N>(daq, operand(x.z), operand(x.s, 0, first));
+    multiply<N>(daq, operand(x.z_rest), operand(x.s, 0, first));
     multiply<L>(daq, operand(x.dproduct[AB]), operand(x.bi, 0, first));
     multiply<L>(daq, operand(x.dproduct[AK]), operand(x.ki, 0, first));
     multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
     multiply<N>(dbe, operand(x.u), operand(x.ds, 0, first));
+    multiply<N>(dbe, operand(x.rest), operand(x.ds, 0, first));
     multiply<L, true>(dki, operand(x.dproduct[QK]), operand(x.rq, 0, first));
     multiply<L, true>(dki, operand(x.dproduct[AK]), operand(x.aq, 0, first));
     multiply<L, true>(dbi, operand(x.dproduct[QB]), operand(x.rq, 0, first));
@@ -363,6 +378,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         multiply<L, true>(acc, operand(x.product[QB]), operand(x.dy, 0, first));
         multiply<L, true>(acc, operand(x.product_rest[QB]), operand(x.dy, 0, first));
         multiply<N, false, true>(acc, operand(x.be), operand(x.ds, first));
+        multiply<N, false, true>(acc, operand(x.be_rest), operand(x.ds, first));
         store_split(x.z, x.z_rest, first, acc);
         __syncthreads();
         solve<false>(x, x.u, x.rest, first);

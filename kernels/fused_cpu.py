@@ -1,0 +1,158 @@
+"""The passes of `fused` in the CPU library: autograd functions over csrc/fused.h, fp32 arithmetic within each pass.
+
+Gradients of parameters are summed over fixed blocks of rows in a fixed order: no number of threads changes them.
+
+Legend: B batch, T time, H heads, N head size, C = H N, R = B T.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels.native import IO
+from rwkv_cluster.kernels.signatures import Rows
+
+ROWS_IN_BLOCK = 64
+MULTIPLE = 16
+"""What width and head size must be multiples of."""
+
+
+def serves(x: Tensor, size: int) -> bool:
+    """Whether there is a library here that takes x [..,C] with head size `size`."""
+    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % MULTIPLE == 0 and size % MULTIPLE == 0
+    return fits and isinstance(loader.cpu(), loader.Library)
+
+
+def mix(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """See `fused.mix`."""
+    result: tuple[Tensor, ...] = _Mix.apply(x.contiguous(), torch.stack([_parameter(m, x) for m in mixes]))
+    return result
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """See `fused.squared_relu`."""
+    result: Tensor = _SquaredRelu.apply(x.contiguous())
+    return result
+
+
+def keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fused.keys`."""
+    parameters = _parameter(k_k, k), _parameter(k_a, k)
+    result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(k.contiguous(), a.contiguous(), *parameters, size)
+    return result
+
+
+def read(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `fused.read`."""
+    tensors = (x.contiguous() for x in (y, r, k, v, gate))
+    result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
+    return result
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, mixes)
+        outputs = tuple(torch.empty_like(x) for _ in mixes)
+        _call("rwkv_mix_forward", x, MULTIPLE, len(mixes), x, mixes, _addresses(outputs))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, mixes = ctx.saved_tensors
+        doutputs = tuple(g.contiguous() for g in doutputs)
+        dx, dmixes = torch.empty_like(x), _partial(x, *mixes.shape)
+        _call("rwkv_mix_backward", x, MULTIPLE, len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
+        return dx, dmixes.sum(0)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        _call("rwkv_squared_relu_forward", x, MULTIPLE, x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _call("rwkv_squared_relu_backward", x, MULTIPLE, x, dy.contiguous(), dx)
+        return dx
+
+
+class _Keys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(k, a, k_k, k_a)
+        ctx.size = size
+        outputs = torch.empty_like(k), torch.empty_like(k), torch.empty_like(k)
+        _call("rwkv_keys_forward", k, size, k, a, k_k, k_a, *outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
+        k, a, k_k, k_a = ctx.saved_tensors
+        grads = torch.empty_like(k), torch.empty_like(a), _partial(k, len(k_k)), _partial(k, len(k_a))
+        given = (g.contiguous() for g in doutputs)
+        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *given, *grads)
+        return *grads[:2], grads[2].sum(0), grads[3].sum(0), None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, r, k, v, gate, r_k, weight, bias
+        ctx.save_for_backward(*inputs)
+        out = torch.empty_like(inputs[4])
+        _call("rwkv_read_forward", out, inputs[0].shape[-1], *inputs, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        dout = dout.contiguous()
+        grads = [torch.empty_like(x) for x in inputs[:5]]
+        parameters = _partial(dout, 3, dout.shape[-1])
+        _call("rwkv_read_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
+        return *grads, *parameters.sum(0).unbind()
+
+
+def _parameter(p: Tensor, x: Tensor) -> Tensor:
+    """p as the plain form uses it beside x, rounded to x's dtype; flat and in float32, as the library reads it."""
+    return p.flatten().to(x.dtype).float()
+
+
+def _partial(x: Tensor, *shape: int) -> Tensor:
+    """Uninitialised sums by block of rows of x [B,T,C]."""
+    rows = x.shape[0] * x.shape[1]
+    return x.new_empty((rows + ROWS_IN_BLOCK - 1) // ROWS_IN_BLOCK, *shape, dtype=torch.float32)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+def _call(name: str, x: Tensor, size: int, *arguments: Any) -> None:
+    """Run a library's function for rows like those of x [B,T,C]; tensors are passed by their addresses."""
+    library = loader.cpu()
+    assert isinstance(library, loader.Library)  # `serves` has asked
+    batch, time, width = x.shape
+    shape = Rows(batch * time, time, width, size, IO[x.dtype], torch.get_num_threads())
+    passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
+    if status:
+        reason = library.handle.rwkv_status_text(status).decode()
+        raise KernelError(f"{name} of {library.path} failed for {x.dtype} {tuple(x.shape)}: {reason}")

@@ -1,0 +1,264 @@
+"""The one process on each node of a job: checks the node, starts the ranks, passes signals on, and tells how it ended.
+
+    python -m rwkv_cluster.launch.agent [--cwd DIR] [--per-rank] -- COMMAND ARGUMENT...
+
+COMMAND is torchrun, deepspeed or the trainer itself. Under Slurm the agents of a job meet through the launch directory:
+the first one picks a free port there, so that no two jobs share one. torchrun's own agent neither survives SIGUSR2 nor
+passes an exit code on, so this one keeps the signal from it, repeats it to the ranks until they end, and reads how each
+rank said it ended. Runs inside the container of the ranks; imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
+from rwkv_cluster.launch.preflight import check_nodes
+from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, told
+from rwkv_cluster.ranks import end_with_parent
+
+ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
+NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order
+PREEMPTED = Preempted.exit_code
+POLL_S = 0.2
+REPEAT_S = 1.0  # a signal reaches a rank that still imports torch, where nothing handles it yet
+LEAVE_S = 30.0  # for a launcher to end once all its ranks have: torchrun waits for other nodes for minutes
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where in the job this agent is. ranks: numbers of the ranks that run below it."""
+
+    host: str
+    number: int
+    names: tuple[str, ...]
+    launch: Path
+    state: Path
+    ranks: tuple[int, ...]
+    per_rank: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.ranks[0] == 0
+
+
+@dataclass
+class Ranks:
+    """The running ranks of this node, and the first reason they were asked to stop."""
+
+    process: subprocess.Popen[bytes]
+    stop_signal: str | None = None
+    table: list[str] = field(default_factory=list)  # what the launcher said of failed ranks
+
+    def ask_to_stop(self, reason: str) -> None:
+        self.stop_signal = self.stop_signal or reason
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to everything below the agent."""
+        for pid in _descendants(os.getpid()):
+            with suppress(OSError):
+                os.kill(pid, number)
+
+
+def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: bool) -> Node:
+    """This node, as Slurm says; without Slurm the only one. Raises LaunchError without a launch directory."""
+    launch = environment.get(LAUNCH_VARIABLE)
+    if launch is None:
+        raise LaunchError(
+            f"{LAUNCH_VARIABLE} is not set: this is started by the script that rwkv-cluster launch writes"
+        )
+    host = environment.get("SLURMD_NODENAME", socket.gethostname())
+    number = int(environment.get("SLURM_NODEID", 0)) if ATTEMPT_VARIABLE in environment else 0
+    names = tuple(environment.get(NODES_VARIABLE, host).split())
+    first = number * ranks_per_node
+    ranks = (int(environment["SLURM_PROCID"]),) if per_rank else tuple(range(first, first + ranks_per_node))
+    attempt = environment.get(ATTEMPT_VARIABLE, f"{host}-{os.getpid()}")
+    return Node(host, number, names, Path(launch), Path(launch) / ".state" / attempt, ranks, per_rank)
+
+
+def run(node: Node, command: Sequence[str], cwd: str | None, on_start: Callable[[Ranks], None]) -> int:
+    """Check the node, run `command` as its ranks, and return the exit code that says how they ended."""
+    try:
+        node.state.mkdir(parents=True, exist_ok=True)
+        port = check_nodes(node.state, node.number, node.names, first=node.is_first, host=node.host)
+        if cwd is not None:
+            os.chdir(cwd)
+    except OSError as error:
+        raise LaunchError(
+            f"{node.host}: {error.strerror}: {error.filename}. Every node must see this directory"
+        ) from None
+    environment = {**os.environ, STATE_VARIABLE: str(node.state), **_rendezvous(node, port)}
+    ranks = Ranks(_start(command, environment))
+    on_start(ranks)
+    reader = threading.Thread(target=_copy_errors, args=(ranks,), daemon=True)
+    reader.start()
+    wait_for_end(node, ranks)
+    reader.join(5)
+    return judge(node, ranks)
+
+
+def wait_for_end(node: Node, ranks: Ranks) -> None:
+    """Until the ranks have ended, passing a request to stop on, and on."""
+    next_signal, all_told = 0.0, None
+    while ranks.process.poll() is None:
+        now = time.monotonic()
+        if ranks.stop_signal and now >= next_signal:
+            ranks.tell(signal.SIGUSR1)
+            next_signal = now + REPEAT_S
+        if all_told is None and all(told(node.state, rank) for rank in node.ranks):
+            all_told = now
+        if all_told is not None and now > all_told + LEAVE_S:
+            ranks.process.kill()
+        time.sleep(POLL_S)
+
+
+def judge(node: Node, ranks: Ranks) -> int:
+    """How this node's ranks ended, as an exit code; the first node to fail or to be stopped leaves word for the job."""
+    ends = {rank: told(node.state, rank) for rank in node.ranks}
+    codes = {end["code"] for end in ends.values() if end is not None}
+    if codes == {0} and None not in ends.values():
+        return 0
+    if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in ends.values():
+        reason = f"after {ranks.stop_signal}" if ranks.stop_signal else "by a STOP file"
+        _leave_word(node, "preempted" if ranks.stop_signal else "stopped", PREEMPTED, f"stopped {reason}")
+        return PREEMPTED
+    code, message = _cause(node, ranks, {rank: end or {} for rank, end in ends.items()})
+    sys.stderr.write(f"rwkv-cluster: {message}\n")
+    _leave_word(node, "failed", code, message)
+    return code
+
+
+def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
+    """Exit code and sentence of the rank that failed first, as far as this node can tell."""
+    failed = [end for end in ends.values() if end.get("code") not in (None, 0, PREEMPTED)]
+    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]  # others quote another rank
+    silent = [rank for rank, end in ends.items() if not end]
+    if own or (failed and not silent):
+        end = (own or failed)[0]
+        code, message, number = int(str(end["code"])), str(end["message"]), int(str(end["rank"]))
+        if quoted := re.match(r"rank (\d+): ", message):
+            number, message = int(quoted[1]), message[quoted.end() :]
+        meaning = EXIT_CODES.get(code, f"exit code {code}")
+        return code, f"rank {number} on {_host_of(node, number)} failed ({meaning}): {message}".strip(": ")
+    how = "; ".join(ranks.table) or f"its launcher ended with code {ranks.process.returncode}"
+    which = ", ".join(map(str, silent))
+    return 1, f"rank {which} on {node.host} ended without a word ({how}). See {node.launch}/rank-{silent[0]}.log"
+
+
+def _host_of(node: Node, rank: int) -> str:
+    """Name of the node that rank is on; ranks are numbered node by node."""
+    if rank in node.ranks:
+        return node.host
+    per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")) if node.per_rank else len(node.ranks)
+    return node.names[rank // per_node]
+
+
+def _leave_word(node: Node, how: str, code: int, message: str) -> None:
+    """For the batch script: one line, by whoever is first."""
+    with suppress(OSError), open(node.state / "outcome", "x") as handle:
+        handle.write(f"{how} {code} {' '.join(message.split())}\n")
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def prepare() -> None:
+        end_with_parent()
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # inherited until a rank listens itself; torchrun would die
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        return subprocess.Popen(list(command), env=dict(environment), stderr=subprocess.PIPE, preexec_fn=prepare)
+    except OSError as error:
+        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}. Look at launch.python") from None
+
+
+def _copy_errors(ranks: Ranks) -> None:
+    """The launcher's stderr goes on, and its table of failed ranks is kept."""
+    assert ranks.process.stderr is not None
+    rank = "?"
+    for line in iter(ranks.process.stderr.readline, b""):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+        text = line.decode(errors="replace")
+        if found := re.search(r"^\s*rank\s+: (\d+) ", text):
+            rank = found[1]
+        elif (found := re.search(r"^\s*exitcode\s+: (-?\d+) ", text)) and int(found[1]) < 0:
+            number = -int(found[1])
+            ranks.table.append(f"rank {rank} was killed by signal {number}, {signal.Signals(number).name}")
+
+
+def _rendezvous(node: Node, port: int | None) -> dict[str, str]:
+    """Where the ranks meet: torchrun's own variables for its options, or those of a rank."""
+    if port is None:
+        return {}
+    first = _address(node.names[0])
+    if not node.per_rank:
+        return {"PET_NODE_RANK": str(node.number), "PET_MASTER_ADDR": first, "PET_MASTER_PORT": str(port)}
+    local = {"LOCAL_RANK": os.environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": os.environ["SLURM_NTASKS_PER_NODE"]}
+    own = {"RANK": str(node.ranks[0]), "WORLD_SIZE": os.environ["SLURM_NTASKS"]}
+    return {**local, **own, "MASTER_ADDR": first, "MASTER_PORT": str(port)}
+
+
+def _address(name: str) -> str:
+    """A Slurm node's name where it resolves; this machine's, where several of its nodes are one machine."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return socket.gethostname()
+    return name
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, generation = [], [pid]
+    while generation := [child for child, parent in parents.items() if parent in generation]:
+        found += generation
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command of this module; returns an exit code of errors.py."""
+    parser = argparse.ArgumentParser(prog="rwkv_cluster.launch.agent", allow_abbrev=False)
+    parser.add_argument("--cwd")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--per-rank", action="store_true")
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args(argv)
+
+    def listen(ranks: Ranks) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            ranks.ask_to_stop(signal.Signals(number).name)
+
+        for number in SIGNALS:
+            signal.signal(number, on_signal)
+
+    node = None
+    try:
+        node = this_node(os.environ, options.ranks, options.per_rank)
+        return run(node, options.command, options.cwd, listen)
+    except LaunchError as error:
+        sys.stderr.write(f"rwkv-cluster: error: {error}\n")
+        if node is not None:
+            _leave_word(node, "failed", error.exit_code, str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

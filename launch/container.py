@@ -1,0 +1,77 @@
+"""A command inside docker, podman, apptainer or pyxis, with the directories of the run at their own paths."""
+
+from __future__ import annotations
+
+import os
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.command import Command
+
+CONTAINER_ID_FILE = "container.id"
+# What the ranks of a Slurm step know of their place; other runtimes pass the whole environment.
+PASSED = (
+    *("RWKV_CLUSTER_LAUNCH", "RWKV_CLUSTER_ATTEMPT", "RWKV_CLUSTER_NODES", "SLURMD_NODENAME", "SLURM_NODEID"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID"),
+    *("SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES"),
+)
+
+
+def mounts(config: Config, cwd: str) -> list[tuple[str, str, str]]:
+    """(host, container, ro or rw). The work directory comes last, because it may lie in the current one."""
+    found = [(cwd, cwd, "ro")]
+    for mount in config.launch.container.mounts:
+        host, *rest = mount.split(":")
+        found.append((host, rest[0] if rest else host, rest[1] if len(rest) > 1 else "rw"))
+    found.append((config.work_dir, config.work_dir, "rw"))
+    for host, _, _ in found:
+        if ":" in host or "," in host or "\\" in host:
+            raise LaunchError(f"{host} cannot be mounted in a container: its name has a colon, comma or backslash")
+    return found
+
+
+def wrap(config: Config, inner: Command, cwd: str) -> Command:
+    """`inner` as docker, podman or apptainer run it."""
+    launch = config.launch
+    runtime = launch.target if launch.target in ("docker", "podman") else launch.container.runtime
+    if runtime == "apptainer":
+        return _apptainer(config, inner, cwd)
+    return _docker(config, inner, cwd, runtime) if runtime in ("docker", "podman") else inner
+
+
+def srun_options(config: Config, cwd: str) -> tuple[str, ...]:
+    """What pyxis adds to srun."""
+    container = config.launch.container
+    if container.runtime != "pyxis":
+        return ()
+    places = ",".join(":".join(mount) for mount in mounts(config, cwd))
+    options = (f"--container-image={container.image}", f"--container-mounts={places}", "--no-container-mount-home")
+    return (*options, *container.extra_args)
+
+
+def _apptainer(config: Config, inner: Command, cwd: str) -> Command:
+    container = config.launch.container
+    binds = tuple(f"--bind={':'.join(mount)}" for mount in mounts(config, cwd))
+    gpus = ("--nv",) if config.launch.gpus_per_node else ()
+    return Command(("apptainer", "exec", *gpus, *binds, *container.extra_args, str(container.image), *inner.argv))
+
+
+def _docker(config: Config, inner: Command, cwd: str, runtime: str) -> Command:
+    """As the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
+    launch, container = config.launch, config.launch.container
+    options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}", "--ulimit=memlock=-1"]
+    options += ["--ulimit=stack=67108864"]
+    if launch.target == runtime:  # cancelled by its id; under Slurm it ends with the step
+        options += [f"--cidfile={CONTAINER_ID_FILE}"]
+    if launch.gpus_per_node:
+        options += ["--gpus=all"] if runtime == "docker" else ["--device=nvidia.com/gpu=all"]
+    if launch.num_nodes > 1 or launch.target != runtime:
+        options += ["--network=host", "--ipc=host"]
+        options.remove(f"--shm-size={container.shm_size}")  # the host's
+    if container.user == "caller":
+        who = f"--user={os.getuid()}:{os.getgid()}"
+        options += [who, "--env=HOME=/tmp"] if runtime == "docker" else ["--userns=keep-id"]
+    options += [f"--volume={':'.join(mount)}" for mount in mounts(config, cwd)]
+    passed = PASSED if launch.target != runtime else PASSED[:1]
+    options += [f"--env={name}" for name in (*passed, *launch.env, *launch.pass_env)]
+    return Command((runtime, *options, *container.extra_args, str(container.image), *inner.argv))

@@ -1,0 +1,171 @@
+"""Carry out a plan: `<work_dir>/launch/<time>/` is made, readable by its owner alone, and its commands run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.heartbeat import start_tick, this_process
+from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.logs import Tail
+from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
+from rwkv_cluster.launched import rank_log
+from rwkv_cluster.workdir import WorkDir, atomic_write
+
+JOBS, PROCESS, EXIT = "jobs", "process.json", "exit"
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch under way. jobs: numbers that the scheduler gave, the training job last; code: of one that ended."""
+
+    folder: Path
+    jobs: tuple[str, ...] = ()
+    code: int | None = None
+
+
+def launch_folder(work_dir: str, now: float) -> Path:
+    """Where a launch of this moment would be."""
+    return WorkDir(work_dir).root / "launch" / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+
+
+def submit(plan: Plan) -> Launched:
+    """Write the launch directory and start the job.
+
+    Returns at once from a scheduler. A job on this machine is followed to its end: its first rank's log goes to
+    stdout, what its launchers say to stderr, and signals reach the ranks. Raises LaunchError.
+    """
+    WorkDir(plan.config.work_dir).require_free()
+    folder = _write(plan)
+    if plan.is_batch:
+        return Launched(folder, tuple(_submit_jobs(plan, folder)))
+    return Launched(folder, code=_run_here(plan, folder))
+
+
+def _write(plan: Plan) -> Path:
+    folder = launch_folder(plan.config.work_dir, time.time())
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.chmod(0o700)
+        while True:
+            try:
+                folder.mkdir(mode=0o700)
+                break
+            except FileExistsError:  # two launches in one second
+                folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        for name, text in plan.files.items():
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w") as handle:
+                handle.write(text)
+    except OSError as error:
+        raise LaunchError(f"{folder} cannot be made: {error.strerror} at {error.filename}") from error
+    return folder
+
+
+def _submit_jobs(plan: Plan, folder: Path) -> Iterator[str]:
+    """Numbers of the submitted jobs; those already in the queue are taken back when one is refused."""
+    numbers: list[str] = []
+    for command in plan.commands:
+        argv = [argument.replace(PREPARE_JOB, numbers[-1] if numbers else "") for argument in command.argv]
+        try:
+            numbers.append(_sbatch(argv, folder))
+        except LaunchError:
+            if numbers:
+                subprocess.run(["scancel", *numbers], check=False, capture_output=True)
+            raise
+    atomic_write(folder / JOBS, "".join(f"{number}\n" for number in numbers).encode())
+    yield from numbers
+
+
+def _sbatch(argv: list[str], folder: Path) -> str:
+    try:
+        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise LaunchError(
+            f"{argv[0]} is not here. Launch on a machine of the cluster, or with another target"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{argv[0]} gave no answer for 120 s. Look at `sinfo` and `squeue --me`") from None
+    found = re.match(r"\d+", done.stdout)
+    if done.returncode or not found:
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise LaunchError(f"Slurm refuses {folder / argv[-1]}: {said}")
+    return found[0]
+
+
+def _run_here(plan: Plan, folder: Path) -> int:
+    (command,) = plan.commands
+    with open(folder / "job.log", "ab") as output, _signals_kept() as received:
+        try:
+            process = subprocess.Popen(
+                command.argv,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"{command.argv[0]} cannot be started: {error.strerror}") from None
+        record = {**this_process(), "pid": process.pid, "started": start_tick(process.pid)}
+        atomic_write(folder / PROCESS, json.dumps(record).encode())
+        code = _follow(process, folder, received)
+    atomic_write(folder / EXIT, f"{code}\n".encode())
+    return code
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, received: list[int]) -> int:
+    """Exit code of the job, while its logs are shown and what this process receives is passed on."""
+    streams = ((Tail(rank_log(folder, 0)), sys.stdout), (Tail(folder / "job.log"), sys.stderr))
+    passed = 0
+    while True:
+        ended = process.poll() is not None
+        for tail, stream in streams:
+            stream.write(tail.read())
+            stream.flush()
+        if ended:
+            return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        if len(received) > passed:
+            passed = len(received)
+            stop_here(folder, process.pid)
+        time.sleep(POLL_S)
+
+
+def stop_here(folder: Path, pid: int) -> None:
+    """Ask the agent of a job on this machine for a checkpoint and the end."""
+    container = folder / "container.id"
+    if container.exists():
+        runtime = json.loads((folder / "command.json").read_text())["target"]
+        kill = Command((runtime, "kill", "--signal=USR1", container.read_text().strip()))
+        subprocess.run(kill.argv, check=False, capture_output=True, timeout=60)
+    elif start_tick(pid) is not None:
+        os.kill(pid, signal.SIGUSR1)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    """Signals that arrive inside the block."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,275 @@
+"""Tokens/s and bytes per rank of every ZeRO stage, beside plain DDP on the same number of ranks in the same run.
+
+Each contender is a torchrun of its own that trains through this package's module, strategies and data, without
+checkpoints. The contenders take turns, so that a machine whose speed drifts treats all alike; ratios are taken turn by
+turn. What is counted as weights, gradients and so on, and the theory beside it: `bench.ddp_memory`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_cluster.bench.ddp_memory import KINDS, theory
+from rwkv_cluster.config import Config
+from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.errors import ConfigError, LaunchError
+
+STRATEGIES = ("single", "ddp", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+"""single: one process without a process group, on one rank only."""
+
+BASELINE = "ddp"
+Contender = tuple[str, int]
+"""(strategy, ranks)."""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="rwkv-cluster bench ddp", description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to measure")
+    made.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    made.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
+    made.add_argument("--n-layer", type=int, default=6)
+    made.add_argument("--n-embd", type=int, default=256)
+    made.add_argument("--head-size", type=int, default=64)
+    made.add_argument("--vocab-size", type=int, default=256)
+    made.add_argument("--ctx-len", type=int, default=256)
+    made.add_argument("--micro-bsz", type=int, default=4, help="samples of a rank in a step")
+    made.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    made.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
+    made.add_argument("--ds-bucket-mb", type=int, default=200, help="training.ds_bucket_mb")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+    made.add_argument("--steps", type=int, default=10, help="counted steps of a turn")
+    made.add_argument("--warmup", type=int, default=3, help="steps before them that are not counted")
+    made.add_argument("--repeats", type=int, default=3, help="turns of each contender")
+    made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    made.add_argument("--timeout-s", type=float, default=900.0, help="longest that one turn may take")
+    return made
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure as the arguments say.
+
+    Returns:
+        {"settings", "torch", "deepspeed", "parameters", "cases": [{"strategy", "ranks", "step_s", "tokens_per_s",
+        "ratio", "peak_mb", "loss", "bytes"}]}. step_s, tokens_per_s and ratio (tokens/s over DDP's on as many ranks, or
+        None without it) are {"min", "median", "max"} of the turns' medians; bytes has, for each kind of
+        `ddp_memory.KINDS`, {"measured", "theory", "ratio"}: the most that a rank held, what theory gives and the
+        first over the second, None where there is no theory. loss is that of the last step.
+
+    Raises:
+        ConfigError: an argument is wrong, or this machine has no such device.
+        LaunchError: a contender failed or took too long.
+    """
+    options = parser().parse_args(arguments)
+    _require_counts(options)
+    contenders = [
+        (strategy, ranks)
+        for ranks in options.ranks
+        for strategy in options.strategies
+        if strategy != "single" or ranks == 1
+    ]
+    with tempfile.TemporaryDirectory(prefix="rwkv-cluster-bench-") as folder:
+        configs = {contender: _config(options, contender, Path(folder)) for contender in contenders}
+        _prepare(configs, options)
+        turns = [
+            {contender: _turn(config, contender, Path(folder), options) for contender, config in configs.items()}
+            for _ in range(options.repeats)
+        ]
+    return _summary(vars(options), turns)
+
+
+def _require_counts(options: argparse.Namespace) -> None:
+    counts = {"ranks": min(options.ranks), **{name: getattr(options, name) for name in ("steps", "warmup", "repeats")}}
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}, expected an integer >= 1")
+    if not options.timeout_s > 0:
+        raise ConfigError(f"--timeout-s is {options.timeout_s:g}, expected a number > 0")
+    if options.vocab_size < 2:
+        raise ConfigError(f"--vocab-size is {options.vocab_size}, expected an integer >= 2")
+    if set(options.strategies) == {"single"} and 1 not in options.ranks:
+        raise ConfigError("--strategies single is for one rank. Add another strategy, or --ranks 1")
+
+
+def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> Config:
+    """The run of one contender; all have one work directory. Raises ConfigError, as for a file."""
+    strategy, ranks = contender
+    fields: dict[str, Any] = {
+        "model.model_type": options.model_type,
+        "model.n_layer": options.n_layer,
+        "model.n_embd": options.n_embd,
+        "model.head_size_a": options.head_size,
+        "model.ctx_len": options.ctx_len,
+        "data.tokenizer.type": "integer",
+        "data.tokenizer.max_value": options.vocab_size - 2,  # ids are value + 1, and 0 ends a document
+        "data.n_epochs_duplication": 1,
+        "data.write_jsonl": "false",
+        "data.num_workers": 1,
+        "training.strategy": "auto" if strategy == "single" else strategy,
+        "training.precision": options.precision,
+        "training.grad_cp": options.grad_cp,
+        "training.micro_bsz": options.micro_bsz,
+        "training.ds_bucket_mb": options.ds_bucket_mb,
+        "training.accelerator": options.device,
+        "training.devices": ranks,
+        "training.num_threads": options.threads,
+        "training.max_steps": options.warmup + options.steps + 1,
+    }
+    overrides = [f"{name}={value}" for name, value in fields.items()]
+    return parse_config(f"work_dir: {yaml_text(str(folder))}\n".encode(), "rwkv-cluster bench ddp", overrides).config
+
+
+def _prepare(configs: dict[Contender, Config], options: argparse.Namespace) -> None:
+    """Data and initial weights for all, and whatever can be refused before the first contender starts."""
+    from rwkv_cluster.train.run import initialize, prepare_data
+    from rwkv_cluster.train.strategy import place
+
+    for config in configs.values():
+        place(config.training)
+    rows = np.random.default_rng(0).integers(0, options.vocab_size - 1, (64, 4 * options.ctx_len))
+    one = next(iter(configs.values()))
+    prepare_data(one, arrays=[rows])
+    initialize(one)
+
+
+def _turn(config: Config, contender: Contender, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One training: every rank's figures, in rank order. Raises LaunchError when it fails or takes too long."""
+    strategy, ranks = contender
+    path = folder / f"{strategy}-{ranks}.yaml"
+    path.write_text(dump_yaml(config))
+    launcher = [] if strategy == "single" else ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with tempfile.TemporaryDirectory(dir=folder) as results:
+        worker = ["rwkv_cluster.bench.ddp_worker", str(path), results, str(options.warmup)]
+        modules = [*launcher, "-m", *worker] if launcher else worker
+        command = [sys.executable, "-m", *modules]
+        _complete(command, f"{strategy} on {ranks} rank(s)", folder / "output.txt", options)
+        return [json.loads((Path(results) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _complete(command: Sequence[str], name: str, output: Path, options: argparse.Namespace) -> None:
+    """Run to its end. Into a file: ranks that outlive a torchrun which had to be killed would keep a pipe open."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    try:
+        with open(output, "wb") as text:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=text,
+                stderr=subprocess.STDOUT,
+                timeout=options.timeout_s,
+            )
+    except subprocess.TimeoutExpired as error:
+        remedy = "Raise --timeout-s, or lower --steps"
+        raise LaunchError(f"{name} took more than {options.timeout_s:g} s. {remedy}") from error
+    if done.returncode:
+        end = output.read_text(errors="replace")[-4000:]
+        raise LaunchError(f"{name} ended with code {done.returncode}. The end of its output:\n{end}")
+
+
+def _summary(settings: dict[str, Any], turns: list[dict[Contender, list[dict[str, Any]]]]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    speeds = [{who: _tokens_per_s(who, figures, settings) for who, figures in turn.items()} for turn in turns]
+    first = next(iter(turns[0].values()))
+    return {
+        "settings": settings,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "parameters": first[0]["parameters"],
+        "cases": [_case(who, [turn[who] for turn in turns], speeds, settings["precision"]) for who in turns[0]],
+    }
+
+
+def _tokens_per_s(who: Contender, figures: list[dict[str, Any]], settings: dict[str, Any]) -> float:
+    return who[1] * settings["micro_bsz"] * settings["ctx_len"] / statistics.median(figures[0]["step_s"])
+
+
+def _case(
+    who: Contender, turns: list[list[dict[str, Any]]], speeds: list[dict[Contender, float]], precision: str
+) -> dict[str, Any]:
+    strategy, ranks = who
+    baseline = (BASELINE, ranks)
+    every = [figures for turn in turns for figures in turn]
+    measured = {kind: max(figures["held"][kind] for figures in every) for kind in KINDS}
+    return {
+        "strategy": strategy,
+        "ranks": ranks,
+        "step_s": _spread([statistics.median(turn[0]["step_s"]) for turn in turns]),
+        "tokens_per_s": _spread([turn[who] for turn in speeds]),
+        "ratio": _spread([turn[who] / turn[baseline] for turn in speeds]) if baseline in speeds[0] else None,
+        "peak_mb": max(figures["peak_mb"] for figures in every),
+        "loss": every[0]["losses"][-1],
+        "bytes": _beside_theory(measured, every[0], who, precision),
+    }
+
+
+def _beside_theory(
+    measured: dict[str, int], figures: dict[str, Any], who: Contender, precision: str
+) -> dict[str, dict[str, float | None]]:
+    strategy, ranks = who
+    stage = int(strategy[-1]) if strategy.startswith("deepspeed") else None
+    wanted = theory(figures["parameters"], ranks, stage, precision)
+    if stage == 3:
+        wanted["whole"] = figures["parameters_kept_whole"] * (4.0 if precision == "fp32" else 2.0)
+    return {
+        kind: {
+            "measured": measured[kind],
+            "theory": wanted.get(kind),
+            "ratio": measured[kind] / wanted[kind] if wanted.get(kind) else None,
+        }
+        for kind in KINDS
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def format(result: dict[str, Any]) -> str:
+    """The figures as two tables: speed, and megabytes on each rank as measured / by theory."""
+    s = result["settings"]
+    lines = [
+        f"{s['model_type']} L{s['n_layer']} C{s['n_embd']} T{s['ctx_len']} micro_bsz {s['micro_bsz']}, "
+        f"{result['parameters']:,} parameters, {s['precision']}, {s['device']}, {s['threads']} thread(s) a rank; "
+        f"{s['repeats']} turn(s) of {s['steps']} steps, medians; torch {result['torch']}, "
+        f"deepspeed {result['deepspeed']}",
+        f"{'ranks strategy':24}{'tokens/s':>10}{'min':>9}{'max':>9}{'s/step':>9}{'x ddp':>8}{'min':>7}{'max':>7}"
+        f"{'peak MB':>9}",
+    ]
+    lines += [_speed_row(case) for case in result["cases"]]
+    lines += ["", f"{'MB on a rank':24}" + "".join(f"{kind:>17}" for kind in KINDS)]
+    lines += [
+        _name(case) + "".join(f"{_bytes_cell(case['bytes'][kind]):>17}" for kind in KINDS) for case in result["cases"]
+    ]
+    return "\n".join([*lines, "measured / theory; without a theory: measured. Kinds: rwkv_cluster/bench/ddp_memory.py"])
+
+
+def _name(case: dict[str, Any]) -> str:
+    return f"{case['ranks']:>5} {case['strategy']:18}"
+
+
+def _speed_row(case: dict[str, Any]) -> str:
+    speed, ratio = case["tokens_per_s"], case["ratio"]
+    ratios = (
+        f"{ratio['median']:>8.2f}{ratio['min']:>7.2f}{ratio['max']:>7.2f}" if ratio else f"{'-':>8}{'-':>7}{'-':>7}"
+    )
+    return (
+        f"{_name(case)}{speed['median']:>10,.0f}{speed['min']:>9,.0f}{speed['max']:>9,.0f}"
+        f"{case['step_s']['median']:>9.3f}{ratios}{case['peak_mb']:>9,.0f}"
+    )
+
+
+def _bytes_cell(row: dict[str, float | None]) -> str:
+    measured = f"{(row['measured'] or 0) / 1e6:,.2f}"
+    return measured if row["theory"] is None else f"{measured} / {row['theory'] / 1e6:,.2f}"

@@ -1,0 +1,105 @@
+"""Bytes that one rank holds of a training: what theory gives for a strategy, and what is really allocated.
+
+Both speak of the moment after a step's backward pass and before its update. What is measured are whole allocations,
+each counted once, with the padding that is in them:
+
+    weights     the parameters; in stage 3 this rank's pieces of them
+    whole       stage 3: the parameters that are whole at that moment; DeepSpeed keeps the small ones so
+    gradients   what the update is about to read, and what is left in `.grad`
+    masters     stages 1 to 3: the fp32 copy of this rank's part; elsewhere the parameters are the masters
+    moments     Adam's two
+    buckets     DeepSpeed's buffers for communication, allocated in full whatever is in them
+    other       every other tensor that Python knows of
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.optimizer import optimizer_tensors
+from rwkv_cluster.train.zero import Shards, ZeroStrategy
+
+FP32 = 4  # bytes
+KINDS = ("weights", "whole", "gradients", "masters", "moments", "buckets", "other")
+
+
+def theory(parameters: int, ranks: int, stage: int | None, precision: str) -> dict[str, float]:
+    """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
+
+    Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights (Rajbhandari et al.,
+    "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, figure 1). Without ZeRO and in stage 0
+    this package trains fp32 parameters in every precision and so has no masters beside them.
+    """
+    if not stage:
+        whole = float(FP32 * parameters)
+        return {"weights": whole, "gradients": whole, "masters": 0.0, "moments": 2 * whole}
+    trained = parameters * (FP32 if precision == "fp32" else 2)
+    return {
+        "weights": trained / (ranks if stage == 3 else 1),
+        "gradients": trained / (ranks if stage >= 2 else 1),
+        "masters": FP32 * parameters / ranks,
+        "moments": 2 * FP32 * parameters / ranks,
+    }
+
+
+def held(module: TrainingModule) -> dict[str, int]:
+    """Bytes that this rank has allocated, by kind. To be called between a backward pass and its update; collective."""
+    counted: set[tuple[torch.device, int]] = set()
+    parameters = list(module.model.parameters())
+    state = module.state
+    if isinstance(state, Shards):
+        masters, moments = (list(tensors.values()) for tensors in state.files().values())
+    else:
+        masters, moments = [], list(optimizer_tensors(module.optimizer).values())
+    kinds: dict[str, Iterable[Tensor]] = {
+        "buckets": _buckets(module),  # first, because gradients lie in them
+        "weights": (getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters),
+        "whole": (parameter.data for parameter in parameters),
+        "masters": masters,
+        "moments": moments,
+        "gradients": _gradients(module, parameters),
+        "other": (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)),
+    }
+    sizes = {kind: sum(_new_allocations(tensors, counted)) for kind, tensors in kinds.items()}
+    return {kind: sizes[kind] for kind in KINDS}
+
+
+def _new_allocations(tensors: Iterable[Tensor], counted: set[tuple[torch.device, int]]) -> Iterator[int]:
+    """Bytes of each allocation under `tensors` that is not in `counted` yet, and is after it."""
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        place = (tensor.device, storage.data_ptr())
+        if storage.nbytes() and place not in counted:
+            counted.add(place)
+            yield storage.nbytes()
+
+
+def _zero_optimizer(module: TrainingModule) -> Any:
+    """DeepSpeed's optimizer of stages 1 to 3, else None."""
+    strategy = module.trainer.strategy
+    return strategy.deepspeed_engine.optimizer if isinstance(strategy, ZeroStrategy) and strategy.stage else None
+
+
+def _gradients(module: TrainingModule, parameters: list[Any]) -> Iterator[Tensor]:
+    for parameter in parameters:
+        for gradient in (parameter.grad, getattr(parameter, "grad_accum", None)):
+            if gradient is not None:
+                yield gradient
+    zero = _zero_optimizer(module)
+    if zero is not None:
+        for tensors in zero.averaged_gradients.values():
+            yield from tensors or ()
+
+
+def _buckets(module: TrainingModule) -> Iterator[Tensor]:
+    zero = _zero_optimizer(module)
+    if zero is not None:
+        for bucket in zero.ipg_buckets.values():
+            buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+            yield from (buffer for buffer in buffers if buffer is not None)

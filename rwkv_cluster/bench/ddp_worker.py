@@ -1,0 +1,117 @@
+"""One rank of one contender of `rwkv-cluster bench ddp`: trains a prepared run and writes what it took and held.
+
+`python -m rwkv_cluster.bench.ddp_worker CONFIG RESULTS WARMUP`, alone or under torchrun. The configuration's first
+WARMUP steps are not counted, nor is its last, in which the memory is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from rwkv_cluster.bench.ddp_memory import held
+from rwkv_cluster.configfile import load_config
+from rwkv_cluster.data.prepare import load_manifest
+from rwkv_cluster.ranks import end_with_launcher, rank
+from rwkv_cluster.train import strategy
+from rwkv_cluster.train.callbacks import peak_memory_mb
+from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.ddp import SettledBuckets
+from rwkv_cluster.train.distributed import leaving_group
+from rwkv_cluster.train.memory import keep_freed_memory
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.session import Session, build_model, open_session
+from rwkv_cluster.workdir import WorkDir
+
+
+class Meter(Callback):
+    """When each step ended, in seconds of a clock; and the bytes held in the last.
+
+    From end to end there is nothing between two steps that is not counted, and nothing to synchronise on a GPU.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        self.held: dict[str, int] = {}
+        self._total_steps = total_steps
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(module, TrainingModule)
+        if module.step == self._total_steps - 1:
+            self.held = held(module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        assert isinstance(module, TrainingModule)
+        assert module.result is not None
+        self.losses.append(module.result.loss)
+        self.ends.append(time.perf_counter())
+        module.step += 1
+
+
+def main(config_path: Path, results: Path, warmup: int) -> None:
+    """Train as the configuration says, without checkpoints, and write results/<rank>.json."""
+    end_with_launcher()
+    config = load_config(config_path)
+    work = WorkDir(config.work_dir)
+    session = open_session(config, work, load_manifest(work.data))
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    if session.placement.accelerator == "cpu":
+        keep_freed_memory()
+    model = build_model(session)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    meter = Meter(session.horizon.total_steps)
+    module = TrainingModule(model, config.training, session.plan, session.horizon)
+    with leaving_group():
+        _fit(session, module, meter)
+        kept = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]
+    steps = [after - before for before, after in zip(meter.ends, meter.ends[1:], strict=False)]
+    figures = {
+        "parameters": sum(sizes),
+        "parameters_kept_whole": sum(size for size, whole in zip(sizes, kept, strict=True) if whole),
+        "step_s": steps[warmup - 1 : -1],
+        "losses": meter.losses,
+        "held": meter.held,
+        "peak_mb": peak_memory_mb(module.device),
+    }
+    (results / f"{rank()}.json").write_text(json.dumps(figures))
+
+
+def _fit(session: Session, module: TrainingModule, meter: Meter) -> None:
+    data = TokenDataModule(
+        session.train_tokens(),
+        session.plan,
+        start_step=0,
+        total_steps=session.horizon.total_steps,
+        micro_bsz=session.config.training.micro_bsz,
+    )
+    Trainer(
+        **strategy.trainer_arguments(session.config.training, session.placement),
+        max_epochs=1,
+        accumulate_grad_batches=session.accumulate,
+        callbacks=[SettledBuckets(), meter],
+        logger=False,
+        default_root_dir=session.work.root,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,52 @@
+"""What a rank tells the agent that started it (`rwkv_cluster.launch.agent`): its log, and how it ended.
+
+torchrun and srun have one exit code for all failures of all ranks. These files say which rank ended how.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rwkv_cluster.ranks import rank
+
+LAUNCH_VARIABLE = "RWKV_CLUSTER_LAUNCH"  # the launch directory, where logs are
+STATE_VARIABLE = "RWKV_CLUSTER_STATE"  # a folder for each start of the job
+
+
+def rank_log(launch: Path, number: int) -> Path:
+    """Log of a rank, appended to by each start of the job."""
+    return launch / f"rank-{number}.log"
+
+
+def log_to_agent() -> None:
+    """Send what this process and its libraries write to the rank's own log. Does nothing without an agent."""
+    launch = os.environ.get(LAUNCH_VARIABLE)
+    if launch is None or STATE_VARIABLE not in os.environ:
+        return
+    descriptor = os.open(rank_log(Path(launch), rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def tell_agent(code: int, message: str = "") -> None:
+    """Say how this rank ends. Does nothing without an agent."""
+    state = os.environ.get(STATE_VARIABLE)
+    if state is not None:
+        path = Path(state) / f"rank-{rank()}"
+        path.with_suffix(".tmp").write_text(json.dumps({"rank": rank(), "code": code, "message": message}))
+        path.with_suffix(".tmp").rename(path)
+
+
+def told(state: Path, number: int) -> dict[str, Any] | None:
+    """How rank `number` said that it ended; None while it has said nothing."""
+    try:
+        return json.loads((state / f"rank-{number}").read_text())
+    except OSError:
+        return None

@@ -1,0 +1,36 @@
+"""Tells the roll call where in its steps this rank is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.rollcall import RollCall
+
+
+class Attendance(Callback):
+    """Marks this rank's last finished step and what it does now."""
+
+    def __init__(self, roll_call: RollCall) -> None:
+        self._roll_call = roll_call
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._mark(module, "loading data")
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        self._mark(module, "computing")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        self._mark(module, "loading data")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._mark(module, "ending")
+
+    def _mark(self, module: LightningModule, doing: str) -> None:
+        assert isinstance(module, TrainingModule)
+        self._roll_call.mark(step=module.step, doing=doing)

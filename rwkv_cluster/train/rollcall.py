@@ -1,0 +1,288 @@
+"""The ranks of a run, seen by each other through small files in `<work_dir>/.ranks/<start>/`.
+
+torch's collectives say that something took too long, not who was missing, and before the process group exists they say
+nothing. Here every rank renews a record once a second: where it runs, its last finished step, what it is doing, and at
+the end how it failed. The others wait for rank 0's preparation by it, end when a rank has failed, and name who is
+silent. A record is judged by whether it changes (see `rwkv_cluster.heartbeat`), so that what an earlier run has left
+says nothing about this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rwkv_cluster import errors, ranks
+from rwkv_cluster.errors import ConfigError, LaunchError, Preempted, RWKVClusterError, TrainingError
+from rwkv_cluster.heartbeat import BEAT_S, Watch, every, has_died, machine, start_tick, this_process, write_record
+from rwkv_cluster.launched import tell_agent
+from rwkv_cluster.train.distributed import is_collective_failure
+from rwkv_cluster.workdir import WorkDir
+
+log = logging.getLogger("rwkv_cluster")
+
+SILENT_S = 15.0  # of a rank that shows no sign of life: rank 0 is given up during preparation, others are reported
+FIRST_SIGN_S = 300.0  # for rank 0 to start at all; a first import from a cold network disk takes minutes
+RECENT_S = 60.0  # a record that is older, by the shared directory's own clock, is of an earlier run
+LINGER_S = 8.0  # for ranks that start later to see that rank 0 has failed
+GRACE_S = 3.0  # for a rank to end by itself after another's failure, and for torch's own timeout to come first
+GONE_S = 3.0  # without a beat, when a collective has failed already
+
+
+class RollCall:
+    """This rank's record and its view of the others'. Does nothing in a run of one rank.
+
+    timeout_s: for how long a rank may be silent before the run is given up.
+    """
+
+    def __init__(self, work: WorkDir, world_size: int, timeout_s: float) -> None:
+        self.rank = ranks.rank()
+        self.folder = work.ranks / hashlib.sha256(ranks.attempt().encode()).hexdigest()[:12]
+        self.timeout_s = timeout_s
+        self._record: dict[str, Any] = {**this_process(), "id": uuid.uuid4().hex, "rank": self.rank, "step": None}
+        self._record |= {"state": "running", "doing": "starting", "beats": 0}
+        self.interval_s = max(BEAT_S, world_size / 8)  # all ranks read all records: bounded for the file server's sake
+        self.others = {rank: Watch(self.path(rank), self.interval_s) for rank in range(world_size) if rank != self.rank}
+        self._next_look = 0.0
+        self._failed_since: float | None = None
+        self._reported: set[int] = set()
+
+    def path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}"
+
+    @contextmanager
+    def answering(self) -> Iterator[RollCall]:
+        """Show life inside the block and end with the others; say how the block ended."""
+        if not self.others:
+            yield self
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"work_dir: {error.strerror} at {error.filename}. Choose one you may write to") from error
+        with every(BEAT_S, self._beat):
+            try:
+                yield self
+            except Preempted:
+                self.publish(state="ended")
+                raise
+            except BaseException as error:
+                cause = self._explained(error) if is_collective_failure(error) else error
+                self.publish(state="failed", **_failure(cause))
+                self._let_others_see()
+                if cause is error:
+                    raise
+                raise cause from error
+            self.publish(state="ended")
+        self._leave()
+
+    def mark(self, **facts: Any) -> None:
+        """Change this rank's record; the others see it with the next beat."""
+        self._record = {**self._record, **facts}
+
+    def publish(self, **facts: Any) -> None:
+        """Change this rank's record at once."""
+        self.mark(**facts)
+        self._write()
+
+    def wait_for_rank_0(self, key: str, *, what: str) -> Any:
+        """Rank 0's fact `key`, once it publishes it. Outside any collective, so that it may take hours.
+
+        Raises what rank 0 has raised, or LaunchError when rank 0 does not start or shows no sign of life any more.
+        """
+        log.info("rank %d waits for %s on rank 0", self.rank, what)
+        watch, started = Watch(self.path(0), BEAT_S / 4), time.monotonic()
+        watch.look()
+        recent = _recent(self.path(0), self.path(self.rank))
+        while True:
+            record = watch.record
+            lost = bool(record) and (watch.alive or recent) and watch.still_s >= SILENT_S
+            if record.get("state") == "failed" and (watch.alive or lost):
+                raise _error_of(record)
+            if watch.alive and key in record:
+                return record[key]
+            if lost:
+                raise LaunchError(f"{_name(record)} has shown no sign of life for {SILENT_S:.0f} s. See its log")
+            if not watch.alive and time.monotonic() - started > FIRST_SIGN_S:
+                raise LaunchError(f"rank 0 has not started within {FIRST_SIGN_S:.0f} s. See its log")
+            time.sleep(BEAT_S / 4)
+            watch.look()
+
+    def forget_earlier_runs(self) -> None:
+        """Remove the records of other starts. For the holder of the work directory."""
+        for folder in self.folder.parent.glob("*"):
+            if folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _let_others_see(self) -> None:
+        """Let rank 0's record change on for a while: a failure that stands still may be one of an earlier run."""
+        if self.rank != 0 or "data" in self._record or not ranks.launched():  # who was not launched launches the others
+            return
+        deadline = time.monotonic() + LINGER_S
+        while time.monotonic() < deadline:
+            if all(watch.alive and watch.record.get("state") != "running" for watch in self.others.values()):
+                return
+            time.sleep(BEAT_S / 4)
+
+    def _beat(self) -> None:
+        self.mark(beats=self._record["beats"] + 1)
+        self._write()
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + self.interval_s
+            for watch in self.others.values():
+                watch.look()
+            self._act()
+
+    def _write(self) -> None:
+        with suppress(OSError):  # a moment's trouble of a network file system; the next beat is a second away
+            write_record(self.path(self.rank), self._record)
+
+    def _act(self) -> None:
+        """End this process when a rank has failed or is silent for too long, and nothing else has ended it."""
+        if self._record["state"] != "running":
+            return
+        running = self._living_or_lost()
+        for rank, watch in running.items():
+            if watch.still_s >= SILENT_S and rank not in self._reported:
+                self._reported.add(rank)
+                log.warning("%s. Waiting for %.0f s in all", _silence(watch), self.timeout_s)
+        failed = [watch.record for watch in self.others.values() if _has_failed(watch)]
+        died = [watch for watch in self.others.values() if self._has_died(watch)]
+        lost = [watch for watch in running.values() if watch.still_s >= max(self.timeout_s, SILENT_S) + GRACE_S]
+        if not failed and not died and not lost:
+            return
+        if self._failed_since is None:
+            self._failed_since = time.monotonic()
+        if lost or time.monotonic() - self._failed_since >= GRACE_S:
+            texts = [*map(_death, died), *map(_silence, lost)]
+            self._end(_error_of(failed[0]) if failed else TrainingError("; ".join(texts[:4])))
+
+    def _end(self, error: RWKVClusterError) -> None:
+        """From the thread, for a main thread that hangs in a collective, in the data or while it ends."""
+        self.publish(state="failed", **_failure(error))
+        log.error("rwkv-cluster: rank %d: error: %s", self.rank, error)
+        self._end_frozen_neighbours()
+        tell_agent(error.exit_code, str(error))
+        os._exit(error.exit_code)
+
+    def _has_died(self, watch: Watch) -> bool:
+        """Whether a rank of this machine and this start is gone without a word: killed, or crashed in native code."""
+        record = watch.record
+        of_this_start = watch.alive or record.get("parent") == self._record["parent"]
+        if record.get("state") != "running" or not of_this_start or not has_died(record):
+            return False
+        watch.look()  # its last word may have come between the two looks
+        return watch.record.get("state") == "running"
+
+    def _living_or_lost(self) -> dict[int, Watch]:
+        """Ranks that have been seen in this run and have not said that they ended."""
+        return {r: watch for r, watch in self.others.items() if watch.alive and watch.record.get("state") == "running"}
+
+    def _explained(self, error: BaseException) -> RWKVClusterError:
+        """Why a collective failed: whom this rank has waited for. Takes a few seconds, in which the others say too."""
+        self.publish(doing="waiting for the other ranks")
+        deadline = time.monotonic() + 2 * self.interval_s + GONE_S
+        while time.monotonic() < deadline:
+            for watch in self.others.values():
+                if _has_failed(watch):
+                    return _error_of(watch.record)
+                if self._has_died(watch):
+                    return TrainingError(_death(watch))
+            if all(self._accounted_for(watch) for watch in self._living_or_lost().values()):
+                break
+            time.sleep(BEAT_S / 4)
+        self._end_frozen_neighbours()
+        return TrainingError(f"{self._who_was_missing()} (torch: {str(error).splitlines()[0][:200]})")
+
+    @staticmethod
+    def _accounted_for(watch: Watch) -> bool:
+        return watch.still_s >= GONE_S or watch.record.get("doing") == "waiting for the other ranks"
+
+    def _who_was_missing(self) -> str:
+        running = self._living_or_lost()
+        silent = [_silence(watch) for watch in running.values() if watch.still_s >= GONE_S]
+        busy = [_busy(watch) for watch in running.values() if not self._accounted_for(watch)]
+        if silent or busy:
+            return "; ".join((silent + busy)[:4])
+        absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
+        if absent:
+            return f"rank {', '.join(absent[:4])} has not started. Look at its log, or raise training.timeout_s"
+        names = [f"{_name(watch.record)}{_last_step(watch.record)}" for watch in list(running.values())[:4]]
+        return (
+            f"{' and '.join(names) or 'another rank'} cannot be reached over the network from "
+            f"{self._record['host']}, although its process lives. Look at the network between these machines"
+        )
+
+    def _end_frozen_neighbours(self) -> None:
+        """Kill silent ranks of this machine: launchers only ask a process to end, which a stopped one does not hear."""
+        for watch in self._living_or_lost().values():
+            record = watch.record
+            same = record.get("machine") == machine() and record.get("started") is not None
+            if same and watch.still_s >= GONE_S and start_tick(record["pid"]) == record["started"]:
+                log.warning("%s. It is ended", _silence(watch))  # before this rank, where it is a child of that one
+                with suppress(OSError):
+                    os.kill(record["pid"], signal.SIGKILL)
+
+    def _leave(self) -> None:
+        with suppress(OSError):
+            self.path(self.rank).unlink(missing_ok=True)
+            self.folder.rmdir()  # the last one out
+            self.folder.parent.rmdir()
+
+
+def _has_failed(watch: Watch) -> bool:
+    return watch.alive and watch.record.get("state") == "failed"
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, RWKVClusterError):
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"error": "TrainingError", "message": f"{type(error).__name__}: {error}"}
+
+
+def _error_of(record: dict[str, Any]) -> RWKVClusterError:
+    """What rank `record` has raised, to be raised here too."""
+    kind = getattr(errors, str(record.get("error")), TrainingError)
+    message = str(record.get("message"))
+    return kind(message if re.match(r"rank \d+: ", message) else f"rank {record.get('rank')}: {message}")
+
+
+def _recent(path: Path, now: Path) -> bool:
+    """Whether `path` was written not long before `now`: two times that the same file server gave."""
+    try:
+        return now.stat().st_mtime - path.stat().st_mtime < RECENT_S
+    except OSError:
+        return False
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"rank {record.get('rank')} on {record.get('host')}, process {record.get('pid')},"
+
+
+def _last_step(record: dict[str, Any]) -> str:
+    return f" last finished step {record['step']}," if record.get("step") is not None else ""
+
+
+def _death(watch: Watch) -> str:
+    record = watch.record
+    return f"{_name(record)}{_last_step(record)} has died without a word. See its log, and the kernel's"
+
+
+def _silence(watch: Watch) -> str:
+    record = watch.record
+    return f"{_name(record)}{_last_step(record)} has shown no sign of life for {watch.still_s:.0f} s"
+
+
+def _busy(watch: Watch) -> str:
+    record = watch.record
+    return f"{_name(record)}{_last_step(record)} lives but has not come to the next exchange: it is {record['doing']}"

@@ -1,0 +1,196 @@
+"""Writing a checkpoint together: every rank its files, in the background if wanted; rank 0 commits when all are there.
+
+begin      collective: a folder under a temporary name; each rank copies its tensors and starts to write them
+written    whether this rank's part is done; the ranks tell each other with the vote of every step
+finish     collective: commits what all ranks have written, or removes it and raises on every rank
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_cluster.disk import Refusal
+from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train import checkpoint, distributed
+from rwkv_cluster.train.room import require_room
+from rwkv_cluster.train.state import Files
+from rwkv_cluster.workdir import TEMPORARY_PREFIX
+
+log = logging.getLogger("rwkv_cluster")
+
+
+@dataclass
+class _Part:
+    """This rank's part of a checkpoint. entries: of the manifest, by file; refusal: why it could not be written."""
+
+    step: int
+    temporary: Path
+    state: Mapping[str, Any]
+    entries: dict[str, Any]
+    refusal: Refusal | None = None
+    done: bool = False
+    waited_s: float = 0.0
+    thread: threading.Thread | None = None
+
+
+class Saver:
+    """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
+
+    background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
+    checkpoint, see `train.room`.
+    """
+
+    def __init__(self, directory: Path, keep_last: int, *, background: bool, n_bytes: int) -> None:
+        self.waited_s = 0.0
+        """Seconds that training has waited for saving since `take_waited_s` was called last."""
+        self._directory = directory
+        self._keep_last = keep_last
+        self._n_bytes = n_bytes
+        self.background = background
+        self._part: _Part | None = None
+
+    def save(self, step: int, files: Files, state: Mapping[str, Any]) -> None:
+        """Begin, and finish at once. Collective; raises as `finish`."""
+        self.begin(step, files, state)
+        self.finish()
+
+    def begin(self, step: int, files: Files, state: Mapping[str, Any]) -> None:
+        """Start to write the checkpoint of `step`; one under way is finished first.
+
+        files: this rank's. state: what state.json holds; rank 0's counts.
+
+        Raises CheckpointError on every rank when there is no room or the folder cannot be made. Without `background`
+        all is written when this returns.
+        """
+        self.finish()
+        began = time.perf_counter()
+        temporary = self._make_folder(step)
+        kept = {name: _host_copy(tensors) if self.background else tensors for name, tensors in files.items()}
+        part = self._part = _Part(step, temporary, state, {})
+        if self.background:
+            part.thread = threading.Thread(target=_write, args=(part, kept), name=f"checkpoint of step {step}")
+            part.thread.start()
+        else:
+            _write(part, kept)
+        self._count_wait(part, began)
+
+    def written(self) -> bool:
+        """Whether a save is under way of which this rank's part is done."""
+        return self._part is not None and self._part.done
+
+    def finish(self) -> None:
+        """Commit the save under way, if there is one. Collective.
+
+        Raises CheckpointError on every rank when one of them could not write; nothing of it is left then, and earlier
+        checkpoints are untouched.
+        """
+        part, self._part = self._part, None
+        if part is None:
+            return
+        began = time.perf_counter()
+        if part.thread is not None:
+            part.thread.join()
+        parts = distributed.gather_objects((part.entries, part.refusal))
+        fault = None if parts is None else self._complete(part, parts)
+        fault = distributed.broadcast_object(fault)
+        if fault is not None:
+            raise CheckpointError(fault)
+        self._count_wait(part, began)
+        if rank() == 0:
+            log.info("checkpoint of step %d is saved; training waited %.2f s for it", part.step, part.waited_s)
+
+    def _count_wait(self, part: _Part, began: float) -> None:
+        seconds = time.perf_counter() - began
+        part.waited_s += seconds
+        self.waited_s += seconds
+
+    def take_waited_s(self) -> float:
+        """`waited_s` so far; starts anew."""
+        waited, self.waited_s = self.waited_s, 0.0
+        return waited
+
+    def abandon(self) -> None:
+        """Leave a save under way unfinished: a run that ends by an error waits for no other rank."""
+        part, self._part = self._part, None
+        if part is not None and part.thread is not None:
+            part.thread.join()
+            if rank() == 0:
+                shutil.rmtree(part.temporary, ignore_errors=True)
+
+    def _make_folder(self, step: int) -> Path:
+        """The folder to write into, made by rank 0. Raises CheckpointError on every rank."""
+        fault, path = None, ""
+        if rank() == 0:
+            made = self._directory / f"{TEMPORARY_PREFIX}step-{step:08d}-{uuid.uuid4().hex[:8]}"
+            path = str(made)
+            try:
+                require_room(self._directory, self._n_bytes, f"the checkpoint of step {step}")
+                made.mkdir()
+            except CheckpointError as error:
+                fault = str(error)
+            except OSError as error:
+                fault = self._sentence(step, Refusal.of(error))
+        path, fault = distributed.broadcast_object((path, fault))
+        if fault is not None:
+            raise CheckpointError(fault)
+        return Path(path)
+
+    def _complete(self, part: _Part, parts: list[tuple[dict[str, Any], Refusal | None]]) -> str | None:
+        """On rank 0: commit, or remove what was written and say why."""
+        refusals = [
+            replace(refusal, reason=f"rank {number}: {refusal.reason}") if len(parts) > 1 else refusal
+            for number, (_, refusal) in enumerate(parts)
+            if refusal is not None
+        ]
+        try:
+            if not refusals:
+                files = {name: entry for entries, _ in parts for name, entry in entries.items()}
+                path = checkpoint.checkpoint_path(self._directory, part.step)
+                checkpoint.commit(part.temporary, path, part.step, state=part.state, files=files)
+                checkpoint.prune(self._directory, self._keep_last)
+        except OSError as error:
+            refusals = [Refusal.of(error)]
+        if refusals:
+            shutil.rmtree(part.temporary, ignore_errors=True)
+            return self._sentence(part.step, *refusals)
+        return None
+
+    def _sentence(self, step: int, *refusals: Refusal) -> str:
+        """The free bytes in it are those that it finds after a failed attempt has been removed."""
+        whole = replace(refusals[0], reason="; ".join(refusal.reason for refusal in refusals))
+        return f"checkpoint {whole.sentence(checkpoint.checkpoint_path(self._directory, step), self._n_bytes)}"
+
+
+def _write(part: _Part, files: Files) -> None:
+    """Write this rank's files; a refusal is kept for `Saver.finish`, which all ranks reach."""
+    try:
+        for name, tensors in files.items():
+            part.entries[name] = checkpoint.write_tensors(part.temporary / name, tensors)
+            distributed.fault_point(f"checkpoint.after_{name.partition('.')[0].partition('-')[0]}", step=part.step)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.refusal = Refusal.of(error)
+    finally:
+        part.done = True
+
+
+def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that training does not touch, in pinned memory where they come from a GPU."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copies[name].copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return copies

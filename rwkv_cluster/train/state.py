@@ -1,0 +1,90 @@
+"""What a rank holds of a run's weights and optimizer, behind one interface for every strategy.
+
+Replica   everything, as alone, under DDP and ZeRO stage 0; rank 0 saves for all
+Shards    a part of it, under ZeRO stages 1 to 3 (`train.zero`); every rank saves its own
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.optimizer import named_parameters, optimizer_tensors, restore_optimizer, update_count
+
+Files = dict[str, Mapping[str, Tensor]]
+"""Tensors by the name of the checkpoint's file that they go to."""
+
+
+class TrainState(Protocol):
+    """Weights, gradients and moments of a run, as this rank has them.
+
+    clips_in_update: the optimizer measures and clips gradients itself, and makes no update when they are not finite.
+    """
+
+    clips_in_update: bool
+
+    def clip_gradients(self, limit: float) -> float:
+        """After the last backward pass of a step and before its update. Returns the global norm before clipping."""
+
+    def grad_norm(self) -> float:
+        """After the update: the global norm of its gradients before clipping."""
+
+    def update_count(self) -> int:
+        """Updates that the optimizer has made."""
+
+    def restore(self, found: Checkpoint) -> None:
+        """Into a model that has `found`'s weights: moments, and masters where the parameters are not the masters.
+
+        Exactly as they were saved, by whatever number of ranks and whatever strategy.
+        """
+
+    def files(self) -> Files:
+        """What this rank has to save: fp32 masters and moments."""
+
+    def shapes(self) -> dict[str, list[int]] | None:
+        """Shapes of the parameters where files hold pieces of them; None where they hold them whole."""
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Collective. On rank 0 every parameter by name, in the dtype it is trained in; None on the others."""
+
+
+class Replica:
+    """The same masters and moments on every rank."""
+
+    clips_in_update = False
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._norm = math.nan
+
+    def clip_gradients(self, limit: float) -> float:
+        parameters = [parameter for _, parameter in named_parameters(self._optimizer)]
+        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return self._norm
+
+    def grad_norm(self) -> float:
+        return self._norm
+
+    def update_count(self) -> int:
+        return update_count(self._optimizer)
+
+    def restore(self, found: Checkpoint) -> None:
+        restore_optimizer(self._optimizer, found.optimizer(), found.state["optimizer_updates"])
+
+    def files(self) -> Files:
+        if rank() != 0:
+            return {}
+        return {"weights.pth": self._model.state_dict(), "optimizer.pth": optimizer_tensors(self._optimizer)}
+
+    def shapes(self) -> dict[str, list[int]] | None:
+        return None
+
+    def weights(self) -> dict[str, Tensor] | None:
+        return self._model.state_dict() if rank() == 0 else None

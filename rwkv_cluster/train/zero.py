@@ -1,0 +1,245 @@
+"""DeepSpeed ZeRO under Lightning, on CUDA and on CPUs; and the masters and moments that each rank keeps of it.
+
+    stage 0   DeepSpeed's own data parallelism: every rank keeps everything, in fp32
+    stage 1   each rank keeps its part of the fp32 masters and of Adam's moments
+    stage 2   and of the gradients
+    stage 3   and of the parameters, which are gathered where they are used
+
+From stage 1 on the parameters have the training precision; the masters, which the optimizer updates, are fp32.
+Activation checkpointing, order of samples, saving and resuming are this package's own, not DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.optimizer import MOMENTS
+from rwkv_cluster.train.pieces import piece_name
+from rwkv_cluster.train.state import Files
+
+MASTER = "master"
+
+
+def require_deepspeed(training: TrainingConfig, accelerator: str) -> None:
+    """Raise ConfigError where the configuration wants DeepSpeed on "cpu" or "cuda" and it cannot be had."""
+    if training.deepspeed_stage is None:
+        return
+    if accelerator == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+    try:
+        import deepspeed.ops
+    except Exception as error:  # its import looks for compilers and devices, and fails in many ways
+        raise ConfigError(
+            f"ZeRO stage {training.deepspeed_stage} needs the package deepspeed, which cannot be imported: {error}. "
+            "Install it with `pip install deepspeed`, or set training.strategy to ddp and zero_stage to null"
+        ) from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile when the process group is made
+
+
+def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration for ZeRO; Lightning adds precision and accumulation."""
+    stage, bucket = training.deepspeed_stage, training.ds_bucket_mb * 1_000_000
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+    }
+    if training.offloads_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if training.offloads_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on a CPU and needs no compiler
+        "gradient_clipping": training.gradient_clip_val if stage else 0.0,  # at stage 0 gradients are whole: Replica
+        "train_micro_batch_size_per_gpu": training.micro_bsz,
+    }
+    if training.communication_dtype is not None:
+        config["communication_data_type"] = training.communication_dtype
+    return config
+
+
+def zero_strategy(training: TrainingConfig, accelerator: str) -> ZeroStrategy:
+    """The strategy of a run with DeepSpeed on "cpu" or "cuda"."""
+    backend = "nccl" if accelerator == "cuda" else "gloo"
+    timeout = timedelta(seconds=training.timeout_s)
+    return ZeroStrategy(config=deepspeed_config(training), process_group_backend=backend, timeout=timeout)
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy without its refusal of CPUs and its second division by the accumulation.
+
+    Its parent, for DDP, sets the processes up for any device. DeepSpeed's engine divides a loss by the number of micro
+    batches, which Lightning has done already.
+    """
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+        else:  # the parent validates indices, which CPUs do not have
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        """As the parent does it, which also hands over the number of the device, which CPUs do not have."""
+        import deepspeed
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine, wrapped, _, _ = deepspeed.initialize(
+            config=self.config, model=model, model_parameters=trained, optimizer=optimizer, dist_init_required=False
+        )
+        return engine, wrapped
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        assert isinstance(self.config, dict)
+        return int(self.config["zero_optimization"]["stage"])
+
+    def completes_step(self) -> bool:
+        """Whether the micro batch under way is the last of an optimizer step."""
+        return bool(self.deepspeed_engine.is_gradient_accumulation_boundary())
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements start.. of the flattened parameter `name` that this rank keeps: views of fp32 master and moments."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+
+class Shards:
+    """ZeRO's state on this rank, stages 1 to 3. engine: DeepSpeed's, around a module that contains `model`."""
+
+    clips_in_update = True
+
+    def __init__(self, model: nn.Module, engine: Any) -> None:
+        self._model = model
+        self._engine = engine
+        self._zero = engine.optimizer
+
+    def clip_gradients(self, limit: float) -> float:
+        raise NotImplementedError("DeepSpeed clips in its update")
+
+    def grad_norm(self) -> float:
+        return float(self._engine.get_global_grad_norm())
+
+    def update_count(self) -> int:
+        return int(next(iter(self._zero.optimizer.state.values()))["step"])
+
+    def files(self) -> Files:
+        weights, moments = {}, {}
+        for fragment in self._fragments():
+            weights[piece_name(fragment.name, fragment.start)] = fragment.tensors[MASTER]
+            for moment in MOMENTS:
+                moments[piece_name(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
+        weights |= self._frozen()
+        rank, world_size = distributed.position()
+        suffix = f"{rank:05d}-of-{world_size:05d}.pth"
+        return {f"weights-{suffix}": weights, f"optimizer-{suffix}": moments}
+
+    def shapes(self) -> dict[str, list[int]] | None:
+        return {name: list(_shape(parameter)) for name, parameter in self._model.named_parameters()}
+
+    def restore(self, found: Checkpoint) -> None:
+        masters, moments = found.weights(), found.optimizer()
+        self._make_moments(found.state["optimizer_updates"])
+        for fragment in self._fragments():
+            for key, target in fragment.tensors.items():
+                whole = masters[fragment.name] if key == MASTER else moments[f"{key}/{fragment.name}"]
+                target.copy_(whole.flatten()[fragment.start : fragment.start + target.numel()])
+
+    def weights(self) -> dict[str, Tensor] | None:
+        rank, _ = distributed.position()
+        gathered = {}
+        for name, parameter in self._model.named_parameters():
+            whole = self._gathered(parameter)
+            if rank == 0:
+                gathered[name] = whole
+        return gathered if rank == 0 else None
+
+    @property
+    def _is_stage_3(self) -> bool:
+        return bool(self._engine.zero_optimization_partition_weights())
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        """This rank's fp32 masters, one flat tensor for each group that the optimizer updates."""
+        name = "fp32_partitioned_groups_flat" if self._is_stage_3 else "single_partition_of_fp32_groups"
+        return list(getattr(self._zero, name))
+
+    def _make_moments(self, updates: int) -> None:
+        """Moments of zero, as after `updates` updates, in place of what the optimizer would make at its first."""
+        for flat in self._flats:
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+            self._zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **moments}
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """What this rank keeps of each trained parameter that it keeps anything of.
+
+        What is read below is DeepSpeed's own: in which flat tensor of a stage a part lies, and where in the parameter.
+        """
+        flats = self._flats
+        parameter: Any  # with what DeepSpeed adds to it
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self._is_stage_3:
+                group, at, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = size * distributed.position()[0]
+                size = min(size, parameter.ds_numel - start)  # the rest is padding
+            elif (held := parameter._hp_mapping) is not None:
+                group, start = held.param_group_index, held.lp_fragment_address.start
+                at, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
+            else:
+                continue
+            if size > 0:
+                flat = flats[group]
+                moments = self._zero.optimizer.state[flat]
+                whole = {MASTER: flat.detach(), **{moment: moments[moment] for moment in MOMENTS}}
+                yield Fragment(name, start, {key: tensor[at : at + size] for key, tensor in whole.items()})
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Parameters that are not trained and so have no master, as fp32 pieces; on rank 0. Collective."""
+        frozen = ((name, p) for name, p in self._model.named_parameters() if not p.requires_grad)
+        whole = {piece_name(name, 0): self._gathered(p).float().flatten() for name, p in frozen}
+        return whole if distributed.position()[0] == 0 else {}
+
+    def _gathered(self, parameter: nn.Parameter) -> Tensor:
+        """The whole of one parameter. Collective in stage 3, where it is a copy in the host's memory."""
+        if not self._is_stage_3:
+            return parameter.detach()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's own shape, also while ZeRO-3 has it in pieces."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

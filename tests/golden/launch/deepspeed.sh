@@ -1,0 +1,6 @@
+#!/bin/bash
+# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml.
+set -u
+export RWKV_CLUSTER_LAUNCH="$PWD"
+exec python-stub -m rwkv_cluster.launch.agent --cwd /home/someone/runs --ranks 2 -- python-stub -m deepspeed.launcher.runner --num_gpus 2 --master_port 20082 --no_local_rank --module rwkv_cluster train "$PWD/config.yaml"
+## bash job.sh

@@ -1,0 +1,55 @@
+#!/bin/bash
+#SBATCH --job-name=base-3b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=500G
+#SBATCH --time=1-00:00:00
+#SBATCH --partition=gpu
+#SBATCH --signal=USR2@120
+#SBATCH --account=lab
+#SBATCH --qos=high
+#SBATCH --constraint=a100&nvlink
+#SBATCH --exclude=node[3,7-9]
+#SBATCH --comment="the long run"
+#SBATCH --output=job.log
+#SBATCH --open-mode=append
+#SBATCH --export=PATH,HOME,USER,LOGNAME,LANG,LC_ALL,LD_LIBRARY_PATH,TMPDIR,OMP_NUM_THREADS,SLURM_CONF,HF_TOKEN
+#SBATCH --reservation=week
+#SBATCH --requeue
+# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml.
+set -u
+export RWKV_CLUSTER_LAUNCH="$PWD"
+export NCCL_DEBUG=INFO
+export 'WORDS=it'"'"'s $HOME'
+eval -- 'module load cuda/12.8' || exit 6
+export RWKV_CLUSTER_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+RWKV_CLUSTER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\n" " ")
+export RWKV_CLUSTER_NODES
+export SRUN_CPUS_PER_TASK=64
+echo "rwkv-cluster: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+srun --kill-on-bad-exit=1 --wait=60 --export=ALL --open-mode=append --output=node-%n.log python-stub -m rwkv_cluster.launch.agent --cwd /home/someone/runs --ranks 8 -- python-stub -m torch.distributed.run --nnodes 2 --nproc-per-node 8 -m rwkv_cluster train "$PWD/config.yaml"
+code=$?
+how=none
+if [ -e ".state/$RWKV_CLUSTER_ATTEMPT/outcome" ]; then
+    read -r how said message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
+    echo "rwkv-cluster: $how: $message"
+fi
+case $how in
+    preempted) ;;
+    failed | stopped) exit "$said" ;;
+    *) exit "$code" ;;
+esac
+# A job that is being cancelled has another state.
+if [ -e cancelled ] || [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit 75; fi
+if [ -e requeued ] && [ "$(wc -l < requeued)" -ge 100 ]; then
+    echo "rwkv-cluster: queued again 100 times, launch.max_requeues. The same launch command continues"
+    exit 75
+fi
+echo "$RWKV_CLUSTER_ATTEMPT" >> requeued
+if scontrol requeue "$SLURM_JOB_ID"; then sleep 300; fi # Slurm ends this script
+echo "rwkv-cluster: this cluster does not queue jobs again; a job that follows this one goes on"
+sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" job.sh >> ./jobs
+exit 75
+## sbatch --parsable job.sh

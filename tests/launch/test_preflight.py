@@ -1,0 +1,65 @@
+"""The agents of a job meet before the ranks start: C8, each node that is missing or different is named."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch import preflight
+from rwkv_cluster.launch.preflight import check_nodes
+
+NAMES = ("node1", "node2", "node3")
+
+
+@pytest.fixture(autouse=True)
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_CLUSTER_ATTEMPT", "7.0")
+    monkeypatch.setenv("RWKV_CLUSTER_MEET_S", "1")
+
+
+def _check(state: Path, number: int) -> int | None:
+    return check_nodes(state, number, NAMES, first=number == 0, host=NAMES[number])
+
+
+def test_all_nodes_meet_on_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_CLUSTER_MEET_S", "30")
+    ports: dict[int, int | None] = {}
+    threads = [
+        threading.Thread(target=lambda n=number: ports.update({n: _check(tmp_path, n)}), daemon=True)
+        for number in (2, 1, 0)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert set(ports) == {0, 1, 2}
+    (port,) = set(ports.values())
+    assert port is not None
+    assert port > 1024
+
+
+def test_a_node_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
+    for number in (1, 2):
+        with pytest.raises(LaunchError, match="node1, the first node, has not been seen in"):
+            _check(tmp_path, number)
+    (tmp_path / "node-1").unlink()
+    with pytest.raises(LaunchError, match=r"node node2 has not been seen in .* leave the node out"):
+        _check(tmp_path, 0)
+
+
+def test_a_node_with_other_code_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, digest in ((1, "a" * 64), (2, "b" * 64)):
+        monkeypatch.setattr(preflight, "code_digest", lambda digest=digest: digest)
+        with pytest.raises(LaunchError, match="has not been seen"):
+            _check(tmp_path, number)
+    monkeypatch.setattr(preflight, "code_digest", lambda: "a" * 64)
+    with pytest.raises(LaunchError, match=r"node3 runs other code than node1: .*, digest b{12}, expected"):
+        _check(tmp_path, 0)
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        _check(tmp_path / "nowhere", 0)

@@ -1,0 +1,122 @@
+"""Every target in every container: the bytes of its script, and what the programs in it are told when bash runs it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_stubs import install, run_script
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.launch.plan import Plan, plan
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
+CWD = Path("/home/someone/runs")
+IMAGE = {"image": "registry.org/rwkv:1", "mounts": ["/data", "/vocab:/v:ro"]}
+FULL: dict[str, Any] = {
+    "name": "base-3b",
+    "num_nodes": 2,
+    "gpus_per_node": 8,
+    "cpus_per_node": 64,
+    "mem": "500G",
+    "time": "1-00:00:00",
+    "partition": "gpu",
+    "account": "lab",
+    "qos": "high",
+    "constraint": "a100&nvlink",
+    "exclude": "node[3,7-9]",
+    "comment": "the long run",
+    "slurm_parameters": {"reservation": "week"},
+    "setup": ["module load cuda/12.8"],
+    "env": {"NCCL_DEBUG": "INFO", "WORDS": "it's $HOME"},
+    "pass_env": ["HF_TOKEN"],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "local": {},
+    "torchrun": {"ranks_per_node": 2},
+    "torchrun-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "rdzv_endpoint": "gpu01"},
+    "deepspeed": {"ranks_per_node": 2},
+    "deepspeed-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "hostfile": "hosts"},
+    "docker": {"gpus_per_node": 2, "container": IMAGE},
+    "docker-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "rdzv_endpoint": "gpu01:3000", "container": IMAGE},
+    "podman": {"gpus_per_node": 2, "container": IMAGE},
+    "sbatch": FULL,
+    "sbatch-per-rank": {"num_nodes": 2, "ranks_per_node": 4, "cpus_per_node": 16, "task_per": "rank", "requeue": False},
+    "sbatch-prepare": {"prepare": {"own_job": True, "cpus": 16, "mem": "32G", "time": "60", "partition": "cpu"}},
+    **{
+        f"sbatch-{runtime}": {"num_nodes": 2, "gpus_per_node": 8, "container": {**IMAGE, "runtime": runtime}}
+        for runtime in ("pyxis", "apptainer", "podman", "docker")
+    },
+}
+
+
+def planned(case: str, **launch: Any) -> Plan:
+    values = {"target": case.partition("-")[0], "python": "python-stub", **CASES[case], **launch}
+    return plan(Config(work_dir="/scratch/someone/base", launch=values), CWD)
+
+
+@pytest.fixture(autouse=True)
+def _one_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(os, "getgid", lambda: 1000)
+
+
+def text_of(made: Plan) -> str:
+    """Scripts and commands, as the golden file has them."""
+    scripts = "".join(text for name, text in made.files.items() if name.endswith(".sh"))
+    return scripts + "".join(f"## {command.shell()}\n" for command in made.commands)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_golden(case: str) -> None:
+    path = GOLDEN / f"{case}.sh"
+    text = text_of(planned(case))
+    if os.environ.get("RENEW_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text, f"{path} differs. If that is meant: RENEW_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bash_runs_it_with_exact_arguments(case: str, tmp_path: Path) -> None:
+    made = planned(case)
+    stubs = install(tmp_path / "bin")
+    setup = {"setup": ["export MODULES=cuda"]} if CASES[case].get("setup") else {}
+    calls = run_script(planned(case, **setup), "job.sh", tmp_path, stubs)
+    (line,) = [line for line in made.files["job.sh"].splitlines() if line.endswith('train "$PWD/config.yaml"')]
+    expected = shlex.split(line.replace("$PWD", str(tmp_path / "launch")).removeprefix("exec "))
+    (call,) = [call for call in calls if call.argv == expected]
+    assert call.environment["RWKV_CLUSTER_LAUNCH"] == str(tmp_path / "launch")
+    if case == "sbatch":
+        assert call.environment["WORDS"] == "it's $HOME"
+        assert call.environment["MODULES"] == "cuda"
+        assert call.environment["RWKV_CLUSTER_ATTEMPT"] == "7.0"
+        assert call.environment["RWKV_CLUSTER_NODES"].split() == ["node1"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_sound_bash(case: str, tmp_path: Path) -> None:
+    """`bash -n` on every machine, shellcheck where it is installed; `$HOME` in a value is meant literally."""
+    for name, text in planned(case).files.items():
+        if name.endswith(".sh"):
+            (tmp_path / name).write_text(text)
+            checks = [["bash", "-n", name]] + (
+                [["shellcheck", "--exclude=SC2016", name]] if shutil.which("shellcheck") else []
+            )
+            for check in checks:
+                done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_step_of_slurm_ends_with_a_failed_rank_and_keeps_its_logs() -> None:
+    """C9."""
+    text = planned("sbatch").files["job.sh"]
+    step = next(line for line in text.splitlines() if line.startswith("srun "))
+    assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(step.split())
+    assert {"#SBATCH --signal=USR2@120", "#SBATCH --open-mode=append", "#SBATCH --requeue"} <= set(text.splitlines())
+    assert "#SBATCH --no-requeue" in planned("sbatch-per-rank").files["job.sh"]

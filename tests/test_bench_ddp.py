@@ -1,0 +1,116 @@
+"""The bench of strategies: its theory, its tables, its refusals, and a real run whose allocations follow the theory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from rwkv_cluster.bench import ddp
+from rwkv_cluster.bench.ddp_memory import KINDS, theory
+from rwkv_cluster.errors import ConfigError, LaunchError
+
+TINY = "--n-layer 2 --n-embd 32 --head-size 16 --ctx-len 32 --micro-bsz 2 --ds-bucket-mb 1".split()  # noqa: SIM905
+QUICK = [*TINY, *"--steps 1 --warmup 1 --repeats 1".split()]  # noqa: SIM905
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "bytes_per_parameter"),
+    [  # weights, gradients, masters, moments of one of four ranks
+        (None, "fp32", (4, 4, 0, 8)),
+        (0, "fp32", (4, 4, 0, 8)),
+        (0, "bf16", (4, 4, 0, 8)),
+        (1, "fp32", (4, 4, 1, 2)),
+        (2, "fp32", (4, 1, 1, 2)),
+        (3, "fp32", (1, 1, 1, 2)),
+        (1, "bf16", (2, 2, 1, 2)),
+        (2, "bf16", (2, 0.5, 1, 2)),
+        (3, "bf16", (0.5, 0.5, 1, 2)),
+    ],
+)
+def test_theory(stage: int | None, precision: str, bytes_per_parameter: tuple[float, ...]) -> None:
+    found = theory(1000, 4, stage, precision)
+    kinds = ("weights", "gradients", "masters", "moments")
+    assert found == {kind: 1000 * size for kind, size in zip(kinds, bytes_per_parameter, strict=True)}
+
+
+def _figures(step_s: float, held: dict[str, int]) -> dict[str, Any]:
+    return {
+        "parameters": 1_000_000,
+        "parameters_kept_whole": 10_000,
+        "step_s": [step_s],
+        "losses": [5.0, 4.0],
+        "held": {kind: held.get(kind, 0) for kind in KINDS},
+        "peak_mb": 300.0,
+    }
+
+
+def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
+    settings = vars(ddp.parser().parse_args(["--micro-bsz", "2", "--ctx-len", "100"]))
+    sharded = [{"moments": 4_000_000, "whole": 40_000}, {"moments": 5_000_000}]
+    turns = [
+        {
+            ("ddp", 2): [_figures(seconds, {"moments": 8_000_000})] * 2,
+            ("deepspeed_stage_3", 2): [_figures(2 * seconds, held) for held in sharded],
+            ("single", 1): [_figures(1.0, {})],
+        }
+        for seconds in (1.0, 4.0)  # the machine became slower
+    ]
+    result = ddp._summary(settings, turns)
+    assert json.loads(json.dumps(result)) == result
+    plain, stage_3, single = result["cases"]
+    assert plain["tokens_per_s"] == {"min": 100.0, "median": 250.0, "max": 400.0}
+    assert stage_3["ratio"] == {"min": 0.5, "median": 0.5, "max": 0.5}
+    assert single["ratio"] is None
+    assert stage_3["bytes"]["moments"] == {"measured": 5_000_000, "theory": 4_000_000, "ratio": 1.25}
+    assert stage_3["bytes"]["whole"] == {"measured": 40_000, "theory": 40_000, "ratio": 1.0}
+    assert plain["bytes"]["masters"] == {"measured": 0, "theory": 0, "ratio": None}
+    lines = ddp.format(result).splitlines()
+    assert "1,000,000 parameters, fp32, cpu" in lines[0]
+    assert lines[3].split() == "2 deepspeed_stage_3 125 50 200 5.000 0.50 0.50 0.50 300".split()  # noqa: SIM905
+    assert lines[4].split() == "1 single 200 200 200 1.000 - - - 300".split()  # noqa: SIM905
+    (memory,) = [line for line in lines[5:] if "deepspeed_stage_3" in line]
+    assert "5.00 / 4.00" in memory
+    assert "0.04 / 0.04" in memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "2", "0"], "--ranks is 0, expected an integer >= 1"),
+        (["--warmup", "0"], "--warmup is 0, expected an integer >= 1"),
+        (["--timeout-s", "nan"], "--timeout-s is nan, expected a number > 0"),
+        (["--vocab-size", "1"], "--vocab-size is 1, expected an integer >= 2"),
+        (["--strategies", "single", "--ranks", "2"], "--strategies single is for one rank"),
+        (["--n-embd", "48", "--head-size", "32"], "n_embd"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ddp.run(arguments)
+
+
+@pytest.mark.system
+def test_two_ranks_hold_what_theory_says() -> None:
+    strategies = ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"]
+    result = ddp.run([*QUICK, "--ranks", "2", "--strategies", *strategies])
+    cases = {case["strategy"]: case for case in result["cases"]}
+    assert list(cases) == strategies
+    for case in cases.values():
+        assert case["loss"] == pytest.approx(cases["ddp"]["loss"], rel=1e-6)
+        assert case["ratio"]["median"] > 0
+        assert case["bytes"]["weights"]["ratio"] == pytest.approx(1, rel=0.05)
+    for strategy in strategies[1:]:
+        for kind in ("masters", "moments"):
+            assert cases[strategy]["bytes"][kind]["ratio"] == pytest.approx(1, rel=0.05), (strategy, kind)
+    assert cases["ddp"]["bytes"]["gradients"]["ratio"] == pytest.approx(1, rel=0.05)
+    assert cases["ddp"]["bytes"]["moments"]["ratio"] == pytest.approx(1, rel=0.05)
+    assert cases["deepspeed_stage_3"]["bytes"]["gradients"]["ratio"] == pytest.approx(1, rel=0.05)
+    assert ddp.format(result).count("deepspeed_stage_3") == 2
+
+
+@pytest.mark.system
+def test_a_contender_that_takes_too_long_ends_the_bench() -> None:
+    with pytest.raises(LaunchError, match=r"single on 1 rank\(s\) took more than 0.1 s. Raise --timeout-s"):
+        ddp.run([*QUICK, "--strategies", "single", "--ranks", "1", "--timeout-s", "0.1"])

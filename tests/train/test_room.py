@@ -1,0 +1,124 @@
+"""Room on the disk is asked for before anything is written: the sizes fit what is written, the sentence says enough."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import losses, tiny_config
+
+from rwkv_cluster.disk import Refusal, free_bytes, writing
+from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.train import room
+from rwkv_cluster.train.checkpoint import list_steps
+from rwkv_cluster.train.run import train
+from rwkv_cluster.train.saving import Saver
+from rwkv_cluster.workdir import WorkDir
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["x052", "x060", "x070"])
+def test_sizes_are_those_of_what_is_written(model_type: str, precision: str, tmp_path: Path) -> None:
+    """Row B6. To a tenth, which is what `SPARE` covers, of the smallest of models: its values are not much of it."""
+    model = {"model_type": model_type, "n_layer": 2, "n_embd": 32, "head_size_a": 16, "ctx_len": 32}
+    result = train(tiny_config(tmp_path, model=model, training={"max_steps": 1, "precision": precision}))
+    shapes = {name: list(tensor.shape) for name, tensor in load_pth(result.final_path).items()}
+    folder = WorkDir(result.work_dir).checkpoints / "step-00000001"
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    assert room.checkpoint_bytes(shapes, 1) == pytest.approx(written, rel=0.1)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert room.weights_bytes(shapes, dtype) == pytest.approx(result.final_path.stat().st_size, rel=0.1)
+
+
+def test_a_large_model_is_its_values() -> None:
+    shapes = {"emb.weight": [65536, 4096], "blocks.0.ffn.key.weight": [16384, 4096]}
+    parameters = (65536 + 16384) * 4096
+    assert room.checkpoint_bytes(shapes, 64) == pytest.approx(12 * parameters, rel=0.01)
+    assert room.weights_bytes(shapes, torch.bfloat16) == pytest.approx(2 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.05])
+def test_a_run_without_room_is_refused_before_it_starts(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would just fit is refused too: a tenth is kept to spare."""
+    asked: list[int] = []
+    monkeypatch.setattr(room, "free_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr("rwkv_cluster.train.fit.require_room", lambda folder, n_bytes, what: asked.append(n_bytes))
+    train(tiny_config(tmp_path, training={"max_steps": 1}))
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(room, "free_bytes", lambda folder: int(factor * asked[0]))
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_config(other))
+    checkpoints = WorkDir(other / "work").checkpoints
+    assert str(caught.value) == (
+        f"there is no room for the next checkpoint and the weights beside it: it needs {int(asked[0] * 1.1):,} bytes "
+        f"and {int(factor * asked[0]):,} are free on {checkpoints}. Make room there, or choose another work_dir, "
+        "and run the same command again"
+    )
+    assert caught.value.exit_code == 4
+    assert list((other / "work/out").iterdir()) == [checkpoints]
+    assert list(checkpoints.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_it_trains_is_found_before_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frees = iter([1 << 40, 1 << 40, 1000])  # at the start, at the save of step 4, at that of step 8
+    monkeypatch.setattr(room, "free_bytes", lambda folder: next(frees))
+    config = tiny_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no room for the checkpoint of step 8: it needs [\d,]+ bytes and 1,000"):
+        train(config)
+    checkpoints = WorkDir(config.work_dir).checkpoints
+    assert [entry.name for entry in checkpoints.iterdir()] == ["step-00000004"]
+    assert list_steps(checkpoints) == [4]
+    monkeypatch.undo()
+    assert train(config).step == 8
+    assert len(losses(config.work_dir)) == 8
+
+
+def test_a_complete_run_on_a_full_disk_still_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, training={"max_steps": 1})
+    train(config)
+    monkeypatch.setattr(room, "free_bytes", lambda folder: 0)
+    assert train(config).already_complete
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room"),
+        (errno.EDQUOT, "Make room in your quota, or have it raised,"),
+        (errno.EFBIG, "Raise the limit on the size of a file (`ulimit -f`)"),
+        (errno.EROFS, "Make it writable"),
+        (errno.EACCES, "Make it writable"),
+        (errno.EIO, "Look at that disk"),
+    ],
+)
+def test_the_sentence_of_a_refusal(number: int, remedy: str, tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "rwkv-0.pth"
+    error = RuntimeError("[enforce fail at inline_container.cc:672]")
+    error.__context__ = OSError(number, "any text")  # as torch covers it
+    with pytest.raises(CheckpointError) as caught, writing(path, 12_345):
+        raise error
+    found = Refusal.of(OSError(number, ""))
+    before, between, after = str(caught.value).partition(f" are free on {tmp_path}. ")
+    assert before.startswith(f"{path} cannot be written: {found.reason}. It needs about 12,345 bytes and ")
+    assert int(before.rpartition(" ")[2].replace(",", "")) == pytest.approx(free_bytes(tmp_path), rel=0.1)
+    assert (between[:4], after) == (" are", f"{remedy} and run the same command again")
+
+
+def test_what_is_not_the_disks_fault_is_not_reported_as_such(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^a bug$"), writing(tmp_path / "x", 1):
+        raise RuntimeError("a bug")
+
+
+def test_what_training_waited_for_a_checkpoint_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "rwkv_cluster"):
+        Saver(tmp_path, 3, background=True, n_bytes=0).save(7, {"weights.pth": {"a": torch.ones(2)}}, {})
+    assert "checkpoint of step 7 is saved; training waited 0." in caplog.text
