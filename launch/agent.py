@@ -1,6 +1,6 @@
 """The one process on each node of a job: checks the node, starts the ranks, passes signals on, and tells how it ended.
 
-    python -m rwkv_cluster.launch.agent [--cwd DIR] [--per-rank] -- COMMAND ARGUMENT...
+    python -m rwkv_cluster.launch.agent [--cwd DIR] [--ranks N] [--gpus N] [--per-rank] -- COMMAND ARGUMENT...
 
 COMMAND is torchrun, deepspeed or the trainer itself. Under Slurm the agents of a job meet through the launch directory:
 the first one picks a free port there, so that no two jobs share one. torchrun's own agent neither survives SIGUSR2 nor
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
-from rwkv_cluster.launch.preflight import check_nodes
+from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
 from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, told
 from rwkv_cluster.ranks import end_with_parent
 
@@ -86,17 +86,30 @@ def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: boo
     names = tuple(environment.get(NODES_VARIABLE, host).split())
     first = number * ranks_per_node
     ranks = (int(environment["SLURM_PROCID"]),) if per_rank else tuple(range(first, first + ranks_per_node))
-    attempt = environment.get(ATTEMPT_VARIABLE, f"{host}-{os.getpid()}")
-    return Node(host, number, names, Path(launch), Path(launch) / ".state" / attempt, ranks, per_rank)
+    state = state_of({ATTEMPT_VARIABLE: f"{host}-{os.getpid()}", **environment})
+    return Node(host, number, names, Path(launch), state, ranks, per_rank)
 
 
-def run(node: Node, command: Sequence[str], cwd: str | None, on_start: Callable[[Ranks], None]) -> int:
-    """Check the node, run `command` as its ranks, and return the exit code that says how they ended."""
+def state_of(environment: Mapping[str, str]) -> Path:
+    """Folder of what the nodes and ranks of one start of a job tell each other."""
+    return Path(environment[LAUNCH_VARIABLE]) / ".state" / environment[ATTEMPT_VARIABLE]
+
+
+def run(
+    node: Node, command: Sequence[str], cwd: str | None, on_start: Callable[[Ranks], None], *, gpus: int = 0
+) -> int:
+    """Check the node and its GPUs, run `command` as its ranks, and return the exit code that says how they ended."""
     try:
         node.state.mkdir(parents=True, exist_ok=True)
+        check_gpus(gpus, node.host)
         port = check_nodes(node.state, node.number, node.names, first=node.is_first, host=node.host)
         if cwd is not None:
             os.chdir(cwd)
+    except BadNode as error:
+        if node.is_first or error.name == node.host:  # of others they know only that they waited
+            with suppress(OSError):
+                (node.state / "bad").write_text(f"{error.name}\n")
+        raise
     except OSError as error:
         raise LaunchError(
             f"{node.host}: {error.strerror}: {error.filename}. Every node must see this directory"
@@ -145,10 +158,12 @@ def judge(node: Node, ranks: Ranks) -> int:
 def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
     """Exit code and sentence of the rank that failed first, as far as this node can tell."""
     failed = [end for end in ends.values() if end.get("code") not in (None, 0, PREEMPTED)]
-    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]  # others quote another rank
+    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]
+    # A rank that quotes another may be the first to end, and its launcher then ends the other before that can speak.
+    quotes = [end for end in failed if re.match(r"rank \d+: ", str(end["message"]))]
     silent = [rank for rank, end in ends.items() if not end]
-    if own or (failed and not silent):
-        end = (own or failed)[0]
+    if own or quotes or (failed and not silent):
+        end = (own or quotes or failed)[0]
         code, message, number = int(str(end["code"])), str(end["message"]), int(str(end["rank"]))
         if quoted := re.match(r"rank (\d+): ", message):
             number, message = int(quoted[1]), message[quoted.end() :]
@@ -238,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rwkv_cluster.launch.agent", allow_abbrev=False)
     parser.add_argument("--cwd")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--per-rank", action="store_true")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
@@ -252,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     node = None
     try:
         node = this_node(os.environ, options.ranks, options.per_rank)
-        return run(node, options.command, options.cwd, listen)
+        return run(node, options.command, options.cwd, listen, gpus=options.gpus)
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")
         if node is not None:

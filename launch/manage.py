@@ -17,10 +17,11 @@ from typing import Any
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
-from rwkv_cluster.launch.submit import EXIT, JOBS, PROCESS, stop_here
+from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, stop_here
 from rwkv_cluster.launched import rank_log
 
 POLL_S = 0.2
+BATCH = ("slurm", "sbatch")
 ENDED = ("ended", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -51,7 +52,7 @@ def newest(work_dir: Path) -> Path:
 def status(folder: Path) -> Status:
     """What a launch is doing now."""
     target = str(json.loads((folder / "command.json").read_text())["target"])
-    if target == "sbatch":
+    if target in BATCH:
         return Status(folder, target, *_job_state(_jobs(folder)[-1]))
     return Status(folder, target, *_process_state(folder))
 
@@ -79,8 +80,9 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
     found = status(folder)
     if found.has_ended:
         return found
-    (folder / "cancelled").touch(mode=0o600)
-    batch = found.target == "sbatch"
+    for one in (folder, *_members(folder)):
+        (one / "cancelled").touch(mode=0o600)
+    batch = found.target in BATCH
     if not batch and found.state == "unknown":
         raise LaunchError(f"{folder}: {found.detail}. Cancel it there")
     if grace_s > 0:
@@ -94,13 +96,22 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
 
 
 def _new_text(folder: Path, rank: int | None, tails: dict[Path, Tail]) -> Iterator[str]:
-    wanted = (
-        [rank_log(folder, rank)] if rank is not None else sorted({*folder.glob("*.log")} - {*folder.glob("rank-*")})
-    )
-    wanted += [rank_log(folder, 0)] if rank is None else []
+    folders = [folder, *_members(folder)]
+    if rank is None:
+        wanted = [path for one in folders for path in sorted({*one.glob("*.log")} - {*one.glob("rank-*")})]
+    else:
+        wanted = []
+    wanted += [rank_log(one, rank or 0) for one in folders]
     for path in wanted:
         if text := tails.setdefault(path, Tail(path)).read():
             yield text
+
+
+def _members(folder: Path) -> list[Path]:
+    """Launch directories of a sweep's runs; empty for one run."""
+    with suppress(FileNotFoundError):
+        return [Path(line) for line in (folder / MEMBERS).read_text().splitlines()]
+    return []
 
 
 def _jobs(folder: Path) -> list[str]:
@@ -123,8 +134,12 @@ def _slurm(*argv: str) -> str:
 def _job_state(job: str) -> tuple[str, str]:
     """By the controller, which forgets a job soon after its end; then by accounting, which not every site has."""
     text = _slurm("scontrol", "show", "job", "-o", job)
-    facts = dict(re.findall(r"(\w+)=(\S*)", text))
-    if "JobState" in facts:
+    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    found = [facts for facts in found if "JobState" in facts]
+    if len(found) > 1 or (found and "ArrayTaskId" in found[0] and "_" not in job):
+        return _array_state(job, found)
+    if found:
+        (facts,) = found
         words = ("Reason", "RunTime", "NodeList", "Restarts", "ExitCode")
         return facts["JobState"], f"job {job}, " + ", ".join(f"{word} {facts.get(word)}" for word in words)
     with suppress(LaunchError):
@@ -133,6 +148,16 @@ def _job_state(job: str) -> tuple[str, str]:
             state, code = lines[-1].split("|")[:2]
             return state.split()[0], f"job {job}, ExitCode {code}"
     return "ended", f"job {job}, which Slurm no longer knows"
+
+
+def _array_state(job: str, tasks: list[dict[str, str]]) -> tuple[str, str]:
+    """State of the array: of a task that has not ended, else of one that did not complete."""
+    states = [facts["JobState"] for facts in tasks]
+    rows = sorted((facts["ArrayTaskId"], facts["JobState"]) for facts in tasks)
+    detail = f"job {job}, " + ", ".join(f"run {number} {state}" for number, state in rows)
+    under_way = [state for state in states if state not in ENDED]
+    failed = [state for state in states if state != "COMPLETED"]
+    return ((["RUNNING"] if "RUNNING" in under_way else under_way) or failed or states)[0], detail
 
 
 def _process(folder: Path) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_cluster import __version__
 from rwkv_cluster.config import Config
-from rwkv_cluster.configfile import dump_yaml
+from rwkv_cluster.configfile import dump_yaml, parse_config
+from rwkv_cluster.launch.batch import array_script, batch_script, node_command, prepare_script
 from rwkv_cluster.launch.command import Command, refuse_control_characters
-from rwkv_cluster.launch.script import batch_script, local_script, prepare_script
+from rwkv_cluster.launch.script import local_script
 from rwkv_cluster.workdir import WorkDir
 
 PREPARE_JOB = "PREPARE_JOB"  # stands for the number of the prepare job, known once it is submitted
@@ -25,16 +26,15 @@ class Plan:
         config: as resolved, with an absolute work directory.
         files: name in the launch directory -> text. The first is the script to read.
         commands: run in the launch directory, in this order. Those of sbatch print a job number.
+        node_command: what each node of a Slurm job runs, up to the trainer's verb; None without Slurm.
+        members: launches of the runs of a sweep, which have no commands: this one's script starts theirs.
     """
 
     config: Config
     files: Mapping[str, str]
     commands: tuple[Command, ...]
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether a scheduler runs it."""
-        return self.config.launch.target == "sbatch"
+    node_command: Command | None = None
+    members: tuple[Plan, ...] = ()
 
 
 def plan(config: Config, cwd: Path) -> Plan:
@@ -43,18 +43,39 @@ def plan(config: Config, cwd: Path) -> Plan:
     config = config.model_copy(update={"work_dir": str(work.root)})
     refuse_control_characters(str(cwd), "the current directory")
     launch = config.launch
-    if launch.target != "sbatch":
+    if not launch.is_batch:
         return _with_record(config, cwd, {"job.sh": local_script(config, str(cwd))}, [Command(("bash", "job.sh"))])
+    if launch.sweep:
+        return _sweep(config, cwd)
     files = {"job.sh": batch_script(config, str(cwd))}
-    commands = [Command(("sbatch", "--parsable", "job.sh"))]
     if launch.prepare.own_job:
         files["prepare.sh"] = prepare_script(config, str(cwd))
-        after = (f"--dependency=afterok:{PREPARE_JOB}", "--kill-on-invalid-dep=yes")
-        commands = [
-            Command(("sbatch", "--parsable", "prepare.sh")),
-            Command(("sbatch", "--parsable", *after, "job.sh")),
-        ]
-    return _with_record(config, cwd, files, commands)
+    return _with_record(config, cwd, files, _submissions(list(files), "afterok"))
+
+
+def _submissions(scripts: list[str], dependency: str) -> list[Command]:
+    """sbatch for the training script, which comes first and runs after the second one, if there is one."""
+    job, *prepare = scripts
+    if not prepare:
+        return [Command(("sbatch", "--parsable", job))]
+    after = (f"--dependency={dependency}:{PREPARE_JOB}", "--kill-on-invalid-dep=yes")
+    return [Command(("sbatch", "--parsable", *prepare)), Command(("sbatch", "--parsable", *after, job))]
+
+
+def _sweep(config: Config, cwd: Path) -> Plan:
+    members = []
+    for number, overrides in enumerate(config.launch.sweep):
+        text = dump_yaml(config.model_copy(update={"launch": config.launch.model_copy(update={"sweep": []})}))
+        changes = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+        place = {"work_dir": f"{config.work_dir}/sweep/{number}", "launch.name": f"{config.launch.name}-{number}"}
+        changes += [f"{name}={json.dumps(value)}" for name, value in place.items()]
+        member = plan(parse_config(text.encode(), f"launch.sweep, entry {number}", changes).config, cwd)
+        members.append(replace(member, commands=()))
+    first = members[0].files
+    scripts = [name for name in first if name.endswith(".sh")]
+    files = {f"sweep-{name}": array_script(config, first[name], name, len(members)) for name in scripts}
+    made = _with_record(config, cwd, files, _submissions(list(files), "aftercorr"))
+    return replace(made, members=tuple(members))
 
 
 def _with_record(config: Config, cwd: Path, files: dict[str, str], commands: list[Command]) -> Plan:
@@ -66,4 +87,5 @@ def _with_record(config: Config, cwd: Path, files: dict[str, str], commands: lis
         "version": __version__,
     }
     files |= {"config.yaml": dump_yaml(config), "command.json": json.dumps(record, indent=2) + "\n"}
-    return Plan(config, files, tuple(commands))
+    node = node_command(config, str(cwd)) if config.launch.is_batch else None
+    return Plan(config, files, tuple(commands), node)

@@ -6,9 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import re
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +22,54 @@ from rwkv_cluster.errors import LaunchError
 MEET_S = 120.0  # for all nodes to have started and for a shared directory to show what another node wrote
 
 
+class BadNode(LaunchError):
+    """A node that cannot take part. name: of the node, for Slurm to leave it out."""
+
+    def __init__(self, name: str, sentence: str) -> None:
+        super().__init__(f"{name} {sentence}")
+        self.name = name
+
+
 def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool, host: str) -> int | None:
     """Write, lock and rename in `state`, then compare notes with the other nodes.
 
     Returns a port that is free on the first node, the same on all; None for a job of one node without Slurm.
-    Raises LaunchError, naming the node, or OSError where the directory cannot be used.
+    Raises BadNode or OSError where the directory cannot be used.
     """
     if "RWKV_CLUSTER_ATTEMPT" not in os.environ:
         return None
-    _write(state / f"node-{number}", {"host": host, "code": code_digest(), "version": rwkv_cluster.__version__})
+    _write(state / f"node-{number}", {"code": code_digest(), "packages": packages()})
     if not first:
-        return int(_read(state / "rendezvous", f"{names[0]}, the first node,", state)["port"])
-    reports = [_read(state / f"node-{other}", f"node {name}", state) for other, name in enumerate(names)]
+        return int(_read(state / "rendezvous", names[0], patience_s=2 * _patience_s())["port"])
+    reports = [_read(state / f"node-{other}", name, _patience_s()) for other, name in enumerate(names)]
     for name, report in zip(names, reports, strict=True):
+        if report["packages"] != reports[0]["packages"]:
+            raise BadNode(name, f"has other packages than {names[0]}: {_difference(report, reports[0])}")
         if report["code"] != reports[0]["code"]:
-            raise LaunchError(
-                f"{name} runs other code than {names[0]}: version {report['version']}, digest {report['code'][:12]}, "
-                f"expected {reports[0]['version']}, {reports[0]['code'][:12]}. Install the same version on all nodes"
+            raise BadNode(
+                name,
+                f"runs other code of rwkv_cluster than {names[0]}: its digest is {report['code'][:12]}, not "
+                f"{reports[0]['code'][:12]}. Install the same on all nodes",
             )
     port = _free_port()
     _write(state / "rendezvous", {"port": port})
     return port
+
+
+def check_gpus(wanted: int, host: str) -> None:
+    """Raises BadNode where fewer GPUs than `wanted` are seen: by nvidia-smi, without it by their device files."""
+    if wanted == 0:
+        return
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        found = len(re.findall(r"^GPU \d+:", done.stdout, re.MULTILINE))
+        said = " ".join(f"{done.stdout} {done.stderr}".split())[:200] or "nothing"
+    except FileNotFoundError:
+        found, said = len(list(Path("/dev").glob("nvidia[0-9]*"))), "no such program"
+    except subprocess.TimeoutExpired:
+        found, said = 0, "nothing for 60 s"
+    if found < wanted:
+        raise BadNode(host, f"has {found} GPUs, but launch.gpus_per_node is {wanted}; nvidia-smi -L: {said}")
 
 
 def code_digest() -> str:
@@ -50,6 +81,24 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def packages() -> dict[str, str]:
+    """Version of Python and of each installed package: what an image or an environment consists of."""
+    found = {"python": platform.python_version()}
+    for path in distributions():
+        found.setdefault(path.metadata["Name"], path.version)
+    return found
+
+
+def _difference(report: dict[str, Any], first: dict[str, Any]) -> str:
+    """The first package that differs."""
+    own, other = report["packages"], first["packages"]
+    name = min(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    return (
+        f"{name} {own.get(name, 'is missing')}, there {other.get(name, 'it is missing')}. Use the same environment or "
+        "image on all nodes"
+    )
+
+
 def _write(path: Path, facts: dict[str, Any]) -> None:
     """By lock and rename, which a run's checkpoints and its work directory's lock need too."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -59,17 +108,23 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _read(path: Path, whose: str, state: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + float(os.environ.get("RWKV_CLUSTER_MEET_S", MEET_S))
+def _patience_s() -> float:
+    """Of the first node; the others wait longer, so that it is the one to say who is missing."""
+    return float(os.environ.get("RWKV_CLUSTER_MEET_S", MEET_S))
+
+
+def _read(path: Path, name: str, patience_s: float) -> dict[str, Any]:
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         os.listdir(path.parent)  # makes a network file system look again
         try:
             return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             time.sleep(0.1)
-    raise LaunchError(
-        f"{whose} has not been seen in {state}: it has not started, or does not see this directory. Look at its log, "
-        "or leave the node out with launch.exclude"
+    raise BadNode(
+        name,
+        f"has not been seen in {path.parent}: it has not started, or does not see this directory. Look at its log, "
+        "or leave the node out with launch.exclude",
     )
 
 

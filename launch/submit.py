@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -23,17 +24,21 @@ from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
 from rwkv_cluster.launched import rank_log
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
-JOBS, PROCESS, EXIT = "jobs", "process.json", "exit"
+JOBS, PROCESS, EXIT, MEMBERS, SUBMISSION = "jobs", "process.json", "exit", "members", "submission.pkl"
 POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch under way. jobs: numbers that the scheduler gave, the training job last; code: of one that ended."""
+    """A launch under way.
+
+    jobs: numbers that Slurm gave, the training job last; code: of one that ended; members: folders of a sweep's runs.
+    """
 
     folder: Path
     jobs: tuple[str, ...] = ()
     code: int | None = None
+    members: tuple[Path, ...] = ()
 
 
 def launch_folder(work_dir: str, now: float) -> Path:
@@ -47,11 +52,23 @@ def submit(plan: Plan) -> Launched:
     Returns at once from a scheduler. A job on this machine is followed to its end: its first rank's log goes to
     stdout, what its launchers say to stderr, and signals reach the ranks. Raises LaunchError.
     """
-    WorkDir(plan.config.work_dir).require_free()
+    for one in (plan, *plan.members):
+        WorkDir(one.config.work_dir).require_free()
+    if plan.config.launch.target == "slurm" and find_spec("submitit") is None:
+        raise LaunchError(
+            "launch.target is slurm, but submitit is not installed. `pip install submitit`, or use sbatch"
+        )
     folder = _write(plan)
-    if plan.is_batch:
-        return Launched(folder, tuple(_submit_jobs(plan, folder)))
-    return Launched(folder, code=_run_here(plan, folder))
+    members = [_write(member) for member in plan.members]
+    if members:
+        _private(folder / MEMBERS, "".join(f"{member}\n" for member in members).encode())
+    if not plan.config.launch.is_batch:
+        return Launched(folder, code=_run_here(plan, folder))
+    numbers = _submit_jobs(plan, folder)
+    _record_jobs(folder, numbers)
+    for index, member in enumerate(members):
+        _record_jobs(member, [f"{number}_{index}" for number in numbers])
+    return Launched(folder, tuple(numbers), members=tuple(members))
 
 
 def _write(plan: Plan) -> Path:
@@ -66,15 +83,37 @@ def _write(plan: Plan) -> Path:
             except FileExistsError:  # two launches in one second
                 folder = folder.with_name(f"{folder.name}-{os.getpid()}")
         for name, text in plan.files.items():
-            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w") as handle:
-                handle.write(text)
+            _private(folder / name, text.encode())
+        if plan.config.launch.target == "slurm" and not plan.members:
+            _private(folder / SUBMISSION, _pickled(plan))
     except OSError as error:
         raise LaunchError(f"{folder} cannot be made: {error.strerror} at {error.filename}") from error
     return folder
 
 
-def _submit_jobs(plan: Plan, folder: Path) -> Iterator[str]:
+def _private(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as handle:
+        handle.write(content)
+
+
+def _pickled(plan: Plan) -> bytes:
+    """For submitit, which is imported where it is used: no other target needs it."""
+    import cloudpickle
+
+    from rwkv_cluster.launch.submitit_task import submission
+
+    assert plan.node_command is not None
+    launch = plan.config.launch
+    made = submission(plan.node_command.argv, launch.max_requeues if launch.requeue else None)
+    return bytes(cloudpickle.dumps(made))
+
+
+def _record_jobs(folder: Path, numbers: Sequence[str]) -> None:
+    atomic_write(folder / JOBS, "".join(f"{number}\n" for number in numbers).encode())
+
+
+def _submit_jobs(plan: Plan, folder: Path) -> list[str]:
     """Numbers of the submitted jobs; those already in the queue are taken back when one is refused."""
     numbers: list[str] = []
     for command in plan.commands:
@@ -85,8 +124,7 @@ def _submit_jobs(plan: Plan, folder: Path) -> Iterator[str]:
             if numbers:
                 subprocess.run(["scancel", *numbers], check=False, capture_output=True)
             raise
-    atomic_write(folder / JOBS, "".join(f"{number}\n" for number in numbers).encode())
-    yield from numbers
+    return numbers
 
 
 def _sbatch(argv: list[str], folder: Path) -> str:

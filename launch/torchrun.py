@@ -26,10 +26,11 @@ def python(config: Config) -> str:
 
 def agent(config: Config, inner: Command, cwd: str) -> Command:
     """`inner` started by the agent of this node, in `cwd`."""
-    own = (python(config), "-m", "rwkv_cluster.launch.agent", "--cwd", cwd)
-    if config.launch.target == "sbatch" and config.launch.task_per == "rank":
-        return Command((*own, "--ranks", str(ranks_per_node(config)), "--per-rank", "--", *inner.argv))
-    return Command((*own, "--ranks", str(ranks_per_node(config)), "--", *inner.argv))
+    gpus = config.launch.gpus_per_node if config.training.accelerator != "cpu" else None
+    options = ["--cwd", cwd, "--ranks", str(ranks_per_node(config)), *(["--gpus", str(gpus)] if gpus else [])]
+    if config.launch.is_batch and config.launch.task_per == "rank":
+        options += ["--per-rank"]
+    return Command((python(config), "-m", "rwkv_cluster.launch.agent", *options, "--", *inner.argv))
 
 
 def trainer(config: Config) -> Command:
@@ -46,7 +47,7 @@ def torchrun(config: Config) -> Command:
     """
     launch = config.launch
     arguments = ["--nproc-per-node", str(ranks_per_node(config))]
-    if launch.target == "sbatch":
+    if launch.is_batch:
         arguments = ["--nnodes", str(launch.num_nodes), *arguments]
     elif launch.num_nodes > 1:
         host, _, port = str(launch.rdzv_endpoint).partition(":")
@@ -76,6 +77,6 @@ def port_of(work_dir: str) -> int:
 def start(config: Config, cwd: str) -> Command:
     """What runs on one node, up to the trainer's verb: the agent and below it what starts the ranks."""
     launch = config.launch
-    if launch.target == "local" or (launch.target == "sbatch" and launch.task_per == "rank"):
+    if launch.target == "local" or (launch.is_batch and launch.task_per == "rank"):
         return agent(config, trainer(config), cwd)
     return agent(config, deepspeed(config) if launch.target == "deepspeed" else torchrun(config), cwd)

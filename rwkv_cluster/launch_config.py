@@ -7,14 +7,14 @@ has no blanks, nothing begins with a dash but an option, no path climbs with `..
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.section import Section
 
-Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch"]
+Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
 Runtime = Literal["none", "docker", "podman", "apptainer", "pyxis"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -114,7 +114,8 @@ class LaunchConfig(Section):
     """Where and how `rwkv-cluster launch` starts the run."""
 
     target: Target = Field(
-        "local", description="local (one process here), torchrun, deepspeed, docker, podman or sbatch (Slurm)"
+        "local", description="local (one process here), torchrun, deepspeed, docker, podman, slurm (through submitit) "
+        "or sbatch (Slurm without submitit)"
     )  # fmt: skip
     name: str = Field("rwkv", description="name of the job and of the container")
     num_nodes: int = Field(1, ge=1, le=100_000, description="machines")
@@ -136,6 +137,14 @@ class LaunchConfig(Section):
     )
     requeue: bool = Field(True, description="Slurm: after a preemption or time limit, queue the same job again")
     max_requeues: int = Field(100, ge=0, description="Slurm: and this often at most")
+    exclude_bad_nodes: bool = Field(
+        False, description="Slurm: after a node has failed its checks, queue the job again without it"
+    )  # fmt: skip
+    sweep: list[dict[str, Any]] = Field(
+        default_factory=list, description="Slurm: a job array with one run for each entry, which names fields and "
+        "their values, such as {training.random_seed: 2}; run N is in <work_dir>/sweep/N"
+    )  # fmt: skip
+    sweep_at_once: int | None = Field(None, ge=1, description="Slurm: runs of the sweep at the same time, at most")
     task_per: Literal["node", "rank"] = Field(
         "node", description="Slurm: a task for each node, which runs torchrun, or a task for each rank"
     )
@@ -200,6 +209,17 @@ class LaunchConfig(Section):
                 )
         return value
 
+    @field_validator("sweep")
+    @classmethod
+    def _sweep(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for number, overrides in enumerate(value):
+            if not overrides:
+                raise ValueError(f"sweep has no field in entry {number}. Name one, as in {{training.random_seed: 2}}")
+            for name in overrides:
+                if name == "work_dir" or name.split(".")[0] == "launch":
+                    raise ValueError(f"sweep sets {name}, which all its runs share. Leave it to the rest of the file")
+        return value
+
     @field_validator("pass_env")
     @classmethod
     def _pass_env(cls, value: list[str]) -> list[str]:
@@ -212,7 +232,14 @@ class LaunchConfig(Section):
         if self.target in ("docker", "podman") and not self.container.image:
             raise ValueError(f"target is {self.target}, but container.image is not set. Name an image")
         if self.target == "local" and self.num_nodes > 1:
-            raise ValueError("target is local, but num_nodes is more than 1. Use torchrun, deepspeed or sbatch")
+            raise ValueError("target is local, but num_nodes is more than 1. Use torchrun, deepspeed, slurm or sbatch")
+        if self.target == "slurm" and self.container.runtime == "pyxis":
+            raise ValueError(
+                "target is slurm with container.runtime pyxis, whose container would hold submitit and could not queue "
+                "the job again. Use target sbatch"
+            )
+        if self.sweep and not self.is_batch:
+            raise ValueError(f"target is {self.target}, but sweep makes a job array. Use target slurm or sbatch")
         needs_endpoint = self.target in ("torchrun", "docker", "podman") and self.num_nodes > 1
         if needs_endpoint and not self.rdzv_endpoint:
             raise ValueError(
@@ -222,6 +249,11 @@ class LaunchConfig(Section):
         if self.target == "deepspeed" and self.num_nodes > 1 and not self.hostfile:
             raise ValueError("target is deepspeed with several nodes, but hostfile is not set. Name its hostfile")
         return self
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether Slurm runs it."""
+        return self.target in ("slurm", "sbatch")
 
 
 def _check_word(field: str, value: str | None) -> str | None:

@@ -127,14 +127,20 @@ def launch(config: Config, *, dry_run: bool) -> Report:
         folder = launch_folder(planned.config.work_dir, time.time())
         commands = [command.shell() for command in planned.commands]
         logger.info("would run in %s: %s", folder, "; ".join(commands))
-        scripts = [text for name, text in planned.files.items() if name.endswith(".sh")]
-        return Report("".join(scripts), {"folder": folder, "files": dict(planned.files), "commands": commands})
+        plans = (planned, *planned.members)
+        scripts = [text for one in plans for name, text in one.files.items() if name.endswith(".sh")]
+        data = {"folder": folder, "files": dict(planned.files), "commands": commands}
+        data |= {"runs": [dict(member.files) for member in planned.members]} if planned.members else {}
+        return Report("".join(scripts), data)
     launched = submit(planned)
     data = {"folder": launched.folder, "jobs": launched.jobs, "exit_code": launched.code}
     rows = {"launch": str(launched.folder)}
     if launched.jobs:
         rows = {"job": " after ".join(reversed(launched.jobs)), **rows, "log": f"{launched.folder}/job.log"}
         rows |= {"ranks": f"{launched.folder}/rank-N.log"}
+    if launched.members:
+        rows |= {"log": f"{launched.folder}/sweep-N-job.log", "ranks": f"{launched.members[0]}/rank-N.log"}
+        rows |= {"runs": f"{config.work_dir}/sweep/N, N from 0 to {len(launched.members) - 1}"}
     for verb in ("status", "logs", "cancel") if launched.jobs else ():
         rows[verb] = Command(("rwkv-cluster", verb, config.work_dir, *(["-f"] if verb == "logs" else []))).shell()
     return Report("\n".join(f"{name:<7} {value}" for name, value in rows.items()), data, launched.code or 0)

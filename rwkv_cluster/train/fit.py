@@ -27,6 +27,7 @@ from rwkv_cluster.train.distributed import fault_point, leaving_group
 from rwkv_cluster.train.loggers import loggers
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records
@@ -82,7 +83,7 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
         votes=bookkeeping.votes,
     )
     with bookkeeping, _quiet_lightning(), leaving_group():
-        _trainer(session, [SettledBuckets(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
+        _trainer(session, [SettledBuckets(), NetworkCheck(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
             module, datamodule=_data(session)
         )
     if module.step < session.horizon.total_steps:

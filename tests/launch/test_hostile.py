@@ -125,11 +125,15 @@ def test_variables_of_the_launcher_are_its_own(name: str) -> None:
     ("fields", "advice"),
     [
         ({"target": "docker"}, "container.image is not set"),
-        ({"target": "local", "num_nodes": 2}, "Use torchrun, deepspeed or sbatch"),
+        ({"target": "local", "num_nodes": 2}, "Use torchrun, deepspeed, slurm or sbatch"),
         ({"target": "torchrun", "num_nodes": 2}, "rdzv_endpoint is not set"),
         ({"target": "deepspeed", "num_nodes": 2}, "hostfile is not set"),
         ({"container": {"runtime": "pyxis"}}, "image is not set"),
         ({"slurm_parameters": {"requeue": "1"}}, "which other fields of launch set"),
+        ({"target": "slurm", "container": {"runtime": "pyxis", "image": "a"}}, "Use target sbatch"),
+        ({"target": "torchrun", "sweep": [{"training.random_seed": 1}]}, "Use target slurm or sbatch"),
+        ({"target": "slurm", "sweep": [{"work_dir": "elsewhere"}]}, "which all its runs share"),
+        ({"target": "slurm", "sweep": [{}]}, "no field in entry 0"),
         ({"time": "soon"}, '"D-HH:MM:SS"'),
     ],
 )

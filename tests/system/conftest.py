@@ -1,4 +1,4 @@
-"""Starts processes for the system tests, and ends those that a failed test has left."""
+"""What system tests share: processes that end with their test, and a Slurm cluster that ends with the session."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from system.processes import Job
+from system.slurm_cluster import Cluster, cluster
 
 
 @pytest.fixture
@@ -20,3 +21,10 @@ def start() -> Iterator[Callable[..., Job]]:
     yield begin
     for job in jobs:
         job.end()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes on this machine."""
+    with cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made

@@ -2,96 +2,218 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import pickle
+import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from system.processes import Job, Watched, wait_until
-from system.slurm_cluster import Cluster, cluster, reason_not_to
-from tiny_run import losses, tiny_config, write_config
+from system.processes import Job, wait_until
+from system.slurm_cluster import Cluster, needs_slurm
+from system.slurm_runs import (
+    finish,
+    job_log,
+    jobs,
+    launch,
+    launch_folder,
+    logs,
+    new_run,
+    processes_of,
+    rank_process,
+    rwkv_cluster,
+    wait_for_steps,
+)
+from tiny_run import fingerprint, losses
 
-REASON = None if os.environ.get("CI") else reason_not_to()
-pytestmark = [pytest.mark.system, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as made:
-        yield made
-
-
-def new_run(folder: Path, training: dict[str, Any] | None = None, **launch: Any) -> Watched:
-    folder.mkdir(exist_ok=True)
-    launch = {"target": "sbatch", "num_nodes": 2, "ranks_per_node": 1, "env": {"GLOO_SOCKET_IFNAME": "lo"}} | launch
-    training = {"max_steps": 30, "micro_bsz": 2, "timeout_s": 60} | (training or {})
-    config = tiny_config(folder, training=training, checkpoint={"save_interval_steps": 100_000}, launch=launch)
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
-
-
-def launch(slurm: Cluster, run: Watched, *arguments: str, fault: str | None = None) -> str:
-    """Launch a run; the number of its training job."""
-    environment = {**os.environ, **slurm.environment, "OMP_NUM_THREADS": "1"}
-    environment |= {"RWKV_CLUSTER_FAULT": fault} if fault else {}
-    command = [sys.executable, "-m", "rwkv_cluster", "launch", "run.yaml", *arguments]
-    done = subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (run.work.root / "launch").iterdir()
-    return (folder / "jobs").read_text().split()[-1]
-
-
-def logs(run: Watched) -> str:
-    files = sorted((run.work.root / "launch").glob("*/*.log"))
-    return "".join(f"== {file.name}\n{file.read_text(errors='replace')}" for file in files)
-
-
-def finish(slurm: Cluster, run: Watched, job: str, *, state: str = "COMPLETED") -> dict[str, str]:
-    facts = slurm.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    assert facts["JobState"] == state, logs(run)
-    return facts
-
-
-def wait_for_steps(slurm: Cluster, run: Watched, job: str, step: int, sessions: int = 0) -> None:
-    def reached() -> bool:
-        return run.sessions() > sessions and run.steps_logged() >= step
-
-    try:
-        wait_until(reached, what=f"step {step}", timeout_s=90)
-    except AssertionError as error:
-        raise AssertionError(f"{error}, job {slurm.state(job)}\n{logs(run)}") from None
+STEPS = 300
+SLURM_LOOKS_S = 30  # at the time limits, with as much between two looks
+pytestmark = [pytest.mark.system, needs_slurm]
 
 
 def test_two_nodes_with_two_ranks_follow_one_process(slurm: Cluster, tmp_path: Path) -> None:
     """H3: ranks 0 to 3 are seen once each; the curve is that of one process."""
     one = new_run(tmp_path / "one", {"global_batch_size": 8, "max_steps": 10})
     Job(one.folder).complete()
-    run = new_run(tmp_path / "four", {"global_batch_size": 8, "max_steps": 10}, ranks_per_node=2, gpus_per_node=2)
+    run = new_run(
+        tmp_path / "four",
+        {"global_batch_size": 8, "max_steps": 10, "accelerator": "cpu"},
+        ranks_per_node=2,
+        gpus_per_node=2,
+    )
     job = launch(slurm, run)
     finish(slurm, run, job)
     assert losses(run.work.root) == pytest.approx(losses(one.work.root), rel=1e-6)
-    (folder,) = (run.work.root / "launch").iterdir()
+    folder = launch_folder(run)
     assert sorted(path.name for path in folder.glob("rank-*.log")) == [f"rank-{rank}.log" for rank in range(4)]
     facts = slurm.job(job)
     assert (facts["Requeue"], facts["NumNodes"]) == ("1", "2")
 
 
-def test_five_preemptions_leave_no_trace(slurm: Cluster, tmp_path: Path) -> None:
-    """A5: Slurm's signal five times in one run; the same job goes on, and the weights are those of the unbroken run."""
-    whole = new_run(tmp_path / "whole", {"max_steps": 300})
-    finish(slurm, whole, launch(slurm, whole))
-    run = new_run(tmp_path / "broken", {"max_steps": 300})
+@pytest.fixture(scope="module")
+def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, object]]:
+    """Outcome of a run of that many steps that nothing interrupts."""
+
+    @cache
+    def outcome(steps: int) -> dict[str, object]:
+        run = new_run(tmp_path_factory.mktemp("unbroken"), {"max_steps": steps})
+        finish(slurm, run, launch(slurm, run))
+        return run.result()
+
+    return outcome
+
+
+def test_five_interruptions_leave_no_trace(
+    slurm: Cluster, unbroken: Callable[[int], dict[str, object]], tmp_path: Path
+) -> None:
+    """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
+    steps = max(STEPS, int(SLURM_LOOKS_S * 1.5 * steps_per_second(tmp_path / "speed")))
+    run = new_run(tmp_path / "run", {"max_steps": steps})
     job = launch(slurm, run)
-    for round_ in range(5):
-        wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=round_)
-        slurm.run("scancel", "--signal=USR2", job)
-        wait_until(lambda done=round_ + 1: int(slurm.job(job)["Restarts"]) == done, what=f"restart {round_ + 1}")  # type: ignore[misc]
+    for number, interrupt in enumerate((reach_time_limit, preempt, requeue, send_signal, send_signal), 1):
+        wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=number - 1)
+        interrupt(slurm, job)
+        wait_for_restarts(slurm, job, number)
     finish(slurm, run, job)
     assert run.sessions() == 6
-    assert run.result() == whole.result()
+    assert run.result() == unbroken(steps)
+
+
+def steps_per_second(folder: Path) -> float:
+    """Of one process with a core of its own: no rank of a job is faster."""
+    run = new_run(folder, {"max_steps": 200})
+    Job(run.folder).complete()
+    lines = [json.loads(line) for line in (run.work.logs / "metrics.jsonl").read_text().splitlines()]
+    return max(line["tokens_per_s"] * line["step"] / line["tokens"] for line in lines)
+
+
+def wait_for_restarts(slurm: Cluster, job: str, number: int) -> None:
+    wait_until(lambda: slurm.restarts(job) == number, what=f"restart {number} of job {job}")
+
+
+def preempt(slurm: Cluster, job: str) -> None:
+    """A job of a partition with precedence wants all nodes."""
+    slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
+
+
+def requeue(slurm: Cluster, job: str) -> None:
+    slurm.run("scontrol", "requeue", job)
+
+
+def reach_time_limit(slurm: Cluster, job: str) -> None:
+    """The limit comes to the job: launch.signal_s before it the signal is sent, at the next look of Slurm's."""
+    restarts = slurm.restarts(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    wait_until(lambda: slurm.restarts(job) > restarts, what="the time limit")
+    wait_until(lambda: slurm.accepts("scontrol", "update", f"JobId={job}", "TimeLimit=10"), what="the old limit")
+
+
+def send_signal(slurm: Cluster, job: str) -> None:
+    slurm.run("scancel", "--signal=USR2", job)
+
+
+def test_submitit_is_preempted_five_times(
+    slurm: Cluster, unbroken: Callable[[int], dict[str, object]], tmp_path: Path
+) -> None:
+    """A5: jobs of less than ten minutes are no timeouts, and no task that goes on leaves a result."""
+    run = new_run(tmp_path, {"max_steps": STEPS}, target="slurm")
+    job = launch(slurm, run)
+    for number in range(1, 6):
+        wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=number - 1)
+        send_signal(slurm, job)
+        wait_for_restarts(slurm, job, number)
+        assert not list(launch_folder(run).glob("*_result.pkl"))
+    finish(slurm, run, job)
+    assert run.sessions() == 6
+    assert run.result() == unbroken(STEPS)
+    for task in range(2):
+        with open(launch_folder(run) / f"{job}_{task}_result.pkl", "rb") as handle:
+            assert pickle.load(handle) == ("success", None)
+
+
+def test_submitit_says_which_rank_died(slurm: Cluster, tmp_path: Path) -> None:
+    """C1: not rank 0, whose task Slurm ends; its exit code is the job's."""
+    run = new_run(tmp_path, {"max_steps": 100_000}, target="slurm")
+    job = launch(slurm, run)
+    wait_for_steps(slurm, run, job, step=5)
+    os.kill(rank_process(run, 1), signal.SIGKILL)
+    facts = finish(slurm, run, job, state="FAILED")
+    assert facts["ExitCode"] == "1:0"
+    assert "failed: rank 1 on node2 ended without a word (rank 1 was killed by signal 9, SIGKILL)" in job_log(run)
+
+
+def test_a_site_that_queues_nothing_again(slurm: Cluster, tmp_path: Path) -> None:
+    """A job that follows goes on, for both ways to Slurm."""
+    for target in ("sbatch", "slurm"):
+        run = new_run(tmp_path / target, {"max_steps": 60}, target=target, num_nodes=1)
+        job = launch(slurm, run)
+        wait_for_steps(slurm, run, job, step=5)
+        slurm.run("scontrol", "update", f"JobId={job}", "Requeue=0")
+        send_signal(slurm, job)
+        facts = finish(slurm, run, job, state="FAILED")
+        assert facts["ExitCode"] == "75:0"
+        first, second = jobs(run)
+        finish(slurm, run, second)
+        assert first == job
+        assert run.newest_checkpoint() == 60
+
+
+def test_queued_again_as_often_as_allowed(slurm: Cluster, tmp_path: Path) -> None:
+    for target in ("sbatch", "slurm"):
+        run = new_run(tmp_path / target, {"max_steps": 100_000}, target=target, max_requeues=1, num_nodes=1)
+        job = launch(slurm, run)
+        for session in range(2):
+            wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=session)
+            send_signal(slurm, job)
+            wait_for_restarts(slurm, job, 1)
+        facts = finish(slurm, run, job, state="FAILED")
+        assert (facts["ExitCode"], facts["Restarts"]) == ("75:0", "1")
+        assert "queued again 1 times, launch.max_requeues" in job_log(run)
+
+
+def test_a_task_for_each_rank(slurm: Cluster, tmp_path: Path) -> None:
+    one = new_run(tmp_path / "one", {"global_batch_size": 8, "max_steps": 10})
+    Job(one.folder).complete()
+    run = new_run(tmp_path / "four", {"global_batch_size": 8, "max_steps": 10}, ranks_per_node=2, task_per="rank")
+    finish(slurm, run, launch(slurm, run))
+    assert losses(run.work.root) == pytest.approx(losses(one.work.root), rel=1e-6)
+
+
+def test_a_sweep_is_one_job_array(slurm: Cluster, tmp_path: Path) -> None:
+    seeds = [1, 2, 3]
+    sweep = [{"training.random_seed": seed} for seed in seeds]
+    prepare = {"own_job": True, "cpus": 1}
+    run = new_run(
+        tmp_path, {"max_steps": 5}, target="slurm", num_nodes=1, sweep=sweep, sweep_at_once=2, prepare=prepare
+    )
+    job = launch(slurm, run)
+    wait_until(lambda: rwkv_cluster(slurm, "status", run).startswith("COMPLETED"), what="the whole sweep")
+    members = sorted((run.work.root / "sweep").iterdir())
+    assert [member.name for member in members] == ["0", "1", "2"]
+    assert len({str(fingerprint(member)) for member in members}) == 3
+    said = rwkv_cluster(slurm, "status", run)
+    assert f"job {job}, run 0 COMPLETED, run 1 COMPLETED, run 2 COMPLETED" in said
+
+
+def test_memory_that_was_not_asked_for(slurm: Cluster, tmp_path: Path) -> None:
+    """C8: the job's log says that Slurm ended it for its memory."""
+    run = new_run(tmp_path, mem="300M", num_nodes=1)
+    finish(slurm, run, launch(slurm, run), state="FAILED")
+    assert "memory" in logs(run)
+
+
+def test_status_logs_and_cancel_from_the_work_directory(slurm: Cluster, tmp_path: Path) -> None:
+    run = new_run(tmp_path, {"max_steps": 100_000})
+    job = launch(slurm, run)
+    wait_for_steps(slurm, run, job, step=5)
+    assert rwkv_cluster(slurm, "status", run).startswith(f"RUNNING  sbatch, job {job}")
+    assert "of 100,000" in rwkv_cluster(slurm, "logs", run, "--rank", "0")
+    said = rwkv_cluster(slurm, "cancel", run)
+    assert said.startswith("FAILED")  # with 75: it has saved
+    assert slurm.job(job)["ExitCode"] == "75:0"
+    assert run.newest_checkpoint() > 0
 
 
 def test_scancel_leaves_no_process_and_queues_nothing_again(slurm: Cluster, tmp_path: Path) -> None:
@@ -105,16 +227,6 @@ def test_scancel_leaves_no_process_and_queues_nothing_again(slurm: Cluster, tmp_
     assert slurm.job(job)["Restarts"] == "0"
 
 
-def processes_of(run: Watched) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(path.read_bytes().decode(errors="replace"))
-        except OSError:
-            continue
-    return [text for text in found if str(run.work.root) in text]
-
-
 def test_a_failing_rank_is_named_with_its_node_and_code(slurm: Cluster, tmp_path: Path) -> None:
     """C2, C10: bad data on rank 0 ends the job with code 3."""
     run = new_run(tmp_path / "run")
@@ -123,8 +235,7 @@ def test_a_failing_rank_is_named_with_its_node_and_code(slurm: Cluster, tmp_path
     job = launch(slurm, run)
     facts = finish(slurm, run, job, state="FAILED")
     assert facts["ExitCode"] == "3:0"
-    (folder,) = (run.work.root / "launch").iterdir()
-    assert "failed: rank 0 on node1 failed (data): " in (folder / "job.log").read_text()
+    assert "failed: rank 0 on node1 failed (data): " in job_log(run)
 
 
 def test_a_stop_file_ends_with_75_and_is_not_queued_again(slurm: Cluster, tmp_path: Path) -> None:
@@ -140,4 +251,4 @@ def test_a_stop_file_ends_with_75_and_is_not_queued_again(slurm: Cluster, tmp_pa
 def test_training_waits_for_the_prepare_job(slurm: Cluster, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", {"max_steps": 5}, prepare={"own_job": True, "cpus": 1})
     finish(slurm, run, launch(slurm, run))
-    assert "tokens in " in (next((run.work.root / "launch").iterdir()) / "rank-0.log").read_text()
+    assert "tokens in " in (launch_folder(run) / "rank-0.log").read_text()

@@ -1,0 +1,85 @@
+#!/bin/bash
+#SBATCH --job-name=base-3b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=500G
+#SBATCH --time=1-00:00:00
+#SBATCH --partition=gpu
+#SBATCH --signal=USR2@120
+#SBATCH --account=lab
+#SBATCH --qos=high
+#SBATCH --constraint=a100&nvlink
+#SBATCH --exclude=node[3,7-9]
+#SBATCH --comment="the long run"
+#SBATCH --output=job.log
+#SBATCH --open-mode=append
+#SBATCH --export=PATH,HOME,USER,LOGNAME,LANG,LC_ALL,LD_LIBRARY_PATH,TMPDIR,OMP_NUM_THREADS,SLURM_CONF,HF_TOKEN
+#SBATCH --reservation=week
+#SBATCH --requeue
+# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml.
+set -u
+export RWKV_CLUSTER_LAUNCH="$PWD"
+export NCCL_DEBUG=INFO
+export 'WORDS=it'"'"'s $HOME'
+eval -- 'module load cuda/12.8' || exit 6
+export RWKV_CLUSTER_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+RWKV_CLUSTER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\n" " ")
+export RWKV_CLUSTER_NODES
+export SRUN_CPUS_PER_TASK=64
+echo "rwkv-cluster: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+check_nodes() { # a node that cannot write here could say so nowhere else
+    state=".state/$RWKV_CLUSTER_ATTEMPT"
+    mkdir -p "$state"
+    blind=$(srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --chdir=/ --export=ALL sh -c '[ -w "$1" ] || echo "$SLURMD_NODENAME"' sh "$PWD/job.sh" | sort | paste -s -d , -)
+    [ -n "$blind" ] || return 0
+    echo "$blind" > "$state/bad"
+    echo "failed 6 $blind: $PWD cannot be written there. Mend that, or set launch.exclude" > "$state/outcome"
+    return 6
+}
+follow() { # another job goes on after this one
+    excluded='node[3,7-9],'$(paste -s -d , excluded 2> /dev/null)
+    sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${excluded:+"--exclude=${excluded%,}"} job.sh >> ./jobs
+}
+within_limit() { # ends the job with code $1 when it has been queued again often enough
+    touch requeued
+    if [ "$(grep -vcx "$RWKV_CLUSTER_ATTEMPT" requeued)" -ge 100 ]; then
+        echo "rwkv-cluster: queued again 100 times, launch.max_requeues. The same launch command continues"
+        exit "$1"
+    fi
+    grep -qx "$RWKV_CLUSTER_ATTEMPT" requeued || echo "$RWKV_CLUSTER_ATTEMPT" >> requeued
+}
+export SUBMITIT_EXECUTOR=slurm
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+[ -e "${job}_submitted.pkl" ] || cp submission.pkl "${job}_submitted.pkl"
+check_nodes && srun --kill-on-bad-exit=1 --wait=60 --export=ALL --open-mode=append --output=node-%n.log python-stub -u -m submitit.core._submit "$PWD"
+code=$?
+how=none
+if [ -e ".state/$RWKV_CLUSTER_ATTEMPT/outcome" ]; then
+    read -r how said message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
+    echo "rwkv-cluster: $how: $message"
+elif [ "$code" = 140 ]; then # SIGUSR2, before there was anything to save
+    how=preempted
+fi
+if [ -s ".state/$RWKV_CLUSTER_ATTEMPT/bad" ]; then
+    cat ".state/$RWKV_CLUSTER_ATTEMPT/bad" >> excluded
+    within_limit "$said"
+    follow
+    echo "rwkv-cluster: a job that follows this one goes on without $(paste -s -d , excluded)"
+    exit "$said"
+fi
+case $how in
+    preempted) ;;
+    failed | stopped) exit "$said" ;;
+    *) exit "$code" ;;
+esac
+# A job that is being cancelled has another state.
+if [ -e cancelled ] || [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit 75; fi
+within_limit 75
+if scontrol requeue "$SLURM_JOB_ID"; then sleep 300; fi # Slurm ends this script
+echo "rwkv-cluster: this cluster does not queue jobs again; a job that follows this one goes on"
+follow
+exit 75
+## sbatch --parsable job.sh
