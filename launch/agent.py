@@ -49,6 +49,7 @@ class Node:
     launch: Path
     state: Path
     ranks: tuple[int, ...]
+    world_size: int
     per_rank: bool = False
 
     @property
@@ -87,7 +88,8 @@ def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: boo
     first = number * ranks_per_node
     ranks = (int(environment["SLURM_PROCID"]),) if per_rank else tuple(range(first, first + ranks_per_node))
     state = state_of({ATTEMPT_VARIABLE: f"{host}-{os.getpid()}", **environment})
-    return Node(host, number, names, Path(launch), state, ranks, per_rank)
+    world_size = int(environment["SLURM_NTASKS"]) if per_rank else len(names) * ranks_per_node
+    return Node(host, number, names, Path(launch), state, ranks, world_size, per_rank)
 
 
 def state_of(environment: Mapping[str, str]) -> Path:
@@ -121,7 +123,10 @@ def run(
     reader.start()
     wait_for_end(node, ranks)
     reader.join(5)
-    return judge(node, ranks)
+    code = judge(node, ranks)
+    if code == PREEMPTED:
+        wait_for_other_nodes(node)
+    return code
 
 
 def wait_for_end(node: Node, ranks: Ranks) -> None:
@@ -136,6 +141,13 @@ def wait_for_end(node: Node, ranks: Ranks) -> None:
             all_told = now
         if all_told is not None and now > all_told + LEAVE_S:
             ranks.process.kill()
+        time.sleep(POLL_S)
+
+
+def wait_for_other_nodes(node: Node) -> None:
+    """The first node to end makes srun kill the others, which may still be writing the checkpoint."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline and not all(told(node.state, rank) for rank in range(node.world_size)):
         time.sleep(POLL_S)
 
 

@@ -15,6 +15,7 @@ PROGRAMS = (
     "scontrol",
     "squeue",
     "scancel",
+    "sleep",
     "docker",
     "podman",
     "apptainer",
@@ -25,7 +26,11 @@ _STUB = """\
 #!/bin/sh
 printf '%s\\0' "$(basename "$0")" "$@" > "$RECORDS/argv.$$.$(basename "$0")"
 env -0 > "$RECORDS/env.$$.$(basename "$0")"
-[ "$(basename "$0")" != scontrol ] || echo node1
+case $(basename "$0") in
+    scontrol) echo node1 ;;
+    squeue) echo RUNNING ;;
+    srun) exit "${SRUN_CODE:-0}" ;;
+esac
 """
 
 
@@ -45,17 +50,22 @@ def install(folder: Path) -> Path:
     return folder
 
 
-def run_script(plan: Plan, name: str, folder: Path, stubs: Path) -> list[Call]:
-    """Write a plan's files as submitting does, run one of its scripts with bash, and tell who was called."""
+def run_script(
+    plan: Plan, name: str, folder: Path, stubs: Path, *, step_code: int = 0, expected_code: int = 0
+) -> list[Call]:
+    """Write a plan's files as submitting does, run one of its scripts with bash, and tell who was called.
+
+    step_code: exit code of each srun; expected_code: that the script must end with.
+    """
     launch, records = folder / "launch", folder / "records"
     launch.mkdir()
     records.mkdir()
     for file, text in plan.files.items():
         (launch / file).write_text(text)
     environment = {"PATH": f"{stubs}:/usr/bin:/bin", "RECORDS": str(records), "HOME": "/home/someone"}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    environment |= {"SRUN_CODE": str(step_code), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
     done = subprocess.run(["bash", name], cwd=launch, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == expected_code, done.stderr
     return [_call(records, path) for path in sorted(records.glob("argv.*"), key=os.path.getmtime)]
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.ranks import rank
 
+# In torch's and gloo's sentences, some of which name neither: "Application timeout caused pair closure".
+COLLECTIVE_WORDS = ("gloo", "nccl", "processgroup", "pair closure", "closed by peer", "reset by peer", "broken pipe")
 FAULT_VARIABLE = "RWKV_CLUSTER_FAULT"
 
 T = TypeVar("T")
@@ -86,7 +88,7 @@ def is_collective_failure(error: BaseException) -> bool:
     Gloo's errors inside the backward pass are plain RuntimeErrors and known by their text only.
     """
     text = str(error).lower()
-    by_text = isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "processgroup"))
+    by_text = isinstance(error, RuntimeError) and any(word in text for word in COLLECTIVE_WORDS)
     return isinstance(error, dist.DistError) or by_text
 
 

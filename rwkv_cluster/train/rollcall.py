@@ -80,6 +80,7 @@ class RollCall:
                 cause = self._explained(error) if is_collective_failure(error) else error
                 self.publish(state="failed", **_failure(cause))
                 self._let_others_see()
+                self._let_origin_speak(cause)
                 if cause is error:
                     raise
                 raise cause from error
@@ -133,6 +134,15 @@ class RollCall:
             if all(watch.alive and watch.record.get("state") != "running" for watch in self.others.values()):
                 return
             time.sleep(BEAT_S / 4)
+
+    def _let_origin_speak(self, error: BaseException) -> None:
+        """Launchers end all ranks when one has ended: the rank whose failure this one repeats goes first."""
+        quoted = re.match(r"rank (\d+): ", str(error))
+        watch = self.others.get(int(quoted[1])) if quoted else None
+        deadline = time.monotonic() + GRACE_S
+        while watch is not None and not has_died(watch.record) and time.monotonic() < deadline:
+            time.sleep(BEAT_S / 8)
+            watch.look()
 
     def _beat(self) -> None:
         self.mark(beats=self._record["beats"] + 1)

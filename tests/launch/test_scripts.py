@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from launch_stubs import install, run_script
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.launch.plan import Plan, plan
+from rwkv_cluster.launch.submit import submit
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 CWD = Path("/home/someone/runs")
@@ -132,3 +135,27 @@ def test_a_step_of_slurm_ends_with_a_failed_rank_and_keeps_its_logs() -> None:
     assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(step.split())
     assert {"#SBATCH --signal=USR2@120", "#SBATCH --open-mode=append", "#SBATCH --requeue"} <= set(text.splitlines())
     assert "#SBATCH --no-requeue" in planned("sbatch-per-rank").files["job.sh"]
+
+
+def test_a_signal_before_the_agent_listens_queues_the_job_again(tmp_path: Path) -> None:
+    """srun ends with 128 + 12 when SIGUSR2 ends a task that knows nothing of it."""
+    stubs = install(tmp_path / "bin")
+    calls = run_script(planned("sbatch", setup=[]), "job.sh", tmp_path, stubs, step_code=140, expected_code=75)
+    assert ["scontrol", "requeue", "7"] in [call.argv for call in calls]
+    assert (tmp_path / "launch" / "requeued").read_text() == "7.0\n"
+
+
+def test_what_submitit_is_given_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E8: two plain values, in a file and a directory for the owner alone."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    stubs = install(tmp_path / "bin")
+    (stubs / "sbatch").write_text("#!/bin/sh\necho 12\n")
+    monkeypatch.setenv("PATH", f"{stubs}:/usr/bin:/bin")
+    values = {"target": "slurm", "name": "x", "pass_env": ["HF_TOKEN"]}
+    launched = submit(plan(Config(work_dir=str(tmp_path / "work"), launch=values), tmp_path))
+    pickled = launched.folder / "submission.pkl"
+    assert stat.S_IMODE(pickled.stat().st_mode) == 0o600
+    assert stat.S_IMODE(launched.folder.stat().st_mode) == 0o700
+    task = pickle.loads(pickled.read_bytes()).function
+    assert vars(task) == {"argv": task.argv, "max_requeues": 100, "_agent": None}
+    assert all(b"hf_secret" not in path.read_bytes() for path in launched.folder.iterdir())

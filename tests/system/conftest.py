@@ -25,6 +25,6 @@ def start() -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes on this machine."""
+    """Three idle nodes."""
     with cluster(tmp_path_factory.mktemp("slurm")) as made:
         yield made

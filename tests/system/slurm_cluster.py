@@ -1,6 +1,7 @@
 """A real Slurm for the tests, in a second: munge, slurmctld and one slurmd for each node, from Debian's packages.
 
-All nodes are this one machine (`slurmd -N`), which needs no privilege but root: it also works in a plain container.
+Each node is a host of its own (see `hosts`). Where that is not allowed, all are this one machine (`slurmd -N`), which
+needs no privilege but root and also works in a plain container.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from system import hosts
+from system.hosts import Host
 from system.processes import wait_until
 
+PORT = 6818  # Slurm's own for a node
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONF = """\
 ClusterName=ci
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -45,7 +49,7 @@ JobAcctGatherParams=OverMemoryKill
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=10
 KillWait=5
 MinJobAge=600
 PropagateResourceLimits=NONE
@@ -57,7 +61,7 @@ GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 """
 NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Boards=1 SocketsPerBoard=1 "
+    "NodeName={name} {place} Port={port} CPUs=4 Boards=1 SocketsPerBoard=1 "
     "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:2 State=UNKNOWN\n"
 )
 PARTITIONS = """\
@@ -80,22 +84,51 @@ needs_slurm = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running one. environment: what its commands need."""
+    """A running one.
+
+    environment, prefix: what its commands need. hosts: by node name; empty where all nodes are this machine.
+    """
 
     root: Path
     environment: dict[str, str]
+    prefix: tuple[str, ...] = ()
+    hosts: dict[str, Host] = field(default_factory=dict)
+
+    @property
+    def interface(self) -> str:
+        """Where the ranks find each other."""
+        return hosts.INTERFACE if self.hosts else "lo"
 
     def run(self, *argv: str) -> str:
         """Output of a command of Slurm's."""
         environment = {**os.environ, **self.environment}
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run((*self.prefix, *argv), env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{argv}: {done.stderr}"
         return done.stdout
 
     def accepts(self, *argv: str) -> bool:
         """Whether a command of Slurm's succeeds now."""
         environment = {**os.environ, **self.environment}
-        return subprocess.run(argv, env=environment, capture_output=True, timeout=60).returncode == 0
+        done = subprocess.run((*self.prefix, *argv), env=environment, capture_output=True, timeout=60)
+        return done.returncode == 0
+
+    def begin(self, *argv: str, prefix: tuple[str, ...] | None = None) -> subprocess.Popen[bytes]:
+        """A daemon, on the controller's host or after `prefix`."""
+        environment = {**os.environ, **self.environment}
+        with open(self.root / "daemons.log", "ab") as log:
+            on = self.prefix if prefix is None else prefix
+            return subprocess.Popen((*on, *argv), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def begin_node(self, name: str) -> subprocess.Popen[bytes]:
+        """The daemon of a node."""
+        prefix = self.hosts[name].prefix if self.hosts else ()
+        return self.begin("slurmd", "-D", "-f", f"{self.root}/slurm.conf", "-N", name, prefix=prefix)
+
+    def idle(self) -> int:
+        """Number of nodes that wait for jobs."""
+        with suppress(AssertionError, subprocess.TimeoutExpired):
+            return int(self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() or 0)
+        return 0
 
     def job(self, number: str) -> dict[str, str]:
         """Fields of a job, also for some minutes after its end."""
@@ -114,30 +147,39 @@ class Cluster:
 
 
 @contextmanager
-def cluster(root: Path, nodes: int = 2) -> Iterator[Cluster]:
+def cluster(root: Path, nodes: int = 3) -> Iterator[Cluster]:
     """`nodes` idle nodes, all gone after the block. `root` holds keys, state and logs of the daemons."""
-    ports = _free_ports(nodes + 1)
-    host = socket.gethostname().partition(".")[0]
     names = [f"node{number}" for number in range(1, nodes + 1)]
-    conf = CONF.format(root=root, host=host, port=ports[0])
-    conf += "".join(NODE.format(name=n, host=host, port=p) for n, p in zip(names, ports[1:], strict=True))
-    (root / "slurm.conf").write_text(conf + PARTITIONS)
-    (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # only names paths; v2 and autodetection may die
-    for number in range(2):
-        (root / f"gpu{number}").symlink_to("/dev/null")  # a device file that is there
-    (root / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-1]\n")
-    made = Cluster(root, {"SLURM_CONF": str(root / "slurm.conf")})
-    daemons: list[subprocess.Popen[bytes]] = []
-    try:
+    with ExitStack() as stack:
+        if hosts.reason_not_to() is None:
+            controller, *machines = stack.enter_context(hosts.hosts(["ctl", *names]))
+            by_name = dict(zip(names, machines, strict=True))
+            places = [(f"NodeAddr={by_name[name].address}", PORT) for name in names]
+            host, port = f"ctl({controller.address})", PORT - 1
+            made = Cluster(root, {"SLURM_CONF": str(root / "slurm.conf")}, controller.prefix, by_name)
+        else:
+            own = socket.gethostname().partition(".")[0]
+            port, *ports = _free_ports(nodes + 1)
+            places = [(f"NodeHostname={own} NodeAddr=127.0.0.1", number) for number in ports]
+            host = f"{own}(127.0.0.1)"
+            made = Cluster(root, {"SLURM_CONF": str(root / "slurm.conf")})
+        lines = [NODE.format(name=name, place=at, port=on) for name, (at, on) in zip(names, places, strict=True)]
+        (root / "slurm.conf").write_text(
+            CONF.format(root=root, controller=host, port=port) + "".join(lines) + PARTITIONS
+        )
+        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # only names paths; v2 and autodetection may die
+        for number in range(2):
+            (root / f"gpu{number}").symlink_to("/dev/null")  # a device file that is there
+        (root / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-1]\n")
+        daemons: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end, made, daemons)
         _begin_munge(root, daemons)
-        _begin(["slurmctld", "-D", "-f", str(root / "slurm.conf")], made, daemons)
+        daemons.append(made.begin("slurmctld", "-D", "-f", f"{root}/slurm.conf"))
         for name in names:
             (root / f"spool.{name}").mkdir()
-            _begin(["slurmd", "-D", "-f", str(root / "slurm.conf"), "-N", name], made, daemons)
-        wait_until(lambda: _idle(made) == nodes, what=f"{nodes} idle nodes, see {root}", timeout_s=60)
+            daemons.append(made.begin_node(name))
+        wait_until(lambda: made.idle() == nodes, what=f"{nodes} idle nodes, see {root}", timeout_s=60)
         yield made
-    finally:
-        _end(made, daemons)
 
 
 def _begin_munge(root: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
@@ -148,20 +190,8 @@ def _begin_munge(root: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
     (folder / "key").chmod(0o400)
     options = [f"--key-file={folder}/key", f"--socket={root}/munge.sock", f"--pid-file={root}/munged.pid"]
     options += [f"--log-file={folder}/log", f"--seed-file={folder}/seed", "--foreground", "--force"]
-    _begin(["munged", *options], Cluster(root, {}), daemons)
+    daemons.append(Cluster(root, {}).begin("munged", *options))
     wait_until((root / "munge.sock").exists, what="munged", timeout_s=30)
-
-
-def _begin(argv: list[str], made: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    with open(made.root / "daemons.log", "ab") as log:
-        environment = {**os.environ, **made.environment}
-        daemons.append(subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-
-
-def _idle(made: Cluster) -> int:
-    with suppress(AssertionError, subprocess.TimeoutExpired):
-        return int(made.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() or 0)
-    return 0
 
 
 def _end(made: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:

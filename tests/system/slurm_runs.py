@@ -13,18 +13,23 @@ from system.slurm_cluster import Cluster
 from tiny_run import tiny_config, write_config
 
 
-def new_run(folder: Path, training: dict[str, Any] | None = None, **launch: Any) -> Watched:
+def new_run(
+    folder: Path, training: dict[str, Any] | None = None, *, save_interval_steps: int = 100_000, **launch: Any
+) -> Watched:
+    """A tiny run for two nodes with a rank each. launch: fields of that section."""
     folder.mkdir(exist_ok=True)
-    launch = {"target": "sbatch", "num_nodes": 2, "ranks_per_node": 1, "env": {"GLOO_SOCKET_IFNAME": "lo"}} | launch
+    launch = {"target": "sbatch", "num_nodes": 2, "ranks_per_node": 1} | launch
     training = {"max_steps": 30, "micro_bsz": 2, "timeout_s": 60} | (training or {})
-    config = tiny_config(folder, training=training, checkpoint={"save_interval_steps": 100_000}, launch=launch)
+    config = tiny_config(
+        folder, training=training, checkpoint={"save_interval_steps": save_interval_steps}, launch=launch
+    )
     write_config(folder / "run.yaml", config)
     return Watched(folder)
 
 
 def launch(slurm: Cluster, run: Watched, *arguments: str) -> str:
     """Launch a run; the number of its training job."""
-    command(slurm, run, "launch", "run.yaml", *arguments)
+    command(slurm, run, "launch", "run.yaml", f"--launch.env.GLOO_SOCKET_IFNAME={slurm.interface}", *arguments)
     return jobs(run)[-1]
 
 
@@ -36,8 +41,8 @@ def rwkv_cluster(slurm: Cluster, verb: str, run: Watched, *arguments: str) -> st
 def command(slurm: Cluster, run: Watched, *arguments: str) -> str:
     """What `rwkv-cluster ...` prints in the folder of a run."""
     environment = {**os.environ, **slurm.environment, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "rwkv_cluster", *arguments]
-    done = subprocess.run(argv, cwd=run.folder, env=environment, capture_output=True, text=True, timeout=180)
+    argv = [*slurm.prefix, "env", f"--chdir={run.folder}", sys.executable, "-m", "rwkv_cluster", *arguments]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,7 +67,7 @@ def logs(run: Watched) -> str:
 
 
 def finish(slurm: Cluster, run: Watched, job: str, *, state: str = "COMPLETED") -> dict[str, str]:
-    facts = slurm.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    facts = slurm.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout_s=300)
     assert facts["JobState"] == state, logs(run)
     return facts
 

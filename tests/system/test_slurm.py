@@ -28,6 +28,7 @@ from system.slurm_runs import (
 )
 from tiny_run import fingerprint, losses
 
+Outcome = Callable[[int], dict[str, object]]  # of a run of so many steps
 STEPS = 300
 SLURM_LOOKS_S = 30  # at the time limits, with as much between two looks
 pytestmark = [pytest.mark.system, needs_slurm]
@@ -53,7 +54,7 @@ def test_two_nodes_with_two_ranks_follow_one_process(slurm: Cluster, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, object]]:
+def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Outcome of a run of that many steps that nothing interrupts."""
 
     @cache
@@ -65,11 +66,9 @@ def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return outcome
 
 
-def test_five_interruptions_leave_no_trace(
-    slurm: Cluster, unbroken: Callable[[int], dict[str, object]], tmp_path: Path
-) -> None:
+def test_five_interruptions_leave_no_trace(slurm: Cluster, unbroken: Outcome, tmp_path: Path) -> None:
     """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
-    steps = max(STEPS, int(SLURM_LOOKS_S * 1.5 * steps_per_second(tmp_path / "speed")))
+    steps = max(STEPS, int(SLURM_LOOKS_S * 1.5 * steps_per_second(slurm, tmp_path / "speed")))
     run = new_run(tmp_path / "run", {"max_steps": steps})
     job = launch(slurm, run)
     for number, interrupt in enumerate((reach_time_limit, preempt, requeue, send_signal, send_signal), 1):
@@ -81,10 +80,9 @@ def test_five_interruptions_leave_no_trace(
     assert run.result() == unbroken(steps)
 
 
-def steps_per_second(folder: Path) -> float:
-    """Of one process with a core of its own: no rank of a job is faster."""
-    run = new_run(folder, {"max_steps": 200})
-    Job(run.folder).complete()
+def steps_per_second(slurm: Cluster, folder: Path) -> float:
+    run = new_run(folder, {"max_steps": 100})
+    finish(slurm, run, launch(slurm, run))
     lines = [json.loads(line) for line in (run.work.logs / "metrics.jsonl").read_text().splitlines()]
     return max(line["tokens_per_s"] * line["step"] / line["tokens"] for line in lines)
 
@@ -95,7 +93,7 @@ def wait_for_restarts(slurm: Cluster, job: str, number: int) -> None:
 
 def preempt(slurm: Cluster, job: str) -> None:
     """A job of a partition with precedence wants all nodes."""
-    slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
+    slurm.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
 
 
 def requeue(slurm: Cluster, job: str) -> None:
@@ -114,9 +112,7 @@ def send_signal(slurm: Cluster, job: str) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
-def test_submitit_is_preempted_five_times(
-    slurm: Cluster, unbroken: Callable[[int], dict[str, object]], tmp_path: Path
-) -> None:
+def test_submitit_is_preempted_five_times(slurm: Cluster, unbroken: Outcome, tmp_path: Path) -> None:
     """A5: jobs of less than ten minutes are no timeouts, and no task that goes on leaves a result."""
     run = new_run(tmp_path, {"max_steps": STEPS}, target="slurm")
     job = launch(slurm, run)

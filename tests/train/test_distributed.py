@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rwkv_cluster.train.distributed import leaving_group
+from rwkv_cluster.train.distributed import is_collective_failure, leaving_group
 
 
 def _thread_names() -> set[str]:
@@ -35,3 +35,17 @@ def test_a_group_that_was_there_before_stays(tmp_path: Path) -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:4: Connection reset by peer"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_failed_collectives_are_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_collective_failure(error) is expected
