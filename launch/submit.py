@@ -85,7 +85,7 @@ def _write(plan: Plan) -> Path:
         for name, text in plan.files.items():
             _private(folder / name, text.encode())
         if plan.config.launch.target == "slurm" and not plan.members:
-            _private(folder / SUBMISSION, _pickled(plan))
+            _write_submission(plan, folder / SUBMISSION)
     except OSError as error:
         raise LaunchError(f"{folder} cannot be made: {error.strerror} at {error.filename}") from error
     return folder
@@ -97,16 +97,14 @@ def _private(path: Path, content: bytes) -> None:
         handle.write(content)
 
 
-def _pickled(plan: Plan) -> bytes:
+def _write_submission(plan: Plan, path: Path) -> None:
     """For submitit, which is imported where it is used: no other target needs it."""
-    import cloudpickle
-
     from rwkv_cluster.launch.submitit_task import submission
 
     assert plan.node_command is not None
     launch = plan.config.launch
-    made = submission(plan.node_command.argv, launch.max_requeues if launch.requeue else None)
-    return bytes(cloudpickle.dumps(made))
+    _private(path, b"")
+    submission(plan.node_command.argv, launch.max_requeues if launch.requeue else None).dump(path)
 
 
 def _record_jobs(folder: Path, numbers: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ def reason_not_to() -> str | None:
     """Why this machine can have no such hosts; None when it can."""
     if os.geteuid() != 0:
         return "namespaces need root"
-    missing = [program for program in ("ip", "nsenter", "unshare") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "nsenter", "setpriv", "unshare") if shutil.which(program) is None]
     if missing:
         return f"hosts need iproute2 and util-linux: {', '.join(missing)} missing"
     try:
@@ -92,8 +92,8 @@ def _boot(name: str, namespace: str, known: str, stack: ExitStack) -> int:
     (folder / "hosts").write_text(known)
     script = f"hostname {name} && mount --make-rprivate / && while :; do sleep 86400 & wait; done"
     isolate = ["unshare", "--uts", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child"]
-    outer = subprocess.Popen(
-        ["ip", "netns", "exec", namespace, *isolate, "bash", "-c", script],
+    outer = subprocess.Popen(  # ends with these tests however they end
+        ["setpriv", "--pdeathsig=KILL", "ip", "netns", "exec", namespace, *isolate, "bash", "-c", script],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

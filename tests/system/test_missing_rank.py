@@ -205,9 +205,20 @@ def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> 
 
 def test_four_jobs_at_once_on_one_machine(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C7: two with torchrun, two with Lightning's launcher, each with a port of its own."""
+    _four_jobs_at_once(tmp_path, start)
+
+
+@pytest.mark.slow
+def test_four_jobs_at_once_ten_times(tmp_path: Path, start: Callable[..., Job]) -> None:
+    for repetition in range(10):
+        _four_jobs_at_once(tmp_path / str(repetition), start)
+
+
+def _four_jobs_at_once(folder: Path, start: Callable[..., Job]) -> None:
+    folder.mkdir(exist_ok=True)
     jobs = []
     for number, ranks in enumerate([2, 2, None, None]):
-        run = _new_run(tmp_path / str(number), timeout_s=60, devices=1 if ranks else 2)
+        run = _new_run(folder / str(number), timeout_s=60, devices=1 if ranks else 2)
         jobs.append(start(run.folder, ranks=ranks))
     for job in jobs:
         job.complete()

@@ -68,7 +68,7 @@ def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcom
 
 def test_five_interruptions_leave_no_trace(slurm: Cluster, unbroken: Outcome, tmp_path: Path) -> None:
     """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
-    steps = max(STEPS, int(SLURM_LOOKS_S * 1.5 * steps_per_second(slurm, tmp_path / "speed")))
+    steps = max(STEPS, int(SLURM_LOOKS_S * 1.2 * steps_per_second(slurm, tmp_path / "speed")))
     run = new_run(tmp_path / "run", {"max_steps": steps})
     job = launch(slurm, run)
     for number, interrupt in enumerate((reach_time_limit, preempt, requeue, send_signal, send_signal), 1):

@@ -57,7 +57,10 @@ def test_a_rank_that_cannot_write_ends_both_without_a_commit(
     assert not list(run.work.checkpoints.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize(("stage", "what", "precision"), [(2, "gradient", "bf16"), (3, "loss", "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "what", "precision"),
+    [(0, "gradient", "fp32"), (1, "loss", "bf16"), (2, "gradient", "bf16"), (3, "loss", "fp32")],
+)
 def test_nan_on_one_rank_stops_all_before_the_update(
     stage: int, what: str, precision: str, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
