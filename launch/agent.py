@@ -1,6 +1,6 @@
 """The one process on each node of a job: checks the node, starts the ranks, passes signals on, and tells how it ended.
 
-    python -m rwkv_cluster.launch.agent [--cwd DIR] [--ranks N] [--gpus N] [--per-rank] -- COMMAND ARGUMENT...
+    python -m rwkv_cluster.launch.agent [--cwd DIR] [--ranks N] [--gpus N] [--nodes N] [--per-rank] -- COMMAND...
 
 COMMAND is torchrun, deepspeed or the trainer itself. Under Slurm the agents of a job meet through the launch directory:
 the first one picks a free port there, so that no two jobs share one. torchrun's own agent neither survives SIGUSR2 nor
@@ -41,7 +41,11 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Node:
-    """Where in the job this agent is. ranks: numbers of the ranks that run below it."""
+    """Where in the job this agent is.
+
+    ranks: numbers of the ranks that run below it; without Slurm on several nodes only as many as these, for torchrun
+    numbers the nodes when they meet.
+    """
 
     host: str
     number: int
@@ -51,6 +55,7 @@ class Node:
     ranks: tuple[int, ...]
     world_size: int
     per_rank: bool = False
+    is_numbered: bool = True
 
     @property
     def is_first(self) -> bool:
@@ -75,7 +80,7 @@ class Ranks:
                 os.kill(pid, number)
 
 
-def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: bool) -> Node:
+def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: bool, n_nodes: int = 1) -> Node:
     """This node, as Slurm says; without Slurm the only one. Raises LaunchError without a launch directory."""
     launch = environment.get(LAUNCH_VARIABLE)
     if launch is None:
@@ -89,7 +94,7 @@ def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: boo
     ranks = (int(environment["SLURM_PROCID"]),) if per_rank else tuple(range(first, first + ranks_per_node))
     state = state_of({ATTEMPT_VARIABLE: f"{host}-{os.getpid()}", **environment})
     world_size = int(environment["SLURM_NTASKS"]) if per_rank else len(names) * ranks_per_node
-    return Node(host, number, names, Path(launch), state, ranks, world_size, per_rank)
+    return Node(host, number, names, Path(launch), state, ranks, world_size, per_rank, is_numbered=n_nodes == 1)
 
 
 def state_of(environment: Mapping[str, str]) -> Path:
@@ -137,7 +142,7 @@ def wait_for_end(node: Node, ranks: Ranks) -> None:
         if ranks.stop_signal and now >= next_signal:
             ranks.tell(signal.SIGUSR1)
             next_signal = now + REPEAT_S
-        if all_told is None and all(told(node.state, rank) for rank in node.ranks):
+        if all_told is None and None not in ends_of(node).values():
             all_told = now
         if all_told is not None and now > all_told + LEAVE_S:
             ranks.process.kill()
@@ -151,9 +156,18 @@ def wait_for_other_nodes(node: Node) -> None:
         time.sleep(POLL_S)
 
 
+def ends_of(node: Node) -> dict[int, dict[str, object] | None]:
+    """What each rank of this node said of its end; None where it has said nothing."""
+    if node.is_numbered:
+        return {rank: told(node.state, rank) for rank in node.ranks}
+    numbers = [int(path.name.removeprefix("rank-")) for path in node.state.glob("rank-*") if path.suffix != ".tmp"]
+    silent = [rank for rank in node.ranks if rank not in numbers][: len(node.ranks) - len(numbers)]
+    return {rank: told(node.state, rank) for rank in (*numbers, *silent)}
+
+
 def judge(node: Node, ranks: Ranks) -> int:
     """How this node's ranks ended, as an exit code; the first node to fail or to be stopped leaves word for the job."""
-    ends = {rank: told(node.state, rank) for rank in node.ranks}
+    ends = ends_of(node)
     codes = {end["code"] for end in ends.values() if end is not None}
     if codes == {0} and None not in ends.values():
         return 0
@@ -182,12 +196,15 @@ def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tupl
         meaning = EXIT_CODES.get(code, f"exit code {code}")
         return code, f"rank {number} on {_host_of(node, number)} failed ({meaning}): {message}".strip(": ")
     how = "; ".join(ranks.table) or f"its launcher ended with code {ranks.process.returncode}"
-    which = ", ".join(map(str, silent))
-    return 1, f"rank {which} on {node.host} ended without a word ({how}). See {node.launch}/rank-{silent[0]}.log"
+    which = f"rank {', '.join(map(str, silent))}" if node.is_numbered else f"{len(silent)} of its ranks"
+    log = f"rank-{silent[0]}.log" if node.is_numbered else "rank-*.log"
+    return 1, f"{which} on {node.host} ended without a word ({how}). See {node.launch}/{log}"
 
 
 def _host_of(node: Node, rank: int) -> str:
     """Name of the node that rank is on; ranks are numbered node by node."""
+    if not node.is_numbered:
+        return node.host if told(node.state, rank) else "another node"
     if rank in node.ranks:
         return node.host
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")) if node.per_rank else len(node.ranks)
@@ -266,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cwd")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=1, help="that torchrun numbers")
     parser.add_argument("--per-rank", action="store_true")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
@@ -279,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     node = None
     try:
-        node = this_node(os.environ, options.ranks, options.per_rank)
+        node = this_node(os.environ, options.ranks, options.per_rank, options.nodes)
         return run(node, options.command, options.cwd, listen, gpus=options.gpus)
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")

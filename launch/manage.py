@@ -173,8 +173,9 @@ def _process_state(folder: Path) -> tuple[str, str]:
     record = _process(folder)
     if record["machine"] != machine():
         return "unknown", f"it was started on {record['host']}, which is another machine"
-    if start_tick(record["pid"]) == record["started"] is not None:
-        return "running", f"process {record['pid']} on {record['host']}"
+    for process in (record, record["launcher"]):  # which has yet to write the exit code
+        if start_tick(process["pid"]) == process["started"] is not None:
+            return "running", f"process {record['pid']} on {record['host']}"
     return "ended", "exit code unknown: the launching process was killed"
 
 

@@ -155,7 +155,8 @@ def _run_here(plan: Plan, folder: Path) -> int:
             )
         except OSError as error:
             raise LaunchError(f"{command.argv[0]} cannot be started: {error.strerror}") from None
-        record = {**this_process(), "pid": process.pid, "started": start_tick(process.pid)}
+        record = {"launcher": this_process(), **this_process()}
+        record |= {"pid": process.pid, "started": start_tick(process.pid)}
         atomic_write(folder / PROCESS, json.dumps(record).encode())
         code = _follow(process, folder, received)
     atomic_write(folder / EXIT, f"{code}\n".encode())

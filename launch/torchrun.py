@@ -28,6 +28,8 @@ def agent(config: Config, inner: Command, cwd: str) -> Command:
     """`inner` started by the agent of this node, in `cwd`."""
     gpus = config.launch.gpus_per_node if config.training.accelerator != "cpu" else None
     options = ["--cwd", cwd, "--ranks", str(ranks_per_node(config)), *(["--gpus", str(gpus)] if gpus else [])]
+    if not config.launch.is_batch and config.launch.num_nodes > 1:
+        options += ["--nodes", str(config.launch.num_nodes)]
     if config.launch.is_batch and config.launch.task_per == "rank":
         options += ["--per-rank"]
     return Command((python(config), "-m", "rwkv_cluster.launch.agent", *options, "--", *inner.argv))

@@ -213,8 +213,10 @@ def _yaml_scalar(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
-    if isinstance(value, (list, tuple, dict)):
-        return "{}" if isinstance(value, dict) else f"[{', '.join(_yaml_scalar(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{yaml_text(name)}: {_yaml_scalar(item)}' for name, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_yaml_scalar(item) for item in value)}]"
     return yaml_text(value)
 
 

@@ -73,7 +73,16 @@ def _converted(name: str, field: FieldInfo, annotation: Any, node: Node) -> Any:
         raise mismatch(name, field, node, f"Write {truth}" if truth else "")
     if annotation in (int, float):
         return _number(name, field, annotation, node)
-    return value
+    return _plain(node)
+
+
+def _plain(node: Node) -> Any:
+    """The value of a tree of nodes, of whatever type it is."""
+    if isinstance(node.value, list):
+        return [_plain(item) for item in node.value]
+    if isinstance(node.value, dict):
+        return {name: _plain(item) for name, item in node.value.items()}
+    return node.value
 
 
 def _text(name: str, field: FieldInfo, node: Node) -> str:

@@ -481,3 +481,9 @@ def test_the_documentation_has_every_field_as_it_is() -> None:
     assert all(f"| `{name}` |" in table for name, _ in iterate_fields(Config))
     renew = "renew it with: python -m rwkv_cluster.configfile > docs/configuration.md"
     assert DOCUMENTATION.read_text() == table, f"docs/configuration.md differs from config.py; {renew}"
+
+
+def test_a_list_of_mappings_reads_back(tmp_path: Path) -> None:
+    sweep = [{"training.random_seed": 1}, {"model.n_layer": 2, "data.inputs": ["a b", "c"]}]
+    config = Config(work_dir="w", launch={"target": "slurm", "sweep": sweep})
+    assert parse_config(dump_yaml(config).encode(), "x").config == config

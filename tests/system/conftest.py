@@ -24,7 +24,14 @@ def start() -> Iterator[Callable[..., Job]]:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three idle nodes."""
+def running_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes."""
     with cluster(tmp_path_factory.mktemp("slurm")) as made:
         yield made
+
+
+@pytest.fixture
+def slurm(running_slurm: Cluster) -> Iterator[Cluster]:
+    """The same, without a job before the test and after it."""
+    yield running_slurm
+    running_slurm.cancel_all()

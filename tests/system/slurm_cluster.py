@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -130,6 +129,12 @@ class Cluster:
             return int(self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() or 0)
         return 0
 
+    def cancel_all(self) -> None:
+        """End every job, and wait until it has ended."""
+        while numbers := self.run("squeue", "-h", "-o", "%A").split():
+            self.accepts("scancel", *numbers)
+            wait_until(lambda: not self.run("squeue", "-h").strip(), what="the end of all jobs", timeout_s=60)
+
     def job(self, number: str) -> dict[str, str]:
         """Fields of a job, also for some minutes after its end."""
         words = self.run("scontrol", "show", "job", "-o", number).split()
@@ -196,12 +201,7 @@ def _begin_munge(root: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
 
 def _end(made: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
     with suppress(AssertionError, subprocess.TimeoutExpired):
-        numbers = made.run("squeue", "-h", "-o", "%A").split()
-        if numbers:
-            made.run("scancel", *numbers)
-            deadline = time.monotonic() + 20
-            while made.run("squeue", "-h").strip() and time.monotonic() < deadline:
-                time.sleep(0.2)
+        made.cancel_all()
     for daemon in reversed(daemons):
         daemon.send_signal(signal.SIGTERM)
         try:

@@ -54,13 +54,13 @@ def test_two_nodes_with_two_ranks_follow_one_process(slurm: Cluster, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def unbroken(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def unbroken(running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Outcome of a run of that many steps that nothing interrupts."""
 
     @cache
     def outcome(steps: int) -> dict[str, object]:
         run = new_run(tmp_path_factory.mktemp("unbroken"), {"max_steps": steps})
-        finish(slurm, run, launch(slurm, run))
+        finish(running_slurm, run, launch(running_slurm, run))
         return run.result()
 
     return outcome
@@ -205,7 +205,7 @@ def test_status_logs_and_cancel_from_the_work_directory(slurm: Cluster, tmp_path
     job = launch(slurm, run)
     wait_for_steps(slurm, run, job, step=5)
     assert rwkv_cluster(slurm, "status", run).startswith(f"RUNNING  sbatch, job {job}")
-    assert "of 100,000" in rwkv_cluster(slurm, "logs", run, "--rank", "0")
+    assert "100,000 steps" in rwkv_cluster(slurm, "logs", run, "--rank", "0")
     said = rwkv_cluster(slurm, "cancel", run)
     assert said.startswith("FAILED")  # with 75: it has saved
     assert slurm.job(job)["ExitCode"] == "75:0"
