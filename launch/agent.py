@@ -1,6 +1,6 @@
 """The one process on each node of a job: checks the node, starts the ranks, passes signals on, and tells how it ended.
 
-    python -m rwkv_cluster.launch.agent [--cwd DIR] [--ranks N] [--gpus N] [--nodes N] [--per-rank] -- COMMAND...
+    python -m rwkv_cluster.launch.agent [OPTION...] -- COMMAND ARGUMENT...
 
 COMMAND is torchrun, deepspeed or the trainer itself. Under Slurm the agents of a job meet through the launch directory:
 the first one picks a free port there, so that no two jobs share one. torchrun's own agent neither survives SIGUSR2 nor
@@ -30,6 +30,7 @@ from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
 from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, told
 from rwkv_cluster.ranks import end_with_parent
 
+IN_LAUNCH_FOLDER = "@launch/"  # before the name of a file in an argument: the directory is known where the agent runs
 ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
 NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order
 PREEMPTED = Preempted.exit_code
@@ -103,7 +104,13 @@ def state_of(environment: Mapping[str, str]) -> Path:
 
 
 def run(
-    node: Node, command: Sequence[str], cwd: str | None, on_start: Callable[[Ranks], None], *, gpus: int = 0
+    node: Node,
+    command: Sequence[str],
+    cwd: str | None,
+    on_start: Callable[[Ranks], None],
+    *,
+    gpus: int = 0,
+    forward: str | None = None,
 ) -> int:
     """Check the node and its GPUs, run `command` as its ranks, and return the exit code that says how they ended."""
     try:
@@ -122,7 +129,10 @@ def run(
             f"{node.host}: {error.strerror}: {error.filename}. Every node must see this directory"
         ) from None
     environment = {**os.environ, STATE_VARIABLE: str(node.state), **_rendezvous(node, port)}
-    ranks = Ranks(_start(command, environment))
+    if forward is not None:
+        environment["DS_ENV_FILE"] = str(_for_deepspeed(node, environment, forward))
+    argv = [argument.replace(IN_LAUNCH_FOLDER, f"{node.launch}/", 1) for argument in command]
+    ranks = Ranks(_start(argv, environment))
     on_start(ranks)
     reader = threading.Thread(target=_copy_errors, args=(ranks,), daemon=True)
     reader.start()
@@ -204,7 +214,8 @@ def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tupl
 def _host_of(node: Node, rank: int) -> str:
     """Name of the node that rank is on; ranks are numbered node by node."""
     if not node.is_numbered:
-        return node.host if told(node.state, rank) else "another node"
+        end = told(node.state, rank)
+        return str(end["host"]) if end else "another node"
     if rank in node.ranks:
         return node.host
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")) if node.per_rank else len(node.ranks)
@@ -215,6 +226,14 @@ def _leave_word(node: Node, how: str, code: int, message: str) -> None:
     """For the batch script: one line, by whoever is first."""
     with suppress(OSError), open(node.state / "outcome", "x") as handle:
         handle.write(f"{how} {code} {' '.join(message.split())}\n")
+
+
+def _for_deepspeed(node: Node, environment: Mapping[str, str], names: str) -> Path:
+    """The file from which deepspeed's launcher takes the environment of the ranks on other nodes."""
+    wanted = [LAUNCH_VARIABLE, STATE_VARIABLE, *filter(None, names.split(","))]
+    path = node.state / "ranks.env"
+    path.write_text("".join(f"{name}={environment[name]}\n" for name in wanted))
+    return path
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -284,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--nodes", type=int, default=1, help="that torchrun numbers")
+    parser.add_argument("--forward", help="names of variables, for deepspeed to set on other nodes")
     parser.add_argument("--per-rank", action="store_true")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
@@ -298,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     node = None
     try:
         node = this_node(os.environ, options.ranks, options.per_rank, options.nodes)
-        return run(node, options.command, options.cwd, listen, gpus=options.gpus)
+        return run(node, options.command, options.cwd, listen, gpus=options.gpus, forward=options.forward)
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")
         if node is not None:

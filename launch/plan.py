@@ -13,6 +13,7 @@ from rwkv_cluster.configfile import dump_yaml, parse_config
 from rwkv_cluster.launch.batch import array_script, batch_script, node_command, prepare_script
 from rwkv_cluster.launch.command import Command, refuse_control_characters
 from rwkv_cluster.launch.script import local_script
+from rwkv_cluster.launch.torchrun import HOSTFILE, hostfile
 from rwkv_cluster.workdir import WorkDir
 
 PREPARE_JOB = "PREPARE_JOB"  # stands for the number of the prepare job, known once it is submitted
@@ -44,7 +45,10 @@ def plan(config: Config, cwd: Path) -> Plan:
     refuse_control_characters(str(cwd), "the current directory")
     launch = config.launch
     if not launch.is_batch:
-        return _with_record(config, cwd, {"job.sh": local_script(config, str(cwd))}, [Command(("bash", "job.sh"))])
+        files = {"job.sh": local_script(config, str(cwd))}
+        if (text := hostfile(config)) is not None:
+            files[HOSTFILE] = text
+        return _with_record(config, cwd, files, [Command(("bash", "job.sh"))])
     if launch.sweep:
         return _sweep(config, cwd)
     files = {"job.sh": batch_script(config, str(cwd))}

@@ -6,8 +6,10 @@ import hashlib
 import sys
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.launch.agent import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.command import Command
 
+HOSTFILE = "hostfile"  # in the launch directory, where the configuration names the hosts
 FIRST_PORT, N_PORTS = 20_000, 10_000  # below the range that Linux gives to outgoing connections
 
 
@@ -27,9 +29,12 @@ def python(config: Config) -> str:
 def agent(config: Config, inner: Command, cwd: str) -> Command:
     """`inner` started by the agent of this node, in `cwd`."""
     gpus = config.launch.gpus_per_node if config.training.accelerator != "cpu" else None
-    options = ["--cwd", cwd, "--ranks", str(ranks_per_node(config)), *(["--gpus", str(gpus)] if gpus else [])]
-    if not config.launch.is_batch and config.launch.num_nodes > 1:
-        options += ["--nodes", str(config.launch.num_nodes)]
+    several = not config.launch.is_batch and config.launch.num_nodes > 1
+    one_agent = several and config.launch.target == "deepspeed"  # whose launcher reaches the other nodes
+    n_ranks = ranks_per_node(config) * (config.launch.num_nodes if one_agent else 1)
+    options = ["--cwd", cwd, "--ranks", str(n_ranks), *(["--gpus", str(gpus)] if gpus else [])]
+    options += ["--nodes", str(config.launch.num_nodes)] if several else []
+    options += ["--forward", ",".join(config.launch.env)] if one_agent else []
     if config.launch.is_batch and config.launch.task_per == "rank":
         options += ["--per-rank"]
     return Command((python(config), "-m", "rwkv_cluster.launch.agent", *options, "--", *inner.argv))
@@ -65,10 +70,19 @@ def deepspeed(config: Config) -> Command:
     """deepspeed's launcher and the trainer, up to its verb. On several nodes it goes there by ssh."""
     launch = config.launch
     arguments = ["--num_gpus", str(ranks_per_node(config)), "--master_port", str(port_of(config.work_dir))]
-    if launch.hostfile is not None:
-        arguments = ["--hostfile", launch.hostfile, "--num_nodes", str(launch.num_nodes), *arguments]
+    if launch.num_nodes > 1:
+        hostfile = launch.hostfile or f"{IN_LAUNCH_FOLDER}{HOSTFILE}"
+        arguments = ["--hostfile", hostfile, "--num_nodes", str(launch.num_nodes), *arguments]
     start = (python(config), "-m", "deepspeed.launcher.runner")
     return Command((*start, *arguments, "--no_local_rank", "--module", "rwkv_cluster"))
+
+
+def hostfile(config: Config) -> str | None:
+    """Text of deepspeed's hostfile; None where none is made."""
+    launch = config.launch
+    if launch.target != "deepspeed" or launch.hostfile or not launch.hosts:
+        return None
+    return "".join(f"{host} slots={ranks_per_node(config)}\n" for host in launch.hosts)
 
 
 def port_of(work_dir: str) -> int:

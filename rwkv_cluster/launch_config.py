@@ -23,6 +23,7 @@ _SENTENCE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,:;@/+=()-]{0,199}")
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
 _SIZE = re.compile(r"[0-9]+[kKmMgGtT]?[bB]?")
 _IMAGE = re.compile(r"[A-Za-z0-9/._][A-Za-z0-9/._:@+#-]{0,499}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 _ENDPOINT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
@@ -169,6 +170,9 @@ class LaunchConfig(Section):
         None, description="torchrun on several nodes outside Slurm: first node as HOST or HOST:PORT"
     )
     hostfile: str | None = Field(None, description="deepspeed on several nodes: its hostfile, `HOST slots=N` lines")
+    hosts: list[str] = Field(
+        default_factory=list, description="deepspeed on several nodes: their names, from which a hostfile is made"
+    )  # fmt: skip
     container: ContainerConfig = Field(default_factory=ContainerConfig, description="container")
     prepare: PrepareJobConfig = Field(default_factory=PrepareJobConfig, description="data preparation")
 
@@ -187,6 +191,13 @@ class LaunchConfig(Section):
             if _SET_BY_US.fullmatch(name):
                 raise ValueError(f"slurm_parameters has {name}, which other fields of launch set. Remove it")
             _checked(text, _WORD, f"slurm_parameters.{name}", "letters, digits and .,:;@/+=*|&[](){}-_ without blanks")
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        for host in value:
+            _checked(host, _HOST, "hosts", "the names of machines")
         return value
 
     @field_validator("setup")
@@ -246,8 +257,17 @@ class LaunchConfig(Section):
                 f"target is {self.target} with num_nodes {self.num_nodes}, but rdzv_endpoint is not set. Name the "
                 "first node, HOST or HOST:PORT, and give the same command on each node"
             )
-        if self.target == "deepspeed" and self.num_nodes > 1 and not self.hostfile:
-            raise ValueError("target is deepspeed with several nodes, but hostfile is not set. Name its hostfile")
+        if self.target == "deepspeed" and self.num_nodes > 1:
+            if not self.hostfile and len(self.hosts) != self.num_nodes:
+                raise ValueError(
+                    f"target is deepspeed with num_nodes {self.num_nodes}, but hosts names {len(self.hosts)} and "
+                    "hostfile is not set. Name every machine in hosts, or a hostfile"
+                )
+            if self.pass_env:
+                raise ValueError(
+                    "target is deepspeed on several nodes, whose launcher would write the variables of pass_env into "
+                    "files and command lines. Set them on each machine, or use target torchrun"
+                )
         return self
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def tell_agent(code: int, message: str = "") -> None:
     state = os.environ.get(STATE_VARIABLE)
     if state is not None:
         path = Path(state) / f"rank-{rank()}"
-        path.with_suffix(".tmp").write_text(json.dumps({"rank": rank(), "code": code, "message": message}))
+        said = {"rank": rank(), "host": socket.gethostname(), "code": code, "message": message}
+        path.with_suffix(".tmp").write_text(json.dumps(said))
         path.with_suffix(".tmp").rename(path)
 
 

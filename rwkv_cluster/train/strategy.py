@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def place(training: TrainingConfig) -> Placement:
 
 def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[str, Any]:
     """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement."""
+    if placement.num_nodes > 1:  # which deepspeed's launcher does not say
+        os.environ.setdefault("NODE_RANK", str(ranks.rank() // placement.devices))
     arguments: dict[str, Any] = {
         "accelerator": placement.accelerator,
         "devices": placement.devices,

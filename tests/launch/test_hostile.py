@@ -127,7 +127,7 @@ def test_variables_of_the_launcher_are_its_own(name: str) -> None:
         ({"target": "docker"}, "container.image is not set"),
         ({"target": "local", "num_nodes": 2}, "Use torchrun, deepspeed, slurm or sbatch"),
         ({"target": "torchrun", "num_nodes": 2}, "rdzv_endpoint is not set"),
-        ({"target": "deepspeed", "num_nodes": 2}, "hostfile is not set"),
+        ({"target": "deepspeed", "num_nodes": 2}, "hostfile is not set. Name every"),
         ({"container": {"runtime": "pyxis"}}, "image is not set"),
         ({"slurm_parameters": {"requeue": "1"}}, "which other fields of launch set"),
         ({"target": "slurm", "container": {"runtime": "pyxis", "image": "a"}}, "Use target sbatch"),

@@ -45,6 +45,12 @@ CASES: dict[str, dict[str, Any]] = {
     "torchrun": {"ranks_per_node": 2},
     "torchrun-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "rdzv_endpoint": "gpu01"},
     "deepspeed": {"ranks_per_node": 2},
+    "deepspeed-hosts": {
+        "num_nodes": 2,
+        "ranks_per_node": 2,
+        "hosts": ["gpu01", "gpu02"],
+        "env": {"NCCL_DEBUG": "INFO"},
+    },
     "deepspeed-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "hostfile": "hosts"},
     "docker": {"gpus_per_node": 2, "container": IMAGE},
     "docker-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "rdzv_endpoint": "gpu01:3000", "container": IMAGE},

@@ -10,10 +10,11 @@ import shutil
 import signal
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from system.processes import wait_until
 
@@ -55,8 +56,8 @@ def reason_not_to() -> str | None:
 
 
 @contextmanager
-def hosts(names: Sequence[str]) -> Iterator[list[Host]]:
-    """Hosts that reach each other by name, all gone after the block."""
+def hosts(names: Sequence[str], etc: Mapping[str, Path] = MappingProxyType({})) -> Iterator[list[Host]]:
+    """Hosts that reach each other by name, all gone after the block. etc: folders that they have in place of /etc's."""
     tag = uuid.uuid4().hex[:6]
     addresses = {name: f"10.78.0.{number}" for number, name in enumerate(names, 1)}
     known = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items())
@@ -75,7 +76,7 @@ def hosts(names: Sequence[str]) -> Iterator[list[Host]]:
             _ip("-n", namespace, "link", "set", "lo", "up")
             _ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
             _ip("-n", namespace, "link", "set", INTERFACE, "up")
-            made.append(Host(name, address, namespace, _boot(name, namespace, known, stack)))
+            made.append(Host(name, address, namespace, _boot(name, namespace, known, etc, stack)))
         yield made
 
 
@@ -84,12 +85,14 @@ def _namespace(name: str, stack: ExitStack) -> None:
     stack.callback(_ip, "netns", "delete", name)
 
 
-def _boot(name: str, namespace: str, known: str, stack: ExitStack) -> int:
+def _boot(name: str, namespace: str, known: str, etc: Mapping[str, Path], stack: ExitStack) -> int:
     """Start a host's first process, which reaps what is left to it, and return its id as this machine sees it."""
     folder = Path("/etc/netns") / namespace  # whose files `ip netns exec` puts over those of /etc
     folder.mkdir(parents=True)
     stack.callback(shutil.rmtree, folder)
     (folder / "hosts").write_text(known)
+    for place, source in etc.items():
+        shutil.copytree(source, folder / place)
     script = f"hostname {name} && mount --make-rprivate / && while :; do sleep 86400 & wait; done"
     isolate = ["unshare", "--uts", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child"]
     outer = subprocess.Popen(  # ends with these tests however they end

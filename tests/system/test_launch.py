@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.hosts import hosts, reason_not_to
+from system.hosts import INTERFACE, hosts, reason_not_to
 from system.processes import Job, Watched, alive, descendants, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
@@ -53,6 +53,53 @@ def test_deepspeeds_own_launcher(one_process: list[float], tmp_path: Path) -> No
     run = _new_run(tmp_path / "two", {"max_steps": 10, "zero_stage": 2}, target="deepspeed", ranks_per_node=2)
     Job(run.folder, verb="launch", environment={"DS_ACCELERATOR": "cpu"}).complete()
     assert losses(run.work.root) == pytest.approx(one_process, rel=1e-6)
+
+
+def test_deepspeed_reaches_another_host_by_ssh(one_process: list[float], tmp_path: Path) -> None:
+    """launch.hosts becomes its hostfile, and launch.env the environment of the other host's ranks too."""
+    if reason := reason_not_to():
+        pytest.skip(reason)
+    run = _new_run(
+        tmp_path / "two",
+        {"max_steps": 10, "zero_stage": 1},
+        target="deepspeed",
+        num_nodes=2,
+        ranks_per_node=1,
+        hosts=["gpu01", "gpu02"],
+        env={"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": INTERFACE},
+    )
+    with hosts(["gpu01", "gpu02"], etc={"ssh": _ssh_settings(tmp_path / "ssh")}) as machines:
+        daemons = [
+            subprocess.Popen([*machine.prefix, "/usr/sbin/sshd", "-D", "-e"], stderr=subprocess.DEVNULL)
+            for machine in machines
+        ]
+        Job(run.folder, verb="launch", prefix=(*machines[0].prefix, "env", f"--chdir={run.folder}")).complete()
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait(10)
+    assert losses(run.work.root) == pytest.approx(one_process, rel=1e-6)
+    (folder,) = (run.work.root / "launch").iterdir()
+    assert sorted(path.name for path in folder.glob("rank-*.log")) == ["rank-0.log", "rank-1.log"]
+
+
+def _ssh_settings(folder: Path) -> Path:
+    """An /etc/ssh with which these hosts, and no others, let each other in."""
+    folder.mkdir()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    (folder / "user.pub").rename(folder / "authorized")
+    daemon = ["HostKey /etc/ssh/host", "AuthorizedKeysFile /etc/ssh/authorized", "StrictModes no", "UsePAM no"]
+    daemon += ["PermitRootLogin prohibit-password", "PidFile none"]
+    client = [
+        "IdentityFile /etc/ssh/user",
+        "StrictHostKeyChecking no",
+        "UserKnownHostsFile /dev/null",
+        "LogLevel ERROR",
+    ]
+    (folder / "sshd_config").write_text("\n".join(daemon) + "\n")
+    (folder / "ssh_config").write_text("\n".join(client) + "\n")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.mark.parametrize("target", ["local", "torchrun"])
