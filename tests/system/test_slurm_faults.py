@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,9 @@ def test_clocks_five_minutes_apart(slurm: Cluster, nodes: dict[str, Host], tmp_p
         slurm.run("scontrol", "update", f"JobId={job}", "ExcNodeList=node1")  # rank 0 in the future now
         facts = finish(slurm, run, job)
         assert facts["NodeList"] == "node[2-3]"
+        begun = re.findall(r"^NEW RUN (\S+)$", (run.work.out / "train_log.txt").read_text(), re.MULTILINE)
+        first, second = (datetime.strptime(text, "%Y-%m-%d-%H-%M-%S") for text in begun)
+        assert (second - first).total_seconds() > 250  # the clock is wrong indeed
         assert run.result() == plain.result()
         assert losses(run.work.root) == losses(plain.work.root)
     finally:
