@@ -139,7 +139,7 @@ def run(
     wait_for_end(node, ranks)
     reader.join(5)
     code = judge(node, ranks)
-    if code == PREEMPTED:
+    if code == PREEMPTED and node.is_numbered:
         wait_for_other_nodes(node)
     return code
 
