@@ -6,14 +6,19 @@ Each check is a function that returns rows; a later check of the same kind is on
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rwkv_cluster import __version__
 from rwkv_cluster.errors import KernelError
+
+IMAGE_VARIABLE = "RWKV_CLUSTER_IMAGE"  # in a container image: the file that says what is in it
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,23 @@ def _versions() -> list[Row]:
         Row("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
         Row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
+
+
+def _image() -> list[Row]:
+    """What the container image was built from; nothing outside of one."""
+    described = os.environ.get(IMAGE_VARIABLE)
+    if not described:
+        return []
+    try:
+        contents = json.loads(Path(described).read_text())
+        kernels = [" ".join([target, *names]) for target, names in contents["kernels"].items()]
+        return [
+            Row("image", f"variant {contents['variant']}, revision {contents['revision']}"),
+            Row("image: WKV kernels", ", ".join(kernels) or "none"),
+            Row("image: packages", f"{contents['packages']}, listed in {contents['sbom']}"),
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [Row("image", f"{described}, which {IMAGE_VARIABLE} names, cannot be read: {error!r}", False)]
 
 
 def _cpu_kernels() -> list[Row]:
@@ -121,4 +143,12 @@ def _self_test() -> list[Row]:
     return rows
 
 
-CHECKS: tuple[Callable[[], list[Row]], ...] = (_versions, _cpu_kernels, _gpus, _compilers, _extras, _self_test)
+CHECKS: tuple[Callable[[], list[Row]], ...] = (
+    _versions,
+    _image,
+    _cpu_kernels,
+    _gpus,
+    _compilers,
+    _extras,
+    _self_test,
+)

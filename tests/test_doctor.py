@@ -48,3 +48,25 @@ def test_not_a_number_is_wrong_too(monkeypatch):
     monkeypatch.setattr(self_test, "run", lambda device: iter([("native", torch.float32, float("nan"), 5e-5)]))
     with pytest.raises(KernelError):
         doctor.examine()
+
+
+def test_an_image_says_what_is_in_it(monkeypatch, tmp_path):
+    described = tmp_path / "contents.json"
+    monkeypatch.setenv(doctor.IMAGE_VARIABLE, str(described))
+    contents = {"variant": "cuda", "revision": "abc", "packages": 7, "sbom": "/bill.json"}
+    described.write_text(json.dumps(contents | {"kernels": {"cpu": [], "cuda": ["sm_90", "compute_90"]}}))
+    found = rows()
+    assert found["image"].found == "variant cuda, revision abc"
+    assert found["image: WKV kernels"].found == "cpu, cuda sm_90 compute_90"
+    assert found["image: packages"].found == "7, listed in /bill.json"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"kernels": []}'])
+def test_an_image_whose_description_is_damaged_is_said(text, monkeypatch, tmp_path):
+    described = tmp_path / "contents.json"
+    monkeypatch.setenv(doctor.IMAGE_VARIABLE, str(described))
+    if text is not None:
+        described.write_text(text)
+    found = rows()["image"]
+    assert found.works is False
+    assert f"{described}, which RWKV_CLUSTER_IMAGE names, cannot be read" in found.found
