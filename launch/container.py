@@ -59,8 +59,9 @@ def _apptainer(config: Config, inner: Command, cwd: str) -> Command:
 def _docker(config: Config, inner: Command, cwd: str, runtime: str) -> Command:
     """As the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
     launch, container = config.launch, config.launch.container
-    options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}", "--ulimit=memlock=-1"]
-    options += ["--ulimit=stack=67108864"]
+    options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}"]
+    if launch.gpus_per_node:  # an engine without the right to raise limits refuses to start
+        options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"]
     if launch.target == runtime:  # cancelled by its id; under Slurm it ends with the step
         options += [f"--cidfile={CONTAINER_ID_FILE}"]
     if launch.gpus_per_node:
@@ -70,7 +71,8 @@ def _docker(config: Config, inner: Command, cwd: str, runtime: str) -> Command:
         options.remove(f"--shm-size={container.shm_size}")  # the host's
     if container.user == "caller":
         who = f"--user={os.getuid()}:{os.getgid()}"
-        options += [who, "--env=HOME=/tmp"] if runtime == "docker" else ["--userns=keep-id"]
+        keeps_id = runtime == "podman" and os.getuid() != 0  # root's podman maps no ids and refuses the option
+        options += ["--userns=keep-id"] if keeps_id else [who, "--env=HOME=/tmp"]
     options += [f"--volume={':'.join(mount)}" for mount in mounts(config, cwd)]
     passed = PASSED if launch.target != runtime else PASSED[:1]
     options += [f"--env={name}" for name in (*passed, *launch.env, *launch.pass_env)]

@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "docker": {"gpus_per_node": 2, "container": IMAGE},
     "docker-2-nodes": {"num_nodes": 2, "gpus_per_node": 8, "rdzv_endpoint": "gpu01:3000", "container": IMAGE},
     "podman": {"gpus_per_node": 2, "container": IMAGE},
+    "podman-cpu": {"container": IMAGE},
     "sbatch": FULL,
     "sbatch-per-rank": {"num_nodes": 2, "ranks_per_node": 4, "cpus_per_node": 16, "task_per": "rank", "requeue": False},
     "slurm": {**FULL, "exclude_bad_nodes": True},
@@ -99,6 +100,15 @@ def test_bytes_are_golden(case: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert path.read_text() == text, f"{path} differs. If that is meant: RENEW_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+def test_roots_podman_gets_no_ids_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses the option, and without any the run would belong to the image's user."""
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(os, "getgid", lambda: 0)
+    script = planned("podman-cpu").files["job.sh"]
+    assert "keep-id" not in script
+    assert " --user=0:0 --env=HOME=/tmp " in script
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "slurm-sweep"])
