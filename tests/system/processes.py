@@ -47,6 +47,7 @@ class Job:
         launcher: Sequence[str] = (),
         prefix: Sequence[str] = (),
         config: str = "run.yaml",
+        arguments: Sequence[str] = (),
     ) -> None:
         launcher = ["--standalone", "--nproc-per-node", str(ranks)] if ranks else launcher
         launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
@@ -55,7 +56,7 @@ class Job:
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *launcher, "-m", "rwkv_cluster", verb, config],
+                [*prefix, sys.executable, *launcher, "-m", "rwkv_cluster", verb, config, *arguments],
                 cwd=folder,
                 env=inherited | dict(environment or {}),
                 stdin=subprocess.DEVNULL,

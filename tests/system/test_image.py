@@ -1,0 +1,256 @@
+"""The image that the repository's Dockerfile makes: what is in it, and that runs in it are the runs outside of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system.engine import IMAGE, LIMITS, ROOT, Engine, engine, reason_not_to
+from system.processes import Job, Watched, alive, descendants, stopped_steps, wait_for_end, wait_until
+from tiny_run import losses, tiny_config, write_config, write_text
+
+import rwkv_cluster
+
+pytestmark = pytest.mark.system
+
+USER = 12345  # nobody in the image, nor here
+LOCKED_DOWN = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=64m")
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine with the image. Where containers cannot run: skips, and fails in CI."""
+    if reason := reason_not_to(tmp_path_factory.mktemp("tried")):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the image is not tested: {reason}")
+    with engine(tmp_path_factory.mktemp("engine")) as made:
+        yield made
+
+
+class Container:
+    """A detached container of the image, as the ordinary user, with `work` at /work and text to read at /text."""
+
+    def __init__(self, podman: Engine, work: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+        self.podman = podman
+        places = (f"--volume={work}:/work", f"--volume={work.parent}/text:/text:ro")
+        user = (f"--user={USER}:{USER}", "--env=OMP_NUM_THREADS=1")
+        self.id = podman("run", "--detach", *LOCKED_DOWN, *user, *places, *options, IMAGE, *words).strip()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.podman.inspect("container", self.id)["State"]
+
+    @property
+    def text(self) -> str:
+        run = self.podman.run("logs", self.id)
+        return run.stdout + run.stderr
+
+    def running(self) -> bool:
+        return bool(self.state["Running"])
+
+    def wait(self, timeout_s: float = 240.0) -> int:
+        """The exit code of the container."""
+        return int(self.podman("wait", self.id, timeout_s=timeout_s))
+
+    def complete(self) -> None:
+        code = self.wait()
+        assert code == 0, f"exit code {code}:\n{self.text}"
+
+
+def _folder(path: Path) -> Watched:
+    """Text, and an empty work directory of the ordinary user."""
+    (path / "text").mkdir(parents=True)
+    write_text(path / "text" / "text.jsonl", 20_000)
+    (path / "work").mkdir()
+    os.chown(path / "work", USER, USER)
+    for place in (path, *list(path.parents)[:3]):  # pytest makes its folders for root alone
+        if place.stat().st_uid == os.getuid() and place != Path("/tmp"):
+            place.chmod(place.stat().st_mode | 0o055)
+    watched = Watched(path)
+    watched.work = type(watched.work)(path / "work" / "quickstart")
+    return watched
+
+
+def _quickstart(text: str, **changes: object) -> tuple[str, ...]:
+    """The recipe, smaller, and on other text, because the standard libraries of two Pythons differ."""
+    training = {"max_steps": STEPS, "num_threads": 1, "micro_bsz": 2, "val_interval_steps": STEPS}
+    values = {f"training.{name}": value for name, value in (training | {"val_max_tokens": 1024} | changes).items()}
+    values |= {"model.n_layer": 2, "model.n_embd": 64, "data.inputs": f"[{text}]"}
+    values |= {"checkpoint.save_interval_steps": STEPS, "logging.sample_tokens": 8}
+    return ("configs/quickstart.yaml", *(f"--{name}={value}" for name, value in values.items()))
+
+
+def test_doctor_without_a_gpu(podman: Engine) -> None:
+    locked = (*LOCKED_DOWN, "--network=none", f"--user={USER}:{USER}")
+    rows = {row["what"]: row for row in json.loads(podman("run", "--rm", *locked, IMAGE, "doctor", "--json"))}
+    assert rows["image"]["found"] == "variant cpu, revision unknown"
+    assert rows["image: WKV kernels"]["found"] == "cpu"
+    assert rows["WKV kernels, CPU"]["works"] is True
+    assert "/opt/kernels/libwkv_cpu.so" in rows["WKV kernels, CPU"]["found"]
+    assert rows["self-test: native on cpu, float32"]["works"] is True
+    assert (rows["GPUs"]["works"], rows["GPUs"]["found"]) == (False, "torch finds none (torch is a CPU build)")
+    assert rows["nvcc"]["works"] is False
+    table = podman("run", "--rm", *locked, IMAGE)
+    assert "variant cpu" in table, "without a verb the image examines itself"
+
+
+def test_what_is_in_the_image_and_what_is_not(podman: Engine) -> None:
+    described = podman.inspect("image", IMAGE)
+    config = described["Config"]
+    assert config["User"] == "1000:1000"
+    assert config["Entrypoint"][0] == "/usr/bin/tini"
+    assert described["HealthCheck" if "HealthCheck" in described else "Healthcheck"]["Test"] == [
+        "CMD", "rwkv-cluster", "doctor"
+    ]  # fmt: skip
+    look = """
+import importlib.metadata, json, shutil, pathlib
+names = ("gcc", "g++", "cc", "c++", "nvcc", "pip", "ninja-build", "git", "make")
+bill = json.load(open("/opt/image/sbom.cdx.json"))
+print(json.dumps({
+    "found": [name for name in names if shutil.which(name)],
+    "torch": importlib.metadata.version("torch"),
+    "version": importlib.metadata.version("rwkv-cluster"),
+    "leaks": [str(p) for p in map(pathlib.Path, ("/etc/pip.conf", "/run/ca.pem", "/lock", "/src")) if p.exists()],
+    "bill": {part["name"]: part["version"] for part in bill["components"]},
+}))
+"""
+    inside = json.loads(podman("run", "--rm", IMAGE, "python3", "-c", look))
+    labels = config["Labels"]
+    assert inside["found"] == []
+    assert inside["leaks"] == []
+    assert inside["torch"] == f"{labels['rwkv-cluster.torch']}+cpu"
+    assert inside["version"] == labels["org.opencontainers.image.version"] == rwkv_cluster.__version__
+    assert labels["rwkv-cluster.variant"] == "cpu"
+    locked = {}
+    for name in ("common", "cpu"):
+        for line in (ROOT / ".docker" / "lock" / f"{name}.txt").read_text().splitlines():
+            package, _, version = line.split()[0].partition("==")
+            locked[package] = version
+    bill = {name.lower().replace("_", "-"): version for name, version in inside["bill"].items()}
+    assert {name: bill.get(name) for name in locked} == locked
+    assert {"libc6", "tini", "rwkv-cluster"} <= bill.keys()
+
+
+def test_stopped_continued_and_equal_to_the_run_outside(podman: Engine, tmp_path: Path) -> None:
+    outside = _folder(tmp_path / "outside")
+    ran = Job(outside.folder, config="configs/quickstart.yaml", arguments=_quickstart("text")[1:])
+    inside = _folder(tmp_path / "inside")
+    words = ("train", *_quickstart("/text"))
+    first = Container(podman, inside.folder / "work", *words, options=("--name=first",))
+
+    def under_way() -> bool:
+        assert first.running(), first.text
+        return inside.steps_logged() >= 5
+
+    wait_until(under_way, what="step 5")
+    started = time.monotonic()
+    podman("stop", "--time=20", "first")
+    assert time.monotonic() - started < 15
+    assert first.state["ExitCode"] == 75, first.text
+    assert stopped_steps(first.text) == {0: inside.newest_checkpoint()}
+    assert 5 <= inside.newest_checkpoint() < STEPS
+    second = Container(podman, inside.folder / "work", *words)
+    second.complete()
+    assert inside.sessions() == 2
+    ran.complete()
+    assert inside.result() == outside.result()
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in (inside.folder / "work").rglob("*")} == {(USER, USER)}
+
+
+def test_the_front_door(podman: Engine, tmp_path: Path) -> None:
+    """The recipe as it is, on the standard library of the image's Python; only fewer steps."""
+    run = _folder(tmp_path / "run")
+    fewer = ("--training.max_steps=5", "--training.val_max_tokens=4096", "--logging.sample_tokens=8")
+    Container(podman, run.folder / "work", "train", "configs/quickstart.yaml", *fewer).complete()
+    assert run.newest_checkpoint() == 5
+    assert (run.work.out / "rwkv-final.pth").exists()
+
+
+def test_nothing_outlives_the_first_process(podman: Engine, tmp_path: Path) -> None:
+    """kill -9 of the container's PID 1 while two ranks train."""
+    run = _folder(tmp_path / "run")
+    config = _quickstart("/text", max_steps=100_000)
+    words = ("torchrun", "--standalone", "--nproc-per-node=2", "--no-python", "rwkv-cluster", "train", *config)
+    container = Container(podman, run.folder / "work", *words)
+
+    def under_way() -> bool:
+        assert container.running(), container.text
+        return run.steps_logged() >= 3
+
+    wait_until(under_way, what="step 3")
+    first = container.state["Pid"]
+    below = descendants(first)
+    assert len(below) >= 3, "torchrun and two ranks"
+    os.kill(first, 9)
+    wait_for_end([first, *below], timeout_s=15)
+    assert container.wait(20) == 137
+    assert not any(map(alive, below))
+
+
+def test_two_containers_on_a_network_of_their_own_equal_one(podman: Engine, tmp_path: Path) -> None:
+    one, two = _folder(tmp_path / "one"), _folder(tmp_path / "two")
+    Container(podman, one.folder / "work", "train", *_quickstart("/text", max_steps=8, micro_bsz=4)).complete()
+    podman("network", "create", "ranks")
+    config = _quickstart("/text", max_steps=8, timeout_s=60)
+    names = ("node0", "node1")
+    meeting = (
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-id=two",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=node0:29400",
+    )
+    words = ("torchrun", *meeting, "--no-python", "rwkv-cluster", "train", *config)
+    nodes = [
+        Container(
+            podman,
+            two.folder / "work",
+            *words,
+            options=("--network=ranks", f"--name={name}", f"--hostname={name}"),
+        )
+        for name in names
+    ]
+    for node in nodes:
+        node.complete()
+    assert losses(two.work.root) == pytest.approx(losses(one.work.root), rel=1e-6)
+
+
+def test_launch_starts_it(podman: Engine, tmp_path: Path, start: Callable[..., Job]) -> None:
+    """By the product's own command, with the directories at their own paths; the files belong to the caller."""
+    container = {"image": IMAGE, "shm_size": "64m", "extra_args": [*LIMITS, "--network=none"]}
+    launch = {"target": "podman", "ranks_per_node": 2, "container": container}
+    config = tiny_config(tmp_path, training={"micro_bsz": 2, "global_batch_size": 4}, launch=launch)
+    write_config(tmp_path / "run.yaml", config)
+    job = start(tmp_path, verb="launch", environment=podman.environment)
+    job.complete()
+    run = Watched(tmp_path)
+    assert run.newest_checkpoint() == 8
+    assert {path.stat().st_uid for path in run.work.root.rglob("*")} == {os.getuid()}
+
+
+def test_a_change_of_python_rebuilds_the_last_layers_only(podman: Engine, tmp_path: Path) -> None:
+    context = tmp_path / "context"
+    context.mkdir()
+    for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, context)
+    for name in (".docker", "rwkv_cluster", "kernels", "launch", "configs"):
+        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+    before = podman.inspect("image", IMAGE)["RootFS"]["Layers"]
+    with open(context / "rwkv_cluster" / "errors.py", "a") as source:
+        source.write("CHANGED = True\n")
+    seconds = podman.build(context, "--tag=localhost/changed")
+    after = podman.inspect("image", "localhost/changed")["RootFS"]["Layers"]
+    assert len(before) == len(after)
+    shared = [old for old, new in zip(before, after, strict=True) if old == new]
+    assert before[: len(shared)] == shared
+    assert len(before) - len(shared) <= 2, "the package and the list of contents"
+    assert "True" in podman(
+        "run", "--rm", "localhost/changed", "python3", "-c", "from rwkv_cluster import errors; print(errors.CHANGED)"
+    )
+    assert seconds < 60, f"{seconds:.0f} s"
