@@ -5,13 +5,14 @@ Targets: `cpu` (C++17 compiler, every instruction set in one library), `cuda` (n
 Only the standard library is used, because pip runs this file in a bare environment.
 
 A library is written under a temporary name and renamed, its manifest after it: a build that was killed leaves nothing
-that the loader takes. Same sources, compiler and flags give the same bytes.
+that the loader takes. Same sources, compiler and flags give the same bytes; those of nvcc in the same folder only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,11 +108,11 @@ def build(
     """
     output.mkdir(parents=True, exist_ok=True)
     compiler = cuda_compiler() if target == "cuda" else cpp_compiler()
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as folder:
-        shutil.copytree(csrc, Path(folder) / "csrc")  # relative paths: no place of this machine gets into the objects
-        flags = _write_ninja(target, Path(folder), compiler, architectures)
-        _run_ninja(Path(folder), jobs)
-        library = Path(folder) / library_name(target)
+    with _build_folder(output, target) as folder:
+        shutil.copytree(csrc, folder / "csrc")  # relative paths: no place of this machine gets into the objects
+        flags = _write_ninja(target, folder, compiler, architectures)
+        _run_ninja(folder, jobs)
+        library = folder / library_name(target)
         manifest = {
             "manifest_version": MANIFEST_VERSION,
             "abi": _abi(csrc),
@@ -124,11 +124,32 @@ def build(
             "sources": source_digests(target, csrc),
             "library": {"name": library.name, "sha256": _sha256(library), "bytes": library.stat().st_size},
         }
-        described = Path(folder) / manifest_name(target)
+        described = folder / manifest_name(target)
         described.write_text(json.dumps(manifest, indent=2) + "\n")
         for made in (library, described):
             _commit(made, output / made.name)
     return output / library_name(target)
+
+
+@contextlib.contextmanager
+def _build_folder(output: Path, target: str) -> Iterator[Path]:
+    """An empty folder, gone afterwards. nvcc writes its name into the library, so that each build has the same one.
+
+    Two builds take turns; the kernel frees the lock of one that was killed.
+    """
+    folder, lock = output / f".build-{target}", output / f".build-{target}.lock"
+    with contextlib.ExitStack() as stack:
+        while True:
+            handle = stack.enter_context(open(lock, "w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):  # removed by the build that had it
+                if os.path.samestat(lock.stat(), os.fstat(handle.fileno())):
+                    break
+        stack.callback(lock.unlink)
+        shutil.rmtree(folder, ignore_errors=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "kept").mkdir(parents=True)
+        yield folder
 
 
 def cpp_compiler() -> Compiler:
@@ -199,8 +220,12 @@ def _write_ninja(target: str, folder: Path, compiler: Compiler, architectures: S
     steps = list(_cpu_steps(compiler.machine) if target == "cpu" else _cuda_steps(folder / "csrc", target))
     if target == "cuda":
         flags = f"{CUDA_FLAGS} {_gencode(architectures)}"
-        compile_line = f"$compiler {flags} $extra -c $in -o $out"
-        link_line = "$compiler -shared -cudart static -Xlinker --build-id=none -Xcompiler -static-libstdc++ $in -o $out"
+        # Names of nvcc's own intermediate files get into the object; without -keep they hold its process id.
+        compile_line = f"$compiler {flags} -keep -keep-dir kept $extra -c $in -o $out"
+        link_line = (
+            "$compiler -keep -keep-dir kept -shared -cudart static -Xlinker --build-id=none "
+            "-Xcompiler -static-libstdc++ $in -o $out"
+        )
     else:
         flags = CPU_FLAGS if target == "cpu" else HOST_FLAGS
         compile_line = f"$compiler {flags} $extra -c $in -o $out"

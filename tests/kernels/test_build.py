@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,10 @@ def test_unknown_targets_are_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         build.main(["rocm"])
     assert "unknown target rocm; targets: cpu, cuda, host" in capsys.readouterr().err
+
+
+def test_builds_at_the_same_time_take_turns(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rwkv_cluster.kernels.build", "cpu", "--output", str(tmp_path)]
+    builds = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [made.wait(120) for made in builds] == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["libwkv_cpu.so", "wkv_cpu.json"]

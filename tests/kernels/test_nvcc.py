@@ -78,3 +78,8 @@ def test_the_whole_library_links_and_its_manifest_lists_what_is_in_it(compiler: 
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed
     assert "libtorch" not in needed
+
+
+def test_the_same_folder_gives_the_same_bytes(compiler: str, tmp_path: Path) -> None:
+    made = [build.build("cuda", tmp_path, architectures=["90"]).read_bytes() for _ in range(2)]
+    assert made[0] == made[1]
