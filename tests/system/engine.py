@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +78,8 @@ class Engine:
         self("import", "--quiet", str(archive), BASE)
         archive.unlink()
 
-    def build(self, context: Path = ROOT, *options: str) -> float:
-        """Build the variant for CPUs from the context's Dockerfile; returns the seconds it took."""
-        started = time.monotonic()
+    def build(self, context: Path = ROOT, *options: str) -> None:
+        """Build the variant for CPUs from the context's Dockerfile."""
         arguments = {"BASE_IMAGE": BASE, "VARIANT": "cpu", "CUDA_VERSION": "none", "CUDA_ARCHITECTURES": ""}
         self(
             *("build", "--layers", "--format=docker", "--network=host", "--isolation=chroot", f"--tag={IMAGE}"),
@@ -92,7 +90,6 @@ class Engine:
             program="buildah",
             timeout_s=560,
         )
-        return time.monotonic() - started
 
     def inspect(self, kind: str, name: str) -> Any:
         return json.loads(self(kind, "inspect", name))[0]
