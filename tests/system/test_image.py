@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from system.engine import IMAGE, LIMITS, ROOT, Engine, engine, reason_not_to
 from system.processes import Job, Watched, alive, descendants, stopped_steps, wait_for_end, wait_until
-from system.slurm_cluster import Cluster, needs_slurm
-from system.slurm_runs import finish, launch, new_run, wait_for_steps
 from tiny_run import losses, tiny_config, write_config, write_text
 
 import rwkv_cluster
@@ -234,34 +232,6 @@ def test_launch_starts_it(podman: Engine, tmp_path: Path, start: Callable[..., J
     run = Watched(tmp_path)
     assert run.newest_checkpoint() == 8
     assert {path.stat().st_uid for path in run.work.root.rglob("*")} == {os.getuid()}
-
-
-@needs_slurm
-@pytest.mark.parametrize("target", ["sbatch", "slurm"])
-def test_a_slurm_job_in_containers_is_queued_again(
-    target: str, podman: Engine, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The signal reaches the ranks inside; the job is queued again by what is outside, for the image has no Slurm."""
-    for name, value in podman.environment.items():
-        monkeypatch.setenv(name, value)
-    container = {"runtime": "podman", "image": IMAGE, "extra_args": [*LIMITS]}
-    run = new_run(
-        tmp_path,
-        {"max_steps": 300},
-        target=target,
-        num_nodes=1,
-        ranks_per_node=2,
-        container=container,
-        pass_env=list(podman.environment),
-    )
-    job = launch(slurm, run)
-    wait_for_steps(slurm, run, job, step=5)
-    slurm.run("scancel", "--signal=USR2", job)
-    wait_until(lambda: slurm.restarts(job) == 1, what="the restart")
-    finish(slurm, run, job)
-    assert run.sessions() == 2
-    assert run.newest_checkpoint() == 300
-    assert not podman("ps", "--quiet").strip()
 
 
 def test_a_change_of_python_rebuilds_the_last_layers_only(podman: Engine, tmp_path: Path) -> None:
