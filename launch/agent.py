@@ -26,11 +26,11 @@ from pathlib import Path
 from types import FrameType
 
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
+from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
-from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, told
+from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, repeated_rank, told
 from rwkv_cluster.ranks import end_with_parent
 
-IN_LAUNCH_FOLDER = "@launch/"  # before the name of a file in an argument: the directory is known where the agent runs
 ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
 NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order
 PREEMPTED = Preempted.exit_code
@@ -116,7 +116,7 @@ def run(
     try:
         node.state.mkdir(parents=True, exist_ok=True)
         check_gpus(gpus, node.host)
-        port = check_nodes(node.state, node.number, node.names, first=node.is_first, host=node.host)
+        port = check_nodes(node.state, node.number, node.names, first=node.is_first)
         if cwd is not None:
             os.chdir(cwd)
     except BadNode as error:
@@ -194,15 +194,15 @@ def judge(node: Node, ranks: Ranks) -> int:
 def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
     """Exit code and sentence of the rank that failed first, as far as this node can tell."""
     failed = [end for end in ends.values() if end.get("code") not in (None, 0, PREEMPTED)]
-    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]
+    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]  # not of another rank
     # A rank that quotes another may be the first to end, and its launcher then ends the other before that can speak.
-    quotes = [end for end in failed if re.match(r"rank \d+: ", str(end["message"]))]
+    quotes = [end for end in failed if repeated_rank(str(end["message"])) is not None]
     silent = [rank for rank, end in ends.items() if not end]
     if own or quotes or (failed and not silent):
         end = (own or quotes or failed)[0]
         code, message, number = int(str(end["code"])), str(end["message"]), int(str(end["rank"]))
-        if quoted := re.match(r"rank (\d+): ", message):
-            number, message = int(quoted[1]), message[quoted.end() :]
+        if (other := repeated_rank(message)) is not None:
+            number, message = other, message.partition(": ")[2]
         meaning = EXIT_CODES.get(code, f"exit code {code}")
         return code, f"rank {number} on {_host_of(node, number)} failed ({meaning}): {message}".strip(": ")
     how = "; ".join(ranks.table) or f"its launcher ended with code {ranks.process.returncode}"

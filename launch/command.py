@@ -11,6 +11,8 @@ from types import MappingProxyType
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.plain_text import hidden_character
 
+# Before the name of a file, in an argument: the launch directory, which is known where the agent runs.
+IN_LAUNCH_FOLDER = "@launch/"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that bash reads as grammar when they stand first and are not quoted.
 _RESERVED = re.compile("if|then|else|elif|fi|case|esac|for|select|while|until|do|done|in|function|time|coproc")

@@ -18,10 +18,10 @@ from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, stop_here
+from rwkv_cluster.launch_config import BATCH_TARGETS
 from rwkv_cluster.launched import rank_log
 
 POLL_S = 0.2
-BATCH = ("slurm", "sbatch")
 ENDED = ("ended", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -52,7 +52,7 @@ def newest(work_dir: Path) -> Path:
 def status(folder: Path) -> Status:
     """What a launch is doing now."""
     target = str(json.loads((folder / "command.json").read_text())["target"])
-    if target in BATCH:
+    if target in BATCH_TARGETS:
         return Status(folder, target, *_job_state(_jobs(folder)[-1]))
     return Status(folder, target, *_process_state(folder))
 
@@ -82,7 +82,7 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
         return found
     for one in (folder, *_members(folder)):
         (one / "cancelled").touch(mode=0o600)
-    batch = found.target in BATCH
+    batch = found.target in BATCH_TARGETS
     if not batch and found.state == "unknown":
         raise LaunchError(f"{folder}: {found.detail}. Cancel it there")
     if grace_s > 0:

@@ -30,7 +30,7 @@ class BadNode(LaunchError):
         self.name = name
 
 
-def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool, host: str) -> int | None:
+def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool) -> int | None:
     """Write, lock and rename in `state`, then compare notes with the other nodes.
 
     Returns a port that is free on the first node, the same on all; None for a job of one node without Slurm.

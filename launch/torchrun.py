@@ -6,8 +6,7 @@ import hashlib
 import sys
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.launch.agent import IN_LAUNCH_FOLDER
-from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER, Command
 
 HOSTFILE = "hostfile"  # in the launch directory, where the configuration names the hosts
 FIRST_PORT, N_PORTS = 20_000, 10_000  # below the range that Linux gives to outgoing connections

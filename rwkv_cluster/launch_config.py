@@ -15,6 +15,7 @@ from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.section import Section
 
 Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
+BATCH_TARGETS = ("slurm", "sbatch")
 Runtime = Literal["none", "docker", "podman", "apptainer", "pyxis"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -273,7 +274,7 @@ class LaunchConfig(Section):
     @property
     def is_batch(self) -> bool:
         """Whether Slurm runs it."""
-        return self.target in ("slurm", "sbatch")
+        return self.target in BATCH_TARGETS
 
 
 def _check_word(field: str, value: str | None) -> str | None:

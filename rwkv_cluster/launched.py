@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ from rwkv_cluster.ranks import rank
 
 LAUNCH_VARIABLE = "RWKV_CLUSTER_LAUNCH"  # the launch directory, where logs are
 STATE_VARIABLE = "RWKV_CLUSTER_STATE"  # a folder for each start of the job
+
+
+def repeated_rank(message: str) -> int | None:
+    """Number of the rank whose failure `message` repeats, as `rank 3: ...`; None for words of one's own."""
+    found = re.match(r"rank (\d+): ", message)
+    return int(found[1]) if found else None
 
 
 def rank_log(launch: Path, number: int) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shutil
 import signal
 import time
@@ -25,7 +24,7 @@ from typing import Any
 from rwkv_cluster import errors, ranks
 from rwkv_cluster.errors import ConfigError, LaunchError, Preempted, RWKVClusterError, TrainingError
 from rwkv_cluster.heartbeat import BEAT_S, Watch, every, has_died, machine, start_tick, this_process, write_record
-from rwkv_cluster.launched import tell_agent
+from rwkv_cluster.launched import repeated_rank, tell_agent
 from rwkv_cluster.train.distributed import is_collective_failure
 from rwkv_cluster.workdir import WorkDir
 
@@ -137,8 +136,8 @@ class RollCall:
 
     def _let_origin_speak(self, error: BaseException) -> None:
         """Launchers end all ranks when one has ended: the rank whose failure this one repeats goes first."""
-        quoted = re.match(r"rank (\d+): ", str(error))
-        watch = self.others.get(int(quoted[1])) if quoted else None
+        number = repeated_rank(str(error))
+        watch = self.others.get(number) if number is not None else None
         deadline = time.monotonic() + GRACE_S
         while watch is not None and not has_died(watch.record) and time.monotonic() < deadline:
             time.sleep(BEAT_S / 8)
@@ -264,7 +263,7 @@ def _error_of(record: dict[str, Any]) -> RWKVClusterError:
     """What rank `record` has raised, to be raised here too."""
     kind = getattr(errors, str(record.get("error")), TrainingError)
     message = str(record.get("message"))
-    return kind(message if re.match(r"rank \d+: ", message) else f"rank {record.get('rank')}: {message}")
+    return kind(message if repeated_rank(message) is not None else f"rank {record.get('rank')}: {message}")
 
 
 def _recent(path: Path, now: Path) -> bool:

@@ -69,7 +69,7 @@ def place(training: TrainingConfig) -> Placement:
 
 def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[str, Any]:
     """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement."""
-    if placement.num_nodes > 1:  # which deepspeed's launcher does not say
+    if placement.num_nodes > 1:  # Lightning asks for the node's number, and deepspeed's launcher does not say it
         os.environ.setdefault("NODE_RANK", str(ranks.rank() // placement.devices))
     arguments: dict[str, Any] = {
         "accelerator": placement.accelerator,

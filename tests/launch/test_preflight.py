@@ -21,7 +21,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _check(state: Path, number: int) -> int | None:
-    return check_nodes(state, number, NAMES, first=number == 0, host=NAMES[number])
+    return check_nodes(state, number, NAMES, first=number == 0)
 
 
 def test_all_nodes_meet_on_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

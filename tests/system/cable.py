@@ -13,7 +13,6 @@ import random
 import select
 import shutil
 import struct
-import subprocess
 import threading
 import time
 import uuid
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from system.hosts import ip
 
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
 TAP_WITHOUT_HEADER = 0x0002 | 0x1000
@@ -94,20 +95,15 @@ def two_hosts() -> Iterator[tuple[list[Host], Cable]]:
     with ExitStack() as stack:
         taps = []
         for host in hosts:
-            _ip("netns", "add", host.namespace)
-            stack.callback(_ip, "netns", "delete", host.namespace)
+            ip("netns", "add", host.namespace)
+            stack.callback(ip, "netns", "delete", host.namespace)
             tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, tap)
             fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH", host.interface.encode(), TAP_WITHOUT_HEADER))
-            _ip("link", "set", host.interface, "netns", host.namespace)
-            _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", host.interface)
-            _ip("-n", host.namespace, "link", "set", "lo", "up")
-            _ip("-n", host.namespace, "link", "set", host.interface, "up")
+            ip("link", "set", host.interface, "netns", host.namespace)
+            ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", host.interface)
+            ip("-n", host.namespace, "link", "set", "lo", "up")
+            ip("-n", host.namespace, "link", "set", host.interface, "up")
             taps.append(tap)
         with Cable(taps) as cable:
             yield hosts, cable
-
-
-def _ip(*arguments: str) -> None:
-    result = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, f"ip {' '.join(arguments)}: {result.stderr.strip()}"

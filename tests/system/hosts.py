@@ -64,25 +64,25 @@ def hosts(names: Sequence[str], etc: Mapping[str, Path] = MappingProxyType({})) 
     switch = f"rs-{tag}"
     with ExitStack() as stack:
         _namespace(switch, stack)
-        _ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        _ip("-n", switch, "link", "set", "br0", "up")
+        ip("-n", switch, "link", "add", "br0", "type", "bridge")
+        ip("-n", switch, "link", "set", "br0", "up")
         made = []
         for number, (name, address) in enumerate(addresses.items()):
             namespace, port = f"rs-{tag}-{name}", f"p{number}"
             _namespace(namespace, stack)
-            _ip("link", "add", INTERFACE, "netns", namespace, "type", "veth", "peer", "name", port, "netns", switch)
-            _ip("-n", switch, "link", "set", port, "master", "br0")
-            _ip("-n", switch, "link", "set", port, "up")
-            _ip("-n", namespace, "link", "set", "lo", "up")
-            _ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
-            _ip("-n", namespace, "link", "set", INTERFACE, "up")
+            ip("link", "add", INTERFACE, "netns", namespace, "type", "veth", "peer", "name", port, "netns", switch)
+            ip("-n", switch, "link", "set", port, "master", "br0")
+            ip("-n", switch, "link", "set", port, "up")
+            ip("-n", namespace, "link", "set", "lo", "up")
+            ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
+            ip("-n", namespace, "link", "set", INTERFACE, "up")
             made.append(Host(name, address, namespace, _boot(name, namespace, known, etc, stack)))
         yield made
 
 
 def _namespace(name: str, stack: ExitStack) -> None:
-    _ip("netns", "add", name)
-    stack.callback(_ip, "netns", "delete", name)
+    ip("netns", "add", name)
+    stack.callback(ip, "netns", "delete", name)
 
 
 def _boot(name: str, namespace: str, known: str, etc: Mapping[str, Path], stack: ExitStack) -> int:
@@ -119,6 +119,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _ip(*arguments: str) -> None:
+def ip(*arguments: str) -> None:
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     assert result.returncode == 0, f"ip {' '.join(arguments)}: {result.stderr.strip()}"
