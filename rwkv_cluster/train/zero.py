@@ -108,10 +108,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         import deepspeed
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._fit_buckets(sum(parameter.numel() for parameter in trained))
         engine, wrapped, _, _ = deepspeed.initialize(
             config=self.config, model=model, model_parameters=trained, optimizer=optimizer, dist_init_required=False
         )
         return engine, wrapped
+
+    def _fit_buckets(self, n_parameters: int) -> None:
+        """DeepSpeed allocates a bucket at its full size, also for a model that would fill a small part of it."""
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            zero[name] = min(zero[name], n_parameters)
 
     @property
     def stage(self) -> int:

@@ -53,11 +53,15 @@ def reason_not_to() -> str | None:
 
 
 class Cable:
-    """Forwards frames between two taps. delay_s: of every frame; loss: share of frames that vanish; 1.0 cuts it."""
+    """Forwards frames between two taps. delay_s: of every frame; loss: share of frames that vanish; 1.0 cuts it.
+
+    lost: how many have vanished so far.
+    """
 
     def __init__(self, taps: list[int]) -> None:
         self.delay_s = 0.0
         self.loss = 0.0
+        self.lost = 0
         self._taps = taps
         self._draw = random.Random(0)
         self._end = threading.Event()
@@ -78,7 +82,9 @@ class Cable:
             wait_s = min(0.1, max(0.0, under_way[0][0] - time.monotonic())) if under_way else 0.1
             for tap in select.select(self._taps, [], [], wait_s)[0]:
                 frame = os.read(tap, FRAME_BYTES)
-                if self._draw.random() >= self.loss:
+                if self._draw.random() < self.loss:
+                    self.lost += 1
+                else:
                     other = self._taps[1 - self._taps.index(tap)]
                     heapq.heappush(under_way, (time.monotonic() + self.delay_s, number, other, frame))
                     number += 1

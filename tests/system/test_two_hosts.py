@@ -81,6 +81,27 @@ def test_two_hosts_equal_one(
     assert run.result() == one_host
 
 
+def test_half_of_all_frames_lost_for_a_while(
+    network: tuple[list[Host], Cable], tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """While training, because TCP gives up making a connection long before it gives up one that is made.
+
+    It waits twice as long after each loss: a training whose network stays like this makes a step in minutes.
+    """
+    hosts, cable = network
+    alone, run = (_new_run(tmp_path / name, max_steps=50) for name in ("alone", "two"))
+    Job(alone.folder, ranks=2).complete()
+    jobs = _begin(run, hosts, "c10d", start)
+    run.wait_for_steps(jobs[0], sessions=0, step=10)
+    cable.loss = 0.5
+    time.sleep(15)
+    lost, cable.loss = cable.lost, 0.0
+    for job in jobs:
+        job.complete()
+    assert lost > 20
+    assert run.result() == alone.result()
+
+
 def test_a_cut_network_ends_both_hosts(
     network: tuple[list[Host], Cable], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
