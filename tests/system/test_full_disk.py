@@ -162,6 +162,16 @@ def test_the_disk_becomes_read_only(mount: Mount, tmp_path: Path, start: Callabl
     assert "Make it writable and run the same command again" in job.text
 
 
+def test_the_disk_fails(tmp_path: Path, start: Callable[..., Job]) -> None:
+    """By a library between the run and a disk that cannot be had broken: the second save's files do not reach it."""
+    library, source = tmp_path / "bad_disk.so", Path(__file__).with_name("bad_disk.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True, timeout=60)
+    run = _new_run(tmp_path)
+    job = start(run.folder, environment={"LD_PRELOAD": str(library), "BAD_DISK": "step-00000020"})
+    _assert_refused(run, job, reason="step-00000020 cannot be written: Input/output error", step=10)
+    assert "Look at that disk and run the same command again" in job.text
+
+
 def test_the_folder_is_not_ours_to_write(tmp_path: Path, start: Callable[..., Job]) -> None:
     run = _new_run(tmp_path)
     job = start(run.folder, fault="train.step@12:sleep=2", prefix=NO_OVERRIDE)
