@@ -87,16 +87,19 @@ def _namespace(name: str, stack: ExitStack) -> None:
 
 def _boot(name: str, namespace: str, known: str, etc: Mapping[str, Path], stack: ExitStack) -> int:
     """Start a host's first process, which reaps what is left to it, and return its id as this machine sees it."""
-    folder = Path("/etc/netns") / namespace  # whose files `ip netns exec` puts over those of /etc
+    folder = Path("/etc/netns") / namespace
     folder.mkdir(parents=True)
     stack.callback(shutil.rmtree, folder)
     (folder / "hosts").write_text(known)
     for place, source in etc.items():
         shutil.copytree(source, folder / place)
-    script = f"hostname {name} && mount --make-rprivate / && while :; do sleep 86400 & wait; done"
+    # as `ip netns exec` does it, which also hides the control groups that containers on the host need
+    mounts = [f"mount --bind {path} /etc/{path.name}" for path in folder.iterdir()]
+    steps = [f"hostname {name}", "mount --make-rprivate /", *mounts, "while :; do sleep 86400 & wait; done"]
     isolate = ["unshare", "--uts", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child"]
+    into = ["nsenter", f"--net=/run/netns/{namespace}", *isolate, "bash", "-c", " && ".join(steps)]
     outer = subprocess.Popen(  # ends with these tests however they end
-        ["setpriv", "--pdeathsig=KILL", "ip", "netns", "exec", namespace, *isolate, "bash", "-c", script],
+        ["setpriv", "--pdeathsig=KILL", *into],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

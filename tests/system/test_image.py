@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from system.engine import IMAGE, LIMITS, ROOT, Engine, engine, reason_not_to
 from system.processes import Job, Watched, alive, descendants, stopped_steps, wait_for_end, wait_until
+from system.slurm_cluster import cluster, needs_slurm
+from system.slurm_runs import finish, launch, new_run, wait_for_steps
 from tiny_run import losses, tiny_config, write_config, write_text
 
 import rwkv_cluster
@@ -232,6 +234,30 @@ def test_launch_starts_it(podman: Engine, tmp_path: Path, start: Callable[..., J
     run = Watched(tmp_path)
     assert run.newest_checkpoint() == 8
     assert {path.stat().st_uid for path in run.work.root.rglob("*")} == {os.getuid()}
+
+
+@needs_slurm
+@pytest.mark.parametrize("target", ["sbatch", "slurm"])
+def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, podman: Engine, tmp_path: Path) -> None:
+    """On two nodes, each with a container: the signal reaches the ranks inside, the requeue happens outside."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_config(plain / "run.yaml", tiny_config(plain, training={"max_steps": 40, "micro_bsz": 4}))
+    Job(plain).complete()
+    by_name = ("--volume=/etc/hosts:/etc/hosts:ro", "--volume=/etc/hostname:/etc/hostname:ro")
+    container = {"runtime": "podman", "image": IMAGE, "extra_args": [*LIMITS, *by_name]}
+    run = new_run(tmp_path / "run", {"max_steps": 40}, target=target, container=container, env=podman.environment)
+    root = tmp_path / "slurm"
+    root.mkdir()
+    with cluster(root, nodes=2) as slurm:
+        job = launch(slurm, run)
+        wait_for_steps(slurm, run, job, step=10)
+        slurm.run("scancel", "--signal=USR2", job)
+        wait_until(lambda: slurm.restarts(job) == 1, what="the restart")
+        finish(slurm, run, job)
+    assert run.sessions() == 2
+    assert losses(run.work.root) == pytest.approx(losses(Watched(plain).work.root), rel=1e-6)
+    assert not podman("ps", "--all", "--quiet").strip(), "a container is left"
 
 
 def test_a_change_of_python_rebuilds_the_last_layers_only(podman: Engine, tmp_path: Path) -> None:
