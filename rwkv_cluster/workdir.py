@@ -5,7 +5,7 @@ A final path is never written in place: files and directories appear whole, by r
 
     data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
-    logs/      metrics.jsonl metrics.csv
+    logs/      metrics.jsonl metrics.csv events.jsonl
     configs/   config.json config.yaml (what the last run used)
 """
 
@@ -128,6 +128,11 @@ class WorkDir:
     def final_weights(self) -> Path:
         """Where a finished run leaves its weights."""
         return self.out / "rwkv-final.pth"
+
+    @property
+    def events(self) -> Path:
+        """History of the run, see `rwkv_cluster.train.events`."""
+        return self.logs / "events.jsonl"
 
     @property
     def ranks(self) -> Path:

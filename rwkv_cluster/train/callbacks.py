@@ -19,6 +19,7 @@ from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import distributed, random_state
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
+from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
@@ -86,6 +87,7 @@ class Bookkeeping(Callback):
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,
         saver: Saver,
+        events: Events,
     ) -> None:
         self.last_loss: float | None = None
         self.last_val: EvalResult | None = None
@@ -103,6 +105,7 @@ class Bookkeeping(Callback):
         self._random_states = random_states
         self._saved_at = time.monotonic()
         self._saver = saver
+        self._events = events
 
     def __enter__(self) -> Bookkeeping:
         return self
@@ -160,6 +163,7 @@ class Bookkeeping(Callback):
                 device=module.device,
             )
             val_loss = self.last_val.loss
+            self._events.add("validation", module.step, loss=val_loss, n_tokens=self.last_val.n_tokens)
         self._record(module, result, seconds, val_loss)
         if epoch_ends:
             self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
@@ -199,7 +203,9 @@ class Bookkeeping(Callback):
         """RWKV-LM's flat file of weights, in the training precision."""
         weights = module.state.weights()
         if weights is not None:
-            save_pth(self._work.out / f"rwkv-{label}.pth", weights, DTYPES[self._config.training.precision])
+            path = self._work.out / f"rwkv-{label}.pth"
+            save_pth(path, weights, DTYPES[self._config.training.precision])
+            self._events.add("export", module.step, path=path)
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         random_states = distributed.gather_objects(random_state.capture())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.distributed import fault_point, leaving_group
+from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.loggers import loggers
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
@@ -72,8 +74,8 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
     _write_config(session)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    clock = StepClock()
-    bookkeeping = _bookkeeping(session, clock, stop_request, shapes)
+    clock, events = StepClock(), Events(session.work.events if rank() == 0 else None)
+    bookkeeping = _bookkeeping(session, clock, stop_request, shapes, events)
     module = TrainingModule(
         model,
         config.training,
@@ -81,17 +83,26 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
         session.horizon,
         found=session.found,
         votes=bookkeeping.votes,
+        events=events,
     )
-    with bookkeeping, _quiet_lightning(), leaving_group():
-        _trainer(session, [SettledBuckets(), NetworkCheck(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
-            module, datamodule=_data(session)
-        )
-    if module.step < session.horizon.total_steps:
-        raise Preempted(
-            f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
-            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
-            "Run the same command again to continue"
-        )
+    _tell_begin(session, events)
+    with events.telling_the_end(lambda: module.step):
+        with bookkeeping, _quiet_lightning(), leaving_group():
+            _trainer(session, [SettledBuckets(), NetworkCheck(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
+                module, datamodule=_data(session)
+            )
+        if module.step < session.horizon.total_steps:
+            raise Preempted(
+                f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
+                f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
+                "Run the same command again to continue"
+            )
+    result = _result(session, tokenizer, module, bookkeeping)
+    events.add("end", result.step, loss=result.loss, val_loss=result.val_loss)
+    return result
+
+
+def _result(session: Session, tokenizer: Any, module: TrainingModule, bookkeeping: Bookkeeping) -> TrainResult:
     return TrainResult(
         step=module.step,
         total_steps=session.horizon.total_steps,
@@ -137,7 +148,18 @@ def _announce(session: Session, n_parameters: int) -> None:
     )
 
 
-def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest, shapes: Shapes) -> Bookkeeping:
+def _tell_begin(session: Session, events: Events) -> None:
+    facts: dict[str, Any] = {"host": socket.gethostname(), "world_size": session.placement.world_size}
+    facts |= {"total_steps": session.horizon.total_steps, "tokens_per_step": session.plan.tokens_per_step}
+    if session.found is not None:
+        events.add("resume", session.start_step, from_step=session.start_step, **facts)
+    else:
+        events.add("start", 0, **facts)
+
+
+def _bookkeeping(
+    session: Session, clock: StepClock, stop_request: StopRequest, shapes: Shapes, events: Events
+) -> Bookkeeping:
     config, found = session.config, session.found
     start_epoch = session.horizon.epoch_of(session.start_step)
     is_rank_0 = rank() == 0
@@ -169,7 +191,9 @@ def _bookkeeping(session: Session, clock: StepClock, stop_request: StopRequest, 
             config.checkpoint.keep_last,
             background=_saves_in_background(config, session.placement),
             n_bytes=checkpoint_bytes(shapes, session.placement.world_size),
+            events=events,
         ),
+        events=events,
     )
 
 

@@ -18,11 +18,13 @@ from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train import distributed, strategy
 from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate
 from rwkv_cluster.train.state import TrainState
 
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
+MOST_POSITIONS = 8  # in a message
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class TrainingModule(LightningModule):
     found: the checkpoint to continue, or None at the beginning; its weights are in `model` already.
     votes: whether this rank wants to stop and to save after the step, and whether its part of a checkpoint is written;
     asked on every rank at every step, whose one small all-reduce makes every rank see the same answer. One vote is
-    enough to stop or to save; a checkpoint is written when all have written.
+    enough to stop or to save; a checkpoint is written when all have written. events: where values that are not finite
+    are told.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TrainingModule(LightningModule):
         *,
         found: Checkpoint | None = None,
         votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
+        events: Events | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,6 +74,7 @@ class TrainingModule(LightningModule):
         self.state: TrainState
         self._found = found
         self._votes = votes
+        self._events = events or Events(None)
         self._micro_losses: list[Tensor] = []
         self._gradient_sum = torch.zeros(())  # of this rank alone, before any exchange
         model.emb.register_forward_hook(self._watch_gradient)
@@ -177,11 +182,23 @@ class TrainingModule(LightningModule):
         losses = distributed.all_gather_floats(self._local_loss, self.device)
         gradients = distributed.all_gather_floats(float(self._gradient_sum), self.device)
         what, values = ("gradient", gradients) if all(map(math.isfinite, losses)) else ("loss", losses)
-        bad = [str(rank) for rank, value in enumerate(values) if not math.isfinite(value)]
-        ranks = f" on rank {', '.join(bad)}" if bad else ""
+        bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
         samples = self.plan.samples(self.step)
+        suspects = [number for rank in bad for number in samples[rank :: len(values)]] or list(samples)
+        positions = [self.plan.offset(number) for number in suspects]
+        facts = {"what": what, "ranks": bad, "losses": losses, "grad_norm": grad_norm}
+        self._events.add("nonfinite", self.step, **facts, samples=suspects, positions=positions)
+        ranks = f" on rank {', '.join(map(str, bad))}" if bad else ""
         raise TrainingError(
             f"step {self.step}: the {what} is not finite{ranks} (losses {losses}, gradient norm "
-            f"{grad_norm}). Samples {samples.start} to {samples.stop - 1} of the token file were not applied. "
+            f"{grad_norm}). Samples {samples.start} to {samples.stop - 1} of the token file were not applied; those"
+            f"{ranks} begin at token {_shown(positions)}. "
             "The same command starts again from the newest checkpoint; lower training.lr_init or look at the data"
         )
+
+
+def _shown(positions: list[int]) -> str:
+    """The first of many, for a sentence."""
+    shown = ", ".join(map(str, positions[:MOST_POSITIONS]))
+    rest = len(positions) - MOST_POSITIONS
+    return f"{shown} and {rest} more, listed in logs/events.jsonl" if rest > 0 else shown

@@ -24,6 +24,7 @@ from rwkv_cluster.disk import Refusal
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import checkpoint, distributed
+from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.room import require_room
 from rwkv_cluster.train.state import Files
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
@@ -49,15 +50,18 @@ class Saver:
     """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
 
     background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
-    checkpoint, see `train.room`.
+    checkpoint, see `train.room`. events: where a commit is told.
     """
 
-    def __init__(self, directory: Path, keep_last: int, *, background: bool, n_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, keep_last: int, *, background: bool, n_bytes: int, events: Events | None = None
+    ) -> None:
         self.waited_s = 0.0
         """Seconds that training has waited for saving since `take_waited_s` was called last."""
         self._directory = directory
         self._keep_last = keep_last
         self._n_bytes = n_bytes
+        self._events = events or Events(None)
         self.background = background
         self._part: _Part | None = None
 
@@ -110,6 +114,8 @@ class Saver:
         self._count_wait(part, began)
         if rank() == 0:
             log.info("checkpoint of step %d is saved; training waited %.2f s for it", part.step, part.waited_s)
+            path = checkpoint.checkpoint_path(self._directory, part.step)
+            self._events.add("save", part.step, path=path, waited_s=part.waited_s)
 
     def _count_wait(self, part: _Part, began: float) -> None:
         seconds = time.perf_counter() - began
