@@ -218,6 +218,14 @@ class TrainingConfig(Section):
     val_max_tokens: int = Field(
         262_144, ge=1, description="most tokens of the validation file that one evaluation reads"
     )
+    early_stop_patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after so many evaluations in a row without a better validation loss; default: never",
+    )
+    early_stop_min_delta: float = Field(
+        0.0, ge=0, description="early stop: by how many nats per token a validation loss must be lower to be better"
+    )
     wkv_backend: WkvBackend = Field(
         "auto",
         description="WKV operator: auto; native (compiled, bf16 on tensor cores), exact (compiled, fp32 maths), "
@@ -292,6 +300,38 @@ class CheckpointConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    """What watches over a run. A loss or gradient that is not finite always ends it, before the update.
+
+    128 steps and 6 deviations are those with which OLMo-core's SkipStepOptimizer leaves out single updates; it takes
+    the mean and the standard deviation, which one outlier moves. See `rwkv_cluster.train.guard`.
+    """
+
+    on_spike: Literal["ignore", "stop", "rollback"] = Field(
+        "ignore",
+        description="when the loss spikes: ignore; stop, with exit code 1; rollback, to a checkpoint from before it, "
+        "and go on without its samples",
+    )
+    spike_window_steps: int = Field(
+        128,
+        ge=8,
+        le=4096,
+        description="steps without a spike by which a loss is judged; before there are so many, none is",
+    )
+    spike_factor: float = Field(
+        6.0, ge=1, description="a loss spikes above median + spike_factor * 1.4826 * (median distance from the median)"
+    )
+    spike_patience_steps: int = Field(
+        5, ge=1, description="steps in a row that have to spike before anything is done; single ones heal by themselves"
+    )
+    spike_lead_steps: int = Field(
+        100,
+        ge=0,
+        description="rollback: the samples of so many steps before the spike are left out too, as in PaLM's training",
+    )
+    max_rollbacks: int = Field(3, ge=1, description="rollbacks in a run; the next spike ends it")
+
+
 class LoggingConfig(Section):
     """Records of a run. `logs/metrics.jsonl`, `logs/metrics.csv` and `out/train_log.txt` are always written."""
 
@@ -315,5 +355,6 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="data")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="optimisation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="guards")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="records")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="where and how the run is started")

@@ -105,7 +105,8 @@ def train(config: Config) -> Report:
 
     result = train_run(config)
     state = "already complete" if result.already_complete else "done"
-    lines = [f"{state}: step {result.step:,} of {result.total_steps:,}, {result.tokens_seen:,} tokens"]
+    early = " (early: the validation loss did not improve any more)" if result.ended_early else ""
+    lines = [f"{state}: step {result.step:,} of {result.total_steps:,}{early}, {result.tokens_seen:,} tokens"]
     losses = {"training loss": result.loss, "validation loss": result.val_loss}
     lines += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
     lines += [f"\nsample:\n{result.sample}\n"] if result.sample else []

@@ -149,7 +149,7 @@ def test_scalars_in_a_file() -> None:
          "run.yaml:3: data.tokenizer has no field 'typ'. Nearest valid name: data.tokenizer.type"),
         ("zzz: 3",
          "run.yaml:1: the configuration has no field 'zzz'. "
-         "Valid names: work_dir, model, data, training, checkpoint, logging, launch"),
+         "Valid names: work_dir, model, data, training, checkpoint, guard, logging, launch"),
         ("model:\n  n_layer: 2\n  n_embd: 100",
          "run.yaml:3: model: n_embd is 100, which is not a multiple of head_size_a 64. "
          "Use n_embd 64 or 128, or a head_size_a that divides 100"),

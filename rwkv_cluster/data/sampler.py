@@ -8,7 +8,7 @@ that looks random and needs no state. Sample numbers run on over epochs, ranks a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rwkv_cluster.errors import ConfigError, DataError
 
@@ -81,11 +81,13 @@ class SamplePlan:
     """Step -> token offsets, for one token file, context length and global batch.
 
     ctx_len: T, tokens in a sample. magic_prime: p. global_batch_size: samples in an optimizer step over all ranks.
+    skipped: batches that no step trains on, as [first, end), apart and ascending; a rollback adds to them.
     """
 
     ctx_len: int
     magic_prime: int
     global_batch_size: int
+    skipped: tuple[tuple[int, int], ...] = ()
 
     @property
     def multiplier(self) -> int:
@@ -100,9 +102,31 @@ class SamplePlan:
         """First token of sample number `sample` (from 1). Exact: Python integers do not overflow."""
         return self.multiplier * sample**3 % self.magic_prime * self.ctx_len
 
+    def batch(self, step: int) -> int:
+        """Number of the batch that optimizer step `step` trains on, both from 0: the same but for skipped ones."""
+        for first, end in self.skipped:
+            if first > step:
+                break
+            step += end - first
+        return step
+
+    def without(self, first_step: int, last_step: int) -> SamplePlan:
+        """The plan in which no step trains on the batches that steps `first_step` to `last_step` have here.
+
+        Steps before `first_step` keep theirs.
+        """
+        found = sorted([*self.skipped, (self.batch(first_step), self.batch(last_step) + 1)])
+        merged = [found[0]]
+        for first, end in found[1:]:
+            if first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((first, end))
+        return replace(self, skipped=tuple(merged))
+
     def samples(self, step: int) -> range:
         """Sample numbers of optimizer step `step` (from 0), in order, over all ranks and micro batches."""
-        first = 1 + step * self.global_batch_size
+        first = 1 + self.batch(step) * self.global_batch_size
         return range(first, first + self.global_batch_size)
 
     def rank_samples(self, step: int, *, rank: int, world_size: int, micro_bsz: int) -> list[list[int]]:

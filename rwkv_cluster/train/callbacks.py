@@ -18,8 +18,10 @@ from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import distributed, random_state
+from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.guard import Spike, SpikeGuard
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
@@ -65,7 +67,7 @@ class EpochMean:
 
 
 class Bookkeeping(Callback):
-    """After each step, on every rank and in this order: evaluate, record, end the epoch, save, stop.
+    """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
     without validation. As a context manager it closes the files it writes.
@@ -88,9 +90,14 @@ class Bookkeeping(Callback):
         random_states: list[dict[str, Any]] | None,
         saver: Saver,
         events: Events,
+        guard: SpikeGuard,
+        improvement: Improvement,
     ) -> None:
         self.last_loss: float | None = None
         self.last_val: EvalResult | None = None
+        self.spike: Spike | None = None
+        """What has ended the session, if it was that."""
+        self.improvement = improvement
         self._config = config
         self._work = work
         self._horizon = horizon
@@ -106,6 +113,7 @@ class Bookkeeping(Callback):
         self._saved_at = time.monotonic()
         self._saver = saver
         self._events = events
+        self._guard = guard
 
     def __enter__(self) -> Bookkeeping:
         return self
@@ -146,6 +154,12 @@ class Bookkeeping(Callback):
 
     def _finish_step(self, module: TrainingModule, result: StepResult, seconds: float) -> None:
         self.last_loss = result.loss
+        self.spike = self._guard.see(result.step, result.loss)
+        if self.spike is not None:
+            self._record(module, result, seconds, None)
+            self._saver.finish()
+            module.should_stop = True
+            return
         self._epoch_mean.add(result.loss)
         epoch = self._horizon.epoch_of(result.step)
         epoch_ends = self._horizon.epoch_end(epoch) == module.step
@@ -164,13 +178,18 @@ class Bookkeeping(Callback):
             )
             val_loss = self.last_val.loss
             self._events.add("validation", module.step, loss=val_loss, n_tokens=self.last_val.n_tokens)
+            self.improvement = self.improvement.after(val_loss, training.early_stop_min_delta)
+            if self.improvement.ends(training.early_stop_patience) and not run_ends:
+                self._events.add("early_stop", module.step, **vars(self.improvement))
+                run_ends = module.should_stop = True
         self._record(module, result, seconds, val_loss)
         if epoch_ends:
             self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
         if run_ends:
             self._export(module, "final")
         session_ends = run_ends or module.should_stop
-        if session_ends or module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends):
+        due = module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends)
+        if session_ends or (due and not self._guard.suspects):
             self._save(module, at_once=session_ends or not self._saver.background)
 
     def _record(self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None) -> None:
@@ -225,6 +244,9 @@ class Bookkeeping(Callback):
             "val_loss": self.last_val.loss if self.last_val else None,
             "optimizer_updates": module.state.update_count(),
             "shapes": module.state.shapes(),
+            "skipped": module.plan.skipped,
+            "spikes": vars(self._guard.memory),
+            "improvement": vars(self.improvement),
             "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
             "torch": torch.__version__,
             "random_states": random_states,

@@ -179,10 +179,18 @@ def newest_verified(directory: Path) -> Checkpoint | None:
     return None
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints."""
-    for step in list_steps(directory)[:-keep_last]:
-        remove(checkpoint_path(directory, step))
+def prune(directory: Path, keep_last: int, reach_steps: int = 0) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and those by which one can go back.
+
+    reach_steps: how far, 0 for not at all. Then the first checkpoint is kept of each of the last three stretches of so
+    many steps. The newest two stretches can be young both; the third lies back far enough.
+    """
+    steps = list_steps(directory)
+    firsts = {step // reach_steps: step for step in reversed(steps)} if reach_steps else {}
+    kept = {firsts[stretch] for stretch in sorted(firsts)[-3:]} | set(steps[-keep_last:])
+    for step in steps:
+        if step not in kept:
+            remove(checkpoint_path(directory, step))
 
 
 def remove(path: Path) -> None:

@@ -105,17 +105,17 @@ def wait_for(ready: Callable[[], T | None], *, what: str, timeout_s: float, poll
 def fault_point(name: str, *, step: int | None = None) -> bool:
     """Where tests make a run fail: does nothing unless the environment names this point.
 
-    RWKV_CLUSTER_FAULT is `point[@step][#rank]:action` with action `signal=NAME` (to this process), `sleep=SECONDS`,
-    `error=NAME` (raises the OSError of that errno, ENOSPC for instance) or `hit`; returns True for `hit`, so that the
-    caller spoils its own value.
+    RWKV_CLUSTER_FAULT is `point[@step[-last]][#rank]:action` with action `signal=NAME` (to this process),
+    `sleep=SECONDS`, `error=NAME` (raises the OSError of that errno, ENOSPC for instance) or `hit`; returns True for
+    `hit`, so that the caller spoils its own value.
     """
     specification = os.environ.get(FAULT_VARIABLE)
     if not specification:
         return False
     where, _, action = specification.partition(":")
     where, _, wanted_rank = where.partition("#")
-    point, _, wanted_step = where.partition("@")
-    if point != name or (wanted_step and int(wanted_step) != step) or (wanted_rank and int(wanted_rank) != rank()):
+    point, _, wanted_steps = where.partition("@")
+    if point != name or not _is_among(step, wanted_steps) or (wanted_rank and int(wanted_rank) != rank()):
         return False
     if action.startswith("signal="):
         os.kill(os.getpid(), signal.Signals[action.removeprefix("signal=")])
@@ -125,3 +125,11 @@ def fault_point(name: str, *, step: int | None = None) -> bool:
         number = getattr(errno, action.removeprefix("error="))
         raise OSError(number, os.strerror(number))
     return action == "hit"
+
+
+def _is_among(step: int | None, wanted: str) -> bool:
+    """wanted: "" for every step, "7", or "7-9"."""
+    if not wanted or step is None:
+        return not wanted
+    first, _, last = wanted.partition("-")
+    return int(first) <= step <= int(last or first)

@@ -12,9 +12,9 @@ what was done in vain before a kill or a rollback stays in it, unlike in `metric
     validation  loss, n_tokens
     sample      path of the text
     nonfinite   what ("loss" or "gradient"), ranks, losses of all ranks, samples, positions
-    spike       a loss far above those before it, see `train.guard`
-    rollback    to_step, and the steps' worth of samples that are left out from there on
-    early_stop  the validation loss has not improved for too long
+    spike       first_step, last_step, loss, median, limit: see `train.guard`
+    rollback    to_step, skipped_steps: how many steps' samples are left out, skipped: all batches left out so far
+    early_stop  best (validation loss), stale: evaluations since then
     stop        the session ended before the run's end: reason, exit_code
     end         the run is complete: loss, val_loss
 """

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster import configfile
-from rwkv_cluster.config import Config
+from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
@@ -26,6 +26,7 @@ from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.distributed import fault_point, leaving_group
 from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.guard import Spike, SpikeGuard
 from rwkv_cluster.train.loggers import loggers
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
@@ -33,6 +34,7 @@ from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import Records
+from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.saving import Saver
@@ -47,7 +49,10 @@ log = logging.getLogger("rwkv_cluster")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. loss: of this session's last step; val_loss: of the last evaluation. None if there was none."""
+    """How a run ended. loss: of this session's last step; val_loss: of the last evaluation. None if there was none.
+
+    ended_early: before total_steps, because the validation loss did not improve any more.
+    """
 
     step: int
     total_steps: int
@@ -57,16 +62,56 @@ class TrainResult:
     work_dir: Path
     final_path: Path
     already_complete: bool
+    ended_early: bool
     sample: str | None
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a session ended: at a spike, from before which the run has to go on, or with the run, also early."""
+
+    step: int
+    loss: float | None
+    val_loss: float | None
+    spike: Spike | None
+    early: bool
 
 
 def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train `session` to its end and say how it ended. Raises Preempted, TrainingError or CheckpointError."""
-    config = session.config
-    if config.training.num_threads is not None:
-        torch.set_num_threads(config.training.num_threads)
+    if session.config.training.num_threads is not None:
+        torch.set_num_threads(session.config.training.num_threads)
     if session.placement.accelerator == "cpu":
         keep_freed_memory()
+    events = Events(session.work.events if rank() == 0 else None)
+    with leaving_group():
+        ended = _train(session, stop_request, callbacks, events, begins=True)
+        while ended.spike is not None:
+            session = rewound(session, ended.spike, events)
+            ended = _train(session, stop_request, callbacks, events, begins=False)
+    events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
+    return TrainResult(
+        step=ended.step,
+        total_steps=session.horizon.total_steps,
+        tokens_seen=ended.step * session.plan.tokens_per_step,
+        loss=ended.loss,
+        val_loss=ended.val_loss,
+        work_dir=session.work.root,
+        final_path=session.work.final_weights,
+        already_complete=False,
+        ended_early=ended.early,
+        sample=_sample(session, tokenizer) if rank() == 0 else None,
+    )
+
+
+def _train(
+    session: Session, stop_request: StopRequest, callbacks: Sequence[Callback], events: Events, *, begins: bool
+) -> _Ended:
+    """One pass of Lightning's loop, to the run's end or to a spike. begins: it is the first of this process.
+
+    Raises Preempted, TrainingError or CheckpointError.
+    """
+    config = session.config
     shapes = expected_shapes(config.model)
     if rank() == 0:
         _require_room(session, shapes)
@@ -74,7 +119,7 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
     _write_config(session)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    clock, events = StepClock(), Events(session.work.events if rank() == 0 else None)
+    clock = StepClock()
     bookkeeping = _bookkeeping(session, clock, stop_request, shapes, events)
     module = TrainingModule(
         model,
@@ -85,35 +130,28 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
         votes=bookkeeping.votes,
         events=events,
     )
-    _tell_begin(session, events)
+    if begins:
+        _tell_begin(session, events)
     with events.telling_the_end(lambda: module.step):
-        with bookkeeping, _quiet_lightning(), leaving_group():
+        with bookkeeping, _quiet_lightning():
             _trainer(session, [SettledBuckets(), NetworkCheck(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
                 module, datamodule=_data(session)
             )
-        if module.step < session.horizon.total_steps:
-            raise Preempted(
-                f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
-                f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
-                "Run the same command again to continue"
-            )
-    result = _result(session, tokenizer, module, bookkeeping)
-    events.add("end", result.step, loss=result.loss, val_loss=result.val_loss)
-    return result
+        return _ended(session, module, bookkeeping, stop_request)
 
 
-def _result(session: Session, tokenizer: Any, module: TrainingModule, bookkeeping: Bookkeeping) -> TrainResult:
-    return TrainResult(
-        step=module.step,
-        total_steps=session.horizon.total_steps,
-        tokens_seen=module.step * session.plan.tokens_per_step,
-        loss=bookkeeping.last_loss,
-        val_loss=bookkeeping.last_val.loss if bookkeeping.last_val else None,
-        work_dir=session.work.root,
-        final_path=session.work.final_weights,
-        already_complete=False,
-        sample=_sample(session, tokenizer) if rank() == 0 else None,
-    )
+def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, stop_request: StopRequest) -> _Ended:
+    """Raises Preempted where somebody has asked for the end."""
+    early = bookkeeping.improvement.ends(session.config.training.early_stop_patience)
+    complete = early or module.step == session.horizon.total_steps
+    if not complete and bookkeeping.spike is None:
+        raise Preempted(
+            f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
+            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
+            "Run the same command again to continue"
+        )
+    val_loss = bookkeeping.last_val.loss if bookkeeping.last_val else None
+    return _Ended(module.step, bookkeeping.last_loss, val_loss, bookkeeping.spike, early)
 
 
 def _require_room(session: Session, shapes: Shapes) -> None:
@@ -191,10 +229,18 @@ def _bookkeeping(
             config.checkpoint.keep_last,
             background=_saves_in_background(config, session.placement),
             n_bytes=checkpoint_bytes(shapes, session.placement.world_size),
+            reach_steps=_reach_steps(config.guard),
             events=events,
         ),
         events=events,
+        guard=SpikeGuard(config.guard, session.spikes),
+        improvement=session.improvement,
     )
+
+
+def _reach_steps(guard: GuardConfig) -> int:
+    """How old a checkpoint has to be for a rollback."""
+    return guard.spike_lead_steps + guard.spike_patience_steps if guard.on_spike == "rollback" else 0
 
 
 def _saves_in_background(config: Config, placement: Placement) -> bool:

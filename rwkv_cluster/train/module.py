@@ -25,6 +25,7 @@ from rwkv_cluster.train.state import TrainState
 
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
 MOST_POSITIONS = 8  # in a message
+SPIKE = 10.0  # times the loss, where a test wants a spike
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class TrainingModule(LightningModule):
         loss = self.forward(batch)
         if distributed.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
+        if distributed.fault_point("train.spike", step=self.plan.batch(self.step)):
+            loss = loss * SPIKE
         if distributed.fault_point("train.gradient", step=self.step):
             loss.register_hook(lambda gradient: gradient * math.nan)
         self._micro_losses.append(loss.detach())

@@ -12,7 +12,7 @@ from rwkv_cluster.train.checkpoint import Checkpoint
 
 log = logging.getLogger("rwkv_cluster")
 
-_FREE_SECTIONS = ("checkpoint", "logging")
+_FREE_SECTIONS = ("checkpoint", "guard", "logging")
 
 
 def run_identity(config: Config, *, data_fingerprint: str, global_batch_size: int, magic_prime: int) -> dict[str, Any]:

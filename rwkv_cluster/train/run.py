@@ -71,7 +71,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     resolve(config, int(tokenizer.vocab_size))  # refuses before the data is prepared what would be refused after it
     with _holding(config, work) as roll_call:
         session = open_session(config, work, manifest or _obtain_data(config, work, roll_call, tokenizer))
-        if session.start_step == session.horizon.total_steps:
+        if session.is_complete:
             return _already_complete(session)
         with StopRequest(work.root / "STOP").listening() as stop_request:
             return fit(session, tokenizer, stop_request, [Attendance(roll_call)])
@@ -149,10 +149,11 @@ def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
 
 def _already_complete(session: Session) -> TrainResult:
     assert session.found is not None
-    log.info(
-        "this run is complete at step %d; raise training.num_epochs, max_steps or max_tokens to go on",
-        session.start_step,
-    )
+    reason, remedy = "complete", "training.num_epochs, max_steps or max_tokens"
+    if session.ended_early:
+        reason = f"complete, as its validation loss was not below {session.improvement.best} any more,"
+        remedy = "training.early_stop_patience"
+    log.info("this run is %s at step %d; raise %s to go on", reason, session.start_step, remedy)
     return TrainResult(
         step=session.start_step,
         total_steps=session.horizon.total_steps,
@@ -162,5 +163,6 @@ def _already_complete(session: Session) -> TrainResult:
         work_dir=session.work.root,
         final_path=session.work.final_weights,
         already_complete=True,
+        ended_early=session.ended_early,
         sample=None,
     )

@@ -50,16 +50,24 @@ class Saver:
     """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
 
     background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
-    checkpoint, see `train.room`. events: where a commit is told.
+    checkpoint, see `train.room`. reach_steps: see `checkpoint.prune`. events: where a commit is told.
     """
 
     def __init__(
-        self, directory: Path, keep_last: int, *, background: bool, n_bytes: int, events: Events | None = None
+        self,
+        directory: Path,
+        keep_last: int,
+        *,
+        background: bool,
+        n_bytes: int,
+        reach_steps: int = 0,
+        events: Events | None = None,
     ) -> None:
         self.waited_s = 0.0
         """Seconds that training has waited for saving since `take_waited_s` was called last."""
         self._directory = directory
         self._keep_last = keep_last
+        self._reach_steps = reach_steps
         self._n_bytes = n_bytes
         self._events = events or Events(None)
         self.background = background
@@ -165,7 +173,7 @@ class Saver:
                 files = {name: entry for entries, _ in parts for name, entry in entries.items()}
                 path = checkpoint.checkpoint_path(self._directory, part.step)
                 checkpoint.commit(part.temporary, path, part.step, state=part.state, files=files)
-                checkpoint.prune(self._directory, self._keep_last)
+                checkpoint.prune(self._directory, self._keep_last, self._reach_steps)
         except OSError as error:
             refusals = [Refusal.of(error)]
         if refusals:

@@ -22,6 +22,8 @@ from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, lo
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import resume
 from rwkv_cluster.train.checkpoint import Checkpoint, newest_verified
+from rwkv_cluster.train.early_stop import Improvement
+from rwkv_cluster.train.guard import SpikeMemory
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.strategy import Placement, place
 from rwkv_cluster.workdir import WorkDir
@@ -31,7 +33,10 @@ log = logging.getLogger("rwkv_cluster")
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part of a run. `found` is the checkpoint it continues, None at the beginning."""
+    """One process's part of a run. `found` is the checkpoint it continues, None at the beginning.
+
+    spikes, improvement: what the guard against spikes and early stopping know there.
+    """
 
     config: Config
     work: WorkDir
@@ -41,10 +46,22 @@ class Session:
     horizon: Horizon
     accumulate: int
     found: Checkpoint | None
+    spikes: SpikeMemory
+    improvement: Improvement
 
     @property
     def start_step(self) -> int:
         return self.found.step if self.found else 0
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the validation loss has not improved for too long."""
+        return self.improvement.ends(self.config.training.early_stop_patience)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.start_step == self.horizon.total_steps or self.ended_early
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -74,12 +91,14 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     config, placement, accumulate = resolve(config, manifest.vocab_size)
     training = config.training
     found = newest_verified(work.checkpoints)
+    state = found.state if found else {}
     if found is not None:
         accumulate = resume.accumulation_of(found, training, placement.world_size) or accumulate
     plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
         global_batch_size=training.micro_bsz * placement.world_size * accumulate,
+        skipped=tuple((first, end) for first, end in state.get("skipped", ())),
     )
     end = horizon(
         plan,
@@ -88,11 +107,22 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    session = Session(config, work, manifest, placement, plan, end, accumulate, found)
+    spikes, improvement = SpikeMemory.of(state), Improvement.of(state)
+    session = Session(config, work, manifest, placement, plan, end, accumulate, found, spikes, improvement)
+    _require_validation(session)
     if found is not None:
         resume.require_same_run(found, session.identity)
         resume.finished_beyond(found, end.total_steps)
     return session
+
+
+def _require_validation(session: Session) -> None:
+    """Raises ConfigError where early stopping is wanted and there is nothing to judge by."""
+    if session.config.training.early_stop_patience is not None and session.val_tokens() is None:
+        raise ConfigError(
+            f"training.early_stop_patience is set, but {session.work.data} has no validation data. Set "
+            "data.validation_fraction in a new work_dir, or leave training.early_stop_patience out"
+        )
 
 
 def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:

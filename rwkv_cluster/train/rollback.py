@@ -1,0 +1,103 @@
+"""Back to before a spike: which checkpoint, and the session that goes on from it without the spike's samples."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from rwkv_cluster.errors import CheckpointError, TrainingError
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train import checkpoint, distributed
+from rwkv_cluster.train.checkpoint import Checkpoint, checkpoint_path, list_steps
+from rwkv_cluster.train.early_stop import Improvement
+from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.guard import Spike, SpikeMemory
+from rwkv_cluster.train.session import Session
+
+log = logging.getLogger("rwkv_cluster")
+
+
+def rewound(session: Session, spike: Spike, events: Events) -> Session:
+    """The session that continues a checkpoint from before `spike`, or the beginning. Collective.
+
+    Checkpoints of later steps are removed. Raises TrainingError on every rank where the configuration wants a stop, or
+    has allowed no more rollbacks; then nothing is changed.
+    """
+    events.add("spike", spike.last_step + 1, **vars(spike))
+    with events.telling_the_end(lambda: spike.last_step + 1):
+        _require_allowed(session, spike)
+        step, first_skipped = distributed.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
+        if rank() == 0:
+            _forget_after(session, step or 0)
+        found = checkpoint.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None
+    state = found.state if found else {}
+    spikes = replace(SpikeMemory.of(state), rollbacks=session.spikes.rollbacks + 1)
+    plan = session.plan.without(first_skipped, spike.last_step)
+    resumed = replace(session, found=found, plan=plan, spikes=spikes, improvement=Improvement.of(state))
+    n_left_out = spike.last_step + 1 - first_skipped
+    facts = {"to_step": resumed.start_step, "skipped_steps": n_left_out, "skipped": plan.skipped}
+    events.add("rollback", spike.last_step + 1, **facts, rollbacks=spikes.rollbacks)
+    if rank() == 0:
+        log.warning(
+            f"{spike}. Back to step {resumed.start_step}, to go on without the samples of {n_left_out} steps from step "
+            f"{first_skipped} on; rollback {spikes.rollbacks} of at most {session.config.guard.max_rollbacks}"
+        )
+    _release_memory()
+    return resumed
+
+
+def _require_allowed(session: Session, spike: Spike) -> None:
+    guard = session.config.guard
+    if guard.on_spike == "rollback" and session.spikes.rollbacks < guard.max_rollbacks:
+        return
+    before = [step for step in list_steps(session.work.checkpoints) if step <= spike.first_step]
+    newest = f"the newest checkpoint from before it is of step {before[-1]}" if before else "no checkpoint is older"
+    if guard.on_spike == "rollback":
+        raise TrainingError(
+            f"{spike}. There were {guard.max_rollbacks} rollbacks already (guard.max_rollbacks); {newest}. "
+            "Lower training.lr_init, look at the data, or raise guard.max_rollbacks and run the same command again"
+        )
+    raise TrainingError(
+        f"{spike}; {newest}. The same command goes on from the newest checkpoint and meets it again: set "
+        "guard.on_spike to rollback to leave its samples out, or to ignore to go through it"
+    )
+
+
+def _choose(session: Session, spike: Spike) -> tuple[int | None, int]:
+    """Step of the checkpoint to continue, None for the beginning, and the first step whose samples are left out.
+
+    Where none is as old as that step, the oldest one from before the spike has to do, and what follows it is left out.
+    """
+    first_skipped = max(0, spike.first_step - session.config.guard.spike_lead_steps)
+    steps = list_steps(session.work.checkpoints)
+    found = _first_whole(session, (step for step in reversed(steps) if step <= first_skipped))
+    if found is None and first_skipped > 0:
+        found = _first_whole(session, (step for step in steps if first_skipped < step <= spike.first_step))
+    return (None, first_skipped) if found is None else (found.step, max(found.step, first_skipped))
+
+
+def _first_whole(session: Session, steps: Iterable[int]) -> Checkpoint | None:
+    for step in steps:
+        try:
+            return checkpoint.verify(checkpoint_path(session.work.checkpoints, step))
+        except CheckpointError as error:
+            log.warning("damaged checkpoint passed over: %s", error)
+    return None
+
+
+def _forget_after(session: Session, step: int) -> None:
+    """Newer checkpoints would be continued in place of the one that was chosen."""
+    for later in list_steps(session.work.checkpoints):
+        if later > step:
+            checkpoint.remove(checkpoint_path(session.work.checkpoints, later))
+
+
+def _release_memory() -> None:
+    """Of the model and optimizer that were given up, before new ones are made: they hold each other in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
