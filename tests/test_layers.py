@@ -14,6 +14,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "section": 1, "launch_config": 1,
     "config": 1, "configfile": 1, "field_types": 1, "yaml_nodes": 1, "recipes": 1, "configs": 1, "workdir": 1,
     "data": 2, "tokenizer": 2, "base_tokenizer": 2, "vocabulary": 2, "greedy": 2, "integers": 2,
+    "model.shapes": 2, "model.parameter_shapes": 2, "flops": 2, "gpus": 2,
     "data.dataset": 3, "kernels": 3,
     "model": 4,
     "train": 5, "launch": 5,
@@ -25,6 +26,7 @@ LIGHT = """
     rwkv_cluster.verbs rwkv_cluster.launch.command rwkv_cluster.launch.agent
     rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.prepare rwkv_cluster.data.readers rwkv_cluster.data.binidx rwkv_cluster.data.converters
+    rwkv_cluster.flops rwkv_cluster.gpus
 """.split()  # noqa: SIM905 -- a list of words reads better
 
 

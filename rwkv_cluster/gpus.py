@@ -1,0 +1,56 @@
+"""Peak arithmetic and memory of common GPUs, by which a plan and a run's MFU are measured. Torch-free.
+
+Peaks are of dense bf16 products with fp32 accumulation, at boost clock: where a datasheet states a rate with sparsity,
+half of it. Memory is what is sold, in 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from rwkv_cluster.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """peak_tflops: 10^12 operations per second. device_name: pattern of what CUDA calls it, after "NVIDIA "."""
+
+    peak_tflops: float
+    memory_gb: float
+    device_name: str
+    source: str
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-40gb": Gpu(312, 40, r"A100-(SXM4|PCIE)-40GB", "NVIDIA A100 Tensor Core GPU datasheet"),
+    "a100-80gb": Gpu(312, 80, r"A100-SXM4-80GB|A100 80GB PCIe", "NVIDIA A100 Tensor Core GPU datasheet"),
+    "h100": Gpu(989, 80, r"H100 80GB HBM3", "NVIDIA H100 Tensor Core GPU datasheet: SXM"),
+    "h100-pcie": Gpu(756, 80, r"H100 PCIe", "NVIDIA H100 Tensor Core GPU datasheet: PCIe"),
+    "h100-nvl": Gpu(835, 94, r"H100 NVL", "NVIDIA H100 Tensor Core GPU datasheet: NVL"),
+    "h200": Gpu(989, 141, r"H200", "NVIDIA H200 Tensor Core GPU datasheet: SXM"),
+    "b200": Gpu(2250, 180, r"B200", "NVIDIA HGX B200 datasheet"),
+    "l4": Gpu(121, 24, r"L4", "NVIDIA L4 Tensor Core GPU datasheet"),
+    "l40s": Gpu(362, 48, r"L40S", "NVIDIA L40S GPU datasheet"),
+    "a10": Gpu(125, 24, r"A10", "NVIDIA A10 Tensor Core GPU datasheet"),
+    "a6000": Gpu(154.8, 48, r"RTX A6000", "NVIDIA Ampere GA102 GPU architecture whitepaper"),
+    "rtx-3090": Gpu(71, 24, r"GeForce RTX 3090", "NVIDIA Ampere GA102 GPU architecture whitepaper"),
+    "rtx-4090": Gpu(165.2, 24, r"GeForce RTX 4090", "NVIDIA Ada GPU architecture whitepaper"),
+    "rtx-5090": Gpu(209.5, 32, r"GeForce RTX 5090", "NVIDIA RTX Blackwell GPU architecture whitepaper"),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU that a person calls `name`. Raises ConfigError with the nearest known name."""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    near = difflib.get_close_matches(name.lower(), GPUS, 1)
+    known = f"Nearest: {near[0]}" if near else f"Known: {', '.join(GPUS)}"
+    raise ConfigError(f"--gpu is {name[:40]!a}, which is not in the table. {known}; or give the numbers themselves")
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """By what `torch.cuda.get_device_name` says; None for one that is not in the table, as is a part of one (MIG)."""
+    called = device_name.removeprefix("NVIDIA ")
+    return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_name, called)), None)
