@@ -22,6 +22,7 @@ from rwkv_cluster.launched import log_to_agent, tell_agent
 from rwkv_cluster.ranks import launched, rank
 
 VERBS: dict[str, str] = {
+    "plan": "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
     "init": "write the initial weights, WORK_DIR/out/rwkv-init.pth",
     "train": "prepare and initialise what is missing, then train; the same command again continues",
@@ -37,7 +38,7 @@ VERBS: dict[str, str] = {
     "doctor": "what this machine has for training, and a self-test of its kernels",
     "bench": "measure this machine: data, wkv, step or ddp",
 }
-CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config")
+CONFIG_VERBS = ("plan", "prepare", "init", "train", "launch", "eval", "consolidate", "config")
 RANK_VERBS = ("prepare", "train")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
 
@@ -153,6 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
         if verb in CONFIG_VERBS:
             subparser.add_argument("config", metavar="CONFIG", help="YAML file, shipped recipe, or WORK_DIR")
             subparser.epilog = "Any field may be set with --section.field=value."
+    plan = by_verb["plan"]
+    plan.add_argument("--ranks", metavar="N", help="instead of those that launch or training.devices give")
+    plan.add_argument("--gpu", metavar="NAME", help="its memory and peak, such as h100, a100-80gb or rtx-4090")
+    plan.add_argument("--gpu-memory-gb", metavar="G", help="say what fits into so many 10^9 bytes")
+    plan.add_argument("--tokens-per-s", metavar="X", help="speed of all ranks together")
+    plan.add_argument("--mfu", metavar="F", help="speed as a share of the peak, such as 0.4")
+    plan.add_argument("--peak-tflops", metavar="P", help="10^12 operations per second of one GPU, dense bf16")
     launch = by_verb["launch"]
     launch.add_argument("--target", metavar="T", help="instead of the file's launch.target")
     launch.add_argument("--dry-run", action="store_true", help="print the script, start and write nothing")

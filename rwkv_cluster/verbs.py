@@ -59,6 +59,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         logger.info(found.notice)
     if options.verb == "config":
         return config(found)
+    if options.verb == "plan":
+        return plan(found.resolved.config, options)
     if options.verb == "launch":
         return launch(found.resolved.config, dry_run=options.dry_run)
     if options.verb == "init":
@@ -77,6 +79,18 @@ def doctor() -> Report:
 
     rows = examination.examine()
     return Report(examination.format(rows), examination.data(rows))
+
+
+def plan(config: Config, options: argparse.Namespace) -> Report:
+    """What the run will be, from the configuration alone."""
+    from rwkv_cluster.planning import show
+    from rwkv_cluster.planning.assumptions import Assumptions
+    from rwkv_cluster.planning.run_plan import plan_run
+
+    names = ("ranks", "tokens_per_s", "mfu", "peak_tflops", "gpu", "gpu_memory_gb")
+    assumptions = Assumptions.of(config, **{name: getattr(options, name) for name in names})
+    planned = plan_run(config, assumptions)
+    return Report(show.text(planned), show.data(planned))
 
 
 def prepare(config: Config) -> Report:
@@ -120,10 +134,10 @@ def train(config: Config) -> Report:
 
 def launch(config: Config, *, dry_run: bool) -> Report:
     """Start the run on its target, or show what that would be."""
-    from rwkv_cluster.launch.plan import plan
+    from rwkv_cluster.launch import plan as launching
     from rwkv_cluster.launch.submit import launch_folder, submit
 
-    planned = plan(config, Path.cwd())
+    planned = launching.plan(config, Path.cwd())
     if dry_run:
         folder = launch_folder(planned.config.work_dir, time.time())
         commands = [command.shell() for command in planned.commands]

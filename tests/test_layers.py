@@ -17,7 +17,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "model.shapes": 2, "model.parameter_shapes": 2, "flops": 2, "gpus": 2,
     "data.dataset": 3, "kernels": 3,
     "model": 4,
-    "train": 5, "launch": 5,
+    "train": 5, "launch": 5, "planning": 5,
     "cli": 6, "verbs": 6, "__main__": 6, "pipeline": 6, "bench": 6, "doctor": 6,
 }  # fmt: skip
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config", "configfile")}
@@ -26,7 +26,7 @@ LIGHT = """
     rwkv_cluster.verbs rwkv_cluster.launch.command rwkv_cluster.launch.agent
     rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.prepare rwkv_cluster.data.readers rwkv_cluster.data.binidx rwkv_cluster.data.converters
-    rwkv_cluster.flops rwkv_cluster.gpus
+    rwkv_cluster.flops rwkv_cluster.gpus rwkv_cluster.planning.run_plan rwkv_cluster.planning.show
 """.split()  # noqa: SIM905 -- a list of words reads better
 
 

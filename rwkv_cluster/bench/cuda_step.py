@@ -1,8 +1,7 @@
 """Whole training steps on a GPU: tokens/s, memory and model FLOP utilisation of RWKV-7 at three widths, in bf16.
 
-`rwkv-cluster bench step --device cuda`. MFU counts 6 FLOPs for each parameter of a matrix product (the embedding is
-none) and token, and leaves the WKV operator out: its FLOPs in the recurrent form, 3 x 8 N^2 for each head and token,
-are given beside it. Peaks are the vendors' dense bf16 figures.
+`rwkv-cluster bench step --device cuda`. MFU counts 6 FLOPs for each parameter but the embedding's and token, and leaves
+the WKV operator out: its FLOPs in the recurrent form are given beside it (`flops`). Peaks: `gpus`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import time
 from typing import Any
 
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.gpus import gpu_of_device
 
 PRESETS = {"L12-D768": (12, 768, 16), "L24-D2048": (24, 2048, 4), "L32-D4096": (32, 4096, 1)}
 """Layers, width and samples a step. The last is cut to as many layers as fit."""
 
 VOCAB_SIZE = 65536
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "5090": 210}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -30,7 +29,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "--device cuda: torch finds no CUDA device here. Leave it out, or look at `rwkv-cluster doctor`"
         )
     name = torch.cuda.get_device_name()
-    peak = options.peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    gpu = gpu_of_device(name)
+    peak = options.peak_tflops or (gpu.peak_tflops if gpu else None)
     cases = {}
     for preset in options.presets:
         n_layer, n_embd, batch = PRESETS[preset]
@@ -79,6 +79,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     import torch
 
     from rwkv_cluster.config import ModelConfig, TrainingConfig
+    from rwkv_cluster.flops import flops_per_token
     from rwkv_cluster.model.init import initialize
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
@@ -110,7 +111,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
         seconds.append(time.perf_counter() - begin)
     seconds = seconds[3:]
     n_tokens = batch * options.gpu_ctx_len
-    products = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("emb."))
+    flops = flops_per_token(config)
     return {
         "n_layer": n_layer,
         "batch": batch,
@@ -118,7 +119,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
         "step_s": statistics.median(seconds),
         "step_s_min": min(seconds),
         "step_s_max": max(seconds),
-        "model_flops": 6 * products * n_tokens,
-        "wkv_flops": 3 * 8 * config.head_size_a * n_embd * n_layer * n_tokens,
+        "model_flops": flops.six_n * n_tokens,
+        "wkv_flops": 3 * flops.wkv * n_tokens,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }

@@ -2,7 +2,7 @@
 
 Each contender is a torchrun of its own that trains through this package's module, strategies and data, without
 checkpoints. The contenders take turns, so that a machine whose speed drifts treats all alike; ratios are taken turn by
-turn. What is counted as weights, gradients and so on, and the theory beside it: `bench.ddp_memory`.
+turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `planning.model_states`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.bench.ddp_memory import KINDS, theory
+from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.config import Config
 from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import ConfigError, LaunchError
+from rwkv_cluster.planning.model_states import theory
 
 STRATEGIES = ("single", "ddp", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 """single: one process without a process group, on one rank only."""

@@ -1,4 +1,4 @@
-"""Bytes that one rank holds of a training: what theory gives for a strategy, and what is really allocated.
+"""Bytes that one rank has really allocated of a training, by kind; what theory gives is `planning.model_states.theory`.
 
 Both speak of the moment after a step's backward pass and before its update. What is measured are whole allocations,
 each counted once, with the padding that is in them:
@@ -25,27 +25,7 @@ from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.optimizer import optimizer_tensors
 from rwkv_cluster.train.zero import Shards, ZeroStrategy
 
-FP32 = 4  # bytes
 KINDS = ("weights", "whole", "gradients", "masters", "moments", "buckets", "other")
-
-
-def theory(parameters: int, ranks: int, stage: int | None, precision: str) -> dict[str, float]:
-    """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
-
-    Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights (Rajbhandari et al.,
-    "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, figure 1). Without ZeRO and in stage 0
-    this package trains fp32 parameters in every precision and so has no masters beside them.
-    """
-    if not stage:
-        whole = float(FP32 * parameters)
-        return {"weights": whole, "gradients": whole, "masters": 0.0, "moments": 2 * whole}
-    trained = parameters * (FP32 if precision == "fp32" else 2)
-    return {
-        "weights": trained / (ranks if stage == 3 else 1),
-        "gradients": trained / (ranks if stage >= 2 else 1),
-        "masters": FP32 * parameters / ranks,
-        "moments": 2 * FP32 * parameters / ranks,
-    }
 
 
 def held(module: TrainingModule) -> dict[str, int]:

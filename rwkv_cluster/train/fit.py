@@ -156,9 +156,9 @@ def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, s
 
 def _require_room(session: Session, shapes: Shapes) -> None:
     """For the next checkpoint, a weights file beside it, and the initial weights. Raises CheckpointError."""
-    work, dtype = session.work, DTYPES[session.config.training.precision]
+    work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
     n_files = 1 if session.found or (work.out / "rwkv-init.pth").exists() else 2
-    n_bytes = checkpoint_bytes(shapes, session.placement.world_size) + n_files * weights_bytes(shapes, dtype)
+    n_bytes = checkpoint_bytes(shapes, session.placement.world_size) + n_files * weights_bytes(shapes, item_bytes)
     require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 

@@ -1,4 +1,7 @@
-"""How many bytes a run writes next, and whether the disk has room for them: asked while nothing is lost yet."""
+"""How many bytes a run writes next, and whether the disk has room for them: asked while nothing is lost yet.
+
+Torch-free, because a plan of a run asks the same.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,27 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train.optimizer import MOMENTS
 
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
 _TENSOR = 300  # torch's format beside the values of a tensor: two zip headers, its name, its place in the pickle
+_FP32 = 4  # bytes
+_MASTER_AND_MOMENTS = 3  # tensors of a checkpoint for each parameter
 _RANK = 33_000  # a rank's random states as JSON
 
 Shapes = Mapping[str, Sequence[int]]
 """Of the parameters, by name."""
 
 
-def weights_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
-    """About the size of a weights file in `dtype`."""
-    return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize + _TENSOR * len(shapes)
+def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
+    """About the size of a weights file whose elements have `item_bytes`."""
+    return sum(math.prod(shape) for shape in shapes.values()) * item_bytes + _TENSOR * len(shapes)
 
 
 def checkpoint_bytes(shapes: Shapes, world_size: int) -> int:
     """About the size of a checkpoint, all its files together: masters, moments and the state of each rank."""
-    return (1 + len(MOMENTS)) * weights_bytes(shapes, torch.float32) + _RANK * world_size
+    return _MASTER_AND_MOMENTS * weights_bytes(shapes, _FP32) + _RANK * world_size
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:

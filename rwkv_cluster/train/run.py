@@ -21,8 +21,9 @@ from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.loggers import require_packages
 from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
-from rwkv_cluster.train.session import Session, ensure_init_file, open_session, resolve, with_vocabulary
+from rwkv_cluster.train.session import Session, ensure_init_file, open_session, resolve
 from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir, remove_temporaries
 
 __all__ = ["TrainResult", "initialize", "prepare_data", "train"]

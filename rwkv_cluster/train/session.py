@@ -14,7 +14,7 @@ from rwkv_cluster.config import Config, ModelConfig
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
-from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.kernels import fused, ops
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
@@ -26,6 +26,7 @@ from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.guard import SpikeMemory
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.strategy import Placement, place
+from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -142,18 +143,6 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
         global_batch_size=training.global_batch_size,
     )
     return with_vocabulary(config, vocab_size), placement, accumulate
-
-
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """`config` with model.vocab_size filled in from the tokenizer. Raises ConfigError when it is too small."""
-    wanted = config.model.vocab_size
-    if wanted is not None and wanted < vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {wanted}, but the tokenizer has ids up to {vocab_size - 1}. "
-            f"Use at least {vocab_size}, or leave model.vocab_size out"
-        )
-    model = config.model.model_copy(update={"vocab_size": wanted or vocab_size})
-    return config.model_copy(update={"model": model})
 
 
 def build_model(session: Session) -> RWKV:

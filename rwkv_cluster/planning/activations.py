@@ -1,0 +1,171 @@
+"""Bytes that a forward pass keeps for the backward pass, counted from the blocks' own code.
+
+The counts below are of tensors that autograd saves, each storage once; `tests/planning/test_activations.py` compares
+them with what it really saves. Statistics of norms and single vectors are left out: below 1 % at head size 64.
+
+B batch, T time, C width, A attention width, F channel-mix width, N head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rwkv_cluster.config import ModelConfig, TrainingConfig
+from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
+from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
+
+STEPS_BETWEEN_STATES = 16  # kernels.native
+CPU_SEGMENT_BYTES, CHUNK = 1 << 18, 16  # kernels.chunk_layout, chunked_wkv6, chunked_wkv7
+LOGITS_IN_FLIGHT = 1 << 24  # model.loss.CHUNK_ELEMENTS
+
+_WIDE = {"x052": 12, "x060": 19, "x070": 24}
+"""[B,T,C] tensors of a block. Norms, mixes and products save their inputs."""
+_HEADS = {"x052": 6, "x060": 7, "x070": 0}
+"""[B,T,A] tensors of a block; x070 has A = C, counted above."""
+_MORE_WITHOUT_COMPILE = {"x052": 3, "x060": 3, "x070": 0}
+"""[B,T,A] tensors more where torch.compile does not recompute the head norm: gated_norm has no native form."""
+_MORE_IF_PLAIN = 6
+"""[B,T,C] tensors more of x070 in the plain form: kappa's norm and the reading. One is fp32 in any precision."""
+_BLOCK_0_LESS = 2
+"""[B,T,C] tensors fewer in block 0 of x070, which defines v_first and interpolates nothing."""
+_OUTSIDE = 3
+"""[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
+_WORKSPACE = 2
+"""[B,T,F] tensors that a block's backward pass has at a time and nobody saved. Measured on a CPU."""
+_WORKSPACE_CHUNKED = 16
+"""fp32 tensors of a segment that the chunked WKV has at a time in its backward pass. Measured on a CPU."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes a block. wkv: "tensor_cores", "native", "chunked" or "reference"; fused: as in `kernels.fused`."""
+
+    device: str
+    wkv: str
+    fused: str
+
+    @classmethod
+    def of(cls, training: TrainingConfig, model: ModelConfig, device: str) -> Kernels:
+        """What "auto" is on "cpu" or "cuda" where the compiled libraries and Triton are at hand. fla counts as auto."""
+        head_size, on_gpu = model.head_size_a, device == "cuda"
+        wkv: str = training.wkv_backend
+        if wkv in ("auto", "fla", "native"):
+            has_library = head_size == 64 if on_gpu else head_size <= 128
+            fast = "tensor_cores" if on_gpu and training.precision == "bf16" else "native"
+            wkv = fast if has_library else "chunked"
+        fused: str = training.fused
+        if fused == "auto":
+            serves = head_size % 16 == 0 and model.n_embd % 16 == 0
+            fused = "compile" if on_gpu else "native" if serves else "plain"
+        return cls(device, {"exact": "native"}.get(wkv, wkv), fused)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro batch of one rank.
+
+    block, wkv, weights: saved by all blocks, for which grad_cp keeps `inputs` and one block of the three: tensors of
+    the block, states of WKV, and parameters in the training precision where they are kept in fp32.
+    outside: saved beside the blocks. workspace: of one block's backward pass. head, head_backward: of loss and head
+    while they are computed.
+    """
+
+    n_layer: int
+    block: float
+    wkv: float
+    weights: float
+    inputs: float
+    outside: float
+    workspace: float
+    head: float
+    head_backward: float
+
+    @property
+    def one_block(self) -> float:
+        """Of the three that grad_cp computes anew."""
+        return (self.block + self.wkv + self.weights) / self.n_layer
+
+    def saved(self, *, grad_cp: bool) -> float:
+        """At the end of the forward pass; with grad_cp without the block that the backward pass computes anew."""
+        return self.outside + (self.inputs if grad_cp else self.block + self.wkv + self.weights)
+
+
+def activations(
+    model: ModelConfig, vocab_size: int, kernels: Kernels, *, micro_bsz: int, precision: str, bf16_parameters: bool
+) -> Activations:
+    """Of a micro batch. bf16_parameters: whether parameters have the training precision (ZeRO 1 to 3)."""
+    C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
+    tokens = micro_bsz * model.ctx_len
+    copies = 0 if bf16_parameters or precision == "fp32" else item
+    shapes = parameter_shapes(model, vocab_size)
+    in_blocks = count({name: shape for name, shape in shapes.items() if name.startswith("blocks.")})
+    has_v_first = model.model_type == "x070"
+    return Activations(
+        n_layer=L,
+        block=tokens * _block_bytes(model, kernels, item),
+        wkv=L * _wkv_bytes(model, kernels, micro_bsz),
+        weights=float(in_blocks * copies),
+        inputs=float(tokens * C * item * (L + has_v_first)),
+        outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
+        workspace=_WORKSPACE * tokens * item * Widths.of(model).ffn + _chunked(model, kernels, micro_bsz),
+        head=_head_bytes(tokens, vocab_size, C, item, copies, on_cpu=kernels.device == "cpu"),
+        head_backward=float(vocab_size * C * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
+    )
+
+
+def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
+    """Saved by all blocks for one token, without WKV's states."""
+    w, version, L = Widths.of(model), model.model_type, model.n_layer
+    is_plain, is_compiled = kernels.fused == "plain", kernels.fused == "compile"
+    elements = L * (_WIDE[version] * w.embd + 2 * w.ffn)
+    elements += L * w.att * (_HEADS[version] + (0 if is_compiled else _MORE_WITHOUT_COMPILE[version]))
+    more_bytes = 0
+    if version == "x060":
+        elements += L * (5 * w.mix_rank + w.decay_rank)
+    if version == "x070":
+        elements += L * (w.decay_rank + w.a_rank + w.gate_rank) + (L - 1) * w.v_rank - _BLOCK_0_LESS * w.embd
+        more_bytes = L * w.embd * ((_MORE_IF_PLAIN - 1) * item + FP32) if is_plain else 0
+    return float(elements * item + more_bytes)
+
+
+def _wkv_bytes(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
+    """Saved by one block's WKV: states, and of x070 in fp32 maths also S a for each token (kernels.native.saved_bytes).
+
+    In chunked form the state at the segments' boundaries; by the time loop that of every token.
+    """
+    A, N, T = Widths.of(model).att, model.head_size_a, model.ctx_len
+    states = micro_bsz * -(-T // STEPS_BETWEEN_STATES) * A * N
+    if kernels.wkv == "tensor_cores":
+        return 2.0 * states
+    if kernels.wkv == "native":
+        return 4.0 * (states + (micro_bsz * T * A if model.model_type == "x070" else 0))
+    if kernels.wkv == "reference":
+        return 4.0 * micro_bsz * T * A * N
+    return 4.0 * micro_bsz * A * N * -(-T // _segment(model, kernels, micro_bsz))
+
+
+def _segment(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> int:
+    """Tokens of a segment of the chunked WKV: what fits into a core's cache; on a GPU the whole sample."""
+    if kernels.device != "cpu":
+        return model.ctx_len
+    return CHUNK * max(1, CPU_SEGMENT_BYTES // (4 * micro_bsz * Widths.of(model).att * CHUNK))
+
+
+def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
+    """The chunked WKV's own workspace."""
+    if kernels.wkv != "chunked":
+        return 0.0
+    tokens = micro_bsz * min(model.ctx_len, _segment(model, kernels, micro_bsz))
+    return float(_WORKSPACE_CHUNKED * FP32 * tokens * Widths.of(model).att)
+
+
+def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, *, on_cpu: bool) -> float:
+    """Of `model.loss.head_loss` at work.
+
+    Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed; the
+    chunk's product for the weight's gradient; the weight in the training precision.
+    """
+    rows = min(tokens, max(16, LOGITS_IN_FLIGHT // V))
+    gradients = (0 if item == FP32 else item) + (item if on_cpu else 0)
+    return float(rows * V * (item + FP32 + gradients) + V * C * (item + copies))

@@ -1,0 +1,57 @@
+"""Which settings fit a GPU, and where the configured one does not, the smallest change that does.
+
+The order of changes is that of their price: activation checkpointing costs a forward pass of the blocks, a smaller
+micro batch some efficiency (accumulation keeps the global batch), each ZeRO stage more communication, offloading most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rwkv_cluster.data.sampler import divisors
+from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
+from rwkv_cluster.planning.model_states import Sharding
+
+ALLOWANCE = 1.05, 1e9
+"""Beside a peak: a factor for the allocator's fragments, and bytes for the CUDA context, cuBLAS and NCCL. Assumed."""
+
+
+def needed(memory: Memory) -> float:
+    """Bytes of a GPU for a rank with that peak."""
+    factor, context = ALLOWANCE
+    return factor * memory.peak + context
+
+
+def shardings(ranks: int, precision: str) -> list[Sharding]:
+    """Every one there is, from the one that keeps all to the one that keeps least. DeepSpeed refuses fp16."""
+    if precision == "fp16":
+        return [Sharding(ranks)]
+    plain = [Sharding(ranks), Sharding(ranks, 0)]
+    stages = [Sharding(ranks, stage, offload) for stage in (1, 2, 3) for offload in (False, True)]
+    return [*plain, *stages, Sharding(ranks, 3, True, True)]
+
+
+def change(memory_model: MemoryModel, configured: Setting, gpu_bytes: float) -> Setting | None:
+    """The first setting that fits: the configured one, else that with the fewest changes; None where none does."""
+    for setting in _cheapest_first(configured, memory_model.training.precision):
+        if needed(memory_model.memory(setting)) <= gpu_bytes:
+            return setting
+    return None
+
+
+def _cheapest_first(configured: Setting, precision: str) -> Iterator[Setting]:
+    yield configured
+    checkpointed = replace(configured, grad_cp=True)
+    for sharding in (configured.sharding, *_keeping_less(configured.sharding, precision)):
+        for size in reversed(divisors(configured.micro_bsz)):  # which accumulation makes up for
+            accumulates = configured.accumulates or size < configured.micro_bsz
+            yield replace(checkpointed, sharding=sharding, micro_bsz=size, accumulates=accumulates)
+
+
+def _keeping_less(configured: Sharding, precision: str) -> list[Sharding]:
+    """Stages above the configured one, then those with offloading. One rank has nobody to share with."""
+    stage = configured.stage or 0
+    more = [s for s in shardings(configured.ranks, precision) if s.stage and s.stage >= max(stage, 1)]
+    kept = [s for s in more if not s.offload_optimizer and s.stage != stage and s.ranks > 1]
+    return kept + [s for s in more if s.offload_optimizer and s != configured]

@@ -1,0 +1,78 @@
+"""How long a run is: tokens, steps, epochs and the learning rate along it, as far as that is known beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.manifest import DataManifest
+from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
+from rwkv_cluster.train.schedule import learning_rate
+
+UNKNOWN = (
+    "unknown: one epoch is one pass over the data, which is not prepared. Run `rwkv-cluster prepare CONFIG`, or set "
+    "--training.max_steps=N or --training.max_tokens=N"
+)
+
+
+@dataclass(frozen=True)
+class Length:
+    """accumulate: micro batches per optimizer step. horizon: None where it hangs on data that is not there.
+
+    is_upper_bound: the data, once it is there, may end the run earlier. epochs: None where unknown.
+    """
+
+    accumulate: int
+    global_batch_size: int
+    tokens_per_step: int
+    horizon: Horizon | None
+    is_upper_bound: bool
+    epochs: float | None
+
+
+def length(config: Config, ranks: int, manifest: DataManifest | None) -> Length:
+    """Raises ConfigError for a batch that the ranks cannot share, DataError for too little data."""
+    training, ctx_len = config.training, config.model.ctx_len
+    accumulate = accumulation(
+        micro_bsz=training.micro_bsz,
+        world_size=ranks,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        global_batch_size=training.global_batch_size,
+    )
+    batch = training.micro_bsz * ranks * accumulate
+    prime = require_magic_prime(manifest.n_tokens, ctx_len) if manifest else 0
+    needs_data = not manifest and training.samples_per_epoch is None
+    found = _horizon(config, SamplePlan(ctx_len, prime, batch), needs_data=needs_data)
+    epochs = None if found is None or needs_data else found.total_steps * batch / found.epoch_samples
+    bounded_by_data = needs_data and training.num_epochs is not None
+    return Length(accumulate, batch, batch * ctx_len, found, bounded_by_data and found is not None, epochs)
+
+
+def _horizon(config: Config, plan: SamplePlan, *, needs_data: bool) -> Horizon | None:
+    training = config.training
+    if needs_data and training.max_steps is None and training.max_tokens is None:
+        return None
+    return horizon(
+        plan,
+        num_epochs=None if needs_data else training.num_epochs,
+        max_steps=training.max_steps,
+        max_tokens=training.max_tokens,
+        samples_per_epoch=training.samples_per_epoch,
+    )
+
+
+def learning_rates(config: Config, run: Length) -> dict[int, float]:
+    """By step (from 0): the first, the first after warm-up, quarters, and the last. Before a group's multiplier."""
+    if run.horizon is None:
+        return {}
+    last = run.horizon.total_steps - 1
+    steps = sorted({0, min(config.training.warmup_steps, last), last // 4, last // 2, 3 * last // 4, last})
+    return {
+        step: learning_rate(
+            step,
+            training=config.training,
+            tokens_per_step=run.tokens_per_step,
+            horizon_tokens=run.horizon.tokens,
+        )
+        for step in steps
+    }

@@ -1,0 +1,132 @@
+"""Bytes of the state of training on each rank: weights, gradients, masters, Adam's moments, and what ZeRO adds.
+
+Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, figure 1, for
+what a stage divides by the ranks; DeepSpeed 0.19's stage_1_and_2.py and stage3.py for its buffers and copies.
+P elements of the trained parameters, n ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.model.parameter_shapes import Shapes, count, trained
+
+FP32 = 4  # bytes
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of an element in a training precision."""
+
+PERSISTENT_ELEMENTS = 100_000
+"""Stage 3 keeps smaller parameters whole: stage3_param_persistence_threshold."""
+
+LIVE_ELEMENTS = 550_000_000
+"""Elements that stage 3 has whole at a time: half of stage3_max_reuse_distance, 10^9, which is counted there and back,
+and stage3_prefetch_bucket_size, 5 * 10^7."""
+
+ALL_REDUCE_ELEMENTS = 500_000_000
+"""Of the flat copy in which DeepSpeed's stage 0 sums gradients: MEMORY_OPT_ALLREDUCE_SIZE in its engine."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where the state of training lies. stage: of ZeRO, None without DeepSpeed; on one rank then without DDP, too."""
+
+    ranks: int
+    stage: int | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @classmethod
+    def of(cls, training: TrainingConfig, ranks: int) -> Sharding:
+        """As configured."""
+        return cls(ranks, training.deepspeed_stage, training.offloads_optimizer, training.offloads_parameters)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The fields of the configuration that say so."""
+        if self.stage is None:
+            return ["training.strategy=auto", "training.zero_stage=null"]
+        flags = {"offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters}
+        return [f"training.zero_stage={self.stage}", *(f"training.{name}=true" for name, on in flags.items() if on)]
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes on one rank.
+
+    weights: parameters, without those that the host has. gathered: stage 3's parameters that are whole for a while.
+    gradients: at the end of a backward pass. gradient_copy: fp32, in the update. buckets: for communication.
+    keeps_gradients: whether their memory is held through the forward pass, too. host: of the same rank, offloaded.
+    """
+
+    weights: float
+    gathered: float
+    gradients: float
+    gradient_copy: float
+    masters: float
+    moments: float
+    buckets: float
+    keeps_gradients: bool
+    host: float
+
+
+def theory(parameters: int, ranks: int, stage: int | None, precision: str) -> dict[str, float]:
+    """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
+
+    Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights. Without ZeRO and in
+    stage 0 this package trains fp32 parameters in every precision and so has no masters beside them.
+    """
+    if not stage:
+        whole = float(FP32 * parameters)
+        return {"weights": whole, "gradients": whole, "masters": 0.0, "moments": 2 * whole}
+    elements = parameters * ITEM_BYTES[precision]
+    return {
+        "weights": elements / (ranks if stage == 3 else 1),
+        "gradients": elements / (ranks if stage >= 2 else 1),
+        "masters": FP32 * parameters / ranks,
+        "moments": 2 * FP32 * parameters / ranks,
+    }
+
+
+def model_states(shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int) -> ModelStates:
+    """Of a model with parameters of `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements."""
+    P, stage, ranks = count(trained(shapes)), sharding.stage, sharding.ranks
+    parts = theory(P, ranks, stage, precision)
+    item = ITEM_BYTES[precision] if stage else FP32
+    parts["weights"] += (count(shapes) - P) * item / (ranks if stage == 3 else 1)  # frozen ones have nothing else
+    copy = FP32 * P / ranks if stage else 0.0
+    host = 0.0
+    if sharding.offload_optimizer:  # pinned: masters, moments, fp32 gradients, and updated parameters on their way back
+        host += parts["masters"] + parts["moments"] + copy + item * P / ranks
+        gradients = parts["gradients"] if stage == 1 else 0.0
+        parts |= {"masters": 0.0, "moments": 0.0, "gradients": gradients}
+        copy = 0.0
+    if sharding.offload_parameters:
+        host += parts["weights"]
+        parts["weights"] = 0.0
+    return ModelStates(
+        **parts,
+        gathered=float(_gathered(shapes) * item) if stage == 3 and ranks > 1 else 0.0,
+        gradient_copy=copy,
+        buckets=_buckets(shapes, sharding, item, bucket_elements),
+        keeps_gradients=stage == 3 or (stage is None and ranks > 1),
+        host=host,
+    )
+
+
+def _gathered(shapes: Shapes) -> int:
+    """Elements: the small ones always, the others while they are in use or soon will be."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    small = sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
+    return small + min(sum(sizes) - small, LIVE_ELEMENTS)
+
+
+def _buckets(shapes: Shapes, sharding: Sharding, item: int, elements: int) -> float:
+    """Stages 1 and 2 fill one bucket while the other travels (overlap_comm); stage 3 has one."""
+    if sharding.stage == 0:
+        return float(min(count(shapes), ALL_REDUCE_ELEMENTS) * item) if sharding.ranks > 1 else 0.0
+    if sharding.stage is None:  # DDP's buckets are the gradients themselves: gradient_as_bucket_view
+        return 0.0
+    largest = max(math.prod(shape) for shape in shapes.values()) if sharding.offload_optimizer else 0
+    return float((elements * (1 if sharding.stage == 3 else 2) + largest) * item)

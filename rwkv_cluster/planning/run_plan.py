@@ -1,0 +1,162 @@
+"""A configuration -> everything that is known about its run before it starts. Reads the manifest, writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.manifest import DataManifest, load_manifest
+from rwkv_cluster.disk import free_bytes
+from rwkv_cluster.errors import MissingDataError
+from rwkv_cluster.flops import FlopsPerToken, flops_per_token
+from rwkv_cluster.model.parameter_shapes import Shapes, by_part, count, parameter_shapes, trained
+from rwkv_cluster.planning.activations import Kernels
+from rwkv_cluster.planning.assumptions import Assumptions
+from rwkv_cluster.planning.fitting import change, needed, shardings
+from rwkv_cluster.planning.length import Length, learning_rates, length
+from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
+from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES, Sharding
+from rwkv_cluster.tokenizer import build_tokenizer
+from rwkv_cluster.train.room import checkpoint_bytes, weights_bytes
+from rwkv_cluster.train.vocabulary_size import with_vocabulary
+from rwkv_cluster.workdir import WorkDir
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting in the table of memory. fits: None where no GPU was named."""
+
+    setting: Setting
+    memory: Memory
+    is_configured: bool
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes. checkpoints: those that are kept and the one being written. exports: .pth files, None where unknown."""
+
+    checkpoint: int
+    weights: int
+    checkpoints: int
+    exports: int | None
+    data: int | None
+    free: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """config: with the vocabulary's size. seconds, tokens_per_s: None where no speed was given, or no end is known.
+
+    to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
+    host_copy: bytes that a rank needs in the host's memory while a checkpoint is written in the background.
+    """
+
+    config: Config
+    assumptions: Assumptions
+    shapes: Shapes
+    flops: FlopsPerToken
+    length: Length
+    learning_rates: dict[int, float]
+    kernels: Kernels
+    rows: list[Row]
+    to_fit: Setting | None
+    host_copy: float
+    disk: Disk
+    tokens_per_s: float | None
+    seconds: float | None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parameters by part."""
+        return by_part(self.shapes)
+
+    @property
+    def configured(self) -> Row:
+        """The row of the configuration itself."""
+        return next(row for row in self.rows if row.is_configured)
+
+
+def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
+    """Raises ConfigError or DataError for a configuration that could not run."""
+    work = WorkDir(config.work_dir)
+    manifest = _manifest(work)
+    config = with_vocabulary(config, _vocabulary(config, manifest))
+    model, training = config.model, config.training
+    assert model.vocab_size is not None
+    shapes = parameter_shapes(model, model.vocab_size)
+    run = length(config, assumptions.ranks, manifest)
+    kernels = Kernels.of(training, model, "cpu" if training.accelerator == "cpu" else "cuda")
+    memory_model = MemoryModel(model, model.vocab_size, training, kernels)
+    sharding = Sharding.of(training, assumptions.ranks)
+    configured = Setting(sharding, bool(training.grad_cp), training.micro_bsz, run.accumulate > 1)
+    gpu_bytes = None if assumptions.gpu_memory_gb is None else assumptions.gpu_memory_gb * 1e9
+    flops = flops_per_token(model)
+    speed = _speed(assumptions, flops)
+    tokens = run.horizon.total_steps * run.tokens_per_step if run.horizon else None
+    return RunPlan(
+        config=config,
+        assumptions=assumptions,
+        shapes=shapes,
+        flops=flops,
+        length=run,
+        learning_rates=learning_rates(config, run),
+        kernels=kernels,
+        rows=_rows(memory_model, configured, gpu_bytes),
+        to_fit=None if gpu_bytes is None else change(memory_model, configured, gpu_bytes),
+        host_copy=3 * FP32 * count(trained(shapes)) / (assumptions.ranks if sharding.stage else 1),
+        disk=_disk(config, work, shapes, assumptions.ranks, run, manifest),
+        tokens_per_s=speed,
+        seconds=tokens / speed if tokens is not None and speed is not None else None,
+    )
+
+
+def _manifest(work: WorkDir) -> DataManifest | None:
+    """What `prepare` has left; None where it has not run. Raises DataError where that is damaged."""
+    try:
+        return load_manifest(work.data)
+    except MissingDataError:
+        return None
+
+
+def _vocabulary(config: Config, manifest: DataManifest | None) -> int:
+    return manifest.vocab_size if manifest else int(build_tokenizer(config.data.tokenizer).vocab_size)
+
+
+def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> list[Row]:
+    """Every sharding, with and without checkpointing, at the configured micro batch."""
+    listed = shardings(configured.sharding.ranks, memory_model.training.precision)
+    if configured.sharding not in listed:  # parameters offloaded without the optimizer
+        listed.append(configured.sharding)
+    rows = []
+    for setting in (replace(configured, sharding=one, grad_cp=cp) for one in listed for cp in (False, True)):
+        memory = memory_model.memory(setting)
+        fits = None if gpu_bytes is None else needed(memory) <= gpu_bytes
+        rows.append(Row(setting, memory, setting == configured, fits))
+    return rows
+
+
+def _disk(
+    config: Config, work: WorkDir, shapes: Shapes, ranks: int, run: Length, manifest: DataManifest | None
+) -> Disk:
+    checkpoint = checkpoint_bytes(shapes, ranks)
+    weights = weights_bytes(shapes, ITEM_BYTES[config.training.precision])
+    exports = None
+    if run.epochs is not None:  # rwkv-init, rwkv-final, each epoch that epoch_save names, and the last
+        exports = 2 + -(-int(-(-run.epochs // 1)) // config.training.epoch_save)
+    existing = next(folder for folder in (work.root, *work.root.parents) if folder.exists())
+    return Disk(
+        checkpoint=checkpoint,
+        weights=weights,
+        checkpoints=(config.checkpoint.keep_last + 1) * checkpoint,
+        exports=None if exports is None else exports * weights,
+        data=sum(record.bytes for record in manifest.files.values()) if manifest else None,
+        free=free_bytes(existing),
+    )
+
+
+def _speed(assumptions: Assumptions, flops: FlopsPerToken) -> float | None:
+    """Tokens per second of all ranks; by MFU: its share of the ranks' peak over 6 N."""
+    if assumptions.mfu is None or assumptions.peak_tflops is None:
+        return assumptions.tokens_per_s
+    return assumptions.mfu * assumptions.peak_tflops * 1e12 * assumptions.ranks / flops.six_n
