@@ -42,6 +42,8 @@ CONFIG_VERBS = ("plan", "prepare", "init", "train", "launch", "eval", "consolida
 RANK_VERBS = ("prepare", "train")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
 
+PROFILE_STEPS = 5  # of `train --profile` without a number
+
 INTERRUPTED = 130  # as a shell reports SIGINT
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 
@@ -169,6 +171,14 @@ def build_parser() -> argparse.ArgumentParser:
     by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")
     by_verb["logs"].add_argument("--rank", type=int, metavar="N", help="only what this rank says")
     by_verb["cancel"].add_argument("--now", action="store_true", help="without waiting for a checkpoint")
+    by_verb["train"].add_argument(
+        "--profile",
+        type=_profile_steps,
+        nargs="?",
+        const=PROFILE_STEPS,
+        metavar="STEPS",
+        help="see logging.profile_steps; default 5",
+    )
     by_verb["init"].add_argument("--force", action="store_true", help="replace weights that exist")
     by_verb["eval"].add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
     by_verb["consolidate"].add_argument("--step", type=int, metavar="N", help="of the checkpoint; default the newest")
@@ -185,6 +195,13 @@ def build_parser() -> argparse.ArgumentParser:
     by_verb["bench"].add_argument("what", metavar="{data,wkv,step,ddp}", choices=("data", "wkv", "step", "ddp"))
     by_verb["bench"].epilog = "Further arguments go to the benchmark."
     return parser
+
+
+def _profile_steps(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps. Write CONFIG before it") from None
 
 
 def _unknown_option(argument: str, verb: str) -> str:

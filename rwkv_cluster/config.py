@@ -333,12 +333,23 @@ class GuardConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Records of a run. `logs/metrics.jsonl`, `logs/metrics.csv` and `out/train_log.txt` are always written."""
+    """Records of a run, which are written always but for a profile: docs/metrics.md describes them."""
 
     log_interval_steps: int = Field(
-        10, ge=1, description="a progress line every this many steps when not on a terminal"
+        10, ge=1, description="a line in logs/train.log every this many steps, and on stderr where that is no terminal"
     )
     progress_bar: bool = Field(True, description="progress bar on a terminal")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="peak of each rank's device in 10^12 operations per second, for MFU and HFU; default: of GPUs in "
+        "rwkv_cluster/gpus.py in 16 bits, none elsewhere",
+    )
+    profile_steps: int = Field(
+        0,
+        ge=0,
+        description="take a profile of this many steps, once the first three of a session are over, into logs/profile/",
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard events (extra: tensorboard)")
     wandb_project: str | None = Field(None, description="also log to this Weights & Biases project (extra: wandb)")
     sample_prompt: str | None = Field(

@@ -54,6 +54,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         return manage(options)
     if options.verb == "launch" and options.target:
         overrides = [*overrides, f"--launch.target={options.target}"]
+    if options.verb == "train" and options.profile is not None:
+        overrides = [*overrides, f"--logging.profile_steps={options.profile}"]
     found = find_config(options.config, overrides)
     if found.notice:
         logger.info(found.notice)

@@ -5,7 +5,7 @@ A final path is never written in place: files and directories appear whole, by r
 
     data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
-    logs/      metrics.jsonl metrics.csv events.jsonl
+    logs/      metrics.jsonl metrics.csv events.jsonl train.log events/rank-<N>.jsonl profile/
     configs/   config.json config.yaml (what the last run used)
 """
 
@@ -133,6 +133,21 @@ class WorkDir:
     def events(self) -> Path:
         """History of the run, see `rwkv_cluster.train.events`."""
         return self.logs / "events.jsonl"
+
+    @property
+    def rank_events(self) -> Path:
+        """Where each rank's time goes, see `rwkv_cluster.train.rank_events`."""
+        return self.logs / "events"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of torch's profiler and their tables, see `rwkv_cluster.train.profile`."""
+        return self.logs / "profile"
+
+    @property
+    def train_log(self) -> Path:
+        """What the package has said, with the time."""
+        return self.logs / "train.log"
 
     @property
     def ranks(self) -> Path:

@@ -22,30 +22,18 @@ from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeGuard
+from rwkv_cluster.train.loggers import log_metrics
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.profile import StepProfile
 from rwkv_cluster.train.progress import Progress
+from rwkv_cluster.train.rank_events import RankEvents
 from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.train.step_timer import StepTimer
+from rwkv_cluster.train.throughput import Utilization
 from rwkv_cluster.workdir import WorkDir
-
-
-class StepClock(Callback):
-    """Seconds that an optimizer step took, from its first micro batch; pauses between steps do not count."""
-
-    def __init__(self) -> None:
-        self._started: float | None = None
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
-        if self._started is None:
-            self._started = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds of the step that has just ended."""
-        assert self._started is not None
-        seconds, self._started = time.perf_counter() - self._started, None
-        return seconds
 
 
 class EpochMean:
@@ -70,7 +58,9 @@ class Bookkeeping(Callback):
     """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
-    without validation. As a context manager it closes the files it writes.
+    without validation. use: None where the devices' peak is not known. profile: None without one. logged_step: up to
+    where an earlier session has logged the same numbers, see `train.loggers`. As a context manager it closes the files
+    it writes.
     """
 
     def __init__(
@@ -80,10 +70,14 @@ class Bookkeeping(Callback):
         horizon: Horizon,
         *,
         identity: dict[str, Any],
-        clock: StepClock,
+        timer: StepTimer,
         stop_request: StopRequest,
         records: Records | None,
+        rank_events: RankEvents,
         progress: Progress | None,
+        use: Utilization | None,
+        profile: StepProfile | None,
+        logged_step: int,
         val_tokens: IndexedTokens | None,
         epoch_mean: EpochMean,
         start_epoch: int,
@@ -102,10 +96,14 @@ class Bookkeeping(Callback):
         self._work = work
         self._horizon = horizon
         self._identity = identity
-        self._clock = clock
+        self._timer = timer
         self._stop_request = stop_request
         self._records = records
+        self._rank_events = rank_events
         self._progress = progress
+        self._use = use
+        self._profile = profile
+        self._logged_step = logged_step
         self._val_tokens = val_tokens
         self._epoch_mean = epoch_mean
         self._start_epoch = start_epoch
@@ -122,7 +120,7 @@ class Bookkeeping(Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._saver.abandon()
-        for writer in (self._records, self._progress):
+        for writer in (self._profile, self._records, self._rank_events, self._progress):
             if writer is not None:
                 writer.close()
 
@@ -136,6 +134,8 @@ class Bookkeeping(Callback):
         assert isinstance(module, TrainingModule)
         if self._random_states is not None:
             random_state.restore(self._random_states, rank())
+        if self._profile is not None:
+            self._profile.begin(module.step)
         distributed.fault_point("train.step", step=module.step)
 
     def on_train_batch_end(
@@ -147,16 +147,26 @@ class Bookkeeping(Callback):
         result, module.result = module.result, None
         module.step += 1
         distributed.fault_point("train.step", step=module.step)
-        if module.all_written:
-            self._saver.finish()
-        self._finish_step(module, result, self._clock.lap())
+        with self._timer.phase("other"):
+            if module.all_written:
+                with self._timer.phase("save"):
+                    self._saver.finish()
+            self._finish_step(module, result)
+            if self._profile is not None:
+                with self._timer.phase("profile"):
+                    self._profile.step()
         trainer.should_stop = module.should_stop
 
-    def _finish_step(self, module: TrainingModule, result: StepResult, seconds: float) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._rank_events.settle()
+        if self._profile is not None:
+            self._profile.end()
+
+    def _finish_step(self, module: TrainingModule, result: StepResult) -> None:
         self.last_loss = result.loss
         self.spike = self._guard.see(result.step, result.loss)
         if self.spike is not None:
-            self._record(module, result, seconds, None)
+            self._record(module, result, None)
             self._saver.finish()
             module.should_stop = True
             return
@@ -168,48 +178,56 @@ class Bookkeeping(Callback):
 
         val_loss = None
         if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
-            self.last_val = evaluate(
-                module.trainer.strategy.model or module,
-                self._val_tokens,
-                ctx_len=self._config.model.ctx_len,
-                batch_size=training.micro_bsz,
-                max_tokens=training.val_max_tokens,
-                device=module.device,
-            )
+            with self._timer.phase("eval"):
+                self.last_val = evaluate(
+                    module.trainer.strategy.model or module,
+                    self._val_tokens,
+                    ctx_len=self._config.model.ctx_len,
+                    batch_size=training.micro_bsz,
+                    max_tokens=training.val_max_tokens,
+                    device=module.device,
+                )
             val_loss = self.last_val.loss
             self._events.add("validation", module.step, loss=val_loss, n_tokens=self.last_val.n_tokens)
             self.improvement = self.improvement.after(val_loss, training.early_stop_min_delta)
             if self.improvement.ends(training.early_stop_patience) and not run_ends:
                 self._events.add("early_stop", module.step, **vars(self.improvement))
                 run_ends = module.should_stop = True
-        self._record(module, result, seconds, val_loss)
-        if epoch_ends:
-            self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
-        if run_ends:
-            self._export(module, "final")
-        session_ends = run_ends or module.should_stop
-        due = module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends)
-        if session_ends or (due and not self._guard.suspects):
-            self._save(module, at_once=session_ends or not self._saver.background)
+        self._record(module, result, val_loss)
+        with self._timer.phase("save"):
+            if epoch_ends:
+                self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
+            if run_ends:
+                self._export(module, "final")
+            session_ends = run_ends or module.should_stop
+            due = module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends)
+            if session_ends or (due and not self._guard.suspects):
+                self._rank_events.settle()  # every line up to a checkpoint's step is there before the checkpoint is
+                self._save(module, at_once=session_ends or not self._saver.background)
 
-    def _record(self, module: TrainingModule, result: StepResult, seconds: float, val_loss: float | None) -> None:
+    def _record(self, module: TrainingModule, result: StepResult, val_loss: float | None) -> None:
+        lap = self._timer.lap()
+        self._rank_events.add(module.step, lap)
+        tokens_per_s = module.plan.tokens_per_step / lap.training_s
         record = StepRecord(
             step=module.step,
             loss=result.loss,
             grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
             lr=result.lr,
             tokens=module.step * module.plan.tokens_per_step,
-            tokens_per_s=module.plan.tokens_per_step / seconds,
+            tokens_per_s=tokens_per_s,
             memory_mb=peak_memory_mb(module.device),
             val_loss=val_loss,
             save_wait_s=self._saver.take_waited_s() or None,
+            mfu=self._use.mfu(tokens_per_s) if self._use else None,
+            hfu=self._use.hfu(tokens_per_s) if self._use else None,
         )
         if self._records is not None:
             self._records.step(record)
         if self._progress is not None:
-            self._progress.show(record)
-        for logger in module.loggers:
-            logger.log_metrics(record.metrics(), step=module.step)
+            self._progress.show(record, self._saver.committed_step)
+        if self._records is not None:
+            log_metrics(module.loggers, record.metrics(), module.step, self._logged_step)
 
     def _end_epoch(self, module: TrainingModule, epoch: int, lr: float, *, run_ends: bool) -> None:
         mean = self._epoch_mean.take()

@@ -21,18 +21,20 @@ from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import strategy
-from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean, StepClock
+from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.distributed import fault_point, leaving_group
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeGuard
-from rwkv_cluster.train.loggers import loggers
+from rwkv_cluster.train.loggers import finishing, loggers
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.profile import StepProfile
 from rwkv_cluster.train.progress import Progress
+from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
 from rwkv_cluster.train.records import Records
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
@@ -40,7 +42,9 @@ from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
+from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import Placement
+from rwkv_cluster.train.throughput import utilization
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 
@@ -119,8 +123,9 @@ def _train(
     _write_config(session)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    clock = StepClock()
-    bookkeeping = _bookkeeping(session, clock, stop_request, shapes, events)
+    profile = _profile(session) if begins else None
+    timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
+    bookkeeping = _bookkeeping(session, timer, profile, stop_request, shapes, events, begins=begins)
     module = TrainingModule(
         model,
         config.training,
@@ -134,9 +139,11 @@ def _train(
         _tell_begin(session, events)
     with events.telling_the_end(lambda: module.step):
         with bookkeeping, _quiet_lightning():
-            _trainer(session, [SettledBuckets(), NetworkCheck(), clock, bookkeeping, OrderlyEnd(), *callbacks]).fit(
-                module, datamodule=_data(session)
+            trainer = _trainer(
+                session, [SettledBuckets(), NetworkCheck(), timer, bookkeeping, OrderlyEnd(), *callbacks]
             )
+            with finishing(trainer.loggers):
+                trainer.fit(module, datamodule=_data(session))
         return _ended(session, module, bookkeeping, stop_request)
 
 
@@ -196,7 +203,14 @@ def _tell_begin(session: Session, events: Events) -> None:
 
 
 def _bookkeeping(
-    session: Session, clock: StepClock, stop_request: StopRequest, shapes: Shapes, events: Events
+    session: Session,
+    timer: StepTimer,
+    profile: StepProfile | None,
+    stop_request: StopRequest,
+    shapes: Shapes,
+    events: Events,
+    *,
+    begins: bool,
 ) -> Bookkeeping:
     config, found = session.config, session.found
     start_epoch = session.horizon.epoch_of(session.start_step)
@@ -211,15 +225,21 @@ def _bookkeeping(
         if is_rank_0
         else None
     )
+    if is_rank_0:
+        rewind_absent(session.work.rank_events, session.placement.world_size, session.start_step)
     return Bookkeeping(
         config,
         session.work,
         session.horizon,
         identity=session.identity,
-        clock=clock,
+        timer=timer,
         stop_request=stop_request,
         records=records,
+        rank_events=RankEvents(session.work.rank_events, rank(), session.start_step),
         progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
+        use=utilization(config, session.placement),
+        profile=profile,
+        logged_step=records.recorded_step if records and begins else session.start_step,
         val_tokens=session.val_tokens(),
         epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
         start_epoch=start_epoch,
@@ -241,6 +261,12 @@ def _bookkeeping(
 def _reach_steps(guard: GuardConfig) -> int:
     """How old a checkpoint has to be for a rollback."""
     return guard.spike_lead_steps + guard.spike_patience_steps if guard.on_spike == "rollback" else 0
+
+
+def _profile(session: Session) -> StepProfile | None:
+    n_steps = session.config.logging.profile_steps
+    on_cuda = session.placement.accelerator == "cuda"
+    return StepProfile(session.work.profile, n_steps, on_cuda=on_cuda) if n_steps else None
 
 
 def _saves_in_background(config: Config, placement: Placement) -> bool:
@@ -266,7 +292,7 @@ def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
         max_epochs=1,
         accumulate_grad_batches=session.accumulate,
         callbacks=callbacks,
-        logger=loggers(session.config.logging, session.work),
+        logger=loggers(session.config.logging, session.work, session.start_step),
         default_root_dir=session.work.root,
         log_every_n_steps=1,
         limit_val_batches=0,

@@ -1,22 +1,35 @@
-"""Lightning's own loggers, where the configuration asks for them. A missing package is said before the run starts."""
+"""Lightning's own loggers, where the configuration asks for them. What they lack is said before the run starts.
+
+A resumed run shows each step once. TensorBoard is told to forget the steps that come again; Weights & Biases, which
+forgets nothing, is not given again what an earlier session has given it, and which is the same to the bit. After a
+rollback it has the steps that were given up and those in their place.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from lightning_fabric.loggers import Logger as AnyLogger
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rwkv_cluster.config import LoggingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.workdir import WorkDir
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.workdir import WorkDir, atomic_write
 
 
 def require_packages(logging_config: LoggingConfig) -> None:
-    """Raises ConfigError when a logger that was asked for is not installed."""
+    """Raises ConfigError when a logger that was asked for is not installed, or would ask for an account."""
     if logging_config.tensorboard:
         _require("tensorboard", "logging.tensorboard")
     if logging_config.wandb_project is not None:
         _require("wandb", "logging.wandb_project")
+        _require_wandb_account()
 
 
 def _require(package: str, field: str) -> None:
@@ -27,11 +40,56 @@ def _require(package: str, field: str) -> None:
         )
 
 
-def loggers(logging_config: LoggingConfig, work: WorkDir) -> list[Logger]:
-    """The loggers of a run; empty when none is asked for."""
+def _require_wandb_account() -> None:
+    if os.environ.get("WANDB_MODE", "online") != "online" or rank() != 0:
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ConfigError(
+            "logging.wandb_project is set, but Weights & Biases finds no API key on this machine. Run `wandb login`, "
+            "or set WANDB_MODE=offline and send the run later with `wandb sync`, or remove logging.wandb_project"
+        )
+
+
+def loggers(logging_config: LoggingConfig, work: WorkDir, start_step: int) -> list[Logger]:
+    """The loggers of a session that continues after `start_step`; empty when none is asked for."""
     chosen: list[Logger] = []
     if logging_config.tensorboard:
-        chosen.append(TensorBoardLogger(save_dir=work.logs, name="tensorboard", version=""))
+        chosen.append(TensorBoardLogger(save_dir=work.logs, name="tensorboard", version="", purge_step=start_step + 1))
     if logging_config.wandb_project is not None:
-        chosen.append(WandbLogger(project=logging_config.wandb_project, save_dir=work.logs, resume="allow"))
+        run_id = _wandb_id(work.logs / "wandb-id") if rank() == 0 else None
+        chosen.append(WandbLogger(project=logging_config.wandb_project, save_dir=work.logs, id=run_id))
     return chosen
+
+
+def _wandb_id(path: Path) -> str:
+    """Of all sessions of the run, drawn by the first of them."""
+    if not path.exists():
+        atomic_write(path, uuid.uuid4().hex[:12].encode())
+    return path.read_text().strip()
+
+
+def log_metrics(loggers: Sequence[AnyLogger], metrics: Mapping[str, float], step: int, logged_step: int) -> None:
+    """Give every logger the metrics of `step`. logged_step: up to where an earlier session has done so. On rank 0."""
+    for logger in loggers:
+        if step > logged_step or not isinstance(logger, WandbLogger):
+            logger.log_metrics(dict(metrics), step=step)
+
+
+@contextmanager
+def finishing(loggers: Sequence[AnyLogger]) -> Iterator[None]:
+    """Weights & Biases has everything after the block, and the process is free for another run."""
+    try:
+        yield
+    except BaseException:
+        _finish_wandb(loggers, exit_code=1)
+        raise
+    _finish_wandb(loggers, exit_code=0)
+
+
+def _finish_wandb(loggers: Sequence[AnyLogger], exit_code: int) -> None:
+    if rank() == 0 and any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish(exit_code)

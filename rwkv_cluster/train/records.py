@@ -11,21 +11,22 @@ import datetime
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rwkv_cluster.disk import writing
-from rwkv_cluster.workdir import WorkDir, atomic_write
+from rwkv_cluster.workdir import WorkDir, atomic_write, atomic_writer
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """One line of metrics. step: steps done, from 1. grad_norm: None where fp16 skipped the update.
 
-    tokens: seen so far. memory_mb: peak of this process. save_wait_s: seconds that training has waited for checkpoints
-    since the step before.
+    tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
+    of this process. save_wait_s: seconds that training has waited for checkpoints since the step before. mfu, hfu:
+    shares of the devices' peak, see `train.throughput`; None where that is not known. docs/metrics.md says it all.
     """
 
     step: int
@@ -37,6 +38,8 @@ class StepRecord:
     memory_mb: float
     val_loss: float | None = None
     save_wait_s: float | None = None
+    mfu: float | None = None
+    hfu: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that this step has, by name."""
@@ -47,7 +50,10 @@ COLUMNS = tuple(field.name for field in fields(StepRecord))
 
 
 class Records:
-    """Appends to the record files of a work directory. Only rank 0 has one."""
+    """Appends to the record files of a work directory. Only rank 0 has one.
+
+    recorded_step: the last that an earlier session has recorded, whether or not a checkpoint holds it.
+    """
 
     def __init__(self, work: WorkDir, *, start_step: int, start_epoch: int, header: str) -> None:
         self._jsonl_path = work.logs / "metrics.jsonl"
@@ -58,23 +64,26 @@ class Records:
         self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
 
     def _open(self, start_step: int, start_epoch: int) -> None:
-        _keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
-        _keep_lines(self._csv_path, lambda line: line.startswith(COLUMNS[0]) or int(line.split(",")[0]) <= start_step)
-        _keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
-        new_csv = not self._csv_path.exists() or self._csv_path.stat().st_size == 0
+        self.recorded_step = _last_step(self._jsonl_path)
+        keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
+        keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
+        self._rewrite_csv()
         self._jsonl = open(self._jsonl_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()
         self._csv = open(self._csv_path, "a", encoding="utf-8", buffering=1, newline="")  # noqa: SIM115
-        if new_csv:
-            self._csv.write(",".join(COLUMNS) + "\n")
+
+    def _rewrite_csv(self) -> None:
+        """From the JSON lines: what an earlier version wrote may have other columns."""
+        with atomic_writer(self._csv_path) as file:
+            file.write((",".join(COLUMNS) + "\n").encode())
+            for line in _lines(self._jsonl_path):
+                file.write(_csv_row(json.loads(line)).encode())
 
     def step(self, record: StepRecord) -> None:
         """Raises CheckpointError, as `epoch` does, when the disk refuses the line."""
         values = record.metrics()
-        row = io.StringIO()
-        csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in COLUMNS)
         for path, file, line in (
             (self._jsonl_path, self._jsonl, json.dumps(values) + "\n"),
-            (self._csv_path, self._csv, row.getvalue()),
+            (self._csv_path, self._csv, _csv_row(values)),
         ):
             with writing(path, len(line)):
                 file.write(line)
@@ -96,14 +105,36 @@ class Records:
                 file.close()
 
 
-def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
+def _csv_row(values: Mapping[str, float]) -> str:
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in COLUMNS)
+    return row.getvalue()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file that may not be there. A line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _last_step(path: Path) -> int:
+    """Highest step of a file of metrics; 0 when there is none."""
+    for line in reversed(_lines(path)):
+        with suppress(ValueError, KeyError):
+            return int(json.loads(line)["step"])
+    return 0
+
+
+def keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
     """Rewrite `path` with the lines that are `wanted`. A line cut short by a kill is dropped."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in _lines(path):
         try:
-            if line.endswith("\n") and wanted(line):
+            if wanted(line):
                 kept.append(line)
         except (ValueError, KeyError, IndexError):
             continue

@@ -18,6 +18,7 @@ from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
 from rwkv_cluster.train.attendance import Attendance
 from rwkv_cluster.train.fit import TrainResult, fit
+from rwkv_cluster.train.log_file import log_file
 from rwkv_cluster.train.loggers import require_packages
 from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
@@ -93,10 +94,11 @@ def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
         work.create()
         with work.lock():
             roll_call.forget_earlier_runs()
-            for folder in (work.out, work.checkpoints, work.logs, work.configs):
+            for folder in (work.out, work.checkpoints, work.logs, work.rank_events, work.profile, work.configs):
                 remove_temporaries(folder)
             (work.root / "STOP").unlink(missing_ok=True)
-            yield roll_call
+            with log_file(work.train_log):
+                yield roll_call
 
 
 def _obtain_data(

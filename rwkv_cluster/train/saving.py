@@ -65,6 +65,8 @@ class Saver:
     ) -> None:
         self.waited_s = 0.0
         """Seconds that training has waited for saving since `take_waited_s` was called last."""
+        self.committed_step: int | None = None
+        """Of the newest checkpoint that this session has committed."""
         self._directory = directory
         self._keep_last = keep_last
         self._reach_steps = reach_steps
@@ -120,6 +122,7 @@ class Saver:
         if fault is not None:
             raise CheckpointError(fault)
         self._count_wait(part, began)
+        self.committed_step = part.step
         if rank() == 0:
             log.info("checkpoint of step %d is saved; training waited %.2f s for it", part.step, part.waited_s)
             path = checkpoint.checkpoint_path(self._directory, part.step)

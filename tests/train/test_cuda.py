@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -61,3 +62,24 @@ def test_continues_exactly(precision: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv(FAULT_VARIABLE)
     train(configs[1])
     assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
+
+
+def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path: Path) -> None:
+    results = []
+    for name, steps in (("plain", 0), ("profiled", 3)):
+        (tmp_path / name).mkdir()
+        training = {"accelerator": "cuda", "precision": "bf16", "grad_cp": 1}
+        logging = {"profile_steps": steps, "peak_tflops": 1000.0}
+        train(tiny_config(tmp_path / name, training=training, logging=logging))
+        results.append(fingerprint(tmp_path / name / "work"))
+        logs = tmp_path / name / "work/logs"
+        lines = [json.loads(line) for line in (logs / "events/rank-0.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 9))
+        assert all(line[part] > 0 for line in lines for part in ("forward_s", "backward_s", "optimizer_s"))
+        records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+        assert all(0 < record["mfu"] < record["hfu"] < 1 for record in records)
+    assert results[0] == results[1]
+    profile = json.loads((tmp_path / "profiled/work/logs/profile/rank-0.json").read_text())
+    assert sum(profile["parts_s"].values()) == pytest.approx(profile["whole_s"])
+    assert all(profile["parts_s"][part] > 0 for part in ("WKV", "matmul", "forward", "backward", "loss", "optimizer"))
+    assert 0 < profile["busy"] <= 1

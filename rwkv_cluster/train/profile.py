@@ -1,0 +1,116 @@
+"""`train --profile`: a trace of a few steps by torch's profiler, and a table of where their time goes, on each rank.
+
+`logs/profile/rank-<N>.trace.json.gz` opens in https://ui.perfetto.dev and in chrome://tracing; `rank-<N>.json` and
+`rank-<N>.txt` are what `rwkv_cluster.train.trace` finds in it. The profiler watches and changes nothing: the weights
+are the same to the bit. Steps under it are slower, by what it costs to note every operation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import profiler
+
+from rwkv_cluster.disk import writing
+from rwkv_cluster.ranks import rank
+from rwkv_cluster.train.trace import Breakdown, break_down, read_trace
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write
+
+log = logging.getLogger("rwkv_cluster")
+
+SKIPPED_STEPS = 2  # which load kernels, compile, and fill caches
+WARM_UP_STEPS = 1  # of the profiler itself
+
+
+class StepProfile:
+    """Profiles `n_steps` of a session into `folder`, or as many as it still has after its first three."""
+
+    def __init__(self, folder: Path, n_steps: int, *, on_cuda: bool) -> None:
+        activities = [profiler.ProfilerActivity.CPU]
+        activities += [profiler.ProfilerActivity.CUDA] if on_cuda else []
+        schedule = profiler.schedule(wait=SKIPPED_STEPS, warmup=WARM_UP_STEPS, active=n_steps, repeat=1)
+        self._folder = folder
+        self._on_cuda = on_cuda
+        self._n_steps = n_steps
+        self._done = 0
+        self._first_step = 0
+        self._wanted = True
+        self._profiler: profiler.profile | None = profiler.profile(
+            activities=activities, schedule=schedule, on_trace_ready=self._write
+        )
+
+    def begin(self, step: int) -> None:
+        """At the beginning of the session, after `step` steps of the run."""
+        self._first_step = step + SKIPPED_STEPS + WARM_UP_STEPS + 1
+        if self._profiler is not None:
+            self._profiler.start()
+
+    def step(self) -> None:
+        """After each of the session's steps. Writes the profile after the last that belongs to it."""
+        self._done += 1
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def end(self) -> None:
+        """Write what there is, where the session ends before the last step that was asked for."""
+        if self._profiler is None:
+            return
+        self._stop()
+        if self._wanted and rank() == 0:
+            log.warning(
+                "no step was profiled: this session has ended before its step %d",
+                SKIPPED_STEPS + WARM_UP_STEPS + 1,
+            )
+
+    def close(self) -> None:
+        """Leave a profile under way."""
+        self._wanted = False
+        self._stop()
+
+    def _stop(self) -> None:
+        active, self._profiler = self._profiler, None
+        if active is not None:
+            active.stop()
+
+    def _write(self, finished: profiler.profile) -> None:
+        n_steps = min(self._done - SKIPPED_STEPS - WARM_UP_STEPS, self._n_steps)
+        if not self._wanted or n_steps < 1:
+            return
+        self._wanted = False
+        path = self._folder / f"rank-{rank()}.trace.json.gz"
+        temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+        with writing(path, 0):
+            self._folder.mkdir(exist_ok=True)
+            finished.export_chrome_trace(str(temporary))
+            temporary.replace(path)
+        self._tell(path, n_steps)
+
+    def _tell(self, path: Path, n_steps: int) -> None:
+        found = break_down(read_trace(path), n_steps)
+        last = self._first_step + n_steps - 1
+        where = f"steps {self._first_step} to {last} on rank {rank()}"
+        facts = {"first_step": self._first_step, "last_step": last, "rank": rank(), **asdict(found)}
+        text = f"{table(found, where)}\ntrace {path}\n"
+        for name, content in ((f"rank-{rank()}.json", json.dumps(facts) + "\n"), (f"rank-{rank()}.txt", text)):
+            with writing(self._folder / name, len(content)):
+                atomic_write(self._folder / name, content.encode())
+        if self._on_cuda and found.busy is None:
+            log.warning("rank %d: the profiler has seen no work of the GPU; the table is of the host's time", rank())
+        if rank() == 0:
+            log.info(text.rstrip("\n"))
+
+
+def table(found: Breakdown, where: str) -> str:
+    """The parts, for a person."""
+    step_ms = 1e3 / found.n_steps
+    head = f"profile of {where}: {step_ms * found.wall_s:.2f} ms a step"
+    if found.busy is not None:
+        head += f", of the GPU {step_ms * found.whole_s:.2f} ms, which is busy {100 * found.busy:.1f} % of the time"
+    lines = [head]
+    for part, share in found.shares.items():
+        bar = "#" * round(40 * share)
+        lines.append(f"{part:14}{step_ms * found.parts_s[part]:10.3f} ms {100 * share:6.1f} %  {bar}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Where each rank's time goes, step by step: `logs/events/rank-<N>.jsonl`, written by every rank for itself.
+
+A rank that waits for another, for its data or for the disk is seen by comparing these files. What the numbers mean is
+in `rwkv_cluster.train.step_timer`. A resumed run drops the lines of steps that it repeats, as from `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rwkv_cluster.disk import writing
+from rwkv_cluster.train.records import keep_lines
+from rwkv_cluster.train.step_timer import Lap
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """One line. step: steps done, from 1. Seconds, of all the step's micro batches.
+
+    eval_s: of the validation after this step. save_s: of what was saved after the step before it, as `save_wait_s`
+    in the metrics: this line is on the disk before the checkpoint of its step is.
+    """
+
+    step: int
+    data_s: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    save_s: float
+    eval_s: float
+
+    @classmethod
+    def of(cls, step: int, lap: Lap) -> StepParts:
+        """To the microsecond. Waits for a device that has not done the step."""
+        seconds = {f"{phase}_s": round(value, 6) for phase, value in lap.phases_s().items()}
+        return cls(step=step, **{field.name: seconds[field.name] for field in fields(cls) if field.name != "step"})
+
+
+class RankEvents:
+    """Appends to one rank's file. folder: `WorkDir.rank_events`."""
+
+    def __init__(self, folder: Path, rank: int, start_step: int) -> None:
+        self._path = rank_file(folder, rank)
+        self._pending: tuple[int, Lap] | None = None
+        with writing(self._path, 0):
+            folder.mkdir(exist_ok=True)
+            _rewind(self._path, start_step)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()
+
+    def add(self, step: int, lap: Lap) -> None:
+        """On CUDA the line is written with the next step's. Raises CheckpointError when the disk refuses a line."""
+        self.settle()
+        self._pending = (step, lap)
+        if not lap.spans:
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what is still to be written; waits for the device where that is of the step that has just ended."""
+        if self._pending is None:
+            return
+        line = json.dumps(asdict(StepParts.of(*self._pending))) + "\n"
+        self._pending = None
+        with writing(self._path, len(line)):
+            self._file.write(line)
+
+    def close(self) -> None:
+        with suppress(OSError):  # lines are written at once: what is left is one that the disk has refused
+            self._file.close()
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.jsonl"
+
+
+def rewind_absent(folder: Path, world_size: int, start_step: int) -> None:
+    """Drop later steps' lines of ranks that this session does not have: an earlier one had more. For rank 0."""
+    for path in folder.glob("rank-*.jsonl"):
+        found = re.fullmatch(r"rank-(\d+)\.jsonl", path.name)
+        if found and int(found[1]) >= world_size:
+            _rewind(path, start_step)
+
+
+def _rewind(path: Path, start_step: int) -> None:
+    keep_lines(path, lambda line: json.loads(line)["step"] <= start_step)
