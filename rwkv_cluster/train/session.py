@@ -14,7 +14,7 @@ from rwkv_cluster.config import Config, ModelConfig
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
-from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.kernels import fused, ops
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
