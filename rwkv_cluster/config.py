@@ -330,6 +330,12 @@ class GuardConfig(Section):
         description="rollback: the samples of so many steps before the spike are left out too, as in PaLM's training",
     )
     max_rollbacks: int = Field(3, ge=1, description="rollbacks in a run; the next spike ends it")
+    hang_timeout_s: float | None = Field(
+        None,
+        ge=1,
+        description="a rank that has not finished a micro batch for so long writes the stacks of its threads to "
+        "logs/hang/; default: half of training.timeout_s",
+    )
 
 
 class LoggingConfig(Section):

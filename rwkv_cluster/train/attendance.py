@@ -33,4 +33,4 @@ class Attendance(Callback):
 
     def _mark(self, module: LightningModule, doing: str) -> None:
         assert isinstance(module, TrainingModule)
-        self._roll_call.mark(step=module.step, doing=doing)
+        self._roll_call.do(doing, step=module.step)

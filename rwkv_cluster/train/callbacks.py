@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +33,7 @@ from rwkv_cluster.train.rank_events import RankEvents
 from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.signals import StopRequest
-from rwkv_cluster.train.step_timer import StepTimer
+from rwkv_cluster.train.step_timer import Phase, StepTimer
 from rwkv_cluster.train.throughput import Utilization
 from rwkv_cluster.workdir import WorkDir
 
@@ -59,8 +61,8 @@ class Bookkeeping(Callback):
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
     without validation. use: None where the devices' peak is not known. profile: None without one. logged_step: up to
-    where an earlier session has logged the same numbers, see `train.loggers`. As a context manager it closes the files
-    it writes.
+    where an earlier session has logged the same numbers, see `train.loggers`. do: told what this rank is going to do.
+    As a context manager it closes the files it writes.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Bookkeeping(Callback):
         events: Events,
         guard: SpikeGuard,
         improvement: Improvement,
+        do: Callable[[str], None],
     ) -> None:
         self.last_loss: float | None = None
         self.last_val: EvalResult | None = None
@@ -112,6 +115,7 @@ class Bookkeeping(Callback):
         self._saver = saver
         self._events = events
         self._guard = guard
+        self._do = do
 
     def __enter__(self) -> Bookkeeping:
         return self
@@ -149,7 +153,7 @@ class Bookkeeping(Callback):
         distributed.fault_point("train.step", step=module.step)
         with self._timer.phase("other"):
             if module.all_written:
-                with self._timer.phase("save"):
+                with self._pause("save", "saving a checkpoint"):
                     self._saver.finish()
             self._finish_step(module, result)
             if self._profile is not None:
@@ -161,6 +165,13 @@ class Bookkeeping(Callback):
         self._rank_events.settle()
         if self._profile is not None:
             self._profile.end()
+
+    @contextmanager
+    def _pause(self, phase: Phase, doing: str) -> Iterator[None]:
+        """Something that is no training and may take long."""
+        self._do(doing)
+        with self._timer.phase(phase):
+            yield
 
     def _finish_step(self, module: TrainingModule, result: StepResult) -> None:
         self.last_loss = result.loss
@@ -178,7 +189,7 @@ class Bookkeeping(Callback):
 
         val_loss = None
         if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
-            with self._timer.phase("eval"):
+            with self._pause("eval", "evaluating"):
                 self.last_val = evaluate(
                     module.trainer.strategy.model or module,
                     self._val_tokens,
@@ -238,6 +249,7 @@ class Bookkeeping(Callback):
 
     def _export(self, module: TrainingModule, label: str) -> None:
         """RWKV-LM's flat file of weights, in the training precision."""
+        self._do("exporting weights")
         weights = module.state.weights()
         if weights is not None:
             path = self._work.out / f"rwkv-{label}.pth"
@@ -245,6 +257,7 @@ class Bookkeeping(Callback):
             self._events.add("export", module.step, path=path)
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
+        self._do("saving a checkpoint")
         random_states = distributed.gather_objects(random_state.capture())
         self._saver.begin(module.step, module.state.files(), self._state(module, random_states))
         if at_once:

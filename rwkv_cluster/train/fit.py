@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,18 +81,27 @@ class _Ended:
     early: bool
 
 
-def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: Sequence[Callback] = ()) -> TrainResult:
-    """Train `session` to its end and say how it ended. Raises Preempted, TrainingError or CheckpointError."""
+def fit(
+    session: Session,
+    tokenizer: Any,
+    stop_request: StopRequest,
+    callbacks: Sequence[Callback],
+    do: Callable[[str], None],
+) -> TrainResult:
+    """Train `session` to its end and say how it ended. do: told what this rank is going to do, between steps.
+
+    Raises Preempted, TrainingError or CheckpointError.
+    """
     if session.config.training.num_threads is not None:
         torch.set_num_threads(session.config.training.num_threads)
     if session.placement.accelerator == "cpu":
         keep_freed_memory()
     events = Events(session.work.events if rank() == 0 else None)
     with leaving_group():
-        ended = _train(session, stop_request, callbacks, events, begins=True)
+        ended = _train(session, stop_request, callbacks, events, do, begins=True)
         while ended.spike is not None:
             session = rewound(session, ended.spike, events)
-            ended = _train(session, stop_request, callbacks, events, begins=False)
+            ended = _train(session, stop_request, callbacks, events, do, begins=False)
     events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
     return TrainResult(
         step=ended.step,
@@ -109,7 +118,13 @@ def fit(session: Session, tokenizer: Any, stop_request: StopRequest, callbacks: 
 
 
 def _train(
-    session: Session, stop_request: StopRequest, callbacks: Sequence[Callback], events: Events, *, begins: bool
+    session: Session,
+    stop_request: StopRequest,
+    callbacks: Sequence[Callback],
+    events: Events,
+    do: Callable[[str], None],
+    *,
+    begins: bool,
 ) -> _Ended:
     """One pass of Lightning's loop, to the run's end or to a spike. begins: it is the first of this process.
 
@@ -125,7 +140,7 @@ def _train(
     fault_point("train.start")
     profile = _profile(session) if begins else None
     timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
-    bookkeeping = _bookkeeping(session, timer, profile, stop_request, shapes, events, begins=begins)
+    bookkeeping = _bookkeeping(session, timer, profile, stop_request, shapes, events, do, begins=begins)
     module = TrainingModule(
         model,
         config.training,
@@ -209,6 +224,7 @@ def _bookkeeping(
     stop_request: StopRequest,
     shapes: Shapes,
     events: Events,
+    do: Callable[[str], None],
     *,
     begins: bool,
 ) -> Bookkeeping:
@@ -255,6 +271,7 @@ def _bookkeeping(
         events=events,
         guard=SpikeGuard(config.guard, session.spikes),
         improvement=session.improvement,
+        do=do,
     )
 
 

@@ -26,6 +26,8 @@ from rwkv_cluster.errors import ConfigError, LaunchError, Preempted, RWKVCluster
 from rwkv_cluster.heartbeat import BEAT_S, Watch, every, has_died, machine, start_tick, this_process, write_record
 from rwkv_cluster.launched import repeated_rank, tell_agent
 from rwkv_cluster.train.distributed import is_collective_failure
+from rwkv_cluster.train.stall import Stall
+from rwkv_cluster.train.whereabouts import busy, death, name, name_and_step, silence
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -39,12 +41,13 @@ GONE_S = 3.0  # without a beat, when a collective has failed already
 
 
 class RollCall:
-    """This rank's record and its view of the others'. Does nothing in a run of one rank.
+    """This rank's record and its view of the others'. In a run of one rank it only watches whether that goes on.
 
-    timeout_s: for how long a rank may be silent before the run is given up.
+    timeout_s: for how long a rank may be silent before the run is given up. hang_timeout_s: for how long it may do the
+    same before its stacks are written, see `train.stall`.
     """
 
-    def __init__(self, work: WorkDir, world_size: int, timeout_s: float) -> None:
+    def __init__(self, work: WorkDir, world_size: int, timeout_s: float, hang_timeout_s: float) -> None:
         self.rank = ranks.rank()
         self.folder = work.ranks / hashlib.sha256(ranks.attempt().encode()).hexdigest()[:12]
         self.timeout_s = timeout_s
@@ -52,6 +55,7 @@ class RollCall:
         self._record |= {"state": "running", "doing": "starting", "beats": 0}
         self.interval_s = max(BEAT_S, world_size / 8)  # all ranks read all records: bounded for the file server's sake
         self.others = {rank: Watch(self.path(rank), self.interval_s) for rank in range(world_size) if rank != self.rank}
+        self.stall = Stall(work.hang / f"rank-{self.rank}.txt", hang_timeout_s)
         self._next_look = 0.0
         self._failed_since: float | None = None
         self._reported: set[int] = set()
@@ -63,7 +67,8 @@ class RollCall:
     def answering(self) -> Iterator[RollCall]:
         """Show life inside the block and end with the others; say how the block ended."""
         if not self.others:
-            yield self
+            with every(BEAT_S, self._look_at_itself):
+                yield self
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,11 @@ class RollCall:
         """Change this rank's record; the others see it with the next beat."""
         self._record = {**self._record, **facts}
 
+    def do(self, doing: str, **facts: Any) -> None:
+        """What the main thread does from now on."""
+        self.stall.go_on(self._record["doing"])
+        self.mark(doing=doing, **facts)
+
     def publish(self, **facts: Any) -> None:
         """Change this rank's record at once."""
         self.mark(**facts)
@@ -112,7 +122,7 @@ class RollCall:
             if watch.alive and key in record:
                 return record[key]
             if lost:
-                raise LaunchError(f"{_name(record)} has shown no sign of life for {SILENT_S:.0f} s. See its log")
+                raise LaunchError(f"{name(record)} has shown no sign of life for {SILENT_S:.0f} s. See its log")
             if not watch.alive and time.monotonic() - started > FIRST_SIGN_S:
                 raise LaunchError(f"rank 0 has not started within {FIRST_SIGN_S:.0f} s. See its log")
             time.sleep(BEAT_S / 4)
@@ -146,11 +156,15 @@ class RollCall:
     def _beat(self) -> None:
         self.mark(beats=self._record["beats"] + 1)
         self._write()
+        self._look_at_itself()
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.interval_s
             for watch in self.others.values():
                 watch.look()
             self._act()
+
+    def _look_at_itself(self) -> None:
+        self.stall.look(self._record)
 
     def _write(self) -> None:
         with suppress(OSError):  # a moment's trouble of a network file system; the next beat is a second away
@@ -164,7 +178,7 @@ class RollCall:
         for rank, watch in running.items():
             if watch.still_s >= SILENT_S and rank not in self._reported:
                 self._reported.add(rank)
-                log.warning("%s. Waiting for %.0f s in all", _silence(watch), self.timeout_s)
+                log.warning("%s. Waiting for %.0f s in all", silence(watch), self.timeout_s)
         failed = [watch.record for watch in self.others.values() if _has_failed(watch)]
         died = [watch for watch in self.others.values() if self._has_died(watch)]
         lost = [watch for watch in running.values() if watch.still_s >= max(self.timeout_s, SILENT_S) + GRACE_S]
@@ -173,11 +187,12 @@ class RollCall:
         if self._failed_since is None:
             self._failed_since = time.monotonic()
         if lost or time.monotonic() - self._failed_since >= GRACE_S:
-            texts = [*map(_death, died), *map(_silence, lost)]
+            texts = [*map(death, died), *map(silence, lost)]
             self._end(_error_of(failed[0]) if failed else TrainingError("; ".join(texts[:4])))
 
     def _end(self, error: RWKVClusterError) -> None:
         """From the thread, for a main thread that hangs in a collective, in the data or while it ends."""
+        self.stall.write(self._record)
         self.publish(state="failed", **_failure(error))
         log.error("rwkv-cluster: rank %d: error: %s", self.rank, error)
         self._end_frozen_neighbours()
@@ -206,7 +221,7 @@ class RollCall:
                 if _has_failed(watch):
                     return _error_of(watch.record)
                 if self._has_died(watch):
-                    return TrainingError(_death(watch))
+                    return TrainingError(death(watch))
             if all(self._accounted_for(watch) for watch in self._living_or_lost().values()):
                 break
             time.sleep(BEAT_S / 4)
@@ -219,14 +234,14 @@ class RollCall:
 
     def _who_was_missing(self) -> str:
         running = self._living_or_lost()
-        silent = [_silence(watch) for watch in running.values() if watch.still_s >= GONE_S]
-        busy = [_busy(watch) for watch in running.values() if not self._accounted_for(watch)]
-        if silent or busy:
-            return "; ".join((silent + busy)[:4])
+        silent = [silence(watch) for watch in running.values() if watch.still_s >= GONE_S]
+        dawdling = [busy(watch) for watch in running.values() if not self._accounted_for(watch)]
+        if silent or dawdling:
+            return "; ".join((silent + dawdling)[:4])
         absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
         if absent:
             return f"rank {', '.join(absent[:4])} has not started. Look at its log, or raise training.timeout_s"
-        names = [f"{_name(watch.record)}{_last_step(watch.record)}" for watch in list(running.values())[:4]]
+        names = [name_and_step(watch.record) for watch in list(running.values())[:4]]
         return (
             f"{' and '.join(names) or 'another rank'} cannot be reached over the network from "
             f"{self._record['host']}, although its process lives. Look at the network between these machines"
@@ -238,7 +253,7 @@ class RollCall:
             record = watch.record
             same = record.get("machine") == machine() and record.get("started") is not None
             if same and watch.still_s >= GONE_S and start_tick(record["pid"]) == record["started"]:
-                log.warning("%s. It is ended", _silence(watch))  # before this rank, where it is a child of that one
+                log.warning("%s. It is ended", silence(watch))  # before this rank, where it is a child of that one
                 with suppress(OSError):
                     os.kill(record["pid"], signal.SIGKILL)
 
@@ -272,26 +287,3 @@ def _recent(path: Path, now: Path) -> bool:
         return now.stat().st_mtime - path.stat().st_mtime < RECENT_S
     except OSError:
         return False
-
-
-def _name(record: dict[str, Any]) -> str:
-    return f"rank {record.get('rank')} on {record.get('host')}, process {record.get('pid')},"
-
-
-def _last_step(record: dict[str, Any]) -> str:
-    return f" last finished step {record['step']}," if record.get("step") is not None else ""
-
-
-def _death(watch: Watch) -> str:
-    record = watch.record
-    return f"{_name(record)}{_last_step(record)} has died without a word. See its log, and the kernel's"
-
-
-def _silence(watch: Watch) -> str:
-    record = watch.record
-    return f"{_name(record)}{_last_step(record)} has shown no sign of life for {watch.still_s:.0f} s"
-
-
-def _busy(watch: Watch) -> str:
-    record = watch.record
-    return f"{_name(record)}{_last_step(record)} lives but has not come to the next exchange: it is {record['doing']}"

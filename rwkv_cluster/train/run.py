@@ -76,7 +76,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         if session.is_complete:
             return _already_complete(session)
         with StopRequest(work.root / "STOP").listening() as stop_request:
-            return fit(session, tokenizer, stop_request, [Attendance(roll_call)])
+            return fit(session, tokenizer, stop_request, [Attendance(roll_call)], roll_call.do)
 
 
 def _chosen(tokenizer: Any, config: Config) -> Any:
@@ -87,7 +87,9 @@ def _chosen(tokenizer: Any, config: Config) -> Any:
 def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
     """The work directory, created and locked by rank 0 for all ranks, which see each other inside the block."""
     world_size = launched_world_size() or config.training.devices
-    with RollCall(work, world_size, config.training.timeout_s).answering() as roll_call:
+    timeout_s = config.training.timeout_s
+    roll_call = RollCall(work, world_size, timeout_s, config.guard.hang_timeout_s or timeout_s / 2)
+    with roll_call.answering():
         if rank() != 0:
             yield roll_call
             return

@@ -186,6 +186,9 @@ def test_a_frozen_rank(ranks: int | None, victim: int, tmp_path: Path, start: Ca
     found = re.search(rf"{speaker}{frozen}, last finished step (\d+), has shown no sign of life for \d+ s", job.text)
     assert found, job.text
     assert 0 < int(found[1]) <= run.steps_logged() + 1
+    if ranks:
+        assert "in fit" in (run.work.hang / f"rank-{1 - victim}.txt").read_text()
+        assert not (run.work.hang / f"rank-{victim}.txt").exists()
 
 
 def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> None:
@@ -201,6 +204,13 @@ def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> 
         "exchange: it is loading data",
         job.text,
     ), job.text
+    stacks = [(run.work.hang / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    for rank, doing, function in ((0, "computing", "backward"), (1, "loading data", "fault_point")):
+        assert re.search(
+            rf"rank {rank} on .*, last finished step 4\d, has not gone on for .*: it is {doing}", stacks[rank]
+        )
+        assert f"in {function}" in stacks[rank]
+    assert "The stacks of its threads are in" in job.text
 
 
 def test_four_jobs_at_once_on_one_machine(tmp_path: Path, start: Callable[..., Job]) -> None:

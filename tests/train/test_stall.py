@@ -1,0 +1,104 @@
+"""A rank that does not go on writes its stacks; one that evaluates, saves or was suspended does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_config
+
+from rwkv_cluster.train import stall
+from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.rollcall import RollCall
+from rwkv_cluster.train.run import train
+from rwkv_cluster.train.stall import Stall
+
+COMPUTING = {"rank": 3, "host": "node", "pid": 17, "step": 41, "doing": "computing"}
+
+
+class Clock:
+    """In place of time.monotonic."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(stall.time, "monotonic", lambda: self.now)
+
+    def pass_s(self, seconds: int, watched: Stall, record: dict[str, Any] = COMPUTING) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            watched.look(record)
+
+
+def test_stacks_are_written_once_with_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(monkeypatch)
+    watched = Stall(tmp_path / "hang" / "rank-3.txt", limit_s=10)
+    clock.pass_s(9, watched)
+    assert not watched.path.exists()
+    clock.pass_s(30, watched)
+    text = watched.path.read_text()
+    sentence = "rank 3 on node, process 17, last finished step 41, has not gone on for 10 s: it is computing"
+    assert text.count(sentence) == 1
+    assert "in test_stacks_are_written_once_with_the_step" in text
+    assert caplog.text.count(f"{sentence}. The stacks of its threads are in {watched.path}") == 1
+    watched.go_on("computing")
+    clock.pass_s(30, watched)
+    assert watched.path.read_text().count(sentence) == 2  # the first stall is no measure for the second
+
+
+def test_slow_steps_and_pauses_are_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    watched = Stall(tmp_path / "rank-0.txt", limit_s=10)
+    for doing in ("evaluating", "saving a checkpoint", "exporting weights", "starting", "ending"):
+        clock.pass_s(100, watched, COMPUTING | {"doing": doing})
+        watched.go_on(doing)
+    for seconds in (9, 25, 70):  # each less than three times the longest so far
+        clock.pass_s(seconds, watched)
+        watched.go_on("computing")
+    clock.now += 1e6  # suspended
+    clock.pass_s(100, watched)
+    assert not watched.path.exists()
+    clock.pass_s(200, watched)
+    assert watched.path.exists()
+
+
+def test_a_rank_that_ends_while_it_is_still_writes_whatever_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    watched = Stall(tmp_path / "rank-0.txt", limit_s=10)
+    saving = COMPUTING | {"doing": "saving a checkpoint"}
+    clock.pass_s(9, watched, saving)
+    watched.write(saving)
+    assert not watched.path.exists()
+    clock.pass_s(1, watched, saving)
+    watched.write(saving)
+    assert "it is saving a checkpoint" in watched.path.read_text()
+
+
+def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the stall's clock stands still in evaluations and checkpoints."""
+    said: list[str] = []
+    do = RollCall.do
+
+    def noted(roll_call: RollCall, doing: str, **facts: Any) -> None:
+        said.append(doing)
+        do(roll_call, doing, **facts)
+
+    monkeypatch.setattr(RollCall, "do", noted)
+    train(tiny_config(tmp_path, training={"max_steps": 2}))
+    steps = ["loading data", "computing", "loading data", "computing"]
+    assert said[:-2] == [*steps, "evaluating", "exporting weights", "exporting weights", "saving a checkpoint"]
+    assert said[-1] == "ending"
+
+
+def test_a_run_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An endless wait for data, which comes at last."""
+    monkeypatch.setenv(FAULT_VARIABLE, "data.batch@2:sleep=6")
+    assert train(tiny_config(tmp_path, guard={"hang_timeout_s": 1}, training={"max_steps": 3})).step == 3
+    text = (tmp_path / "work" / "logs" / "hang" / "rank-0.txt").read_text()
+    assert "last finished step 2, has not gone on for" in text
+    assert "in fault_point" in text
+    assert "it is loading data. The stacks of its threads are in" in caplog.text
