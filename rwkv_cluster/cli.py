@@ -31,7 +31,7 @@ VERBS: dict[str, str] = {
     "logs": "what the newest launch of a work directory says",
     "cancel": "end the newest launch of a work directory after a checkpoint",
     "generate": "continue a text with a trained model",
-    "eval": "loss and perplexity on the validation file",
+    "eval": "loss, perplexity and bits per byte on the validation file",
     "consolidate": "write the weights of a checkpoint, by however many ranks it was saved, as one .pth",
     "inspect": "architecture and sizes of an RWKV .pth file",
     "config": "the resolved configuration, and where each value came from",

@@ -362,6 +362,12 @@ class LoggingConfig(Section):
         None, description="text that the trained model continues at the end; default: none for integers"
     )
     sample_tokens: int = Field(200, ge=0, description="length of that sample in tokens; 0: no sample")
+    sample_interval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="also write such a sample to logs/samples/ every this many steps; under ZeRO 3 each of its tokens "
+        "gathers all parameters",
+    )
 
 
 class Config(Section):

@@ -236,12 +236,14 @@ def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | No
 
 
 def evaluate(config: Config, weights: Path | None) -> Report:
-    """Loss on the validation file."""
+    """Loss, perplexity and, for text, bits per byte on the validation file."""
     from rwkv_cluster.train.evaluate import evaluate_run
 
     result = evaluate_run(config, weights)
-    text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {result.n_tokens:,} tokens"
-    return Report(text, dataclasses.asdict(result) | {"perplexity": result.perplexity})
+    bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
+    text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}{bits}, {result.n_tokens:,} tokens"
+    derived = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    return Report(text, dataclasses.asdict(result) | derived)
 
 
 def consolidate(config: Config, step: int | None) -> Report:

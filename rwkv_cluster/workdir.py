@@ -5,7 +5,7 @@ A final path is never written in place: files and directories appear whole, by r
 
     data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
-    logs/      metrics.jsonl metrics.csv events.jsonl train.log events/rank-<N>.jsonl hang/ profile/
+    logs/      metrics.jsonl metrics.csv events.jsonl train.log events/rank-<N>.jsonl hang/ profile/ samples/
     configs/   config.json config.yaml (what the last run used)
 """
 
@@ -148,6 +148,11 @@ class WorkDir:
     def train_log(self) -> Path:
         """What the package has said, with the time."""
         return self.logs / "train.log"
+
+    @property
+    def samples(self) -> Path:
+        """Texts of the model in training."""
+        return self.logs / "samples"
 
     @property
     def hang(self) -> Path:

@@ -277,6 +277,7 @@ class StandInResult:
     work_dir: Path = Path("w")
     final_path: Path = Path("w/out/rwkv-final.pth")
     already_complete: bool = False
+    ended_early: bool = False
     sample: str | None = "def f(x):"
 
 
@@ -310,7 +311,9 @@ def test_prepare_counts_tokens(run_yaml: str, install: Install, capsys: pytest.C
 class StandInEvaluation:
     loss: float
     n_tokens: int
+    n_bytes: int | None = None
     perplexity: float = 7.5
+    bits_per_byte: float | None = None
 
 
 @pytest.mark.parametrize("weights", [None, "w/out/rwkv-3.pth"])
@@ -328,7 +331,11 @@ def test_eval_reports_the_loss_of_the_weights_that_were_named(
     assert capsys.readouterr().out == "validation loss 2.0000, perplexity 7.5000, 1,000 tokens\n"
     assert calls == [Path(weights) if weights else None]
     assert main(["eval", run_yaml, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"loss": 2.0, "n_tokens": 1000, "perplexity": 7.5}
+    expected = {"loss": 2.0, "n_tokens": 1000, "n_bytes": None, "perplexity": 7.5, "bits_per_byte": None}
+    assert json.loads(capsys.readouterr().out) == expected
+    install("train.evaluate", evaluate_run=lambda config, path: StandInEvaluation(2.0, 1000, 4000, 7.5, 0.72135))
+    assert main(["eval", run_yaml]) == 0
+    assert "perplexity 7.5000, 0.7214 bits per byte, 1,000 tokens" in capsys.readouterr().out
 
 
 def test_generate_passes_its_options(install: Install, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +51,22 @@ def generate(
     return continuation
 
 
+def generate_together(model: RWKV, prompt_ids: Sequence[int], n_tokens: int, **options: Any) -> list[int]:
+    """`generate` on all ranks of a run at once, each of which makes as many passes and gets its own result.
+
+    Under ZeRO-3 a pass needs all ranks, and ranks may differ in the last bits of a logit: one that ended its document
+    before the others would leave them waiting.
+    """
+    continuation = generate(model, prompt_ids, n_tokens, stop_token=None, **options)
+    return list(takewhile(lambda token: token != END_OF_DOCUMENT, continuation))
+
+
 def stream(
     model: RWKV, prompt_ids: Sequence[int], *, temperature: float = 1.0, top_p: float = 0.9, seed: int = 0
 ) -> Iterator[int]:
     """Endless continuation of `prompt_ids`, token by token. Arguments and errors as `generate`."""
-    vocab_size = model.head.weight.shape[0]
+    vocab_size = model.config.vocab_size  # under ZeRO-3 the weights are empty between forward passes
+    assert vocab_size is not None
     prompt = list(prompt_ids) or [END_OF_DOCUMENT]
     bad = next((token for token in prompt if not 0 <= token < vocab_size), None)
     if bad is not None:
@@ -81,7 +94,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(order[torch.multinomial(weights, 1, generator=generator)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would mark parameters that ZeRO-3 gathers in here and keeps for the steps after it
 def _continue(
     model: RWKV, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
 ) -> Iterator[int]:

@@ -31,6 +31,7 @@ from rwkv_cluster.train.profile import StepProfile
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.rank_events import RankEvents
 from rwkv_cluster.train.records import Records, StepRecord
+from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import Phase, StepTimer
@@ -60,9 +61,9 @@ class Bookkeeping(Callback):
     """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
-    without validation. use: None where the devices' peak is not known. profile: None without one. logged_step: up to
-    where an earlier session has logged the same numbers, see `train.loggers`. do: told what this rank is going to do.
-    As a context manager it closes the files it writes.
+    without validation. token_sizes: see `evaluate`. use: None where the devices' peak is not known. profile: None
+    without one. logged_step: up to where an earlier session has logged the same numbers, see `train.loggers`. do: told
+    what this rank is going to do. As a context manager it closes the files it writes.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Bookkeeping(Callback):
         profile: StepProfile | None,
         logged_step: int,
         val_tokens: IndexedTokens | None,
+        token_sizes: Tensor | None,
+        sampler: Sampler,
         epoch_mean: EpochMean,
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,
@@ -108,6 +111,8 @@ class Bookkeeping(Callback):
         self._profile = profile
         self._logged_step = logged_step
         self._val_tokens = val_tokens
+        self._token_sizes = token_sizes
+        self._sampler = sampler
         self._epoch_mean = epoch_mean
         self._start_epoch = start_epoch
         self._random_states = random_states
@@ -187,24 +192,27 @@ class Bookkeeping(Callback):
         run_ends = module.step == self._horizon.total_steps
         training, saving = self._config.training, self._config.checkpoint
 
-        val_loss = None
+        val = None
         if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
             with self._pause("eval", "evaluating"):
-                self.last_val = evaluate(
+                val = self.last_val = evaluate(
                     module.trainer.strategy.model or module,
                     self._val_tokens,
                     ctx_len=self._config.model.ctx_len,
                     batch_size=training.micro_bsz,
                     max_tokens=training.val_max_tokens,
                     device=module.device,
+                    token_sizes=self._token_sizes,
                 )
-            val_loss = self.last_val.loss
-            self._events.add("validation", module.step, loss=val_loss, n_tokens=self.last_val.n_tokens)
-            self.improvement = self.improvement.after(val_loss, training.early_stop_min_delta)
+            self._events.add("validation", module.step, **vars(val), bits_per_byte=val.bits_per_byte)
+            self.improvement = self.improvement.after(val.loss, training.early_stop_min_delta)
             if self.improvement.ends(training.early_stop_patience) and not run_ends:
                 self._events.add("early_stop", module.step, **vars(self.improvement))
                 run_ends = module.should_stop = True
-        self._record(module, result, val_loss)
+        if self._sampler.is_due(module.step):
+            with self._pause("eval", "sampling"):
+                self._sampler.sample(module.model, module.step)
+        self._record(module, result, val)
         with self._timer.phase("save"):
             if epoch_ends:
                 self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
@@ -216,7 +224,7 @@ class Bookkeeping(Callback):
                 self._rank_events.settle()  # every line up to a checkpoint's step is there before the checkpoint is
                 self._save(module, at_once=session_ends or not self._saver.background)
 
-    def _record(self, module: TrainingModule, result: StepResult, val_loss: float | None) -> None:
+    def _record(self, module: TrainingModule, result: StepResult, val: EvalResult | None) -> None:
         lap = self._timer.lap()
         self._rank_events.add(module.step, lap)
         tokens_per_s = module.plan.tokens_per_step / lap.training_s
@@ -228,7 +236,9 @@ class Bookkeeping(Callback):
             tokens=module.step * module.plan.tokens_per_step,
             tokens_per_s=tokens_per_s,
             memory_mb=peak_memory_mb(module.device),
-            val_loss=val_loss,
+            val_loss=val.loss if val else None,
+            val_perplexity=val.perplexity if val else None,
+            val_bits_per_byte=val.bits_per_byte if val else None,
             save_wait_s=self._saver.take_waited_s() or None,
             mfu=self._use.mfu(tokens_per_s) if self._use else None,
             hfu=self._use.hfu(tokens_per_s) if self._use else None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,25 +17,38 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
-from rwkv_cluster.errors import DataError
+from rwkv_cluster.errors import ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
+from rwkv_cluster.token_bytes import token_bytes
+from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import distributed
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import WorkDir
+
+log = logging.getLogger("rwkv_cluster")
 
 _STAND_IN = torch.zeros(1, 2, dtype=torch.int64)  # for a rank whose turn has no batch; counts for nothing
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss: mean cross entropy in nats per token. n_tokens: targets that it is the mean of."""
+    """loss: mean cross entropy in nats per token. n_tokens: targets that it is the mean of.
+
+    n_bytes: of text that these stand for; None where that is not known.
+    """
 
     loss: float
     n_tokens: int
+    n_bytes: int | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """(n_tokens / n_bytes) * loss / ln 2 (Gao et al. 2020, The Pile, section 3.1); None where there is no text."""
+        return self.loss * self.n_tokens / self.n_bytes / math.log(2) if self.n_bytes else None
 
 
 @torch.no_grad()
@@ -45,14 +60,15 @@ def evaluate(
     batch_size: int,
     max_tokens: int,
     device: torch.device,
+    token_sizes: Tensor | None = None,
 ) -> EvalResult:
     """Mean loss over the first `max_tokens` targets of `tokens`, in windows of ctx_len that start from a zero state.
 
     Collective: every rank must call it, and takes its share of the batches. loss_of: a batch [b, T + 1] of int64 on
-    `device` -> the mean loss of predicting each next token.
+    `device` -> the mean loss of predicting each next token. token_sizes: bytes [V] by token id, int64 on the CPU.
     """
     rank, world_size = distributed.position()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     batches = validation_batches(
         tokens,
         ctx_len=ctx_len,
@@ -62,11 +78,20 @@ def evaluate(
         world_size=world_size,
     )
     for batch in batches:
-        n_targets = 0 if batch is None else batch[:, 1:].numel()
         loss = loss_of((_STAND_IN if batch is None else batch).to(device))
-        sums += torch.stack([loss.double() * n_targets, torch.full_like(sums[0], n_targets)])
-    total, count = distributed.sum_over_ranks(sums).tolist()
-    return EvalResult(total / count, int(count))
+        if batch is not None:
+            targets = batch[:, 1:]
+            n_bytes = 0 if token_sizes is None else int(token_sizes[targets].sum())
+            counts = torch.tensor([targets.numel(), n_bytes], dtype=torch.float64, device=device)
+            sums += torch.cat([loss.double()[None] * targets.numel(), counts])
+    total, n_tokens, n_bytes = distributed.sum_over_ranks(sums).tolist()
+    return EvalResult(total / n_tokens, int(n_tokens), None if token_sizes is None else int(n_bytes))
+
+
+def sizes_of(tokenizer: Any) -> Tensor | None:
+    """`token_sizes` of `evaluate`."""
+    sizes = token_bytes(tokenizer)
+    return None if sizes is None else torch.from_numpy(sizes)
 
 
 def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
@@ -92,4 +117,14 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
         batch_size=config.training.micro_bsz,
         max_tokens=tokens.n_tokens,
         device=torch.device(device),
+        token_sizes=_sizes_of_run(config),
     )
+
+
+def _sizes_of_run(config: Config) -> Tensor | None:
+    """None with a word about it where the tokenizer cannot be had: without it the loss is known all the same."""
+    try:
+        return sizes_of(build_tokenizer(config.data.tokenizer))
+    except (ConfigError, DataError) as error:
+        log.warning("no bits per byte: %s", error)
+        return None

@@ -25,6 +25,7 @@ from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.distributed import fault_point, leaving_group
+from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeGuard
 from rwkv_cluster.train.loggers import finishing, loggers
@@ -38,7 +39,7 @@ from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
 from rwkv_cluster.train.records import Records
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
-from rwkv_cluster.train.sample import sample_text
+from rwkv_cluster.train.sample import Sampler, sample_text
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
@@ -98,10 +99,10 @@ def fit(
         keep_freed_memory()
     events = Events(session.work.events if rank() == 0 else None)
     with leaving_group():
-        ended = _train(session, stop_request, callbacks, events, do, begins=True)
+        ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=True)
         while ended.spike is not None:
             session = rewound(session, ended.spike, events)
-            ended = _train(session, stop_request, callbacks, events, do, begins=False)
+            ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=False)
     events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
     return TrainResult(
         step=ended.step,
@@ -119,6 +120,7 @@ def fit(
 
 def _train(
     session: Session,
+    tokenizer: Any,
     stop_request: StopRequest,
     callbacks: Sequence[Callback],
     events: Events,
@@ -140,7 +142,7 @@ def _train(
     fault_point("train.start")
     profile = _profile(session) if begins else None
     timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
-    bookkeeping = _bookkeeping(session, timer, profile, stop_request, shapes, events, do, begins=begins)
+    bookkeeping = _bookkeeping(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
     module = TrainingModule(
         model,
         config.training,
@@ -219,6 +221,7 @@ def _tell_begin(session: Session, events: Events) -> None:
 
 def _bookkeeping(
     session: Session,
+    tokenizer: Any,
     timer: StepTimer,
     profile: StepProfile | None,
     stop_request: StopRequest,
@@ -257,6 +260,8 @@ def _bookkeeping(
         profile=profile,
         logged_step=records.recorded_step if records and begins else session.start_step,
         val_tokens=session.val_tokens(),
+        token_sizes=sizes_of(tokenizer),
+        sampler=Sampler(tokenizer, config.logging, session.work.samples, events),
         epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
         start_epoch=start_epoch,
         random_states=found.state["random_states"] if found else None,

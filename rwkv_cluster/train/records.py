@@ -25,8 +25,9 @@ class StepRecord:
     """One line of metrics. step: steps done, from 1. grad_norm: None where fp16 skipped the update.
 
     tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
-    of this process. save_wait_s: seconds that training has waited for checkpoints since the step before. mfu, hfu:
-    shares of the devices' peak, see `train.throughput`; None where that is not known. docs/metrics.md says it all.
+    of this process. val_bits_per_byte: None where tokens are no text. save_wait_s: seconds that training has waited for
+    checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `train.throughput`; None where that is
+    not known. docs/metrics.md says it all.
     """
 
     step: int
@@ -37,6 +38,8 @@ class StepRecord:
     tokens_per_s: float
     memory_mb: float
     val_loss: float | None = None
+    val_perplexity: float | None = None
+    val_bits_per_byte: float | None = None
     save_wait_s: float | None = None
     mfu: float | None = None
     hfu: float | None = None

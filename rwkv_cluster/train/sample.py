@@ -1,7 +1,8 @@
-"""Text from a trained model: what a run shows at its end, and the `generate` verb."""
+"""Text from a model: what a run shows meanwhile and at its end, and the `generate` verb."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,18 @@ import torch
 
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.configfile import load_config
+from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
-from rwkv_cluster.model.generate import generate
+from rwkv_cluster.model.generate import generate, generate_together
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.plain_text import hidden_character
+from rwkv_cluster.ranks import rank
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
+from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.weights import load_model
+from rwkv_cluster.workdir import atomic_write
+
+log = logging.getLogger("rwkv_cluster")
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.9
@@ -54,8 +62,52 @@ def continue_text(
     """`prompt` and what the model makes of it. Raises DataError for a prompt that the tokenizer cannot encode."""
     prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
     ids = generate(model, prompt_ids, n_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    # Decoded as one, since numbers need the space between; a model may have more rows than the tokenizer has ids.
-    return decode_for_display(tokenizer, [*prompt_ids, *(token for token in ids if token < tokenizer.vocab_size)])
+    return _text(tokenizer, [*prompt_ids, *ids])
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """Decoded as one, since numbers need the space between; a model may have more rows than the tokenizer has ids."""
+    return decode_for_display(tokenizer, [token for token in ids if token < tokenizer.vocab_size])
+
+
+class Sampler:
+    """Texts of a model in training, every `sample_interval_steps`, in files of `folder`. Every rank has one."""
+
+    def __init__(self, tokenizer: Any, logging_config: LoggingConfig, folder: Path, events: Events) -> None:
+        self._tokenizer = tokenizer
+        self._config = logging_config
+        self._folder = folder
+        self._events = events
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time after so many steps."""
+        interval = self._config.sample_interval_steps
+        return interval is not None and step % interval == 0 and self._config.sample_tokens > 0
+
+    def sample(self, model: RWKV, step: int) -> None:
+        """Continue `sample_prompt`. Collective; all draws are of generators of its own.
+
+        Raises CheckpointError when the disk refuses the text.
+        """
+        prompt = self._config.sample_prompt
+        prompt_ids = list(self._tokenizer.encode(prompt)) if prompt else []
+        options = {"temperature": SAMPLE_TEMPERATURE, "top_p": SAMPLE_TOP_P, "seed": 0}
+        ids = generate_together(model, prompt_ids, self._config.sample_tokens, **options)
+        if rank() == 0:
+            self._write(_text(self._tokenizer, [*prompt_ids, *ids]), step)
+
+    def _write(self, text: str, step: int) -> None:
+        path, content = self._folder / f"step-{step:08d}.txt", text.encode(errors="backslashreplace")
+        with writing(path, len(content)):
+            self._folder.mkdir(exist_ok=True)
+            atomic_write(path, content)
+        self._events.add("sample", step, path=path)
+        log.info("sample of step %d: %s", step, _shown(text))
+
+
+def _shown(text: str) -> str:
+    """`text` for a log: what would move a terminal's cursor or hide is written out."""
+    return "".join(c if c == "\n" or hidden_character(c) is None else c.encode("unicode_escape").decode() for c in text)
 
 
 def generate_text(
