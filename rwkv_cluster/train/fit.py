@@ -4,48 +4,37 @@ from __future__ import annotations
 
 import logging
 import socket
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback
 
 from rwkv_cluster import configfile
-from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.ranks import rank
-from rwkv_cluster.train import strategy
-from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean
-from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
+from rwkv_cluster.train.callbacks import Bookkeeping
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.distributed import fault_point, leaving_group
-from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.events import Events
-from rwkv_cluster.train.guard import Spike, SpikeGuard
-from rwkv_cluster.train.loggers import finishing, loggers
+from rwkv_cluster.train.guard import Spike
+from rwkv_cluster.train.loggers import finishing
+from rwkv_cluster.train.loop import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES
-from rwkv_cluster.train.profile import StepProfile
-from rwkv_cluster.train.progress import Progress
-from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
-from rwkv_cluster.train.records import Records
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
-from rwkv_cluster.train.sample import Sampler, sample_text
-from rwkv_cluster.train.saving import Saver
+from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.signals import StopRequest, keep_lightning_out
+from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer
-from rwkv_cluster.train.strategy import Placement
-from rwkv_cluster.train.throughput import utilization
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 
@@ -140,9 +129,9 @@ def _train(
     _write_config(session)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    profile = _profile(session) if begins else None
+    profile = profile_of(session) if begins else None
     timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
-    bookkeeping = _bookkeeping(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
+    bookkeeping = bookkeeping_of(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
     module = TrainingModule(
         model,
         config.training,
@@ -155,12 +144,12 @@ def _train(
     if begins:
         _tell_begin(session, events)
     with events.telling_the_end(lambda: module.step):
-        with bookkeeping, _quiet_lightning():
-            trainer = _trainer(
+        with bookkeeping, quiet_lightning():
+            trainer = trainer_of(
                 session, [SettledBuckets(), NetworkCheck(), timer, bookkeeping, OrderlyEnd(), *callbacks]
             )
             with finishing(trainer.loggers):
-                trainer.fit(module, datamodule=_data(session))
+                trainer.fit(module, datamodule=data_of(session))
         return _ended(session, module, bookkeeping, stop_request)
 
 
@@ -217,132 +206,6 @@ def _tell_begin(session: Session, events: Events) -> None:
         events.add("resume", session.start_step, from_step=session.start_step, **facts)
     else:
         events.add("start", 0, **facts)
-
-
-def _bookkeeping(
-    session: Session,
-    tokenizer: Any,
-    timer: StepTimer,
-    profile: StepProfile | None,
-    stop_request: StopRequest,
-    shapes: Shapes,
-    events: Events,
-    do: Callable[[str], None],
-    *,
-    begins: bool,
-) -> Bookkeeping:
-    config, found = session.config, session.found
-    start_epoch = session.horizon.epoch_of(session.start_step)
-    is_rank_0 = rank() == 0
-    records = (
-        Records(
-            session.work,
-            start_step=session.start_step,
-            start_epoch=start_epoch,
-            header=config.model_dump_json(),
-        )
-        if is_rank_0
-        else None
-    )
-    if is_rank_0:
-        rewind_absent(session.work.rank_events, session.placement.world_size, session.start_step)
-    return Bookkeeping(
-        config,
-        session.work,
-        session.horizon,
-        identity=session.identity,
-        timer=timer,
-        stop_request=stop_request,
-        records=records,
-        rank_events=RankEvents(session.work.rank_events, rank(), session.start_step),
-        progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
-        use=utilization(config, session.placement),
-        profile=profile,
-        logged_step=records.recorded_step if records and begins else session.start_step,
-        val_tokens=session.val_tokens(),
-        token_sizes=sizes_of(tokenizer),
-        sampler=Sampler(tokenizer, config.logging, session.work.samples, events),
-        epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
-        start_epoch=start_epoch,
-        random_states=found.state["random_states"] if found else None,
-        saver=Saver(
-            session.work.checkpoints,
-            config.checkpoint.keep_last,
-            background=_saves_in_background(config, session.placement),
-            n_bytes=checkpoint_bytes(shapes, session.placement.world_size),
-            reach_steps=_reach_steps(config.guard),
-            events=events,
-        ),
-        events=events,
-        guard=SpikeGuard(config.guard, session.spikes),
-        improvement=session.improvement,
-        do=do,
-    )
-
-
-def _reach_steps(guard: GuardConfig) -> int:
-    """How old a checkpoint has to be for a rollback."""
-    return guard.spike_lead_steps + guard.spike_patience_steps if guard.on_spike == "rollback" else 0
-
-
-def _profile(session: Session) -> StepProfile | None:
-    n_steps = session.config.logging.profile_steps
-    on_cuda = session.placement.accelerator == "cuda"
-    return StepProfile(session.work.profile, n_steps, on_cuda=on_cuda) if n_steps else None
-
-
-def _saves_in_background(config: Config, placement: Placement) -> bool:
-    """On a GPU by default: on a CPU the writer would take the cores that train."""
-    wanted = config.checkpoint.background
-    return placement.accelerator == "cuda" if wanted is None else wanted
-
-
-def _data(session: Session) -> TokenDataModule:
-    return TokenDataModule(
-        session.train_tokens(),
-        session.plan,
-        start_step=session.start_step,
-        total_steps=session.horizon.total_steps,
-        micro_bsz=session.config.training.micro_bsz,
-    )
-
-
-def _trainer(session: Session, callbacks: list[Callback]) -> Trainer:
-    """Lightning runs the loop and the devices. Order, records, checkpoints and the end are ours, by step."""
-    trainer = Trainer(
-        **strategy.trainer_arguments(session.config.training, session.placement),
-        max_epochs=1,
-        accumulate_grad_batches=session.accumulate,
-        callbacks=callbacks,
-        logger=loggers(session.config.logging, session.work, session.start_step),
-        default_root_dir=session.work.root,
-        log_every_n_steps=1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    keep_lightning_out(trainer)
-    return trainer
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning's notes on devices, data workers and its own internals are not the user's business."""
-    loggers_ = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers_]
-    for logger in loggers_:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="(pytorch_lightning|lightning_fabric)")
-            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-            yield
-    finally:
-        for logger, level in zip(loggers_, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _write_config(session: Session) -> None:

@@ -220,3 +220,26 @@ def test_saving_in_the_background_changes_nothing(
     assert losses(run.work.root) == losses(unbroken(2, zero_stage=2).work.root)
     assert list_steps(run.work.checkpoints) == [20, 40, 50]
     assert any("save_wait_s" in line for line in (run.work.logs / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("training", [{}, {"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}], ids=str)
+def test_samples_on_two_ranks_change_nothing(
+    training: dict[str, Any], tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """Under stage 3 neither rank has the model, and both are needed for each token."""
+    runs = []
+    for interval in (None, 3):
+        run = _new_run(tmp_path / f"every {interval}", max_steps=8, **training)
+        sampling = [f"--logging.sample_interval_steps={interval}", "--logging.sample_tokens=12"]
+        start(run.folder, ranks=2, arguments=sampling if interval else []).complete()
+        runs.append(run)
+    without, with_samples = runs
+    assert _curve(with_samples, "loss") == _curve(without, "loss")
+    newest = [max(run.work.checkpoints.glob("step-*")) for run in runs]
+    for path in newest[0].glob("*.pth"):
+        assert path.read_bytes() == (newest[1] / path.name).read_bytes()
+    assert [path.name for path in sorted(with_samples.work.samples.iterdir())] == [
+        "step-00000003.txt",
+        "step-00000006.txt",
+    ]
+    assert (with_samples.work.samples / "step-00000006.txt").read_text()

@@ -26,7 +26,7 @@ from rwkv_cluster.train.events import read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
-PAIRS = "".join(f"{number} {token!r} {len(token.encode())}\n" for number, token in enumerate(["th", "e ", "ä"], start=300))
+PAIRS = "".join(f"{id_} {token!r} {len(token.encode())}\n" for id_, token in enumerate(["th", "e ", "ä"], start=300))
 BYTES = "".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256))
 
 
