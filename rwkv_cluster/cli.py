@@ -22,7 +22,6 @@ from rwkv_cluster.launched import log_to_agent, tell_agent
 from rwkv_cluster.ranks import launched, rank
 
 VERBS: dict[str, str] = {
-    "plan": "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
     "init": "write the initial weights, WORK_DIR/out/rwkv-init.pth",
     "train": "prepare and initialise what is missing, then train; the same command again continues",
@@ -35,10 +34,11 @@ VERBS: dict[str, str] = {
     "consolidate": "write the weights of a checkpoint, by however many ranks it was saved, as one .pth",
     "inspect": "architecture and sizes of an RWKV .pth file",
     "config": "the resolved configuration, and where each value came from",
+    "plan": "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
     "doctor": "what this machine has for training, and a self-test of its kernels",
     "bench": "measure this machine: data, wkv, step or ddp",
 }
-CONFIG_VERBS = ("plan", "prepare", "init", "train", "launch", "eval", "consolidate", "config")
+CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config", "plan")
 RANK_VERBS = ("prepare", "train")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
 

@@ -1,10 +1,11 @@
-"""Peak memory of a rank: which of an optimizer step's moments needs most, and what is held at it.
+"""Peak memory of a rank: which phase of an optimizer step needs most, and what is held in it.
 
-    head       the forward pass is through: everything is saved, and the loss has its logits
-    backward   at the last block everything is still saved, and gradients begin; at the first, all gradients are there
-    update     gradients, and under ZeRO their fp32 copy, beside masters and moments
+    head          the forward pass is through: everything is saved, and the loss has its logits
+    last block    its backward pass: everything is still saved, and gradients begin
+    first block   its backward pass: nearly all gradients are there
+    update        gradients, and under ZeRO their fp32 copy, beside masters and moments
 
-Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `fit.ALLOWANCE`.
+Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `fitting.ALLOWANCE`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: the most that is saved at a time. peak: on the device. host: offloaded."""
+    """Bytes of one rank. activations: the most that is saved at a time. peak: on the device, in phase peak_at. host: offloaded."""
 
     states: ModelStates
     activations: float
@@ -64,26 +65,25 @@ class MemoryModel:
             precision=precision,
             bf16_parameters=bool(stage) and precision != "fp32",
         )
-        moments = self._moments(states, kept, setting)
-        at = max(moments, key=lambda name: moments[name])
+        phases = self._phases(states, kept, setting)
+        at = max(phases, key=lambda name: phases[name])
         saved = kept.saved(grad_cp=setting.grad_cp) + (kept.one_block if setting.grad_cp else 0)
-        return Memory(states, saved, max(kept.head, kept.head_backward), moments[at], at, states.host)
+        return Memory(states, saved, max(kept.head, kept.head_backward), phases[at], at, states.host)
 
-    def _moments(self, states: ModelStates, kept: Activations, setting: Setting) -> dict[str, float]:
-        standing = states.weights + states.masters + states.moments
-        gradients, communicating = states.gradients, states.buckets + states.gathered
-        total = count(self.shapes)
-        matrix = gradients * self.vocab_size * self.model.n_embd / total  # of the head, and of emb
-        in_a_block = gradients * count({n: s for n, s in self.shapes.items() if n.startswith("blocks.0.")}) / total
+    def _phases(self, states: ModelStates, kept: Activations, setting: Setting) -> dict[str, float]:
+        """Bytes on the device in each phase of an optimizer step."""
+        total, gradients = count(self.shapes), states.gradients
+        of_matrix = gradients * self.vocab_size * self.model.n_embd / total  # of the head's, or of emb's
+        block_0 = {name: shape for name, shape in self.shapes.items() if name.startswith("blocks.0.")}
+        before_block_0 = gradients - of_matrix - gradients * count(block_0) / total
         early = gradients if states.keeps_gradients or setting.accumulates else 0.0
         saved, again = kept.saved(grad_cp=setting.grad_cp), kept.one_block if setting.grad_cp else 0.0
-        last_block = kept.outside + kept.one_block + kept.workspace
+        standing = states.weights + states.masters + states.moments
+        passing = standing + states.buckets + states.gathered
+        updating = standing + (states.buckets if states.keeps_gradients else 0.0)
         return {
-            "head": standing + communicating + early + saved + max(kept.head, kept.head_backward),
-            "backward, last block": standing + communicating + max(early, matrix) + saved + again + kept.workspace,
-            "backward, first block": standing
-            + communicating
-            + max(early, gradients - matrix - in_a_block)
-            + last_block,
-            "update": standing + gradients + states.gradient_copy + (states.gathered and states.buckets),
+            "head": passing + early + saved + max(kept.head, kept.head_backward),
+            "last block": passing + max(early, of_matrix) + saved + again + kept.workspace,
+            "first block": passing + max(early, before_block_0) + kept.outside + kept.one_block + kept.workspace,
+            "update": updating + gradients + states.gradient_copy,
         }

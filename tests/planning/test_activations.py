@@ -12,7 +12,9 @@ from tiny_models import VERSIONS
 from tiny_run import tiny_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels import chunk_layout, chunked_wkv6, chunked_wkv7, loader, native
+from rwkv_cluster.model import loss
+from rwkv_cluster.planning import activations as planned
 from rwkv_cluster.planning.activations import Kernels, activations
 from rwkv_cluster.planning.assumptions import Assumptions
 from rwkv_cluster.planning.memory import MemoryModel, Setting
@@ -41,6 +43,32 @@ def test_what_autograd_saves(model_type: str, wkv: str, precision: str) -> None:
     kernels = Kernels("cpu", wkv, FORMS[wkv])
     found = activations(config, 500, kernels, micro_bsz=batch_size, precision=precision, bf16_parameters=False)
     assert found.saved(grad_cp=False) == pytest.approx(saved_bytes(model, some_batch(config, batch_size)), rel=0.03)
+
+
+@pytest.mark.parametrize(("wkv", "kernel"), [("native", native.EXACT), ("tensor_cores", native.TENSOR_CORES)])
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_states_of_wkv_are_the_kernels(model_type: str, wkv: str, kernel: int) -> None:
+    """And the numbers that a plan may not import, because they lie beside torch, are theirs."""
+    config = _config(model_type, ctx_len=100)
+    found = activations(
+        config, 500, Kernels("cuda", wkv, "compile"), micro_bsz=2, precision="bf16", bf16_parameters=True
+    )
+    version = 7 if model_type == "x070" else 6
+    assert found.wkv == 3 * native.saved_bytes(version, (2, 100, 3, 64), kernel)
+    assert planned.STEPS_BETWEEN_STATES == native.STEPS_BETWEEN_STATES
+    assert planned.LOGITS_IN_FLIGHT == loss.CHUNK_ELEMENTS
+    assert planned.CPU_SEGMENT_BYTES == chunk_layout.SEGMENT_BYTES
+    assert planned.CHUNK == chunked_wkv6.CHUNK == chunked_wkv7.CHUNK
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_what_the_time_loop_saves(model_type: str) -> None:
+    """10 %: the state of every token, and a little for each step that is not counted."""
+    config = _config(model_type, n_layer=1, ctx_len=24)
+    model = model_of(config, "bf16", wkv="reference", fused="plain")
+    kernels = Kernels("cpu", "reference", "plain")
+    found = activations(config, 500, kernels, micro_bsz=2, precision="bf16", bf16_parameters=False)
+    assert found.saved(grad_cp=False) == pytest.approx(saved_bytes(model, some_batch(config, 2)), rel=0.1)
 
 
 @pytest.mark.slow
