@@ -30,7 +30,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: the most that is saved at a time. peak: on the device, in phase peak_at. host: offloaded."""
+    """Bytes of one rank. activations: the most saved at a time. peak: on the device, in phase peak_at. host: moved."""
 
     states: ModelStates
     activations: float
