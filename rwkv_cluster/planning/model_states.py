@@ -123,10 +123,11 @@ def _gathered(shapes: Shapes) -> int:
 
 
 def _buckets(shapes: Shapes, sharding: Sharding, item: int, elements: int) -> float:
-    """Stages 1 and 2 fill one bucket while the other travels (overlap_comm); stage 3 has one."""
+    """Stages 1 and 2 fill one while the other travels (overlap_comm); stage 3 has one. None exceeds the model."""
     if sharding.stage == 0:
         return float(min(count(shapes), ALL_REDUCE_ELEMENTS) * item) if sharding.ranks > 1 else 0.0
     if sharding.stage is None:  # DDP's buckets are the gradients themselves: gradient_as_bucket_view
         return 0.0
+    elements = min(elements, count(trained(shapes)))
     largest = max(math.prod(shape) for shape in shapes.values()) if sharding.offload_optimizer else 0
     return float((elements * (1 if sharding.stage == 3 else 2) + largest) * item)

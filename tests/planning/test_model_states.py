@@ -16,7 +16,7 @@ from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
 from rwkv_cluster.planning.model_states import Sharding, model_states
 from rwkv_cluster.train.optimizer import build_optimizer, optimizer_tensors
 
-RECORDED = Path(__file__).parents[2] / "kernels/benchmarks/ddp-cpu-2026-11-25.json"
+RECORDED = Path(__file__).parents[2] / "kernels/benchmarks/ddp-cpu-2026-11-26.json"
 SHAPES = parameter_shapes(ModelConfig(model_type="x052", n_layer=24, n_embd=1024, vocab_size=65536), 65536)
 BUCKET = 1  # elements; DeepSpeed's estimators leave buckets out
 
@@ -72,7 +72,6 @@ def test_what_the_recorded_bench_has_allocated(strategy: str, ranks: int) -> Non
     if stage != 1:
         assert ours.gradients == pytest.approx(measured["gradients"], rel=0.05)
     if stage == 3:
-        assert ours.buckets == pytest.approx(measured["buckets"], rel=0.05)
         assert ours.gathered >= measured["whole"]
 
 
@@ -94,7 +93,9 @@ def test_stages_keep_less_and_offloading_moves_it() -> None:
     whole, one, two, three = (model_states(SHAPES, Sharding(8, stage), "bf16", 1000) for stage in (None, 1, 2, 3))
     assert whole.gradients == 2 * one.gradients == 16 * two.gradients
     assert two.weights == 8 * three.weights
-    assert one.buckets == two.buckets == 2 * three.buckets
+    assert one.buckets == two.buckets == 2 * three.buckets == 2 * 2 * 1000
+    small = parameter_shapes(ModelConfig(n_layer=1, n_embd=64, vocab_size=50), 50)
+    assert model_states(small, Sharding(8, 3), "fp32", 10**9).buckets == 4 * count(small)
     assert (whole.keeps_gradients, one.keeps_gradients, three.keeps_gradients) == (True, False, True)
     moved = model_states(SHAPES, Sharding(8, 3, True, True), "bf16", 1000)
     assert (moved.weights, moved.masters, moved.moments, moved.gradients) == (0, 0, 0, 0)
