@@ -11,12 +11,11 @@ import sys
 from rwkv_cluster.config import Config
 from rwkv_cluster.launch import container
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.launch.script import HEAD, TRAIN, environment
+from rwkv_cluster.launch.script import CONFIG, HEAD, environment
 from rwkv_cluster.launch.torchrun import python, ranks_per_node, start
 
 # The trainer needs these of the caller's environment; all other variables stay behind, unless launch.pass_env says so.
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
-PREPARE = ' prepare "$PWD/config.yaml"'
 
 CHECK_NODES = """\
 check_nodes() { # a node that cannot write here could say so nowhere else
@@ -90,10 +89,11 @@ exec bash SCRIPT >> LOG 2>&1
 """
 
 
-def batch_script(config: Config, cwd: str) -> str:
+def batch_script(config: Config, cwd: str, verb: str) -> str:
     """Script for sbatch: a step with the agent on each node; the same job again after a preemption.
 
     With target slurm, submitit starts the agent and queues the job again; what it leaves undone the script does.
+    verb: what the ranks run, train or, without submitit, doctor.
     """
     launch = config.launch
     tasks = ranks_per_node(config) if launch.task_per == "rank" else 1
@@ -117,7 +117,7 @@ def batch_script(config: Config, cwd: str) -> str:
     if launch.target == "slurm":
         task, what = Command((sys.executable, "-u", "-m", "submitit.core._submit")), ' "$PWD"'
     else:
-        task, what = node_command(config, cwd), TRAIN
+        task, what = node_command(config, cwd), f" {verb} {CONFIG}"
     srun = Command(("srun", *srun_options(config, cwd), *task.argv))
     lines = [
         *_directives(config, options, "job.log"),
@@ -149,7 +149,7 @@ def prepare_script(config: Config, cwd: str) -> str:
     inner = Command((*agent, python(config), "-m", "rwkv_cluster"))
     pyxis = container.srun_options(config, cwd)
     srun = Command(("srun", "--ntasks=1", "--export=ALL", *pyxis, *container.wrap(config, inner, cwd).argv))
-    return "\n".join([*_directives(config, options, "prepare.log"), f"exec {srun.shell()}{PREPARE}"]) + "\n"
+    return "\n".join([*_directives(config, options, "prepare.log"), f"exec {srun.shell()} prepare {CONFIG}"]) + "\n"
 
 
 def array_script(config: Config, script: str, name: str, n_runs: int) -> str:

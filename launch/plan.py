@@ -14,6 +14,7 @@ from rwkv_cluster.launch.batch import array_script, batch_script, node_command, 
 from rwkv_cluster.launch.command import Command, refuse_control_characters
 from rwkv_cluster.launch.script import local_script
 from rwkv_cluster.launch.torchrun import HOSTFILE, hostfile
+from rwkv_cluster.launch_config import PrepareJobConfig
 from rwkv_cluster.workdir import WorkDir
 
 PREPARE_JOB = "PREPARE_JOB"  # stands for the number of the prepare job, known once it is submitted
@@ -38,23 +39,41 @@ class Plan:
     members: tuple[Plan, ...] = ()
 
 
-def plan(config: Config, cwd: Path) -> Plan:
-    """The launch of `config` by a caller who stands in `cwd`. Raises LaunchError or ConfigError."""
+def plan(config: Config, cwd: Path, verb: str = "train") -> Plan:
+    """The launch of `config` by a caller who stands in `cwd`. Raises LaunchError or ConfigError.
+
+    verb: what the ranks run: train, or doctor to examine where they would.
+    """
+    if verb == "doctor":
+        config = _once(config)
     work = WorkDir(config.work_dir)
     config = config.model_copy(update={"work_dir": str(work.root)})
     refuse_control_characters(str(cwd), "the current directory")
     launch = config.launch
     if not launch.is_batch:
-        files = {"job.sh": local_script(config, str(cwd))}
+        files = {"job.sh": local_script(config, str(cwd), verb)}
         if (text := hostfile(config)) is not None:
             files[HOSTFILE] = text
         return _with_record(config, cwd, files, [Command(("bash", "job.sh"))])
     if launch.sweep:
         return _sweep(config, cwd)
-    files = {"job.sh": batch_script(config, str(cwd))}
+    files = {"job.sh": batch_script(config, str(cwd), verb)}
     if launch.prepare.own_job:
         files["prepare.sh"] = prepare_script(config, str(cwd))
     return _with_record(config, cwd, files, _submissions(list(files), "afterok"))
+
+
+def _once(config: Config) -> Config:
+    """`config` as one job with the same resources that nothing precedes, follows or queues again."""
+    target = "sbatch" if config.launch.is_batch else config.launch.target
+    plain: dict[str, object] = {
+        "target": target,
+        "sweep": [],
+        "requeue": False,
+        "exclude_bad_nodes": False,
+        "prepare": PrepareJobConfig(),
+    }
+    return config.model_copy(update={"launch": config.launch.model_copy(update=plain)})
 
 
 def _submissions(scripts: list[str], dependency: str) -> list[Command]:

@@ -38,10 +38,23 @@ def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool) 
     """
     if "RWKV_CLUSTER_ATTEMPT" not in os.environ:
         return None
-    _write(state / f"node-{number}", {"code": code_digest(), "packages": packages()})
+    write_facts(state / f"node-{number}", installation())
     if not first:
-        return int(_read(state / "rendezvous", names[0], patience_s=2 * _patience_s())["port"])
-    reports = [_read(state / f"node-{other}", name, _patience_s()) for other, name in enumerate(names)]
+        return int(_read(state / "rendezvous", names[0], patience_s=2 * patience_s())["port"])
+    reports = [_read(state / f"node-{other}", name, patience_s()) for other, name in enumerate(names)]
+    require_alike(names, reports)
+    port = _free_port()
+    write_facts(state / "rendezvous", {"port": port})
+    return port
+
+
+def installation() -> dict[str, Any]:
+    """What a node runs, for `require_alike`."""
+    return {"code": code_digest(), "packages": packages()}
+
+
+def require_alike(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> None:
+    """Raises BadNode for one that runs other packages or other code than the first. reports: of `installation`."""
     for name, report in zip(names, reports, strict=True):
         if report["packages"] != reports[0]["packages"]:
             raise BadNode(name, f"has other packages than {names[0]}: {_difference(report, reports[0])}")
@@ -51,9 +64,6 @@ def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool) 
                 f"runs other code of rwkv_cluster than {names[0]}: its digest is {report['code'][:12]}, not "
                 f"{reports[0]['code'][:12]}. Install the same on all nodes",
             )
-    port = _free_port()
-    _write(state / "rendezvous", {"port": port})
-    return port
 
 
 def check_gpus(wanted: int, host: str) -> None:
@@ -99,7 +109,7 @@ def _difference(report: dict[str, Any], first: dict[str, Any]) -> str:
     )
 
 
-def _write(path: Path, facts: dict[str, Any]) -> None:
+def write_facts(path: Path, facts: dict[str, Any]) -> None:
     """By lock and rename, which a run's checkpoints and its work directory's lock need too."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with open(temporary, "w") as handle:
@@ -108,7 +118,7 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _patience_s() -> float:
+def patience_s() -> float:
     """Of the first node; the others wait longer, so that it is the one to say who is missing."""
     return float(os.environ.get("RWKV_CLUSTER_MEET_S", MEET_S))
 

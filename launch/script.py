@@ -12,13 +12,16 @@ from rwkv_cluster.launch.command import Command
 from rwkv_cluster.launch.torchrun import start
 
 HEAD = "# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml."
-TRAIN = ' train "$PWD/config.yaml"'
+CONFIG = '"$PWD/config.yaml"'
 
 
-def local_script(config: Config, cwd: str) -> str:
-    """Script for the targets that start processes here: local, torchrun, deepspeed, docker and podman."""
+def local_script(config: Config, cwd: str, verb: str) -> str:
+    """Script for the targets that start processes here: local, torchrun, deepspeed, docker and podman.
+
+    verb: what the ranks run, train or doctor.
+    """
     command = container.wrap(config, start(config, cwd), cwd)
-    lines = ["#!/bin/bash", HEAD, "set -u", *environment(config), f"exec {command.shell()}{TRAIN}"]
+    lines = ["#!/bin/bash", HEAD, "set -u", *environment(config), f"exec {command.shell()} {verb} {CONFIG}"]
     return "\n".join(lines) + "\n"
 
 

@@ -35,11 +35,11 @@ VERBS: dict[str, str] = {
     "inspect": "architecture and sizes of an RWKV .pth file",
     "config": "the resolved configuration, and where each value came from",
     "plan": "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
-    "doctor": "what this machine has for training, and a self-test of its kernels",
+    "doctor": "what this machine or job has for training, and the first thing to fix",
     "bench": "measure this machine: data, wkv, step or ddp",
 }
-CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config", "plan")
-RANK_VERBS = ("prepare", "train")  # that a launcher starts as ranks
+CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config", "plan", "doctor")
+RANK_VERBS = ("prepare", "train", "doctor")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
 
 PROFILE_STEPS = 5  # of `train --profile` without a number
@@ -106,6 +106,9 @@ def _run(argv: list[str]) -> int:
     report = verbs.run(options, overrides, extra)
     if rank() == 0 and (report.text or options.json):
         print(json.dumps(report.data, indent=2, default=str) if options.json else report.text.rstrip("\n"))
+    if report.error is not None:
+        sys.stdout.flush()
+        raise report.error
     return report.code
 
 
@@ -154,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     for verb, subparser in by_verb.items():
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
         if verb in CONFIG_VERBS:
-            subparser.add_argument("config", metavar="CONFIG", help="YAML file, shipped recipe, or WORK_DIR")
+            count = "?" if verb == "doctor" else None
+            what = "YAML file, shipped recipe, or WORK_DIR"
+            subparser.add_argument("config", metavar="CONFIG", nargs=count, help=what)
             subparser.epilog = "Any field may be set with --section.field=value."
     plan = by_verb["plan"]
     plan.add_argument("--ranks", metavar="N", help="instead of those that launch or training.devices give")
@@ -166,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     launch = by_verb["launch"]
     launch.add_argument("--target", metavar="T", help="instead of the file's launch.target")
     launch.add_argument("--dry-run", action="store_true", help="print the script, start and write nothing")
+    launch.add_argument("--doctor", action="store_true", help="start `rwkv-cluster doctor` there instead of training")
     for verb in ("status", "logs", "cancel"):
         by_verb[verb].add_argument("work_dir", metavar="WORK_DIR", help="the directory of the run")
     by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")

@@ -214,7 +214,7 @@ class LaunchConfig(Section):
         for name, text in value.items():
             _variable(name, "env")
             _refuse_hidden(text, f"env.{name}")
-            if _SECRET.search(name):
+            if looks_secret(name):
                 raise ValueError(
                     f"env has {name}, which looks like a secret and would be written to scripts. Put the name into "
                     "launch.pass_env instead and set the variable where you launch"
@@ -275,6 +275,11 @@ class LaunchConfig(Section):
     def is_batch(self) -> bool:
         """Whether Slurm runs it."""
         return self.target in BATCH_TARGETS
+
+
+def looks_secret(name: str) -> bool:
+    """Whether an environment variable of this name holds what nobody else may read."""
+    return _SECRET.search(name) is not None
 
 
 def _check_word(field: str, value: str | None) -> str | None:

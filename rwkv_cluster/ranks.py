@@ -32,6 +32,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
+def local_rank() -> int:
+    """This process's number among the ranks of its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def launched_world_size() -> int | None:
     """Number of ranks that a launcher has started, or None when there is none."""
     value = os.environ.get("WORLD_SIZE")

@@ -14,7 +14,7 @@ from typing import Any
 
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
-from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.ranks import end_with_launcher, rank
 from rwkv_cluster.recipes import FoundConfig, find_config
@@ -25,11 +25,12 @@ logger = logging.getLogger("rwkv_cluster")
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A verb's result: `text` for people, `data` for `--json`, and its exit code."""
+    """A verb's result: `text` for people, `data` for `--json`, its exit code, and an error that stands below it."""
 
     text: str
     data: Any
     code: int = 0
+    error: RWKVClusterError | None = None
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[str]) -> Report:
@@ -46,8 +47,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         )
     if options.verb == "inspect":
         return inspect(Path(options.path))
-    if options.verb == "doctor":
-        return doctor()
+    if options.verb == "doctor" and options.config is None:
+        if overrides:
+            raise ConfigError(f"{overrides[0]} is a field of a run. Name its CONFIG too")
+        return doctor(None)
     if options.verb == "bench":
         return bench(options.what, extra)
     if options.verb in ("status", "logs", "cancel"):
@@ -64,23 +67,26 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
     if options.verb == "plan":
         return plan(found.resolved.config, options)
     if options.verb == "launch":
-        return launch(found.resolved.config, dry_run=options.dry_run)
+        return launch(found.resolved.config, dry_run=options.dry_run, doctor=options.doctor)
     if options.verb == "init":
         return init(found.resolved.config, force=options.force)
     if options.verb == "eval":
         return evaluate(found.resolved.config, Path(options.weights) if options.weights else None)
     if options.verb == "consolidate":
         return consolidate(found.resolved.config, options.step)
-    verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train}
+    verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train, "doctor": doctor}
     return verbs[options.verb](found.resolved.config)
 
 
-def doctor() -> Report:
-    """What this machine has."""
-    from rwkv_cluster import doctor as examination
+def doctor(config: Config | None) -> Report:
+    """What this machine, or the job that this rank is part of, has for training."""
+    from rwkv_cluster.doctor import rows
+    from rwkv_cluster.doctor.examination import examine
 
-    rows = examination.examine()
-    return Report(examination.format(rows), examination.data(rows))
+    found = examine(config)
+    problem = None if found.problem is None else str(found.problem)
+    data = {"problem": problem, "exit_code": 0 if found.problem is None else found.problem.exit_code}
+    return Report(rows.table(found.rows), data | {"rows": rows.data(found.rows)}, error=found.problem)
 
 
 def plan(config: Config, options: argparse.Namespace) -> Report:
@@ -134,12 +140,12 @@ def train(config: Config) -> Report:
     return Report("\n".join(lines), dataclasses.asdict(result))
 
 
-def launch(config: Config, *, dry_run: bool) -> Report:
-    """Start the run on its target, or show what that would be."""
+def launch(config: Config, *, dry_run: bool, doctor: bool) -> Report:
+    """Start the run, or `doctor`, on its target, or show what that would be."""
     from rwkv_cluster.launch import plan as launching
     from rwkv_cluster.launch.submit import launch_folder, submit
 
-    planned = launching.plan(config, Path.cwd())
+    planned = launching.plan(config, Path.cwd(), "doctor" if doctor else "train")
     if dry_run:
         folder = launch_folder(planned.config.work_dir, time.time())
         commands = [command.shell() for command in planned.commands]

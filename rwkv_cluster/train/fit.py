@@ -30,7 +30,7 @@ from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.rollback import rewound
-from rwkv_cluster.train.room import Shapes, checkpoint_bytes, require_room, weights_bytes
+from rwkv_cluster.train.room import Shapes, next_bytes, require_room
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest
@@ -168,10 +168,10 @@ def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, s
 
 
 def _require_room(session: Session, shapes: Shapes) -> None:
-    """For the next checkpoint, a weights file beside it, and the initial weights. Raises CheckpointError."""
+    """For what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
-    n_files = 1 if session.found or (work.out / "rwkv-init.pth").exists() else 2
-    n_bytes = checkpoint_bytes(shapes, session.placement.world_size) + n_files * weights_bytes(shapes, item_bytes)
+    begins = session.found is None and not (work.out / "rwkv-init.pth").exists()
+    n_bytes = next_bytes(shapes, item_bytes, session.placement.world_size, begins=begins)
     require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 

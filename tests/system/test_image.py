@@ -90,14 +90,16 @@ def _quickstart(text: str, **changes: object) -> tuple[str, ...]:
 
 def test_doctor_without_a_gpu(podman: Engine) -> None:
     locked = (*LOCKED_DOWN, "--network=none", f"--user={USER}:{USER}")
-    rows = {row["what"]: row for row in json.loads(podman("run", "--rm", *locked, IMAGE, "doctor", "--json"))}
-    assert rows["image"]["found"] == "variant cpu, revision unknown"
-    assert rows["image: WKV kernels"]["found"] == "cpu"
-    assert rows["WKV kernels, CPU"]["works"] is True
-    assert "/opt/kernels/libwkv_cpu.so" in rows["WKV kernels, CPU"]["found"]
-    assert rows["self-test: native on cpu, float32"]["works"] is True
-    assert (rows["GPUs"]["works"], rows["GPUs"]["found"]) == (False, "torch finds none (torch is a CPU build)")
-    assert rows["nvcc"]["works"] is False
+    rows = {row["name"]: row for row in json.loads(podman("run", "--rm", *locked, IMAGE, "doctor", "--json"))["rows"]}
+    assert rows["image"]["text"] == "variant cpu, revision unknown"
+    assert rows["image: WKV kernels"]["text"] == "cpu"
+    assert rows["WKV kernels, CPU"]["state"] == "ok"
+    assert "/opt/kernels/libwkv_cpu.so" in rows["WKV kernels, CPU"]["text"]
+    assert rows["self-test: native on cpu, float32"]["state"] == "ok"
+    assert (rows["CUDA"]["state"], rows["CUDA"]["text"]) == ("note", "torch finds none (torch is a CPU build)")
+    assert rows["nvcc"]["state"] == "note"
+    assert rows["disk"]["text"] == "/ cannot be written: Read-only file system"
+    assert rows["shared memory"]["state"] == "note"
     table = podman("run", "--rm", *locked, IMAGE)
     assert "variant cpu" in table, "without a verb the image examines itself"
 

@@ -1,0 +1,73 @@
+"""The story of an examination: every check here, then what the ranks find together, then the first thing to fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rwkv_cluster import ranks
+from rwkv_cluster.config import Config
+from rwkv_cluster.doctor import deepspeed, environment, gpus, host, image, needs, rows, software, storage, tools, wkv
+from rwkv_cluster.doctor.rows import Row
+from rwkv_cluster.doctor.software import has_torch
+from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.together import examined_together
+from rwkv_cluster.errors import RWKVClusterError
+
+Check = Callable[[Subject], list[Row]]
+CHECKS: tuple[Check, ...] = (  # in the order in which faults are best mended
+    software.versions,
+    software.torch_itself,
+    software.packages,
+    image.image,
+    gpus.driver,
+    gpus.torch_cuda,
+    wkv.libraries,
+    wkv.self_test,
+    software.compilers,
+    deepspeed.deepspeed,
+    host.processors,
+    host.memory,
+    host.shared_memory,
+    host.limits,
+    environment.variables,
+    tools.slurm,
+    tools.containers,
+    tools.launch_tools,
+    storage.storage,
+    needs.run_needs,
+)
+OF_EACH_RANK = {
+    software.versions,
+    software.torch_itself,
+    software.packages,
+    gpus.torch_cuda,
+    wkv.self_test,
+    host.processors,
+    host.limits,
+    environment.variables,
+    needs.run_needs,
+}
+"""The other checks tell the same to all ranks of a machine, of which the first one asks."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """problem: the first thing to fix; None where training can start."""
+
+    rows: list[Row]
+    problem: RWKVClusterError | None
+
+
+def examine(config: Config | None) -> Examination:
+    """Look at this machine, and with the other ranks at their job.
+
+    On ranks other than 0 it is empty: rank 0 speaks for all. Raises LaunchError where a rank cannot reach rank 0.
+    """
+    subject = Subject(config)
+    checks = CHECKS if ranks.local_rank() == 0 else [check for check in CHECKS if check in OF_EACH_RANK]
+    found = [row for check in checks for row in check(subject)]
+    world_size = ranks.launched_world_size() or 1
+    if world_size > 1 and has_torch():
+        found = examined_together(found, subject, world_size)
+    return Examination(found, rows.first_problem(found))

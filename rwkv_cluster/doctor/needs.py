@@ -1,0 +1,134 @@
+"""What a run asks for, each by the very call that would refuse it at the start of training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from rwkv_cluster import ranks
+from rwkv_cluster.config import Config
+from rwkv_cluster.doctor.rows import Row, note, ok, refused, warning
+from rwkv_cluster.doctor.software import has_torch
+from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.errors import CheckpointError, DataError, RWKVClusterError
+from rwkv_cluster.workdir import WorkDir
+
+ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
+
+
+def run_needs(subject: Subject) -> list[Row]:
+    """Tokenizer and data; and where the ranks run here: loggers, devices, strategy, kernels, room on the disk."""
+    config = subject.config
+    if config is None:
+        return []
+    rows = [_asked("tokenizer", lambda: _tokenizer(config))]
+    if ranks.rank() == 0:
+        rows.append(_asked("data", lambda: _data(config)))
+    if not subject.runs_here:
+        return [*rows, note("run", f"launch.target is {config.launch.target}: its ranks run elsewhere", ELSEWHERE)]
+    if not has_torch() or rows[0].state == "problem":
+        return rows
+    checks = {"GPUs asked for": _gpus, "loggers": _loggers, "run": _resolved, "initial weights": _initial_weights}
+    rows += [_asked(name, lambda check=check: check(config)) for name, check in checks.items()]  # type: ignore[misc]
+    return [*rows, *(_room(config, subject.folder) if ranks.rank() == 0 else [])]
+
+
+def _asked(name: str, check: Callable[[], str]) -> Row:
+    """The row of what `check` tells or refuses."""
+    try:
+        return ok(name, check())
+    except RWKVClusterError as error:
+        return refused(name, error)
+
+
+def _tokenizer(config: Config) -> str:
+    from rwkv_cluster.tokenizer import build_tokenizer
+
+    return f"{config.data.tokenizer.type}, {int(build_tokenizer(config.data.tokenizer).vocab_size):,} ids"
+
+
+def _data(config: Config) -> str:
+    """What data.inputs names is there and can be read, or prepared data is."""
+    from rwkv_cluster.data.prepare import load_manifest
+    from rwkv_cluster.data.sources import find_sources
+
+    if not config.data.inputs:
+        return f"prepared: {load_manifest(WorkDir(config.work_dir).data).n_tokens:,} tokens"
+    files = [path for source in find_sources(config.data) for path in source.files()]
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{path} cannot be read: permission denied. Make it readable")
+    return f"{len(files):,} files in data.inputs"
+
+
+def _gpus(config: Config) -> str:
+    from rwkv_cluster.launch.preflight import check_gpus
+
+    wanted = 0 if config.training.accelerator == "cpu" else config.launch.gpus_per_node or 0
+    check_gpus(wanted, socket.gethostname())
+    return f"{wanted} of launch.gpus_per_node" if wanted else "none by launch.gpus_per_node"
+
+
+def _loggers(config: Config) -> str:
+    from rwkv_cluster.train.loggers import require_packages
+
+    require_packages(config.logging)
+    asked = {"TensorBoard": config.logging.tensorboard, "Weights & Biases": config.logging.wandb_project}
+    return ", ".join(name for name, wanted in asked.items() if wanted) or "none asked for"
+
+
+def _resolved(config: Config) -> str:
+    """Precision, accelerator, DeepSpeed, kernels and batch, as training resolves them."""
+    from rwkv_cluster.tokenizer import build_tokenizer
+    from rwkv_cluster.train.sample import require_sample_prompt
+    from rwkv_cluster.train.session import resolve
+
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    require_sample_prompt(config.logging, tokenizer)
+    _, placement, accumulate = resolve(config, int(tokenizer.vocab_size))
+    training, stage = config.training, config.training.deepspeed_stage
+    zero = "" if stage is None else f", ZeRO stage {stage}"
+    batch = training.micro_bsz * placement.world_size * accumulate
+    place = f"{placement.world_size} rank{'s' if placement.world_size > 1 else ''} on {placement.accelerator}{zero}"
+    return f"{place}, {training.precision}, wkv_backend {training.wkv_backend}, {batch:,} samples a step"
+
+
+def _initial_weights(config: Config) -> str:
+    path = config.training.init_from
+    if path is None:
+        return "made when training starts"
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"training.init_from {path} cannot be read. Correct the path")
+    return path
+
+
+def _room(config: Config, folder: Path) -> list[Row]:
+    """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
+    from rwkv_cluster.model.state_dict import expected_shapes
+    from rwkv_cluster.tokenizer import build_tokenizer
+    from rwkv_cluster.train import room
+    from rwkv_cluster.train.checkpoint import list_steps
+    from rwkv_cluster.train.precision import DTYPES
+    from rwkv_cluster.train.vocabulary_size import with_vocabulary
+
+    try:
+        model = with_vocabulary(config, int(build_tokenizer(config.data.tokenizer).vocab_size)).model
+        shapes, work = expected_shapes(model), WorkDir(config.work_dir)
+        world_size = ranks.launched_world_size() or config.training.devices
+        begins = not ((work.out / "rwkv-init.pth").exists() or list_steps(work.checkpoints))
+        item_bytes = DTYPES[config.training.precision].itemsize
+        first = room.next_bytes(shapes, item_bytes, world_size, begins=begins)
+        room.require_room(folder, first, "the next checkpoint and the weights beside it")
+    except RWKVClusterError as error:
+        return [refused("room", error)]
+    one, there = room.checkpoint_bytes(shapes, world_size), len(list_steps(work.checkpoints))
+    kept = max(0, config.checkpoint.keep_last + 1 - there) * one + first - one  # the oldest goes after the newest came
+    free = shutil.disk_usage(folder).free
+    text = f"{one / 1e9:,.3g} GB a checkpoint, {kept / 1e9:,.3g} GB for all still to be kept, {free / 1e9:,.3g} GB free"
+    if kept * room.SPARE > free:
+        remedy = "Make room, keep fewer (checkpoint.keep_last), or choose another work_dir"
+        return [warning("room", f"{text}: later checkpoints will not fit", remedy)]
+    return [ok("room", text)]

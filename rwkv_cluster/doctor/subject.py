@@ -1,0 +1,40 @@
+"""What is examined: a machine, or a machine for a run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_cluster import ranks
+from rwkv_cluster.config import Config
+from rwkv_cluster.disk import existing_parent
+from rwkv_cluster.launched import LAUNCH_VARIABLE
+from rwkv_cluster.workdir import WorkDir
+
+IMAGE_VARIABLE = "RWKV_CLUSTER_IMAGE"  # in a container image: the file that says what is in it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """config: of the run; None where only the machine is asked about."""
+
+    config: Config | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The work directory or, before it exists, the nearest folder above it; without a run the current one."""
+        if self.config is None:
+            return Path.cwd()
+        root = WorkDir(self.config.work_dir).root
+        return root if root.is_dir() else existing_parent(root)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a launcher, an image or a Slurm job has brought this process to where ranks run."""
+        return ranks.launched() or bool({LAUNCH_VARIABLE, IMAGE_VARIABLE, "SLURM_JOB_ID"} & os.environ.keys())
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the ranks run where this process does, and not where a container engine or Slurm puts them."""
+        return self.is_inside or self.config is None or self.config.launch.target in ("local", "torchrun", "deepspeed")

@@ -1,0 +1,68 @@
+"""Slurm and container engines: which are here, and whether launch.target finds its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+from rwkv_cluster import ranks
+from rwkv_cluster.doctor.programs import output_of
+from rwkv_cluster.doctor.rows import Row, note, ok, problem, warning
+from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.errors import LaunchError
+
+ENGINES = ("docker", "podman", "apptainer", "enroot")
+
+
+def slurm(subject: Subject) -> list[Row]:
+    """Version, and whether srun starts containers (pyxis)."""
+    version = output_of("sinfo", "--version")
+    if version is None and shutil.which("sinfo"):
+        text = "sinfo is here, but does not work"
+        return [note("Slurm", text, "See what `sinfo` says: SLURM_CONF names its configuration")]
+    if version is None:
+        return [note("Slurm", "sinfo is not here")]
+    submits = "" if shutil.which("sbatch") else ", without sbatch"
+    pyxis = "with" if _has_pyxis() else "without"
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and tasks != "1" and not ranks.launched():
+        text = f"srun started {tasks} tasks, which do not know each other: each examines its node alone"
+        return [warning("Slurm", f"{version}; {text}", "Use `rwkv-cluster launch CONFIG --target sbatch --doctor`")]
+    return [ok("Slurm", f"{version}{submits}, srun {pyxis} containers")]
+
+
+def containers(subject: Subject) -> list[Row]:
+    """Versions of the engines that are here."""
+    versions = {engine: output_of(engine, "version" if engine == "enroot" else "--version") for engine in ENGINES}
+    found = [f"{name} {_number(text)}" for name, text in versions.items() if text]
+    return [ok("container engines", ", ".join(found)) if found else note("container engines", "none is here")]
+
+
+def launch_tools(subject: Subject) -> list[Row]:
+    """What `rwkv-cluster launch` needs on this machine; nothing inside what it has started."""
+    config = subject.config
+    if config is None or subject.is_inside:
+        return []
+    launch = config.launch
+    asked = {"docker": ("docker", "version"), "podman": ("podman", "version"), "deepspeed": ("pdsh", "-V")}
+    if launch.target in ("local", "torchrun") or (launch.target == "deepspeed" and launch.num_nodes == 1):
+        return []
+    command = asked.get(launch.target, ("sbatch", "--version"))
+    if output_of(*command) is None:
+        text = f"launch.target is {launch.target}, but `{' '.join(command)}` does not work here"
+        remedy = "Launch on a machine where it does, or with another launch.target"
+        return [problem("launch", text, remedy, LaunchError)]
+    if launch.is_batch and launch.container.runtime == "pyxis" and not _has_pyxis():
+        text = "launch.container.runtime is pyxis, but srun here has no --container-image"
+        return [problem("launch", text, "Use apptainer, podman or docker, or ask for pyxis", LaunchError)]
+    return [ok("launch", f"launch.target {launch.target} finds {command[0]}")]
+
+
+def _has_pyxis() -> bool:
+    return "--container-image" in (output_of("srun", "--help") or "")
+
+
+def _number(text: str) -> str:
+    found = re.search(r"\d+(\.\d+)+", text)
+    return found[0] if found else text.splitlines()[0]

@@ -1,0 +1,70 @@
+"""The compiled WKV kernels: found, or why not; and every backend's results beside float64."""
+
+from __future__ import annotations
+
+import sys
+
+from rwkv_cluster import ranks
+from rwkv_cluster.doctor.rows import Row, ok, problem, warning
+from rwkv_cluster.doctor.software import has_torch
+from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.errors import KernelError
+
+INSTEAD = "The chunked PyTorch form serves instead, more slowly"
+
+
+def libraries(subject: Subject) -> list[Row]:
+    """For the CPU, and for each kind of GPU."""
+    from rwkv_cluster.kernels import loader
+
+    found = {"WKV kernels, CPU": loader.cpu()}
+    for name, capability in _kinds_of_gpu():
+        found[f"WKV kernels, {name}"] = loader.cuda(name, capability)
+    rows = []
+    for name, library in found.items():
+        if isinstance(library, loader.Missing):
+            text, _, remedy = library.reason.rpartition(". ")
+            rows.append(warning(name, f"{text}. {INSTEAD}", remedy.rstrip(".")))
+        else:
+            rows.append(ok(name, f"{library.target}, {library.path}"))
+    return rows
+
+
+def self_test(subject: Subject) -> list[Row]:
+    """Every backend that is here, on small inputs, forward and backward; a rank tests its own GPU."""
+    if not has_torch():
+        return []
+    from rwkv_cluster.kernels import self_test
+
+    rows = []
+    for device in _devices():
+        for backend, dtype, error, limit in self_test.run(device):
+            name = f"{backend} on {device}, {str(dtype).removeprefix('torch.')}"
+            if error <= limit:
+                rows.append(ok(f"self-test: {name}", f"relative error {error:.1e}", figure=-error))
+                continue
+            text = f"The WKV backend {name} is wrong: relative error {error:.1e} where {limit:.0e} is allowed"
+            report = f"report this with the output of `{sys.argv[0]} doctor --json`"
+            remedy = f"Use another training.wkv_backend and {report}"
+            rows.append(problem(f"self-test: {name}", text, remedy, KernelError))
+    return rows
+
+
+def _kinds_of_gpu() -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of each kind of GPU that torch sees."""
+    if not has_torch():
+        return []
+    import torch
+
+    every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return list(dict.fromkeys((gpu.name, (gpu.major, gpu.minor)) for gpu in every))
+
+
+def _devices() -> list[str]:
+    import torch
+
+    every = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    cpu = ["cpu"] if ranks.local_rank() == 0 else []
+    if not ranks.launched():
+        return [*cpu, *every]
+    return [*cpu, *every[ranks.local_rank() :][:1]]
