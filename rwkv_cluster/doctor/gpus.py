@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,15 @@ class Gpu:
     driver: str
 
 
-def listed() -> list[Gpu]:
+@functools.cache
+def listed() -> tuple[Gpu, ...]:
     """Every GPU that the driver shows to this process, whatever CUDA_VISIBLE_DEVICES says; needs no torch."""
     found = []
     for line in (output_of(*QUERY) or "").splitlines():
         fields = [field.strip() for field in line.rsplit(",", 3)]
         if len(fields) == 4:
             found.append(Gpu(fields[0], _number(fields[1]), _number(fields[2]), fields[3]))
-    return found
+    return tuple(found)
 
 
 def driver(subject: Subject) -> list[Row]:

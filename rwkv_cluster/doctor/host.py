@@ -34,7 +34,9 @@ def processors(subject: Subject) -> list[Row]:
     n_ranks = ranks.launched_local_world_size() or 1
     room = min(total, quota)
     if threads > len(own) or threads * n_ranks > room:
-        text += f"; the threads of {n_ranks} ranks, {threads} each, would wait for each other"
+        text += (
+            f"; the threads of {n_ranks} rank{'s' if n_ranks > 1 else ''}, {threads} each, would wait for each other"
+        )
         share = max(1, min(len(own), int(room) // n_ranks))
         return [warning("CPUs", text, f"Set training.num_threads or OMP_NUM_THREADS to {share}")]
     return [ok("CPUs", text)]

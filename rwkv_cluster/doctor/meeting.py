@@ -6,6 +6,7 @@ It needs no process group: the table comes also where the network or NCCL does n
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,13 +61,22 @@ class Meeting:
 
 
 def meet(world_size: int, rank: int, patience_s: float) -> Meeting:
-    """Where the launcher says, as torch's ranks meet. Raises LaunchError where that cannot be reached."""
-    from torch.distributed import rendezvous
+    """Where the launcher says: in torchrun's store, else in one that rank 0 opens, as torch's env:// does.
 
-    timeout = timedelta(seconds=2 * patience_s)
+    That would wait for all ranks, and this one is to tell which is missing. Raises LaunchError where there is no store.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with _reaching():
-        store, _, _ = next(iter(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout)))
-    return Meeting(store, rank, world_size, patience_s)
+        store = TCPStore(
+            os.environ.get("MASTER_ADDR", ""),
+            int(os.environ.get("MASTER_PORT", "")),
+            is_master=opens,
+            timeout=timedelta(seconds=2 * patience_s),
+            wait_for_workers=False,
+        )
+    return Meeting(PrefixStore("doctor", store), rank, world_size, patience_s)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
@@ -24,16 +26,19 @@ def run_needs(subject: Subject) -> list[Row]:
     config = subject.config
     if config is None:
         return []
-    rows = [_asked("tokenizer", lambda: _tokenizer(config))]
-    if ranks.rank() == 0:
-        rows.append(_asked("data", lambda: _data(config)))
+    is_rank_0, made = ranks.rank() == 0, _tokenizer(config)
+    rows = [made if isinstance(made, Row) else ok("tokenizer", f"{int(made.vocab_size):,} ids")]
+    rows += [_asked("data", partial(_data, config))] if is_rank_0 else []
     if not subject.runs_here:
         return [*rows, note("run", f"launch.target is {config.launch.target}: its ranks run elsewhere", ELSEWHERE)]
-    if not has_torch() or rows[0].state == "problem":
+    if not has_torch():
         return rows
-    checks = {"GPUs asked for": _gpus, "loggers": _loggers, "run": _resolved, "initial weights": _initial_weights}
-    rows += [_asked(name, lambda check=check: check(config)) for name, check in checks.items()]  # type: ignore[misc]
-    return [*rows, *(_room(config, subject.folder) if ranks.rank() == 0 else [])]
+    for name, check in (("GPUs asked for", _gpus), ("loggers", _loggers), ("initial weights", _initial_weights)):
+        rows.append(_asked(name, partial(check, config)))
+    if isinstance(made, Row):
+        return rows
+    rows.append(_asked("run", partial(_resolved, config, made)))
+    return [*rows, *(_room(config, int(made.vocab_size), subject.folder) if is_rank_0 else [])]
 
 
 def _asked(name: str, check: Callable[[], str]) -> Row:
@@ -44,10 +49,14 @@ def _asked(name: str, check: Callable[[], str]) -> Row:
         return refused(name, error)
 
 
-def _tokenizer(config: Config) -> str:
+def _tokenizer(config: Config) -> Any:
+    """The run's tokenizer, or the row that says why there is none."""
     from rwkv_cluster.tokenizer import build_tokenizer
 
-    return f"{config.data.tokenizer.type}, {int(build_tokenizer(config.data.tokenizer).vocab_size):,} ids"
+    try:
+        return build_tokenizer(config.data.tokenizer)
+    except RWKVClusterError as error:
+        return refused("tokenizer", error)
 
 
 def _data(config: Config) -> str:
@@ -61,7 +70,7 @@ def _data(config: Config) -> str:
     for path in files:
         if not os.access(path, os.R_OK):
             raise DataError(f"{path} cannot be read: permission denied. Make it readable")
-    return f"{len(files):,} files in data.inputs"
+    return f"{len(files):,} file{'s' if len(files) != 1 else ''} in data.inputs"
 
 
 def _gpus(config: Config) -> str:
@@ -69,7 +78,7 @@ def _gpus(config: Config) -> str:
 
     wanted = 0 if config.training.accelerator == "cpu" else config.launch.gpus_per_node or 0
     check_gpus(wanted, socket.gethostname())
-    return f"{wanted} of launch.gpus_per_node" if wanted else "none by launch.gpus_per_node"
+    return f"{wanted}, as launch.gpus_per_node says" if wanted else "none"
 
 
 def _loggers(config: Config) -> str:
@@ -80,13 +89,11 @@ def _loggers(config: Config) -> str:
     return ", ".join(name for name, wanted in asked.items() if wanted) or "none asked for"
 
 
-def _resolved(config: Config) -> str:
+def _resolved(config: Config, tokenizer: Any) -> str:
     """Precision, accelerator, DeepSpeed, kernels and batch, as training resolves them."""
-    from rwkv_cluster.tokenizer import build_tokenizer
     from rwkv_cluster.train.sample import require_sample_prompt
     from rwkv_cluster.train.session import resolve
 
-    tokenizer = build_tokenizer(config.data.tokenizer)
     require_sample_prompt(config.logging, tokenizer)
     _, placement, accumulate = resolve(config, int(tokenizer.vocab_size))
     training, stage = config.training, config.training.deepspeed_stage
@@ -105,18 +112,16 @@ def _initial_weights(config: Config) -> str:
     return path
 
 
-def _room(config: Config, folder: Path) -> list[Row]:
+def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
     from rwkv_cluster.model.state_dict import expected_shapes
-    from rwkv_cluster.tokenizer import build_tokenizer
     from rwkv_cluster.train import room
     from rwkv_cluster.train.checkpoint import list_steps
     from rwkv_cluster.train.precision import DTYPES
     from rwkv_cluster.train.vocabulary_size import with_vocabulary
 
     try:
-        model = with_vocabulary(config, int(build_tokenizer(config.data.tokenizer).vocab_size)).model
-        shapes, work = expected_shapes(model), WorkDir(config.work_dir)
+        shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)
         world_size = ranks.launched_world_size() or config.training.devices
         begins = not ((work.out / "rwkv-init.pth").exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize

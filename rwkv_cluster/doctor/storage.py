@@ -13,7 +13,7 @@ from rwkv_cluster.disk import writing
 from rwkv_cluster.doctor.rows import Row, note, ok, problem, refused, warning
 from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.errors import CheckpointError, ConfigError, LaunchError
-from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, WorkDir, atomic_write
 
 BLOCK_BYTES = 4 * 2**20
 MOST_BLOCKS = 8
@@ -26,6 +26,8 @@ NO_LOCKS = "Set work_dir to a file system with locks (NFS: not mounted with `nol
 def storage(subject: Subject) -> list[Row]:
     """What a temporary folder in the run's folder shows; nothing of it stays."""
     folder = subject.folder
+    if subject.config is not None and (file := _in_the_way(WorkDir(subject.config.work_dir).root)):
+        return [problem("disk", f"{file} is not a directory", "Choose another work_dir", ConfigError)]
     usage = shutil.disk_usage(folder)
     free = ok("free space", f"{usage.free / 1e9:,.1f} GB of {usage.total / 1e9:,.1f} on {folder}")
     try:
@@ -38,6 +40,12 @@ def storage(subject: Subject) -> list[Row]:
         return [free, problem("disk", text, "Choose a work_dir that you may write to", ConfigError)]
     except CheckpointError as error:
         return [free, refused("disk", error) if subject.config else note("disk", f"{error}")]
+
+
+def _in_the_way(root: Path) -> Path | None:
+    """What stands, as a file, where `root` or a folder above it would have to be."""
+    nearest = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    return None if os.path.isdir(nearest) else nearest
 
 
 def _speed(made: Path, folder: Path) -> Row:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
-from rwkv_cluster.disk import existing_parent
 from rwkv_cluster.launched import LAUNCH_VARIABLE
 from rwkv_cluster.workdir import WorkDir
 
@@ -27,7 +26,7 @@ class Subject:
         if self.config is None:
             return Path.cwd()
         root = WorkDir(self.config.work_dir).root
-        return root if root.is_dir() else existing_parent(root)
+        return next(folder for folder in (root, *root.parents) if os.path.isdir(folder))
 
     @property
     def is_inside(self) -> bool:

@@ -74,6 +74,7 @@ def _clocks(times: Mapping[int, float], reports: Mapping[int, Report]) -> Row:
     worst = max(skews, key=lambda rank: abs(skews[rank]))
     if abs(skews[worst]) <= SKEW_S:
         return ok("clocks", f"at most {abs(skews[worst]):.1f} s apart")
-    text = f"that of {who([worst], reports)} is {abs(skews[worst]):.0f} s {'ahead' if skews[worst] > 0 else 'behind'}"
-    text += " of rank 0's: times in logs and of files do not fit together"
+    side = "ahead of" if skews[worst] > 0 else "behind"
+    text = f"that of {who([worst], reports)} is {abs(skews[worst]):.0f} s {side} rank 0's"
+    text += ": times in logs and of files do not fit"
     return warning("clocks", text, "Synchronise the nodes with chrony or ntpd")

@@ -61,7 +61,7 @@ def test_a_run_that_can_start(tmp_path: Path, capsys: Any) -> None:
     assert main(["doctor", str(config), "--json", "--training.max_steps=3"]) == 0, capsys.readouterr().err
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["run"]["text"] == "1 rank on cpu, fp32, wkv_backend auto, 4 samples a step"
-    assert rows["data"]["text"] == "1 files in data.inputs"
+    assert rows["data"]["text"] == "1 file in data.inputs"
     assert {rows[name]["state"] for name in ("tokenizer", "data", "run", "room", "loggers", "initial weights")} == {
         "ok"
     }

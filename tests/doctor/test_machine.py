@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.errors import LaunchError
 
 TWO_GPUS = "NVIDIA H100 80GB HBM3, 81559, 4, 570.86.15\nNVIDIA H100 80GB HBM3, 81559, 71000, 570.86.15"
+
+
+@pytest.fixture(autouse=True)
+def _listed_anew() -> Iterator[None]:
+    gpus.listed.cache_clear()
+    yield
+    gpus.listed.cache_clear()
 
 
 def program(folder: Path, name: str, script: str, monkeypatch: Any) -> None:
@@ -79,6 +87,7 @@ def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: An
     (row,) = host.shared_memory(Subject())
     assert row.state == "note"
     nvidia_smi(tmp_path, monkeypatch)
+    gpus.listed.cache_clear()
     (row,) = host.shared_memory(Subject())
     assert row.state == "warning"
     assert "NCCL between the GPUs of a machine can fail there" in row.text
@@ -89,7 +98,7 @@ def test_more_threads_than_processors() -> None:
     many = (os.cpu_count() or 1) + 1
     (row,) = host.processors(Subject(Config(training={"num_threads": many})))
     assert row.state == "warning"
-    assert f"the threads of 1 ranks, {many} each, would wait for each other" in row.text
+    assert f"the threads of 1 rank, {many} each, would wait for each other" in row.text
     assert host.processors(Subject(Config(training={"num_threads": 1})))[0].state == "ok"
 
 
@@ -121,10 +130,11 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpus, "listed", list)
+    monkeypatch.setattr(gpus, "listed", tuple)
     assert gpus.torch_cuda(Subject())[0].state == "note"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpus.listed.cache_clear()
     nvidia_smi(tmp_path, monkeypatch)
     (row,) = gpus.torch_cuda(Subject())
     assert row.state == "warning"
@@ -142,7 +152,7 @@ def test_the_real_driver_and_torch_agree() -> None:
 def test_an_nvidia_smi_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("rwkv_cluster.doctor.programs.PATIENCE_S", 0.2)
     program(tmp_path, "nvidia-smi", "exec sleep 30", monkeypatch)
-    assert gpus.listed() == []
+    assert gpus.listed() == ()
 
 
 def test_variables_that_matter_are_told_and_secrets_are_not() -> None:
@@ -244,6 +254,8 @@ def test_a_file_system_without_locks(number: int | None, state: str, tmp_path: P
 
 def test_a_folder_that_cannot_be_written(monkeypatch: Any) -> None:
     """/proc takes no files, not even root's."""
+    (row,) = storage.storage(Subject(Config(work_dir=f"{__file__}/work")))
+    assert row.sentence == f"{__file__} is not a directory. Choose another work_dir"
     row = storage.storage(Subject(Config(work_dir="/proc/work")))[-1]
     assert (row.state, row.exit_code) == ("problem", 2)
     assert row.text.startswith("/proc cannot be written: ")
