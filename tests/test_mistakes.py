@@ -209,7 +209,7 @@ def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:
 
 def test_no_config(run: Run) -> None:
     assert run("train") == (2, [
-        "usage: rwkv-cluster train [-h] [--json] CONFIG",
+        "usage: rwkv-cluster train [-h] [--json] [--profile [STEPS]] CONFIG",
         "rwkv-cluster train: error: the following arguments are required: CONFIG",
     ])  # fmt: skip
     code, lines = run("train", "other.yaml")

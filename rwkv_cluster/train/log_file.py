@@ -1,4 +1,4 @@
-"""`logs/train.log`: what the package says while a run is held, with the time, for whoever looks later."""
+"""`logs/train.log`: what the package says while a run trains, with the time, for whoever looks later."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rwkv_cluster.disk import writing
-
 log = logging.getLogger("rwkv_cluster")
 
 
 class _LogFile(logging.FileHandler):
+    """A disk that refuses a line here refuses the step's record too, which ends the run by a sentence."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: a disk that refuses a line here refuses the step's record too, which ends the run by a sentence."""
+        pass
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Append to `path` what is logged during the block, and the error that ends it. Raises CheckpointError."""
-    with writing(path, 0):
-        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+def log_file(path: Path | None) -> Iterator[None]:
+    """Append to `path` what is logged during the block, and the error that ends it. None: nothing, as ranks but 0.
+
+    The file appears with the first line: a run that is refused before it says anything leaves no trace.
+    """
+    if path is None:
+        yield
+        return
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     level = log.level
     log.addHandler(handler)
@@ -30,10 +39,11 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "error: %s", (error,), None))
+        if handler.stream is not None:
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "error: %s", (error,), None))
         raise
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        with suppress(OSError):  # likewise
+        with suppress(OSError):
             handler.close()

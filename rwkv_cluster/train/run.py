@@ -75,7 +75,8 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         session = open_session(config, work, manifest or _obtain_data(config, work, roll_call, tokenizer))
         if session.is_complete:
             return _already_complete(session)
-        with StopRequest(work.root / "STOP").listening() as stop_request:
+        log_path = work.train_log if rank() == 0 else None
+        with StopRequest(work.root / "STOP").listening() as stop_request, log_file(log_path):
             return fit(session, tokenizer, stop_request, [Attendance(roll_call)], roll_call.do)
 
 
@@ -99,8 +100,7 @@ def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
             for folder in (work.out, work.checkpoints, work.logs, work.rank_events, work.profile, work.configs):
                 remove_temporaries(folder)
             (work.root / "STOP").unlink(missing_ok=True)
-            with log_file(work.train_log):
-                yield roll_call
+            yield roll_call
 
 
 def _obtain_data(
