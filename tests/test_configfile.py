@@ -377,6 +377,9 @@ BOUND_TO_OTHERS = (
 )
 
 
+ABOVE_ZERO = ("save_interval_s", "peak_tflops")
+
+
 def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that `field` accepts on its own."""
     if name in ("strategy", "type"):
@@ -398,7 +401,7 @@ def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         values = st.integers(**bounds(field, -(2**63) + 1, 2**63 - 1))
     elif kind is float:
         limits = bounds(field, 0.0, 1e300)
-        values = st.floats(**limits, exclude_max=limits["max_value"] == 1.0, exclude_min=name == "save_interval_s")
+        values = st.floats(**limits, exclude_max=limits["max_value"] == 1.0, exclude_min=name in ABOVE_ZERO)
     else:
         values = TEXT | ODD_TEXT
     return st.none() | values if optional else values
