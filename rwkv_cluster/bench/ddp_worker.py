@@ -21,11 +21,10 @@ from rwkv_cluster.configfile import load_config
 from rwkv_cluster.data.prepare import load_manifest
 from rwkv_cluster.ranks import end_with_launcher, rank
 from rwkv_cluster.train import strategy
-from rwkv_cluster.train.callbacks import peak_memory_mb
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import SettledBuckets
 from rwkv_cluster.train.distributed import leaving_group
-from rwkv_cluster.train.memory import keep_freed_memory
+from rwkv_cluster.train.memory import keep_freed_memory, peak_memory_mb
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.session import Session, build_model, open_session
 from rwkv_cluster.workdir import WorkDir

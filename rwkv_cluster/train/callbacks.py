@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeGuard
 from rwkv_cluster.train.loggers import log_metrics
+from rwkv_cluster.train.memory import peak_memory_mb
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.profile import StepProfile
@@ -296,10 +296,3 @@ class Bookkeeping(Callback):
 
 def _is_due(done: int, interval: int | None, epoch_ends: bool) -> bool:
     return epoch_ends if interval is None else done % interval == 0
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MB: the GPU allocator's on CUDA, resident memory elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -9,7 +9,7 @@ what was done in vain before a kill or a rollback stays in it, unlike in `metric
     resume      the same, and from_step: of the checkpoint that is continued
     save        a checkpoint was committed: path, waited_s (seconds that training has waited for it)
     export      weights were written: path
-    validation  loss, n_tokens
+    validation  loss, n_tokens; for text also n_bytes, bits_per_byte
     sample      path of the text
     nonfinite   what ("loss" or "gradient"), ranks, losses of all ranks, samples, positions
     spike       first_step, last_step, loss, median, limit: see `train.guard`

@@ -8,7 +8,7 @@ A rollback therefore returns to a checkpoint from before the spike and leaves ou
 [first spiking step - lead, step at which patience ended]. Steps from the checkpoint to the first of these are repeated
 as they were. Which batches are left out depends on the losses alone, not on which checkpoints there are, so that a run
 that is killed and continued anywhere goes the same way. The number of steps, the learning rate of each and the tokens
-seen stay those of the run: what was left out was not seen.
+seen stay those of the run: what was left out was not seen. docs/guards.md says it to users.
 """
 
 from __future__ import annotations

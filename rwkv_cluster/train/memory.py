@@ -1,9 +1,12 @@
-"""How the process's allocator treats the memory of tensors that were freed."""
+"""The memory of the process: its peak, and how its allocator treats tensors that were freed."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LARGEST_KEPT = 1 << 30
@@ -20,3 +23,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB: the GPU allocator's on CUDA, resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

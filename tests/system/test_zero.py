@@ -222,7 +222,15 @@ def test_saving_in_the_background_changes_nothing(
     assert any("save_wait_s" in line for line in (run.work.logs / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("training", [{}, {"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}], ids=str)
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"zero_stage": 3},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 2, "precision": "bf16"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_samples_on_two_ranks_change_nothing(
     training: dict[str, Any], tmp_path: Path, start: Callable[..., Job]
 ) -> None:

@@ -14,6 +14,7 @@ from system.processes import Job, Watched, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, newest_verified
+from rwkv_cluster.train.events import read_events
 from rwkv_cluster.workdir import sha256_file
 
 pytestmark = pytest.mark.system
@@ -71,6 +72,9 @@ def test_nan_on_one_rank_stops_all_before_the_update(
     assert f"error: step 13: the {what} is not finite on rank 1 (" in job.text
     assert "exitcode  : 1 " in job.text
     assert "Samples 53 to 56" in job.text
+    (event,) = (event for event in read_events(run.work.events) if event["kind"] == "nonfinite")
+    assert (event["step"], event["what"], event["ranks"], event["samples"]) == (13, what, [1], [54, 56])
+    assert f"those on rank 1 begin at token {', '.join(map(str, event['positions']))}. " in job.text
     assert run.steps_logged() == 13
     assert run.newest_checkpoint() == 10
     newest = newest_verified(run.work.checkpoints)
