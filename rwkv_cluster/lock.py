@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,34 @@ def require_free(path: Path, what: str) -> None:
         os.close(descriptor)
     if not _is_free(read_record(path), kernel_decides):
         _refuse_if_alive(path, what, GLANCE_S)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as its record says. alive: by the kernel or a heartbeat; False for one that ended by force, or
+    on another machine has shown no sign of life for `GLANCE_S`. Names are None where the record has none."""
+
+    alive: bool
+    host: str | None
+    pid: int | None
+    job: str | None
+    since: str | None
+
+    def __str__(self) -> str:
+        return _holder({name: value for name, value in vars(self).items() if value is not None}).removeprefix("by ")
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds `path`, or died holding it; None where it is free. Takes up to `GLANCE_S`, and changes nothing."""
+    try:
+        require_free(path, "it")
+        alive = False
+    except LaunchError:
+        alive = True
+    record = read_record(path)
+    if not alive and _is_released(record):
+        return None
+    return Holder(alive, *(record.get(name) for name in ("host", "pid", "job", "since")))
 
 
 def _flock(descriptor: int, kind: int, path: Path, what: str) -> bool:

@@ -53,7 +53,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         return doctor(None)
     if options.verb == "bench":
         return bench(options.what, extra)
-    if options.verb in ("status", "logs", "cancel"):
+    if options.verb == "status":
+        return status(WorkDir(options.work_dir), verify=options.verify)
+    if options.verb in ("logs", "cancel"):
         return manage(options)
     if options.verb == "launch" and options.target:
         overrides = [*overrides, f"--launch.target={options.target}"]
@@ -173,7 +175,7 @@ CANCEL_GRACE_S = 120.0  # for a checkpoint
 
 
 def manage(options: argparse.Namespace) -> Report:
-    """status, logs and cancel of the newest launch in a work directory."""
+    """logs and cancel of the newest launch in a work directory."""
     from rwkv_cluster.launch import manage
 
     folder = manage.newest(WorkDir(options.work_dir).root)
@@ -185,12 +187,18 @@ def manage(options: argparse.Namespace) -> Report:
     if options.verb == "logs":
         text = manage.logs(folder, options.rank)
         return Report(text, {"folder": folder, "text": text})
-    if options.verb == "cancel":
-        found = manage.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
-    else:
-        found = manage.status(folder)
+    found = manage.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
     text = f"{found.state}  {found.target}, {found.detail}\nlaunch {found.folder}"
     return Report(text, dataclasses.asdict(found))
+
+
+def status(work: WorkDir, *, verify: bool) -> Report:
+    """What a run is doing."""
+    from rwkv_cluster import status
+
+    found = status.look(work, verify=verify)
+    data = dataclasses.asdict(found) | {"data": found.data and found.data.model_dump(mode="json")}
+    return Report(status.format(found), data)
 
 
 def generate(

@@ -60,7 +60,7 @@ def test_commands_run_in_the_order_they_stand(
         extra += ["--tokens", "5"] if verb == "generate" else []
         assert cli.main([*command, *extra]) == 0, (command, capsys.readouterr().err)
         ran.append(verb)
-    assert ran == ["config", "plan", "prepare", "train", "eval", "generate", "inspect", "consolidate", "doctor"]
+    assert ran == ["config", "plan", "prepare", "train", "status", "eval", "generate", "inspect", "consolidate", "doctor"]
 
 
 def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,17 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rwkv_cluster.data.freshness import CACHE_NAME
 from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
 from rwkv_cluster.errors import DataError
+from rwkv_cluster.heartbeat import read_record
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 log = logging.getLogger("rwkv_cluster")
 
+PROGRESS_NAME = "progress"  # in the folder of unfinished files: what is being done, see `heartbeat.write_record`
 _LOCK_NAME = ".prepare.lock"
 _LOCK_TIMEOUT_S = 24 * 3600.0
 
@@ -45,6 +48,15 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def progress(directory: Path) -> dict[str, Any] | None:
+    """How far a preparation has come: what it does, tokens so far, in total if known, per second. None: there is none.
+
+    One that was killed leaves its last word. Whether it still runs, the lock of the work directory tells.
+    """
+    folders = [folder for folder in directory.glob(f"{TEMPORARY_PREFIX}prepare-*") if folder.is_dir()]
+    return read_record(folders[-1] / PROGRESS_NAME) if folders else None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.data.adopt import token_documents
+from rwkv_cluster.data.commit import PROGRESS_NAME
 from rwkv_cluster.data.encode import DocumentEncoder, Encoded, FileBlock, Large, text_line
 from rwkv_cluster.data.freshness import new_array_digest
 from rwkv_cluster.data.hashed_file import HashedFile
@@ -21,6 +23,7 @@ from rwkv_cluster.data.readers import LineBlock, Values, array_values, line_bloc
 from rwkv_cluster.data.sources import Source, content_digest, read_blocks
 from rwkv_cluster.data.spool import Spool
 from rwkv_cluster.data.workers import Inline, available_cores, ordered_map
+from rwkv_cluster.heartbeat import write_record
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -31,12 +34,18 @@ _PROGRESS_S = 5.0
 
 
 class Progress:
-    """One log line every five seconds: what is done, how much, how fast."""
+    """Every five seconds what is done, how much, how fast: one log line, and a record for who asks for the status.
 
-    def __init__(self, what: str) -> None:
+    folder: of the unfinished files. total: tokens that there will be, where that is known.
+    """
+
+    def __init__(self, what: str, folder: Path, total: int | None = None) -> None:
         self._what = what
+        self._path = folder / PROGRESS_NAME
+        self._total = total
         self._start = self._last = time.monotonic()
         self._n_tokens = 0
+        self._record(0.0)
 
     def advance(self, n_tokens: int) -> None:
         """`n_tokens` more are done."""
@@ -44,8 +53,14 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= _PROGRESS_S:
             self._last = now
-            rate = self._n_tokens / (now - self._start) / 1e6
-            log.info("%s: %.1f M tokens, %.1f M tokens/s", self._what, self._n_tokens / 1e6, rate)
+            rate = self._n_tokens / (now - self._start)
+            log.info("%s: %.1f M tokens, %.1f M tokens/s", self._what, self._n_tokens / 1e6, rate / 1e6)
+            self._record(rate)
+
+    def _record(self, tokens_per_s: float) -> None:
+        facts = {"what": self._what, "n_tokens": self._n_tokens, "total": self._total, "tokens_per_s": tokens_per_s}
+        with suppress(OSError):  # the token files themselves tell of a disk that refuses
+            write_record(self._path, facts)
 
 
 @dataclass
@@ -65,7 +80,7 @@ class Filler:
 
     def __init__(self, encoder: DocumentEncoder, spool: Spool, jsonl: HashedFile | None, scratch: Path) -> None:
         self._encoder, self._spool, self._jsonl, self._scratch = encoder, spool, jsonl, scratch
-        self._progress = Progress("tokenizing")
+        self._progress = Progress("tokenizing", scratch)
 
     def fill(
         self,

@@ -255,10 +255,10 @@ class _Job:
         fraction = self.data.validation_fraction
         threshold = split_threshold(spool, fraction) if fraction else 0
         seed = self.data.seed if self.data.shuffle else None
-        progress = Progress("writing")
+        passes = self.data.n_epochs_duplication
+        progress = Progress("writing", folder, None if fraction else spool.n_tokens * passes)
         with TokenFileWriter(finished / self.name, spool.dtype) as train:
             chosen = not_below(threshold) if fraction else everything
-            passes = self.data.n_epochs_duplication
             write_documents(spool, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
         if not fraction:
             return [train]

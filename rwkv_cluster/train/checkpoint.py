@@ -13,11 +13,9 @@ manifest: torch's own loader accepts most flipped bits in silence.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -30,16 +28,24 @@ from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import check_finite, load_pth
+from rwkv_cluster.train.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    check,
+    checkpoint_path,
+    entry_of,
+    list_steps,
+    manifest_bytes,
+    newest_good,
+)
 from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.train.pieces import Pieces
-from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory, sha256_file
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
+
+__all__ = ["MANIFEST", "Checkpoint", "checkpoint_path", "list_steps", "newest_verified", "verify"]
 
 log = logging.getLogger("rwkv_cluster")
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-_STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,6 @@ class Checkpoint:
         return Pieces([self.path / name for name in names], self.state["shapes"])
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
-
-
-def list_steps(directory: Path) -> list[int]:
-    """Steps for which a checkpoint directory exists, ascending by number. Nothing is verified."""
-    if not directory.is_dir():
-        return []
-    matches = (_STEP_NAME.fullmatch(entry.name) for entry in directory.iterdir() if entry.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write one file of a checkpoint durably; returns its entry in the manifest.
 
@@ -90,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         torch.save(dict(tensors), handle)
         handle.flush()
         os.fsync(handle.fileno())
-    return _entry(path)
+    return entry_of(path)
 
 
 def commit(temporary: Path, path: Path, step: int, *, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
@@ -100,8 +94,8 @@ def commit(temporary: Path, path: Path, step: int, *, state: Mapping[str, Any], 
     """
     (temporary / STATE).write_text(json.dumps(state, indent=1))
     fault_point("checkpoint.before_manifest", step=step)
-    entries = {**files, STATE: _entry(temporary / STATE)}
-    (temporary / MANIFEST).write_bytes(_canonical({"format": FORMAT, "step": step, "files": entries}))
+    entries = {**files, STATE: entry_of(temporary / STATE)}
+    (temporary / MANIFEST).write_bytes(manifest_bytes({"format": FORMAT, "step": step, "files": entries}))
     for name in (STATE, MANIFEST):
         with open(temporary / name, "rb") as handle:
             os.fsync(handle.fileno())
@@ -113,47 +107,10 @@ def commit(temporary: Path, path: Path, step: int, *, state: Mapping[str, Any], 
     fault_point("checkpoint.after_commit", step=step)
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _canonical(body: Mapping[str, Any]) -> bytes:
-    """The one byte string that stands for `body`: JSON, and a line with the sha256 of that JSON."""
-    text = json.dumps(body, indent=1, sort_keys=True).encode()
-    return text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n"
-
-
 def verify(path: Path) -> Checkpoint:
     """Check every byte of a checkpoint. Raises CheckpointError naming the file and what is wrong with it."""
-    manifest_path = path / MANIFEST
-    try:
-        content = manifest_path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{manifest_path}: {error.strerror}") from error
-    text, _, _ = content.rstrip(b"\n").rpartition(b"\n")
-    if content != text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n":
-        raise CheckpointError(f"{manifest_path}: its own sha256 does not fit; it was altered or cut short")
-    body = json.loads(text)
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{manifest_path}: format {body['format']}, this version reads {FORMAT}")
-    if path.name != checkpoint_path(path.parent, body["step"]).name:
-        raise CheckpointError(f"{manifest_path}: it belongs to step {body['step']}, not to {path.name}")
-    for name, entry in body["files"].items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
-        _verify_file(path / name, **entry)
-    return Checkpoint(path, body["step"], json.loads((path / STATE).read_text()), tuple(body["files"]))
-
-
-def _verify_file(path: Path, *, bytes: int, sha256: str) -> None:
-    try:
-        found = path.stat().st_size
-        if found != bytes:
-            raise CheckpointError(f"{path}: {found} bytes, expected {bytes}")
-        if sha256_file(path) != sha256:
-            raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was altered")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+    found = check(path)
+    return Checkpoint(path, found.step, found.state, found.files)
 
 
 def newest_verified(directory: Path) -> Checkpoint | None:
@@ -161,16 +118,11 @@ def newest_verified(directory: Path) -> Checkpoint | None:
 
     Raises CheckpointError when there are checkpoints and none of them verifies.
     """
-    faults: list[str] = []
-    for step in reversed(list_steps(directory)):
-        try:
-            checkpoint = verify(checkpoint_path(directory, step))
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
+    found, faults = newest_good(directory)
+    if found is not None:
         for fault in faults:
-            log.warning("damaged checkpoint passed over: %s. Step %d is used instead", fault, step)
-        return checkpoint
+            log.warning("damaged checkpoint passed over: %s. Step %d is used instead", fault, found.step)
+        return Checkpoint(found.path, found.step, found.state, found.files)
     if faults:
         raise CheckpointError(
             f"none of the {len(faults)} checkpoints in {directory} can be used: {'; '.join(faults)}. "

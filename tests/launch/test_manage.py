@@ -35,7 +35,9 @@ def test_a_local_launch_is_followed_and_leaves_private_files(
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
     work = str(tmp_path / "work")
     assert cli.main(["status", work]) == 0
-    assert capsys.readouterr().out.startswith("ended  local, exit code 0")
+    said = capsys.readouterr().out
+    assert said.startswith("complete  ")
+    assert "ended  local, exit code 0" in said
     assert cli.main(["logs", work, "--rank", "0", "-f"]) == 0
     assert "done: step 2 of 2" in capsys.readouterr().out
     assert cli.main(["cancel", work]) == 0
@@ -56,7 +58,7 @@ def test_the_exit_code_is_the_ranks(tmp_path: Path) -> None:
 
 
 def test_a_work_dir_without_a_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("status", "logs", "cancel"):
+    for verb in ("logs", "cancel"):
         assert cli.main([verb, str(tmp_path)]) == 6
         assert "has no launch" in capsys.readouterr().err
 

@@ -110,7 +110,8 @@ def test_a_running_job_is_cancelled_from_its_work_directory(
     job = start(run.folder, verb="launch")
     run.wait_for_steps(job, sessions=0, step=5)
     workers = descendants(job.process.pid)
-    assert _say("status", run)["state"] == "running"
+    found = _say("status", run)
+    assert (found["state"], found["launch"]["state"]) == ("running", "running")
     assert "100,000 steps" in _say("logs", run)["text"]
     found = _say("cancel", run)
     assert (found["state"], found["detail"]) == ("ended", "exit code 75")

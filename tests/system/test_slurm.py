@@ -185,7 +185,7 @@ def test_a_sweep_is_one_job_array(slurm: Cluster, tmp_path: Path) -> None:
         tmp_path, {"max_steps": 5}, target="slurm", num_nodes=1, sweep=sweep, sweep_at_once=2, prepare=prepare
     )
     job = launch(slurm, run)
-    wait_until(lambda: rwkv_cluster(slurm, "status", run).startswith("COMPLETED"), what="the whole sweep")
+    wait_until(lambda: "launch      COMPLETED" in rwkv_cluster(slurm, "status", run), what="the whole sweep")
     members = sorted((run.work.root / "sweep").iterdir())
     assert [member.name for member in members] == ["0", "1", "2"]
     assert len({str(fingerprint(member)) for member in members}) == 3
@@ -204,7 +204,10 @@ def test_status_logs_and_cancel_from_the_work_directory(slurm: Cluster, tmp_path
     run = new_run(tmp_path, {"max_steps": 100_000})
     job = launch(slurm, run)
     wait_for_steps(slurm, run, job, step=5)
-    assert rwkv_cluster(slurm, "status", run).startswith(f"RUNNING  sbatch, job {job}")
+    said = rwkv_cluster(slurm, "status", run)
+    assert said.startswith("running  ")
+    assert f"launch      RUNNING  sbatch, job {job}" in said
+    assert f"in Slurm job {job} since " in said
     assert "100,000 steps" in rwkv_cluster(slurm, "logs", run, "--rank", "0")
     said = rwkv_cluster(slurm, "cancel", run)
     assert said.startswith("FAILED")  # with 75: it has saved

@@ -111,7 +111,7 @@ def test_another_version_is_refused(directory: Path) -> None:
     path = _save(directory, 1)
     text = (path / "manifest.json").read_bytes().rpartition(b"}")[0] + b"}"
     body = {**json.loads(text), "format": 99}
-    (path / "manifest.json").write_bytes(checkpoint._canonical(body))
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(body))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
         checkpoint.verify(path)
 
@@ -223,8 +223,8 @@ def _forge_manifest(path: Path) -> None:
     text, _, _ = (path / "manifest.json").read_bytes().rstrip(b"\n").rpartition(b"\n")
     body = json.loads(text)
     for name in body["files"]:
-        body["files"][name] = checkpoint._entry(path / name)
-    (path / "manifest.json").write_bytes(checkpoint._canonical(body))
+        body["files"][name] = checkpoint.entry_of(path / name)
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(body))
 
 
 def test_code_in_a_checkpoint_does_not_run(directory: Path, tmp_path: Path) -> None:

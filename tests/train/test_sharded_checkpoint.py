@@ -55,8 +55,8 @@ def _forge(path: Path, name: str, content: Any) -> None:
     """Put `content` into a file of a checkpoint, and a right checksum of it into the manifest."""
     torch.save(content, path / name)
     body = json.loads((path / checkpoint.MANIFEST).read_bytes().rstrip(b"\n").rpartition(b"\n")[0])
-    body["files"][name] = checkpoint._entry(path / name)
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint._canonical(body))
+    body["files"][name] = checkpoint.entry_of(path / name)
+    (path / checkpoint.MANIFEST).write_bytes(checkpoint.manifest_bytes(body))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""What a run has written down, read back: without torch, whatever state the files are in, also while it writes them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.configfile import load_config
+from rwkv_cluster.data.manifest import DataManifest, load_manifest
+from rwkv_cluster.data.sampler import Horizon, SamplePlan, horizon, require_magic_prime
+from rwkv_cluster.errors import RWKVClusterError
+from rwkv_cluster.workdir import WorkDir
+
+BLOCK_BYTES = 4 << 20
+TAIL_BYTES = 1 << 18  # about a thousand lines of metrics
+
+
+def is_work_dir(work: WorkDir) -> bool:
+    """Whether anything of a run is there: its configuration, its data, its lock or a launch."""
+    signs = (work.configs / "config.yaml", work.data / "manifest.json", work.lock_file, work.root / "launch")
+    return any(path.exists() for path in signs)
+
+
+def json_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The objects of a file of JSON lines, in blocks of a few megabytes. Lines that hold none are passed over: one that
+    is being written, or that a kill has cut short. Raises OSError where there is no file.
+    """
+    with open(path, "rb") as handle:
+        while lines := handle.readlines(BLOCK_BYTES):
+            yield _objects(lines)
+
+
+def last_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Those of the last `TAIL_BYTES` of the file; empty where there is no file."""
+    try:
+        with open(path, "rb") as handle:
+            start = max(handle.seek(0, 2) - TAIL_BYTES, 0)
+            handle.seek(start)
+            lines = handle.readlines()
+    except OSError:
+        return []
+    return _objects(lines[1:] if start else lines)
+
+
+def last_with(path: Path, field: str) -> dict[str, Any] | None:
+    """The last object that has `field`, wherever in the file it is."""
+    try:
+        with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = len(content)
+            while (found := content.rfind(f'"{field}":'.encode(), 0, end)) >= 0:
+                start, stop = content.rfind(b"\n", 0, found) + 1, content.find(b"\n", found)
+                objects = _objects([content[start : stop if stop >= 0 else len(content)]])
+                if objects and field in objects[0]:
+                    return objects[0]
+                end = start
+    except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
+        return None
+    return None
+
+
+def _objects(lines: list[bytes]) -> list[dict[str, Any]]:
+    try:  # at once where all lines are whole, which is several times as fast
+        found = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        found = [_object(line) for line in lines]
+    return [one for one in found if isinstance(one, dict)]
+
+
+def _object(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """A field that is a number, maybe not a finite one; None where there is none."""
+    value = values.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def read_config(work: WorkDir) -> Config | str:
+    """The configuration that the last session used, or why there is none."""
+    path = work.configs / "config.yaml"
+    if not path.exists():
+        return f"{path} does not exist: no training has started"
+    try:
+        return load_config(path)
+    except RWKVClusterError as error:
+        return str(error)
+
+
+def read_manifest(work: WorkDir) -> DataManifest | str:
+    """The manifest of the prepared data, or why there is none."""
+    try:
+        return load_manifest(work.data)
+    except RWKVClusterError as error:
+        return str(error)
+
+
+def end_of_run(config: Config, manifest: DataManifest, last: Mapping[str, Any]) -> Horizon | None:
+    """Where the run of `config` ends. last: a line of its metrics, whose tokens say how large a step is."""
+    step, tokens = number(last, "step"), number(last, "tokens")
+    if not step or not tokens:
+        return None
+    training, ctx_len = config.training, config.model.ctx_len
+    samples = max(round(tokens / step / ctx_len), 1)
+    try:
+        plan = SamplePlan(ctx_len, require_magic_prime(manifest.n_tokens, ctx_len), samples)
+    except RWKVClusterError:
+        return None
+    return horizon(
+        plan,
+        num_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        max_tokens=training.max_tokens,
+        samples_per_epoch=training.samples_per_epoch,
+    )

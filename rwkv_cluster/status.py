@@ -1,0 +1,216 @@
+"""`rwkv-cluster status`: what a run is doing, from its work directory alone, however it was started. Writes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rwkv_cluster import lock, runlog
+from rwkv_cluster.config import Config
+from rwkv_cluster.data.commit import progress
+from rwkv_cluster.data.manifest import DataManifest
+from rwkv_cluster.errors import ConfigError, LaunchError
+from rwkv_cluster.launch import manage
+from rwkv_cluster.lock import Holder
+from rwkv_cluster.runlog import number
+from rwkv_cluster.train.checkpoint_files import newest_good
+from rwkv_cluster.workdir import WorkDir
+
+RATE_STEPS = 100  # of which the speed is the median
+SMOOTHING = 0.95  # of the loss, as in the progress line
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far the steps have come. loss: smoothed; seconds_left: at `tokens_per_s`, pauses included if `with_pauses`.
+
+    None where the run's files do not say.
+    """
+
+    step: int
+    total_steps: int | None
+    tokens: int
+    loss: float
+    last_loss: float
+    val_loss: float | None
+    val_loss_step: int | None
+    tokens_per_s: float | None
+    seconds_left: float | None
+    with_pauses: bool
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The newest checkpoint with which nothing is wrong. verified: every byte was read, and not only sizes compared."""
+
+    path: Path
+    step: int
+    n_bytes: int
+    verified: bool
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """state: running, preparing data, complete, stopped, died (its process is gone, or silent), or not started.
+
+    faults: of checkpoints newer than `checkpoint`. preparation: how far one under way has come, see `data.commit`.
+    data, launch: None where there is none; `launch` is a sentence where its state cannot be known here.
+    """
+
+    work_dir: Path
+    state: str
+    holder: Holder | None
+    training: Training | None
+    checkpoint: SavedState | None
+    faults: list[str]
+    data: DataManifest | None
+    preparation: dict[str, Any] | None
+    launch: manage.Status | str | None
+
+
+def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
+    """What is going on in a work directory. verify: read every byte of the checkpoint. Raises ConfigError for another.
+
+    Takes seconds where the lock is held by another machine, whose heartbeat has to be watched.
+    """
+    if not runlog.is_work_dir(work):
+        raise ConfigError(
+            f"{work.root}: there is no run: it has no configs/config.yaml, prepared data, lock or launch. "
+            "Name the work directory of a run"
+        )
+    holder = lock.holder(work.lock_file)
+    config, data = runlog.read_config(work), runlog.read_manifest(work)
+    found, faults = newest_good(work.checkpoints, checksums=verify)
+    saved = SavedState(found.path, found.step, found.n_bytes, verify) if found else None
+    known = (config if isinstance(config, Config) else None, data if isinstance(data, DataManifest) else None)
+    training = _training(work, *known)
+    preparation = progress(work.data) if holder is not None and holder.alive else None
+    state = _state(work, holder, training, preparation)
+    return RunStatus(work.root, state, holder, training, saved, faults, known[1], preparation, _launch(work.root))
+
+
+def _state(work: WorkDir, holder: Holder | None, training: Training | None, preparation: dict[str, Any] | None) -> str:
+    if holder is not None:
+        return "died" if not holder.alive else "running" if preparation is None else "preparing data"
+    if training is None:
+        return "not started"
+    return "complete" if training.step == training.total_steps and work.final_weights.exists() else "stopped"
+
+
+def _launch(root: Path) -> manage.Status | str | None:
+    try:
+        folder = manage.newest(root)
+    except LaunchError:
+        return None
+    try:
+        return manage.status(folder)
+    except LaunchError as error:
+        return f"{error} to know the state of {folder}"
+
+
+def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -> Training | None:
+    path = work.logs / "metrics.jsonl"
+    needed = ("step", "loss", "tokens")
+    records = [one for one in runlog.last_json_lines(path) if all(number(one, name) is not None for name in needed)]
+    if not records:
+        return None
+    last = records[-1]
+    end = runlog.end_of_run(config, data, last) if config and data else None
+    evaluated = runlog.last_with(path, "val_loss") or {}
+    rate, with_pauses = _rate(work, records)
+    tokens_left = (end.total_steps - last["step"]) * last["tokens"] / last["step"] if end else None
+    return Training(
+        step=last["step"],
+        total_steps=end.total_steps if end else None,
+        tokens=last["tokens"],
+        loss=_smoothed([one["loss"] for one in records]),
+        last_loss=last["loss"],
+        val_loss=number(evaluated, "val_loss"),
+        val_loss_step=evaluated.get("step"),
+        tokens_per_s=rate,
+        seconds_left=tokens_left / rate if tokens_left is not None and rate else None,
+        with_pauses=with_pauses,
+    )
+
+
+def _smoothed(values: Sequence[float]) -> float:
+    """Exponential mean without start-up bias: both sums start at zero."""
+    total = weight = 0.0
+    for value in values:
+        total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
+    return total / weight
+
+
+def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, bool]:
+    """Tokens per second of the last steps, and whether pauses count: they do where rank 0 has recorded its time."""
+    timed = runlog.last_json_lines(work.logs / "events" / "rank-0.jsonl")
+    seconds = [sum(value for name in one if name.endswith("_s") and (value := number(one, name))) for one in timed]
+    if sum(seconds) > 0:
+        return records[-1]["tokens"] / records[-1]["step"] * len(seconds) / sum(seconds), True
+    rates = sorted(rate for one in records[-RATE_STEPS:] if (rate := number(one, "tokens_per_s")))
+    return (rates[len(rates) // 2] if rates else None), False
+
+
+def rows(status: RunStatus) -> dict[str, str]:
+    """The status as words, by name."""
+    found = {"held by": f"{status.holder}, {_sign_of_life(status.holder)}"} if status.holder else {"held by": "nobody"}
+    if status.preparation is not None:
+        found["preparing"] = _preparation_text(status.preparation)
+    elif status.data is not None:
+        found["data"] = f"{status.data.n_tokens:,} tokens in {status.data.n_documents:,} documents"
+    found |= _training_rows(status.training) if status.training else {"step": "none yet"}
+    found["checkpoint"] = _checkpoint_text(status.checkpoint)
+    found |= {"damaged": "; ".join(status.faults)} if status.faults else {}
+    if isinstance(status.launch, manage.Status):
+        found["launch"] = f"{status.launch.state}  {status.launch.target}, {status.launch.detail}"
+        found["in"] = str(status.launch.folder)
+    elif status.launch:
+        found["launch"] = status.launch
+    return found
+
+
+def _sign_of_life(holder: Holder) -> str:
+    return "alive" if holder.alive else "which is gone, or shows no sign of life. The same command as before continues"
+
+
+def _preparation_text(progress: dict[str, Any]) -> str:
+    if not {"what", "n_tokens"} <= progress.keys():
+        return "begun"
+    total = f" of {progress['total']:,}" if progress.get("total") else ""
+    rate = number(progress, "tokens_per_s")
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
+    return f"{progress['what']}, {progress['n_tokens']:,}{total} tokens{speed}"
+
+
+def _training_rows(training: Training) -> dict[str, str]:
+    total = training.total_steps
+    share = f" of {total:,} ({training.step / total:.0%})" if total else ", the end is not known"
+    found = {"step": f"{training.step:,}{share}, {training.tokens:,} tokens"}
+    found["loss"] = f"{training.loss:.4f} smoothed, {training.last_loss:.4f} last"
+    if training.val_loss is not None:
+        found["val loss"] = f"{training.val_loss:.4f} at step {training.val_loss_step:,}"
+    if training.tokens_per_s:
+        pauses = "saves and evaluations included" if training.with_pauses else "without saves and evaluations"
+        found["speed"] = f"{training.tokens_per_s:,.0f} tokens/s, {pauses}"
+    if training.seconds_left and math.isfinite(training.seconds_left):
+        seconds = round(training.seconds_left)
+        found["time left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} at that speed"
+    return found
+
+
+def _checkpoint_text(saved: SavedState | None) -> str:
+    if saved is None:
+        return "none"
+    how = "verified: every checksum fits" if saved.verified else "sizes are right; --verify reads every byte"
+    return f"step {saved.step:,}, {saved.n_bytes / 1e6:,.1f} MB, {how}"
+
+
+def format(status: RunStatus) -> str:
+    """The status for a person: its state, then a table."""
+    table = rows(status)
+    width = max(map(len, table))
+    lines = [f"{status.state}  {status.work_dir}", *(f"{name:<{width}}  {text}" for name, text in table.items())]
+    return "\n".join(lines)
