@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "train": "prepare and initialise what is missing, then train; the same command again continues",
     "launch": "start the run on its target: here, torchrun, deepspeed, a container or Slurm",
     "status": "what a run is doing: who holds it, its step, losses, checkpoint, time left and launch",
+    "report": "one HTML page and pictures of what a run, or several, have done",
     "logs": "what the newest launch of a work directory says",
     "cancel": "end the newest launch of a work directory after a checkpoint",
     "generate": "continue a text with a trained model",
@@ -175,6 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in ("status", "logs", "cancel"):
         by_verb[verb].add_argument("work_dir", metavar="WORK_DIR", help="the directory of the run")
     by_verb["status"].add_argument("--verify", action="store_true", help="read every byte of the newest checkpoint")
+    by_verb["report"].add_argument("work_dirs", nargs="+", metavar="WORK_DIR", help="one, or several to compare")
+    by_verb["report"].add_argument("--output", metavar="DIR", help="default: WORK_DIR/report, of the first")
     by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")
     by_verb["logs"].add_argument("--rank", type=int, metavar="N", help="only what this rank says")
     by_verb["cancel"].add_argument("--now", action="store_true", help="without waiting for a checkpoint")

@@ -16,6 +16,7 @@ from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.workdir import WorkDir
 
 BLOCK_BYTES = 4 << 20
+PIECE_BYTES = 1 << 18
 TAIL_BYTES = 1 << 18  # about a thousand lines of metrics
 
 
@@ -25,13 +26,22 @@ def is_work_dir(work: WorkDir) -> bool:
     return any(path.exists() for path in signs)
 
 
-def json_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+def json_lines(path: Path, *, most_bytes: int | None = None) -> Iterator[list[dict[str, Any]]]:
     """The objects of a file of JSON lines, in blocks of a few megabytes. Lines that hold none are passed over: one that
     is being written, or that a kill has cut short. Raises OSError where there is no file.
+
+    most_bytes: read only about so much of a larger file, in pieces at equal distances.
     """
     with open(path, "rb") as handle:
-        while lines := handle.readlines(BLOCK_BYTES):
-            yield _objects(lines)
+        size = path.stat().st_size
+        if most_bytes is None or size <= most_bytes:
+            while lines := handle.readlines(BLOCK_BYTES):
+                yield _objects(lines)
+            return
+        n_pieces = max(most_bytes // PIECE_BYTES, 1)
+        for number in range(n_pieces):
+            handle.seek(number * size // n_pieces)
+            yield _objects(handle.readlines(PIECE_BYTES)[min(number, 1) :])  # a piece but the first begins in a line
 
 
 def last_json_lines(path: Path) -> list[dict[str, Any]]:

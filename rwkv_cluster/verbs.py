@@ -55,6 +55,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         return bench(options.what, extra)
     if options.verb == "status":
         return status(WorkDir(options.work_dir), verify=options.verify)
+    if options.verb == "report":
+        return report([WorkDir(one) for one in options.work_dirs], Path(options.output) if options.output else None)
     if options.verb in ("logs", "cancel"):
         return manage(options)
     if options.verb == "launch" and options.target:
@@ -199,6 +201,19 @@ def status(work: WorkDir, *, verify: bool) -> Report:
     found = status.look(work, verify=verify)
     data = dataclasses.asdict(found) | {"data": found.data and found.data.model_dump(mode="json")}
     return Report(status.format(found), data)
+
+
+def report(works: Sequence[WorkDir], output: Path | None) -> Report:
+    """One page about one run or several."""
+    from rwkv_cluster.report.write import write
+
+    written = write(works, output)
+    n_missing = sum(map(len, written.missing.values()))
+    lines = [
+        str(written.page),
+        *(f"{n_missing} things are not shown, the page says why" for _ in range(min(n_missing, 1))),
+    ]
+    return Report("\n".join(lines), dataclasses.asdict(written))
 
 
 def generate(

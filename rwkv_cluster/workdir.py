@@ -5,7 +5,8 @@ A final path is never written in place: files and directories appear whole, by r
 
     data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
-    logs/      metrics.jsonl metrics.csv events.jsonl train.log events/rank-<N>.jsonl hang/ profile/ samples/
+    logs/      metrics.jsonl metrics.csv events.jsonl environment.json train.log
+               events/rank-<N>.jsonl hang/ profile/ samples/
     configs/   config.json config.yaml (what the last run used)
 """
 
@@ -128,6 +129,11 @@ class WorkDir:
     def final_weights(self) -> Path:
         """Where a finished run leaves its weights."""
         return self.out / "rwkv-final.pth"
+
+    @property
+    def environment(self) -> Path:
+        """What the sessions ran on, see `rwkv_cluster.train.environment`."""
+        return self.logs / "environment.json"
 
     @property
     def events(self) -> Path:

@@ -19,7 +19,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "model": 4,
     "runlog": 3,
     "train": 5, "launch": 5, "planning": 5,
-    "cli": 6, "verbs": 6, "status": 6, "__main__": 6, "pipeline": 6, "bench": 6, "doctor": 6,
+    "cli": 6, "verbs": 6, "status": 6, "report": 6, "__main__": 6, "pipeline": 6, "bench": 6, "doctor": 6,
 }  # fmt: skip
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config", "configfile")}
 LIGHT = """

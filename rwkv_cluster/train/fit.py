@@ -17,6 +17,7 @@ from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.ranks import rank
+from rwkv_cluster.train import environment
 from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
 from rwkv_cluster.train.callbacks import Bookkeeping
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
@@ -127,6 +128,8 @@ def _train(
         _require_room(session, shapes)
     model = build_model(session)
     _write_config(session)
+    if rank() == 0:
+        environment.record(session.work.environment, session.placement, session.start_step)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
     profile = profile_of(session) if begins else None
