@@ -146,7 +146,7 @@ def _smoothed(values: Sequence[float]) -> float:
 
 def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, bool]:
     """Tokens per second of the last steps, and whether pauses count: they do where rank 0 has recorded its time."""
-    timed = runlog.last_json_lines(work.logs / "events" / "rank-0.jsonl")
+    timed = runlog.last_json_lines(work.rank_events / "rank-0.jsonl")
     seconds = [sum(value for name in one if name.endswith("_s") and (value := number(one, name))) for one in timed]
     if sum(seconds) > 0:
         return records[-1]["tokens"] / records[-1]["step"] * len(seconds) / sum(seconds), True

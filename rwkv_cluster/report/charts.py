@@ -15,7 +15,7 @@ Style = Literal["raw", "line", "dashed"]
 PART_NAMES = {"data_s": "data", "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
               "save_s": "saving", "eval_s": "evaluation"}  # fmt: skip
 PART_COLORS = (4, 0, 5, 3, 1, 2)  # of the palette: neighbours differ in lightness too
-NOISY = ("grad_norm", "tokens_per_s")
+NOISY = ("grad_norm", "tokens_per_s", "mfu")
 WIDE_RANGE = 30.0  # of a norm's largest value to its smallest, from which its axis is logarithmic
 MARKED = {
     "resume": "resumed",
@@ -84,6 +84,7 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], list[dict[str, Any]]]:
         _metric(runs, data, "lr", "Learning rate", ""),
         _metric(runs, data, "grad_norm", "Gradient norm", "before clipping"),
         _metric(runs, data, "tokens_per_s", "Speed", "tokens/s"),
+        _metric(runs, data, "mfu", "MFU", "share of the devices' peak"),
         _metric(runs, data, "memory_mb", "Peak memory of rank 0", "GB", scale=1e3),
         *(
             _parts(run, one, number if len(runs) > 1 else None)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, HALF, NARROW = (1160, 340), (560, 250), (360, 240)  # CSS pixels: the first chart; the others; a telephone
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 8, 12, 38  # CSS pixels, as all sizes here
+TITLE, LEGEND_ROW, LEGEND_COLUMNS = 22, 20, 3
+WIDE, HALF, NARROW = (1160, 340), (560, 250), (360, 240)  # the first chart; the others; a telephone
 MARKERS = {"resume": "v", "rollback": "<", "spike": "^", "nonfinite": "X", "early_stop": "s", "stop": "s"}
 DASHES = ((), (5, 2), (2, 1.5), (7, 2, 1.5, 2))  # tell the runs apart that share a color
 CUT_OFF = 4.0  # times the 98th percentile: what is above would press the rest to the ground
@@ -91,12 +93,12 @@ def _render(chart: Chart, size: tuple[int, int], end: float, theme: Theme, *, ti
     buffer = io.BytesIO()
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font does not have
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
         axes = figure.add_subplot()
         _plot(axes, chart, theme)
         _dress(axes, chart, theme, end, narrow=size[0] < 500)
-        if titled:
-            _entitle(figure, axes, chart, theme)
+        legend_rows = _entitle(figure, axes, chart, theme) if titled else 0
+        _place(figure, size, top=MARGIN_TOP + titled * TITLE, bottom=MARGIN_BOTTOM + legend_rows * LEGEND_ROW)
         figure.savefig(buffer, facecolor=theme.background if titled else "none", **options)
     return buffer.getvalue()
 
@@ -153,7 +155,7 @@ def _dress(axes: Axes, chart: Chart, theme: Theme, end: float, *, narrow: bool) 
         axes.set_yscale("log")
     elif (top := cut_off(chart)) is not None:
         axes.set_ylim(0, top)
-    elif chart.stack is not None or chart.key in ("lr", "tokens_per_s", "memory_mb"):
+    elif chart.stack is not None or chart.key in ("lr", "tokens_per_s", "mfu", "memory_mb"):
         axes.set_ylim(0, max(float(chart.values.max()) * 1.08, 1e-12))
     axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, min_n_ticks=3))
     if not chart.log:
@@ -216,10 +218,17 @@ def _value(label: str) -> float:
     return float(label[:-1]) * UNITS[label[-1]] if label[-1] in UNITS else float(label)
 
 
-def _entitle(figure: Figure, axes: Axes, chart: Chart, theme: Theme) -> None:
-    axes.set_title(
-        f"{chart.title}, {chart.unit}" if chart.unit else chart.title, loc="left", color=theme.text, fontweight="bold"
-    )
+def _entitle(figure: Figure, axes: Axes, chart: Chart, theme: Theme) -> int:
+    """Title, and a legend where there is more than one thing to tell apart; the number of its rows."""
+    axes.set_title(f"{chart.title}, {chart.unit}" if chart.unit else chart.title, loc="left", color=theme.text)
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1 or chart.marks:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.text)
+    if len(handles) < 2 and not chart.marks:
+        return 0
+    figure.legend(handles, labels, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False, labelcolor=theme.text)
+    return -(-len(handles) // LEGEND_COLUMNS)
+
+
+def _place(figure: Figure, size: tuple[int, int], *, top: float, bottom: float) -> None:
+    """The same margins in pixels for every chart, so that those below each other have their axes in line."""
+    width, height = size
+    figure.subplots_adjust(MARGIN_LEFT / width, bottom / height, 1 - MARGIN_RIGHT / width, 1 - top / height)

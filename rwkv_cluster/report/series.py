@@ -18,7 +18,7 @@ from rwkv_cluster import runlog
 Columns = dict[str, np.ndarray]
 """Equally long arrays of float64 by field, in order of "step", each step once. NaN: not a number, or not there."""
 
-METRICS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_mb")
+METRICS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu")
 PARTS = ("data_s", "forward_s", "backward_s", "optimizer_s", "save_s", "eval_s")
 MOST_POINTS = 1200  # of a line: two for each of the widest chart's pixels
 MOST_BARS = 120  # of the stacked chart

@@ -1,0 +1,171 @@
+"""`rwkv-cluster report`: a run that was stopped, killed and continued, and directories in every state."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_page import Page, records
+from tiny_run import tiny_config, write_config
+
+from rwkv_cluster import cli
+from rwkv_cluster.configfile import dump_yaml, load_config
+from rwkv_cluster.errors import Preempted
+from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.run import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 steps with checkpoints of 4 and 8: stopped after step 3, killed at step 6, continued from 3 and from 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(folder, training={"max_steps": 10, "val_interval_steps": 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULT_VARIABLE, "train.step@2:signal=SIGUSR1")
+        with pytest.raises(Preempted):
+            train(config)
+    write_config(folder / "run.yaml", config)
+    killed = subprocess.run(
+        [sys.executable, "-m", "rwkv_cluster", "train", "run.yaml"],
+        cwd=folder,
+        env={**os.environ, FAULT_VARIABLE: "train.step@6:signal=SIGKILL"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert killed.returncode == -9, killed.stderr
+    train(config)
+    return folder / "work"
+
+
+@pytest.fixture
+def work(trained: Path, tmp_path: Path) -> Path:
+    """A copy, to change."""
+    return Path(shutil.copytree(trained, tmp_path / "work"))
+
+
+def report(work: Path) -> Page:
+    assert cli.main(["report", str(work)]) == 0
+    return Page(work / "report" / "index.html")
+
+
+@pytest.fixture(scope="module")
+def page(trained: Path) -> Page:
+    return report(trained)
+
+
+def test_the_numbers_in_the_page_are_those_of_the_metrics(page: Page, trained: Path) -> None:
+    lines = records(trained)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    for name in ("loss", "lr", "grad_norm", "tokens_per_s", "memory_mb"):
+        found = page.series(name)
+        assert found["step"] == [line["step"] for line in lines]
+        assert found["tokens"] == [line["tokens"] for line in lines]
+        assert found["value"] == [line[name] for line in lines]
+        assert found["n_records"] == 10
+    evaluated = [line for line in lines if "val_loss" in line]
+    assert page.series("val_loss")["step"] == [line["step"] for line in evaluated] == [4, 8, 10]
+    assert page.series("val_loss")["value"] == [line["val_loss"] for line in evaluated]
+    assert page.series("loss_smoothed")["value"][0] == lines[0]["loss"]
+
+
+def test_the_curve_lies_where_the_numbers_say(page: Page) -> None:
+    (figure,) = re.findall(r'<figure[^>]*id="chart-loss">.*?</figure>', page.source, re.DOTALL)
+    paths = [re.findall(r"[ML] (\S+) (\S+)", path) for path in re.findall(r'd="(M [^"]*)"', figure)]
+    drawn = np.array(next(path for path in paths if len(path) == 10), float)
+    loss = page.series("loss")
+    for place, values in ((0, loss["tokens"]), (1, loss["value"])):
+        slope, start = np.polyfit(values, drawn[:, place], 1)
+        assert np.abs(slope * np.array(values) + start - drawn[:, place]).max() < 0.01
+        assert slope > 0 if place == 0 else slope < 0  # downwards in an SVG
+
+
+def test_resumes_are_marked(page: Page, trained: Path) -> None:
+    events = [(event["kind"], event["step"]) for event in page.numbers["runs"][0]["events"]]
+    assert [step for kind, step in events if kind == "resume"] == [3, 4]
+    assert "resumed (2)" in page.text
+    assert "stopped" not in re.findall(r'<ul class="legend">.*?</ul>', page.source, re.DOTALL)[0]  # it went on
+    assert "Sessions3" in page.text
+    lines = records(trained, "events.jsonl")
+    assert len(page.numbers["runs"][0]["events"]) == len(lines)
+
+
+def test_parts_of_a_step_are_those_of_the_ranks(work: Path) -> None:
+    lines = records(work, "events/rank-0.jsonl")
+    slower = [{**line, "backward_s": line["backward_s"] + 1} for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in slower)
+    (work / "logs" / "events" / "rank-1.jsonl").write_text(text)
+    page = report(work)
+    found = page.series("step_parts")
+    assert (found["step"], found["steps_each"]) == (list(range(1, 11)), 1)
+    assert found["data_s"] == pytest.approx([line["data_s"] for line in lines])
+    assert found["backward_s"] == pytest.approx([line["backward_s"] + 0.5 for line in lines])
+    total = sum(line["backward_s"] for line in slower)
+    assert f"{total:,.1f} (rank 1)" in page.text
+
+
+def test_the_page_stands_alone(page: Page) -> None:
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    assert not page.tags & {"img", "link", "iframe", "object", "foreignobject"}
+    assert "default-src 'none'" in page.source
+    assert "@import" not in page.source
+    assert not re.search(r"url\((?!#)", page.source)
+    assert len(set(page.ids)) == len(page.ids)
+    names = {reference[1:] for reference in page.references} | set(re.findall(r"url\(#([^)]*)\)", page.source))
+    assert names <= set(page.ids)
+    assert "prefers-color-scheme: dark" in page.source
+    assert not re.search(r"(fill|stroke): #", page.source)  # every color follows the scheme
+
+
+def test_tables_say_what_the_run_was(page: Page, trained: Path) -> None:
+    text = page.text
+    manifest = json.loads((trained / "data" / "manifest.json").read_text())
+    (session,) = json.loads((trained / "logs" / "environment.json").read_text())["sessions"]
+    for expected in (
+        "training.max_steps10",
+        f"{manifest['n_tokens']:,}",
+        manifest["files"]["train.bin"]["sha256"][:16],
+        session["torch"],
+        session["host"],
+        "Their files have the sizes",
+        "10of 10",
+    ):
+        assert expected in text
+    assert "Not shown" not in text
+
+
+def test_pictures_in_both_schemes(page: Page, trained: Path) -> None:
+    for name in ("loss", "lr", "grad_norm", "tokens_per_s", "memory_mb", "step_parts"):
+        light, dark = ((trained / "report" / f"{name}{suffix}.png").read_bytes() for suffix in ("", "-dark"))
+        assert light.startswith(b"\x89PNG")
+        assert light != dark
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' $x_$ & \\u003c"
+
+
+def test_hostile_text_is_text(work: Path, tmp_path: Path) -> None:
+    place = work.rename(tmp_path / 'a<b onload="x">&$y_$')
+    config = load_config(place / "configs" / "config.yaml")
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"inputs": [HOSTILE]})})
+    (place / "configs" / "config.yaml").write_text(dump_yaml(changed))
+    with open(place / "logs" / "events.jsonl", "a") as handle:
+        handle.write(json.dumps({"time": 1.0, "step": 10, "kind": "stop", "reason": HOSTILE}) + "\n")
+        handle.write(json.dumps({"time": "x", "step": 10, "kind": HOSTILE, "what": "\x00\x1b[31m\ud800"}) + "\n")
+        handle.write(json.dumps({"time": 1e300, "step": True, "kind": []}) + "\n[]\n")
+    environment = {"sessions": [{"host": HOSTILE, HOSTILE: 1, "time": 1e300}, "x"]}
+    (place / "logs" / "environment.json").write_text(json.dumps(environment))
+    page = report(place)
+    assert not page.tags & {"img", "b"}
+    assert len(page.scripts) == 1
+    assert page.text.count(HOSTILE) == 3  # host, reason and kind
+    assert json.dumps([HOSTILE]) in page.text
+    assert page.numbers["runs"][0]["name"] == place.name
+    assert page.numbers["runs"][0]["events"][-1]["kind"] == HOSTILE
