@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
     """A field that is a number, maybe not a finite one; None where there is none."""
     value = values.get(name)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """What happened in a run, of `WorkDir.events`. Raises OSError where there is no file."""
+    found = [one for block in json_lines(path) for one in block]
+    return [one for one in found if isinstance(one.get("kind"), str) and number(one, "step") is not None]
+
+
+def moment(seconds: float) -> str:
+    """A time of the clock, in UTC."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "an unknown time"
 
 
 def read_config(work: WorkDir) -> Config | str:

@@ -56,7 +56,7 @@ class SavedState:
 class RunStatus:
     """state: running, preparing data, complete, stopped, died (its process is gone, or silent), or not started.
 
-    faults: of checkpoints newer than `checkpoint`. preparation: how far one under way has come, see `data.commit`.
+    faults: of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl. preparation: how far one under way has come, see `data.commit`.
     data, launch: None where there is none; `launch` is a sentence where its state cannot be known here.
     """
 
@@ -66,6 +66,7 @@ class RunStatus:
     training: Training | None
     checkpoint: SavedState | None
     faults: list[str]
+    event: dict[str, Any] | None
     data: DataManifest | None
     preparation: dict[str, Any] | None
     launch: manage.Status | str | None
@@ -89,7 +90,11 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     training = _training(work, *known)
     preparation = progress(work.data) if holder is not None and holder.alive else None
     state = _state(work, holder, training, preparation)
-    return RunStatus(work.root, state, holder, training, saved, faults, known[1], preparation, _launch(work.root))
+    events = runlog.last_json_lines(work.events)
+    event = events[-1] if events else None
+    return RunStatus(
+        work.root, state, holder, training, saved, faults, event, known[1], preparation, _launch(work.root)
+    )
 
 
 def _state(work: WorkDir, holder: Holder | None, training: Training | None, preparation: dict[str, Any] | None) -> str:
@@ -164,6 +169,7 @@ def rows(status: RunStatus) -> dict[str, str]:
     found |= _training_rows(status.training) if status.training else {"step": "none yet"}
     found["checkpoint"] = _checkpoint_text(status.checkpoint)
     found |= {"damaged": "; ".join(status.faults)} if status.faults else {}
+    found |= {"last event": _event_text(status.event)} if status.event else {}
     if isinstance(status.launch, manage.Status):
         found["launch"] = f"{status.launch.state}  {status.launch.target}, {status.launch.detail}"
         found["in"] = str(status.launch.folder)
@@ -199,6 +205,12 @@ def _training_rows(training: Training) -> dict[str, str]:
         seconds = round(training.seconds_left)
         found["time left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} at that speed"
     return found
+
+
+def _event_text(event: dict[str, Any]) -> str:
+    """`stop at step 190, 2026-11-26 14:03:11 UTC: stopped by SIGTERM ...`"""
+    reason = f": {event['reason']}" if "reason" in event else ""
+    return f"{event.get('kind')} at step {event.get('step')}, {runlog.moment(number(event, 'time') or 0)}{reason}"
 
 
 def _checkpoint_text(saved: SavedState | None) -> str:

@@ -52,6 +52,7 @@ def test_a_complete_run_without_torch(work: WorkDir) -> None:
     assert (training["last_loss"], training["val_loss"]) == (records[-1]["loss"], records[-1]["val_loss"])
     assert training["seconds_left"] == 0
     assert (found["checkpoint"]["step"], found["checkpoint"]["verified"]) == (8, True)
+    assert (found["event"]["kind"], found["event"]["step"]) == ("end", 8)
     assert found["launch"] is None
 
 
@@ -122,6 +123,7 @@ def test_verified_is_said_only_of_bytes_that_were_read(work: WorkDir, capsys: py
 def test_a_run_that_was_stopped_knows_its_time_left(work: WorkDir) -> None:
     lines = (work.logs / "metrics.jsonl").read_text().splitlines()
     (work.logs / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    shutil.rmtree(work.rank_events)
     found = status.look(work)
     assert found.state == "stopped"
     training = found.training
@@ -136,9 +138,8 @@ def test_the_time_left_counts_pauses_that_are_recorded(work: WorkDir) -> None:
     lines = (work.logs / "metrics.jsonl").read_text().splitlines()
     (work.logs / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n")
     parts = {"data_s": 0.5, "forward_s": 1.0, "backward_s": 2.0, "optimizer_s": 0.5, "save_s": 1.0, "eval_s": 0.0}
-    (work.logs / "events").mkdir(exist_ok=True)
     events = [json.dumps({"step": step, **parts}) for step in range(1, 6)]
-    (work.logs / "events" / "rank-0.jsonl").write_text("\n".join(events) + "\n")
+    (work.rank_events / "rank-0.jsonl").write_text("\n".join(events) + "\n")
     training = status.look(work).training
     assert training is not None
     assert training.with_pauses

@@ -12,6 +12,7 @@ from rwkv_cluster.report.charts import Chart, Curve, Marks
 from rwkv_cluster.report.draw import Theme, short
 from rwkv_cluster.report.markup import columns, embedded, escape, section
 from rwkv_cluster.report.read import Run
+from rwkv_cluster.runlog import moment
 
 # What a name in a configuration may contain, the browser still neither loads nor runs.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -28,7 +29,7 @@ def html(runs: Sequence[Run], charts: Sequence[Chart], data: Sequence[dict[str, 
     """The whole page. end: of the axis of tokens; made: seconds since 1970."""
     title = " · ".join(run.name for run in runs)
     where = ", ".join(str(run.work.root) for run in runs)
-    written = f"rwkv-cluster {__version__}, {tables.moment(made)}"
+    written = f"rwkv-cluster {__version__}, {moment(made)}"
     figures = "".join(_figure(chart, number, end) for number, chart in enumerate(charts))
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(where)}<br>{written}</p></header>\n",

@@ -145,11 +145,10 @@ def _mean(by_rank: Sequence[Columns]) -> Columns:
 
 def _events(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
     try:
-        found = [one for block in runlog.json_lines(work.events) for one in block]
+        return runlog.events(work.events)
     except OSError as error:
         missing.append(f"resumes and other events: {work.events}: {error.strerror}")
         return []
-    return [one for one in found if isinstance(one.get("kind"), str) and runlog.number(one, "step") is not None]
 
 
 def _sessions(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:

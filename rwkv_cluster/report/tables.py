@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from rwkv_cluster.report.charts import PART_NAMES
 from rwkv_cluster.report.draw import short
 from rwkv_cluster.report.markup import details, escape, section, table
 from rwkv_cluster.report.read import Run
+from rwkv_cluster.runlog import moment
 
 MOST_EVENTS = 200
 NONE = "–"
@@ -185,14 +185,6 @@ def _facts(session: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(seconds := shown.get("time"), int | float):
         shown["time"] = moment(seconds)
     return {name.replace("_", " "): str(value) for name, value in shown.items()}
-
-
-def moment(seconds: float) -> str:
-    """A time of the clock, in UTC."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return NONE
 
 
 def checkpoints(runs: Sequence[Run]) -> str:
