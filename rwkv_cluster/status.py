@@ -20,6 +20,7 @@ from rwkv_cluster.train.checkpoint_files import newest_good
 from rwkv_cluster.workdir import WorkDir
 
 RATE_STEPS = 100  # of which the speed is the median
+ENDS = ("stop", "end")  # the last event of a session that ends in order; one that begins adds another
 SMOOTHING = 0.95  # of the loss, as in the progress line
 
 
@@ -56,8 +57,9 @@ class SavedState:
 class RunStatus:
     """state: running, preparing data, complete, stopped, died (its process is gone, or silent), or not started.
 
-    faults: of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl. preparation: how far one under way has come, see `data.commit`.
-    data, launch: None where there is none; `launch` is a sentence where its state cannot be known here.
+    faults: of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl. preparation: how far one
+    under way has come, see `data.commit`. data, launch: None where there is none; `launch` is a sentence where its
+    state cannot be known here.
     """
 
     work_dir: Path
@@ -89,6 +91,10 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     known = (config if isinstance(config, Config) else None, data if isinstance(data, DataManifest) else None)
     training = _training(work, *known)
     preparation = progress(work.data) if holder is not None and holder.alive else None
+    events = runlog.last_json_lines(work.events)
+    event = events[-1] if events else None
+    if holder is not None and not holder.alive and event is not None and event.get("kind") in ENDS:
+        holder = None  # it has ended in order, by an exception, which leaves its name in the lock
     state = _state(work, holder, training, preparation)
     events = runlog.last_json_lines(work.events)
     event = events[-1] if events else None

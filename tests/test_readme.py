@@ -60,7 +60,8 @@ def test_commands_run_in_the_order_they_stand(
         extra += ["--tokens", "5"] if verb == "generate" else []
         assert cli.main([*command, *extra]) == 0, (command, capsys.readouterr().err)
         ran.append(verb)
-    assert ran == ["config", "plan", "prepare", "train", "status", "eval", "generate", "inspect", "consolidate", "doctor"]
+    first = ["config", "plan", "prepare", "train", "status", "report", "eval", "generate", "inspect", "consolidate"]
+    assert ran == [*first, "doctor"]
 
 
 def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

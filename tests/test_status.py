@@ -70,6 +70,9 @@ def test_the_holder_is_named(work: WorkDir, capsys: pytest.CaptureFixture[str]) 
 def test_a_holder_that_was_killed(work: WorkDir, capsys: pytest.CaptureFixture[str]) -> None:
     gone = {"pid": 4711, "started": "0", "job": "77", "since": "2026-01-01 00:00:00", "claim": "x"}
     write_record(work.lock_file, this_process() | gone)
+    assert say(work, capsys).startswith("complete")  # its last word is that it has ended
+    with open(work.events, "a") as handle:
+        handle.write('{"time": 1, "step": 8, "kind": "resume", "from_step": 8}\n')
     text = say(work, capsys)
     assert text.startswith("died")
     assert "process 4711" in text
@@ -80,6 +83,7 @@ def test_a_holder_on_another_machine_is_watched(
     work: WorkDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lock, "GLANCE_S", 0.5)
+    work.events.unlink()
     write_record(work.lock_file, {"host": "node-7", "machine": "another", "pid": 1, "since": "then", "claim": "x"})
     assert "held by     process 1 on node-7 since then, which is gone, or shows no sign of life" in say(work, capsys)
 
