@@ -27,8 +27,8 @@ CUT_OFF = 4.0  # times the 98th percentile: what is above would press the rest t
 UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}
 SCIENTIFIC = 1e-3  # below, numbers are written with an exponent
 _PNG_DPI = 144
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "rwkv-cluster", "text.parse_math": False, "font.size": 11,
-             "font.family": "DejaVu Sans", "path.simplify": True}  # fmt: skip
+_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "rwkv-cluster", "text.parse_math": False}
+_SETTINGS |= {"font.size": 11, "font.family": "DejaVu Sans", "path.simplify": True}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def smoothed(columns: Columns, name: str) -> Series:
             total, weight = decay * total + value, decay * weight + 1
         if weight:
             result[index] = total / weight
-    kept = np.unique(np.linspace(0, len(values) - 1, MOST_POINTS // 2).astype(int)) if len(values) else []
+    kept = np.unique(np.linspace(0, max(0, len(values) - 1), min(len(values), MOST_POINTS // 2)).astype(int))
     return Series(columns["step"][kept], columns["tokens"][kept], result[kept], len(values))
 
 
