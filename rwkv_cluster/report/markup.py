@@ -14,11 +14,20 @@ def escape(text: object) -> str:
     return _escape("".join(shown), quote=True)
 
 
-def table(label: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
-    """A table whose first column heads the rows. numbers: columns that are aligned to the right."""
+def table(
+    label: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: Sequence[int] = (),
+    unbroken: Sequence[int] = (),
+) -> str:
+    """A table whose first column heads the rows. numbers: columns that are aligned to the right. unbroken: that, as
+    numbers, keep to one line.
+    """
 
     def cell(tag: str, place: int, text: object, scope: str = "") -> str:
-        looks = ' class="number"' if place in numbers else ""
+        looks = ' class="number"' if place in numbers else ' class="unbroken"' if place in unbroken else ""
         scoped = f' scope="{scope}"' if scope else ""
         return f"<{tag}{scoped}{looks}>{escape(text)}</{tag}>"
 

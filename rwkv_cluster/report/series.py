@@ -108,7 +108,8 @@ def smoothed(columns: Columns, name: str) -> Series:
             total, weight = decay * total + value, decay * weight + 1
         if weight:
             result[index] = total / weight
-    kept = np.unique(np.linspace(0, max(0, len(values) - 1), min(len(values), MOST_POINTS // 2)).astype(int))
+    n_points = MOST_POINTS // 2 if len(values) else 0
+    kept = np.unique(np.linspace(0, len(values) - 1, n_points).astype(int))
     return Series(columns["step"][kept], columns["tokens"][kept], result[kept], len(values))
 
 

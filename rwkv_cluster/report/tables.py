@@ -184,7 +184,7 @@ def _facts(session: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: value for name, value in session.items() if value is not None and name != "step"}
     if isinstance(seconds := shown.get("time"), int | float):
         shown["time"] = moment(seconds)
-    return {name.replace("_", " "): str(value) for name, value in shown.items()}
+    return {name.replace("_gb", " in GB").replace("_", " "): str(value) for name, value in shown.items()}
 
 
 def checkpoints(runs: Sequence[Run]) -> str:
@@ -234,11 +234,12 @@ def events(runs: Sequence[Run]) -> str:
         return ""
     columns = ["time", *(["run"] if len(runs) > 1 else []), "step", "event", "details"]
     title = f"The last {MOST_EVENTS} of {len(found):,} events" if len(found) > MOST_EVENTS else f"{len(found)} events"
-    shown = table("Events", columns, rows, numbers=[columns.index("step")])
+    shown = table("Events", columns, rows, numbers=[columns.index("step")], unbroken=[0, columns.index("event")])
     return section("Events", details(title, shown, is_open=len(rows) <= 12))
 
 
 def _words(event: Mapping[str, Any]) -> str:
-    found = flat({name: value for name, value in event.items() if name not in ("time", "step", "kind")})
+    known = {name: value for name, value in event.items() if name not in ("time", "step", "kind")}
+    found = flat({name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in known.items()})
     words = ", ".join(f"{name} {value}" for name, value in found.items())
     return words if len(words) <= 300 else f"{words[:297]}..."
