@@ -17,7 +17,7 @@ import rwkv_cluster
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"rwkv_cluster": "rwkv_cluster", "kernels": "rwkv_cluster/kernels", "launch": "rwkv_cluster/launch",
            "configs": "rwkv_cluster/configs"}  # fmt: skip
-SOURCES = (".py", ".yaml", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh")
+SOURCES = (".py", ".yaml", ".css", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
