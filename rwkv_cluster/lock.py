@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.errors import LaunchError, Preempted
 from rwkv_cluster.heartbeat import BEAT_S, Watch, every, machine, read_record, this_process, write_record
 from rwkv_cluster.ranks import slurm_job
 
@@ -44,11 +44,15 @@ def hold(path: Path, what: str) -> Iterator[None]:
         if not _is_free(read_record(path), kernel_decides):
             _wait_until_gone(path, what)
         claim = _Claim(path, what)
-        with every(BEAT_S, claim.renew):
-            try:
-                yield
-            finally:
-                claim.released = True
+        try:
+            with every(BEAT_S, claim.renew):
+                try:
+                    yield
+                finally:
+                    claim.released = True
+        except Preempted:  # an end in order, after which another machine may go on at once
+            claim.clear()
+            raise
         claim.clear()
     finally:
         os.close(descriptor)

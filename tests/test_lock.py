@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster import heartbeat, lock
-from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.errors import LaunchError, Preempted
 from rwkv_cluster.heartbeat import TEXT_LIMIT, Watch, every, read_record, write_record
 from rwkv_cluster.lock import hold
 
@@ -53,6 +53,15 @@ def test_a_lost_machine_is_taken_over(
     assert read_record(path)["released"]
     with hold(path, "it"):  # released: nobody has to be watched
         pass
+
+
+@pytest.mark.parametrize(("error", "released"), [(Preempted("stopped"), True), (OSError("broken"), False)])
+def test_an_end_in_order_lets_another_machine_go_on_at_once(error: Exception, released: bool, tmp_path: Path) -> None:
+    """After any other, ranks of this run may still be writing elsewhere."""
+    path = tmp_path / ".lock"
+    with pytest.raises(type(error)), hold(path, "it"):
+        raise error
+    assert ("released" in read_record(path)) is released
 
 
 def test_without_flock_a_living_holder_of_this_machine_is_respected(tmp_path: Path, no_flock: None) -> None:
