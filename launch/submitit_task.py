@@ -44,6 +44,14 @@ class NodeTask:
 
     def __call__(self) -> None:
         """Run the agent to its end. Exits with its code unless that is 0."""
+        try:
+            self._run()
+        except subprocess.CalledProcessError as error:  # of submitit's `scontrol requeue`, in its signal handler
+            if error.returncode >= 0:
+                raise
+            time.sleep(SLURM_ENDS_US_S)  # the job is queued again, which ends scontrol too, perhaps before it returns
+
+    def _run(self) -> None:
         launch = os.environ[LAUNCH_VARIABLE]
         self._agent = subprocess.Popen([*self.argv, "train", f"{launch}/config.yaml"], preexec_fn=_keep_preemption_out)
         while not self._has_ended():
