@@ -60,8 +60,9 @@ def _docker(config: Config, inner: Command, cwd: str, runtime: str) -> Command:
     """As the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
     launch, container = config.launch, config.launch.container
     options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}"]
-    if launch.gpus_per_node:  # an engine without the right to raise limits refuses to start
-        options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"]
+    if launch.gpus_per_node:  # a user's podman may not raise limits: it passes on what the user has
+        raises = runtime == "docker" or os.getuid() == 0
+        options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"] if raises else ["--ulimit=host"]
     if launch.target == runtime:  # cancelled by its id; under Slurm it ends with the step
         options += [f"--cidfile={CONTAINER_ID_FILE}"]
     if launch.gpus_per_node:

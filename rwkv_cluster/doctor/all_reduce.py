@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 
-from rwkv_cluster import ranks
+from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.doctor.meeting import Meeting
 from rwkv_cluster.doctor.merge import Report, merged
 from rwkv_cluster.doctor.rows import Row, ok, problem, refused
@@ -58,6 +58,8 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
     from rwkv_cluster.train.distributed import leaving_group
 
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a late exchange raises, and aborts no process
+    if backend == "nccl":
+        shared_memory.let_nccl_do_without()  # as training does; the row of shared memory tells it
     place = torch.device(device, ranks.local_rank()) if device == "cuda" else torch.device(device)
     try:
         with leaving_group():

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 from pathlib import Path
 
 from rwkv_cluster import ranks
+from rwkv_cluster import shared_memory as shm
 from rwkv_cluster.doctor.gpus import listed
 from rwkv_cluster.doctor.rows import Row, note, ok, warning
 from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.doctor.subject import Subject
 
-SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_BYTES = 2**30  # NVIDIA's advice for NCCL in containers: --shm-size=1g --ulimit memlock=-1
 OPEN_FILES = 1024  # what Linux gives by default; each rank has sockets to others, libraries and the data's files
 LOCKED_BYTES = 64 * 2**20  # far below what an InfiniBand adapter registers
 STACK_BYTES = 8 * 2**20  # what Linux gives by default, also to each thread
@@ -55,18 +53,17 @@ def memory(subject: Subject) -> list[Row]:
 def shared_memory(subject: Subject) -> list[Row]:
     """Where NCCL exchanges what GPUs of a machine cannot send each other directly."""
     try:
-        usage = shutil.disk_usage(SHARED_MEMORY)
+        free, total = shm.room()
     except OSError as error:
-        return [warning("shared memory", f"{SHARED_MEMORY}: {error.strerror}", "Mount a tmpfs there")]
-    text = f"{usage.free / 2**20:,.0f} MiB free of {usage.total / 2**20:,.0f} in {SHARED_MEMORY}"
-    if usage.free >= SHARED_MEMORY_BYTES:
+        return [warning("shared memory", f"{shm.PLACE}: {error.strerror}", "Mount a tmpfs there")]
+    text = f"{free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} in {shm.PLACE}"
+    if free >= shm.WANTED_BYTES:
         return [ok("shared memory", text)]
     if len(listed()) < 2:
         return [note("shared memory", f"{text}; enough without several GPUs")]
-    text += ": NCCL between the GPUs of a machine can fail there with `No space left on device` or a bus error"
-    remedy = "Give the container more (`--shm-size=16g` or `--ipc=host`, launch.container.shm_size)"
-    stale = f", or remove what dead processes left ({SHARED_MEMORY}/nccl-*)"
-    return [warning("shared memory", text, remedy + stale)]
+    text += ": training keeps NCCL from using it, which is slower between GPUs without a direct link"
+    stale = f", or remove what dead processes left ({shm.PLACE}/nccl-*)"
+    return [warning("shared memory", text, shm.REMEDY + stale)]
 
 
 def limits(subject: Subject) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
-from rwkv_cluster import ranks
+from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.state import Replica, TrainState
 from rwkv_cluster.train.zero import Shards, ZeroStrategy, require_deepspeed, zero_strategy
+
+log = logging.getLogger("rwkv_cluster")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[st
     """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement."""
     if placement.num_nodes > 1:  # Lightning asks for the node's number, and deepspeed's launcher does not say it
         os.environ.setdefault("NODE_RANK", str(ranks.rank() // placement.devices))
+    if placement.accelerator == "cuda" and placement.devices > 1:
+        told = shared_memory.let_nccl_do_without()
+        if told and ranks.local_rank() == 0:
+            log.warning(told)
     arguments: dict[str, Any] = {
         "accelerator": placement.accelerator,
         "devices": placement.devices,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_cluster import shared_memory
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor import deepspeed, environment, gpus, host, storage, tools
 from rwkv_cluster.doctor.rows import Row, refused
@@ -83,14 +84,14 @@ def test_little_locked_memory_matters_with_infiniband(tmp_path: Path, monkeypatc
 
 
 def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(host, "SHARED_MEMORY_BYTES", 2**60)
+    monkeypatch.setattr(shared_memory, "WANTED_BYTES", 2**60)
     (row,) = host.shared_memory(Subject())
     assert row.state == "note"
     nvidia_smi(tmp_path, monkeypatch)
     gpus.listed.cache_clear()
     (row,) = host.shared_memory(Subject())
     assert row.state == "warning"
-    assert "NCCL between the GPUs of a machine can fail there" in row.text
+    assert "training keeps NCCL from using it" in row.text
     assert "--shm-size" in row.remedy
 
 

@@ -111,6 +111,13 @@ def test_roots_podman_gets_no_ids_to_keep(monkeypatch: pytest.MonkeyPatch) -> No
     assert " --user=0:0 --env=HOME=/tmp " in script
 
 
+def test_only_root_raises_limits_with_podman(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's podman, asked for more than the user has, does not start the container."""
+    assert " --ulimit=host " in planned("podman").files["job.sh"]
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert " --ulimit=memlock=-1 " in planned("podman").files["job.sh"]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "slurm-sweep"])
 def test_bash_runs_it_with_exact_arguments(case: str, tmp_path: Path) -> None:
     made = planned(case)

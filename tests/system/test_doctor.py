@@ -108,7 +108,7 @@ def test_small_shared_memory_beside_two_gpus(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     row = _rows(done.stdout)["shared memory"]
     assert row["state"] == "warning"
-    assert row["text"].startswith("32 MiB free of 32 in /dev/shm: NCCL between the GPUs")
+    assert row["text"].startswith("32 MiB free of 32 in /dev/shm: training keeps NCCL from")
 
 
 @pytest.fixture(scope="module")

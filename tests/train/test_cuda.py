@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
-from tiny_run import fingerprint, losses, tiny_config
+from tiny_run import fingerprint, losses, tiny_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.kernels import ops
@@ -83,3 +86,17 @@ def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path
     assert sum(profile["parts_s"].values()) == pytest.approx(profile["whole_s"])
     assert all(profile["parts_s"][part] > 0 for part in ("WKV", "matmul", "forward", "backward", "loss", "optimizer"))
     assert 0 < profile["busy"] <= 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or os.geteuid() != 0, reason="needs two GPUs, and root for a mount")
+def test_two_gpus_without_shared_memory(tmp_path: Path) -> None:
+    """On a /dev/shm of 1 MB, in which NCCL's own transport would end the run."""
+    config = tiny_config(tmp_path, training={"accelerator": "cuda", "strategy": "ddp", "micro_bsz": 2})
+    write_config(tmp_path / "run.yaml", config)
+    script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    train_it = ("--standalone", "--nproc-per-node=2", "-m", "rwkv_cluster", "train", "run.yaml")
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "torch.distributed.run", *train_it]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "NCCL goes without shared memory" in done.stderr
+    assert len(losses(tmp_path / "work")) == 8
