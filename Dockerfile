@@ -2,7 +2,11 @@
 # buildah (--format docker, which HEALTHCHECK needs). Optional secrets for sites with their own package index:
 # --secret id=pip.conf,src=... and --secret id=ca.pem,src=...; neither gets into a layer.
 ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim@sha256:4724b8cc51e33e398f0e2e15e18d5ec2851ff0c2280647e1310bc1642182655d
+# An image with the CUDA toolkit in /usr/local/cuda-${CUDA_VERSION}, such as docker.io/nvidia/cuda:13.0.2-devel-ubuntu22.04
+# at a digest. The default has none: the compiler then comes as wheels with hashes.
+ARG CUDA_IMAGE=${BASE_IMAGE}
 
+FROM ${CUDA_IMAGE} AS cuda
 FROM ${BASE_IMAGE} AS base
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Python 3.11 of Debian 12, an init, and InfiniBand's user space. Security fixes younger than the pinned base go in too.
@@ -42,24 +46,56 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     && rm -rf /wheels \
     && { /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib > /dev/null || true; }
 
+# The CUDA compiler, in /usr/local/cuda. NVIDIA's wheels have lib where it looks for lib64.
+FROM builder AS toolkit
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ARG VARIANT=cuda
+ARG CUDA_VERSION=13.0
+COPY .docker/lock/nvcc.txt /lock/
+COPY --from=cuda /usr/local /image
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
+    --mount=type=secret,id=ca.pem,target=/run/ca.pem,required=false \
+    mkdir /usr/local/cuda \
+    && if [ -d "/image/cuda-${CUDA_VERSION}" ]; then \
+        mv "/image/cuda-${CUDA_VERSION}"/* /usr/local/cuda; \
+    elif [ "${VARIANT}" = cuda ]; then \
+        /opt/tools/bin/pip install -q --require-hashes --target /wheels -r /lock/nvcc.txt; \
+        mv /wheels/nvidia/cu13/* /usr/local/cuda; \
+        ln -s lib /usr/local/cuda/lib64; \
+    fi
+
 # The WKV libraries with their manifests. Only their sources are copied: other changes leave them as they are.
 FROM builder AS kernels
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG VARIANT=cuda
 ARG CUDA_ARCHITECTURES="80 86 89 90 100 120"
-COPY .docker/lock/nvcc.txt /lock/
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
-    --mount=type=secret,id=ca.pem,target=/run/ca.pem,required=false \
-    if [ "${VARIANT}" = cuda ]; then /opt/tools/bin/pip install -q --require-hashes -r /lock/nvcc.txt; fi
+COPY --from=toolkit /usr/local/cuda /usr/local/cuda
 COPY kernels/build.py /src/
 COPY kernels/csrc /src/csrc
-# The wheels' nvcc looks for libraries in lib64, and they have lib.
 RUN /opt/tools/bin/python /src/build.py cpu --output /opt/kernels \
     && if [ "${VARIANT}" = cuda ]; then \
-        CUDA_HOME=$(echo /opt/tools/lib/python3*/site-packages/nvidia/cu13); export CUDA_HOME; \
-        ln -s lib "${CUDA_HOME}/lib64"; \
         echo "${CUDA_ARCHITECTURES}" | xargs /opt/tools/bin/python /src/build.py cuda --output /opt/kernels --arch; \
     fi
+
+# DeepSpeed's fused optimizers, which DeepSpeed would compile where they are first used.
+FROM packages AS optimizers
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ARG VARIANT=cuda
+ARG CUDA_ARCHITECTURES="80 86 89 90 100 120"
+WORKDIR /src
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
+    --mount=type=secret,id=ca.pem,target=/run/ca.pem,required=false \
+    grep '^deepspeed==' /lock/common.txt > /lock/deepspeed.txt \
+    && /opt/tools/bin/pip download -q --no-deps --no-build-isolation --no-binary :all: --require-hashes \
+        --dest /lock -r /lock/deepspeed.txt \
+    && tar -xzf /lock/deepspeed-*.tar.gz --strip-components=1
+COPY --from=toolkit /usr/local/cuda /usr/local/cuda
+COPY .docker/optimizers.py /lock/
+RUN export CUDA_HOME=/usr/local/cuda PATH="/opt/tools/bin:${PATH}" \
+    && PYTHONPATH=$(echo /opt/tools/lib/python3*/site-packages) && export PYTHONPATH \
+    && echo "${CUDA_ARCHITECTURES}" \
+        | xargs /opt/venv/bin/python /lock/optimizers.py /opt/optimizers "${VARIANT}" \
+    && /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/optimizers
 
 FROM builder AS package
 COPY pyproject.toml README.md LICENSE /src/
@@ -90,6 +126,7 @@ RUN useradd --uid 1000 --no-create-home --home-dir /tmp --shell /bin/bash rwkv \
     && mkdir -m 1777 /work \
     && mkdir /opt/image
 COPY --from=packages /opt/venv /opt/venv
+COPY --from=optimizers /opt/optimizers /opt/venv
 COPY --from=kernels /opt/kernels /opt/kernels
 COPY .docker/entry /opt/image/entry
 COPY --from=package /opt/venv /opt/venv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,34 +24,34 @@ pytestmark = pytest.mark.system
 
 USER = 12345  # nobody in the image, nor here
 LOCKED_DOWN = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=64m")
-STEPS = 200
+README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=["podman", pytest.param("docker", marks=pytest.mark.slow)])
+def containers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine with the image. Where containers cannot run: skips, and fails in CI."""
-    if reason := reason_not_to(tmp_path_factory.mktemp("tried")):
+    if reason := reason_not_to(request.param, tmp_path_factory.mktemp("tried")):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the image is not tested: {reason}")
-    with engine(tmp_path_factory.mktemp("engine")) as made:
+    with engine(request.param, tmp_path_factory.mktemp("engine")) as made:
         yield made
 
 
 class Container:
     """A detached container of the image, as the ordinary user, with `work` at /work and text to read at /text."""
 
-    def __init__(self, podman: Engine, work: Path, *words: str, options: tuple[str, ...] = ()) -> None:
-        self.podman = podman
+    def __init__(self, engine: Engine, work: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+        self._engine = engine
         places = (f"--volume={work}:/work", f"--volume={work.parent}/text:/text:ro")
         user = (f"--user={USER}:{USER}", "--env=OMP_NUM_THREADS=1")
-        self.id = podman("run", "--detach", *LOCKED_DOWN, *user, *places, *options, IMAGE, *words).strip()
+        self.id = engine("run", "--detach", *LOCKED_DOWN, *user, *places, *options, IMAGE, *words).strip()
 
     @property
     def state(self) -> dict[str, Any]:
-        return self.podman.inspect("container", self.id)["State"]
+        return self._engine.inspect("container", self.id)["State"]
 
     @property
     def text(self) -> str:
-        run = self.podman.run("logs", self.id)
+        run = self._engine.run("logs", self.id)
         return run.stdout + run.stderr
 
     def running(self) -> bool:
@@ -58,10 +59,10 @@ class Container:
 
     def wait(self, timeout_s: float = 240.0) -> int:
         """The exit code of the container."""
-        return int(self.podman("wait", self.id, timeout_s=timeout_s))
+        return int(self._engine("wait", self.id, timeout_s=timeout_s))
 
-    def complete(self) -> None:
-        code = self.wait()
+    def complete(self, timeout_s: float = 240.0) -> None:
+        code = self.wait(timeout_s)
         assert code == 0, f"exit code {code}:\n{self.text}"
 
 
@@ -80,19 +81,21 @@ def _folder(path: Path) -> Watched:
 
 
 def _quickstart(text: str, **changes: object) -> tuple[str, ...]:
-    """The recipe, smaller, and on other text, because the standard libraries of two Pythons differ."""
-    training = {"max_steps": STEPS, "num_threads": 1, "micro_bsz": 2, "val_interval_steps": STEPS}
-    values = {f"training.{name}": value for name, value in (training | {"val_max_tokens": 1024} | changes).items()}
-    values |= {"model.n_layer": 2, "model.n_embd": 64, "data.inputs": f"[{text}]"}
-    values |= {"checkpoint.save_interval_steps": STEPS, "logging.sample_tokens": 8}
+    """The recipe, smaller, and on other text."""
+    training = {"num_threads": 1, "micro_bsz": 2, "val_max_tokens": 1024}
+    values = {f"training.{name}": value for name, value in (training | changes).items()}
+    values |= {"model.n_layer": 2, "model.n_embd": 64, "data.inputs": f"[{text}]", "logging.sample_tokens": 8}
     return ("configs/quickstart.yaml", *(f"--{name}={value}" for name, value in values.items()))
 
 
-def test_doctor_without_a_gpu(podman: Engine) -> None:
+def test_doctor_without_a_gpu(containers: Engine) -> None:
     locked = (*LOCKED_DOWN, "--network=none", f"--user={USER}:{USER}")
-    rows = {row["name"]: row for row in json.loads(podman("run", "--rm", *locked, IMAGE, "doctor", "--json"))["rows"]}
+    rows = {
+        row["name"]: row for row in json.loads(containers("run", "--rm", *locked, IMAGE, "doctor", "--json"))["rows"]
+    }
     assert rows["image"]["text"] == "variant cpu, revision unknown"
     assert rows["image: WKV kernels"]["text"] == "cpu"
+    assert rows["DeepSpeed operators"]["text"].startswith("prebuilt: cpu_adam; ")
     assert rows["WKV kernels, CPU"]["state"] == "ok"
     assert "/opt/kernels/libwkv_cpu.so" in rows["WKV kernels, CPU"]["text"]
     assert rows["self-test: native on cpu, float32"]["state"] == "ok"
@@ -100,12 +103,12 @@ def test_doctor_without_a_gpu(podman: Engine) -> None:
     assert rows["nvcc"]["state"] == "note"
     assert rows["disk"]["text"] == "/ cannot be written: Read-only file system"
     assert rows["shared memory"]["state"] == "note"
-    table = podman("run", "--rm", *locked, IMAGE)
+    table = containers("run", "--rm", *locked, IMAGE)
     assert "variant cpu" in table, "without a verb the image examines itself"
 
 
-def test_what_is_in_the_image_and_what_is_not(podman: Engine) -> None:
-    described = podman.inspect("image", IMAGE)
+def test_what_is_in_the_image_and_what_is_not(containers: Engine) -> None:
+    described = containers.inspect("image", IMAGE)
     config = described["Config"]
     assert config["User"] == "1000:1000"
     assert config["Entrypoint"][0] == "/usr/bin/tini"
@@ -124,7 +127,7 @@ print(json.dumps({
     "bill": {part["name"]: part["version"] for part in bill["components"]},
 }))
 """
-    inside = json.loads(podman("run", "--rm", IMAGE, "python3", "-c", look))
+    inside = json.loads(containers("run", "--rm", IMAGE, "python3", "-c", look))
     labels = config["Labels"]
     assert inside["found"] == []
     assert inside["leaks"] == []
@@ -141,47 +144,65 @@ print(json.dumps({
     assert {"libc6", "tini", "rwkv-cluster"} <= bill.keys()
 
 
-def test_stopped_continued_and_equal_to_the_run_outside(podman: Engine, tmp_path: Path) -> None:
-    outside = _folder(tmp_path / "outside")
-    ran = Job(outside.folder, config="configs/quickstart.yaml", arguments=_quickstart("text")[1:])
-    inside = _folder(tmp_path / "inside")
-    words = ("train", *_quickstart("/text"))
-    first = Container(podman, inside.folder / "work", *words, options=("--name=first",))
+def test_the_quickstart_stopped_continued_and_equal_to_the_run_outside(containers: Engine, tmp_path: Path) -> None:
+    """README's command as it is. Outside, the same recipe reads the data that the image prepared of its own Python."""
+    inside, outside = _folder(tmp_path / "inside"), _folder(tmp_path / "outside")
+    words = ("train", "configs/quickstart.yaml")
+    first = Container(containers, inside.folder / "work", *words, options=("--name=first",))
 
     def under_way() -> bool:
         assert first.running(), first.text
-        return inside.steps_logged() >= 5
+        return inside.steps_logged() >= 50
 
-    wait_until(under_way, what="step 5")
+    wait_until(under_way, what="step 50")
+    shutil.copytree(inside.work.data, outside.work.data)
+    ran = Job(outside.folder, config="configs/quickstart.yaml", arguments=("--data.inputs=[]",))
     started = time.monotonic()
-    podman("stop", "--time=20", "first")
+    containers("stop", "--time=20", "first")
     assert time.monotonic() - started < 15
     assert first.state["ExitCode"] == 75, first.text
     assert stopped_steps(first.text) == {0: inside.newest_checkpoint()}
-    assert 5 <= inside.newest_checkpoint() < STEPS
-    second = Container(podman, inside.folder / "work", *words)
-    second.complete()
+    assert inside.newest_checkpoint() >= 50
+    second = Container(containers, inside.folder / "work", *words)
+    second.complete(timeout_s=600)
     assert inside.sessions() == 2
-    ran.complete()
+    assert ran.wait(timeout_s=600) == 0, ran.text
     assert inside.result() == outside.result()
+    assert (inside.work.out / "rwkv-final.pth").read_bytes() == (outside.work.out / "rwkv-final.pth").read_bytes()
+    stated, tolerance = map(float, re.findall(r"ends there with a loss of ([\d.]+) ± ([\d.]+)", README)[0])
+    record = (inside.work.logs / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(record)["val_loss"] == pytest.approx(stated, abs=tolerance)
     assert {(path.stat().st_uid, path.stat().st_gid) for path in (inside.folder / "work").rglob("*")} == {(USER, USER)}
 
 
-def test_the_front_door(podman: Engine, tmp_path: Path) -> None:
-    """The recipe as it is, on the standard library of the image's Python; only fewer steps."""
-    run = _folder(tmp_path / "run")
-    fewer = ("--training.max_steps=5", "--training.val_max_tokens=4096", "--logging.sample_tokens=8")
-    Container(podman, run.folder / "work", "train", "configs/quickstart.yaml", *fewer).complete()
-    assert run.newest_checkpoint() == 5
-    assert (run.work.out / "rwkv-final.pth").exists()
+def test_deepspeeds_optimizer_is_compiled_already(containers: Engine) -> None:
+    """It steps in an image without a compiler, on a read-only root, and as AdamW does in float64."""
+    steps = """
+import json, torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+torch.manual_seed(0)
+start = torch.randn(3, 1001)
+rate = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+fast, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.double())
+optimizers = [DeepSpeedCPUAdam([fast], adamw_mode=True, **rate), torch.optim.AdamW([exact], **rate)]
+for _ in range(10):
+    gradient = torch.randn(3, 1001)
+    fast.grad, exact.grad = gradient, gradient.double()
+    for optimizer in optimizers:
+        optimizer.step()
+print(json.dumps(float((fast.double() - exact).abs().max() / exact.abs().max())))
+"""
+    environment = ("--env=DS_ACCELERATOR=cpu", f"--user={USER}:{USER}", "--env=OMP_NUM_THREADS=1")
+    said = containers("run", "--rm", *LOCKED_DOWN, *environment, IMAGE, "python3", "-c", steps)
+    assert float(said.splitlines()[-1]) < 1e-6
 
 
-def test_nothing_outlives_the_first_process(podman: Engine, tmp_path: Path) -> None:
+def test_nothing_outlives_the_first_process(containers: Engine, tmp_path: Path) -> None:
     """kill -9 of the container's PID 1 while two ranks train."""
     run = _folder(tmp_path / "run")
     config = _quickstart("/text", max_steps=100_000)
     words = ("torchrun", "--standalone", "--nproc-per-node=2", "--no-python", "rwkv-cluster", "train", *config)
-    container = Container(podman, run.folder / "work", *words)
+    container = Container(containers, run.folder / "work", *words)
 
     def under_way() -> bool:
         assert container.running(), container.text
@@ -197,10 +218,10 @@ def test_nothing_outlives_the_first_process(podman: Engine, tmp_path: Path) -> N
     assert not any(map(alive, below))
 
 
-def test_two_containers_on_a_network_of_their_own_equal_one(podman: Engine, tmp_path: Path) -> None:
+def test_two_containers_on_a_network_of_their_own_equal_one(containers: Engine, tmp_path: Path) -> None:
     one, two = _folder(tmp_path / "one"), _folder(tmp_path / "two")
-    Container(podman, one.folder / "work", "train", *_quickstart("/text", max_steps=8, micro_bsz=4)).complete()
-    podman("network", "create", "ranks")
+    Container(containers, one.folder / "work", "train", *_quickstart("/text", max_steps=8, micro_bsz=4)).complete()
+    containers("network", "create", "ranks")
     config = _quickstart("/text", max_steps=8, timeout_s=60)
     names = ("node0", "node1")
     meeting = (
@@ -213,7 +234,7 @@ def test_two_containers_on_a_network_of_their_own_equal_one(podman: Engine, tmp_
     words = ("torchrun", *meeting, "--no-python", "rwkv-cluster", "train", *config)
     nodes = [
         Container(
-            podman,
+            containers,
             two.folder / "work",
             *words,
             options=("--network=ranks", f"--name={name}", f"--hostname={name}"),
@@ -225,13 +246,13 @@ def test_two_containers_on_a_network_of_their_own_equal_one(podman: Engine, tmp_
     assert losses(two.work.root) == pytest.approx(losses(one.work.root), rel=1e-6)
 
 
-def test_launch_starts_it(podman: Engine, tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_launch_starts_it(containers: Engine, tmp_path: Path, start: Callable[..., Job]) -> None:
     """By the product's own command, with the directories at their own paths; the files belong to the caller."""
     container = {"image": IMAGE, "shm_size": "64m", "extra_args": [*LIMITS, "--network=none"]}
-    launch = {"target": "podman", "ranks_per_node": 2, "container": container}
+    launch = {"target": containers.program, "ranks_per_node": 2, "container": container}
     config = tiny_config(tmp_path, training={"micro_bsz": 2, "global_batch_size": 4}, launch=launch)
     write_config(tmp_path / "run.yaml", config)
-    job = start(tmp_path, verb="launch", environment=podman.environment)
+    job = start(tmp_path, verb="launch", environment=containers.environment)
     job.complete()
     run = Watched(tmp_path)
     assert run.newest_checkpoint() == 8
@@ -240,18 +261,18 @@ def test_launch_starts_it(podman: Engine, tmp_path: Path, start: Callable[..., J
 
 @needs_slurm
 @pytest.mark.parametrize("target", ["sbatch", "slurm"])
-def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, podman: Engine, tmp_path: Path) -> None:
+def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, containers: Engine, tmp_path: Path) -> None:
     """On two nodes, each with a container: the signal reaches the ranks inside, the requeue happens outside."""
     plain = tmp_path / "plain"
     plain.mkdir()
     write_config(plain / "run.yaml", tiny_config(plain, training={"max_steps": 40, "micro_bsz": 4}))
     Job(plain).complete()
     by_name = ("--volume=/etc/hosts:/etc/hosts:ro", "--volume=/etc/hostname:/etc/hostname:ro")
-    container = {"runtime": "podman", "image": IMAGE, "extra_args": [*LIMITS, *by_name]}
-    run = new_run(tmp_path / "run", {"max_steps": 40}, target=target, container=container, env=podman.environment)
+    container = {"runtime": containers.program, "image": IMAGE, "extra_args": [*LIMITS, *by_name]}
+    run = new_run(tmp_path / "run", {"max_steps": 40}, target=target, container=container, env=containers.environment)
     root = tmp_path / "slurm"
     root.mkdir()
-    before = {*podman("ps", "--all", "--quiet").split()}
+    before = {*containers("ps", "--all", "--quiet").split()}
     with cluster(root, nodes=2) as slurm:
         job = launch(slurm, run)
         wait_for_steps(slurm, run, job, step=10)
@@ -260,25 +281,25 @@ def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, podm
         finish(slurm, run, job)
     assert run.sessions() == 2
     assert losses(run.work.root) == pytest.approx(losses(Watched(plain).work.root), rel=1e-6)
-    assert {*podman("ps", "--all", "--quiet").split()} <= before, "a container is left"
+    assert {*containers("ps", "--all", "--quiet").split()} <= before, "a container is left"
 
 
-def test_a_change_of_python_rebuilds_the_last_layers_only(podman: Engine, tmp_path: Path) -> None:
+def test_a_change_of_python_rebuilds_the_last_layers_only(containers: Engine, tmp_path: Path) -> None:
     context = tmp_path / "context"
     context.mkdir()
     for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, context)
     for name in (".docker", "rwkv_cluster", "kernels", "launch", "configs"):
         shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
-    before = podman.inspect("image", IMAGE)["RootFS"]["Layers"]
+    before = containers.inspect("image", IMAGE)["RootFS"]["Layers"]
     with open(context / "rwkv_cluster" / "errors.py", "a") as source:
         source.write("CHANGED = True\n")
-    podman.build(context, "--tag=localhost/changed")
-    after = podman.inspect("image", "localhost/changed")["RootFS"]["Layers"]
+    containers.build(context, tag="localhost/changed")
+    after = containers.inspect("image", "localhost/changed")["RootFS"]["Layers"]
     assert len(before) == len(after)
     shared = [old for old, new in zip(before, after, strict=True) if old == new]
     assert before[: len(shared)] == shared
     assert len(before) - len(shared) <= 2, "the package and the list of contents"
-    assert "True" in podman(
+    assert "True" in containers(
         "run", "--rm", "localhost/changed", "python3", "-c", "from rwkv_cluster import errors; print(errors.CHANGED)"
     )
