@@ -118,11 +118,10 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
     TRITON_CACHE_DIR=/tmp/triton \
     TINI_SUBREAPER=1 \
     RWKV_CLUSTER_KERNELS=/opt/kernels \
-    RWKV_CLUSTER_IMAGE=/opt/image/contents.json \
-    NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    MELLANOX_VISIBLE_DEVICES=all
+    RWKV_CLUSTER_IMAGE=/opt/image/contents.json
+# enroot starts a login shell, whose profile sets PATH anew.
 RUN useradd --uid 1000 --no-create-home --home-dir /tmp --shell /bin/bash rwkv \
+    && echo "PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh \
     && mkdir -m 1777 /work \
     && mkdir /opt/image
 COPY --from=packages /opt/venv /opt/venv
@@ -138,6 +137,9 @@ ARG VERSION=0.1.0
 ARG TORCH_VERSION=2.13.0
 ARG CUDA_VERSION=13.0
 ARG CUDA_ARCHITECTURES="80 86 89 90 100 120"
+# GPUs are for the image that has code for them. No MELLANOX_VISIBLE_DEVICES: enroot then fails where no InfiniBand is.
+ENV NVIDIA_VISIBLE_DEVICES=${CUDA_ARCHITECTURES:+all} \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 LABEL org.opencontainers.image.title="rwkv-cluster" \
     org.opencontainers.image.description="Train RWKV-5, RWKV-6 and RWKV-7 from one YAML file" \
     org.opencontainers.image.licenses="Apache-2.0" \

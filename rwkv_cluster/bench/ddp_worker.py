@@ -20,13 +20,12 @@ from rwkv_cluster.bench.ddp_memory import held
 from rwkv_cluster.configfile import load_config
 from rwkv_cluster.data.prepare import load_manifest
 from rwkv_cluster.ranks import end_with_launcher, rank
-from rwkv_cluster.train import strategy
-from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.ddp import SettledBuckets
 from rwkv_cluster.train.distributed import leaving_group
+from rwkv_cluster.train.loop import data_of, trainer_of
 from rwkv_cluster.train.memory import keep_freed_memory, peak_memory_mb
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.session import Session, build_model, open_session
+from rwkv_cluster.train.session import build_model, open_session
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -74,7 +73,7 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     meter = Meter(session.horizon.total_steps)
     module = TrainingModule(model, config.training, session.plan, session.horizon)
     with leaving_group():
-        _fit(session, module, meter)
+        trainer_of(session, [SettledBuckets(), meter]).fit(module, datamodule=data_of(session))
         kept = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]
     steps = [after - before for before, after in zip(meter.ends, meter.ends[1:], strict=False)]
     figures = {
@@ -86,30 +85,6 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
         "peak_mb": peak_memory_mb(module.device),
     }
     (results / f"{rank()}.json").write_text(json.dumps(figures))
-
-
-def _fit(session: Session, module: TrainingModule, meter: Meter) -> None:
-    data = TokenDataModule(
-        session.train_tokens(),
-        session.plan,
-        start_step=0,
-        total_steps=session.horizon.total_steps,
-        micro_bsz=session.config.training.micro_bsz,
-    )
-    Trainer(
-        **strategy.trainer_arguments(session.config.training, session.placement),
-        max_epochs=1,
-        accumulate_grad_batches=session.accumulate,
-        callbacks=[SettledBuckets(), meter],
-        logger=False,
-        default_root_dir=session.work.root,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, datamodule=data)
 
 
 if __name__ == "__main__":

@@ -112,9 +112,11 @@ def test_what_is_in_the_image_and_what_is_not(containers: Engine) -> None:
     config = described["Config"]
     assert config["User"] == "1000:1000"
     assert config["Entrypoint"][0] == "/usr/bin/tini"
-    assert described["HealthCheck" if "HealthCheck" in described else "Healthcheck"]["Test"] == [
-        "CMD", "rwkv-cluster", "doctor"
-    ]  # fmt: skip
+    health = config.get("Healthcheck") or described["HealthCheck"]  # docker's place, podman's
+    assert health["Test"] == ["CMD", "rwkv-cluster", "doctor"]
+    environment = dict(entry.split("=", 1) for entry in config["Env"])
+    assert environment["NVIDIA_VISIBLE_DEVICES"] == "", "enroot would ask for GPUs"
+    assert "MELLANOX_VISIBLE_DEVICES" not in environment, "enroot would ask for InfiniBand"
     look = """
 import importlib.metadata, json, shutil, pathlib
 names = ("gcc", "g++", "cc", "c++", "nvcc", "pip", "ninja-build", "git", "make")
@@ -142,6 +144,8 @@ print(json.dumps({
     bill = {name.lower().replace("_", "-"): version for name, version in inside["bill"].items()}
     assert {name: bill.get(name) for name in locked} == locked
     assert {"libc6", "tini", "rwkv-cluster"} <= bill.keys()
+    login = ("bash", "--login", "-c", "command -v rwkv-cluster python3")  # as enroot starts what it is told to
+    assert containers("run", "--rm", IMAGE, *login).split() == ["/opt/venv/bin/rwkv-cluster", "/opt/venv/bin/python3"]
 
 
 def test_the_quickstart_stopped_continued_and_equal_to_the_run_outside(containers: Engine, tmp_path: Path) -> None:
