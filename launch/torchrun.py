@@ -49,7 +49,8 @@ def torchrun(config: Config) -> Command:
 
     On several nodes outside Slurm the agents meet by c10d at launch.rdzv_endpoint, with a port and an id that follow
     from the work directory. Under Slurm each is told its place by the agent: a c10d agent that is cut off from the
-    network waits for ever.
+    network waits for ever. On one machine the ranks meet at the loopback address: torchrun's own choice is the
+    machine's name, which leads nowhere on some laptops and in some containers.
     """
     launch = config.launch
     arguments = ["--nproc-per-node", str(ranks_per_node(config))]
@@ -61,7 +62,7 @@ def torchrun(config: Config) -> Command:
         meeting = ["--rdzv-backend", "c10d", "--rdzv-id", launch.name, "--rdzv-endpoint", endpoint]
         arguments = ["--nnodes", str(launch.num_nodes), *arguments, *meeting]
     else:
-        arguments = ["--standalone", *arguments]
+        arguments = ["--standalone", "--local-addr", "127.0.0.1", *arguments]
     return Command((python(config), "-m", "torch.distributed.run", *arguments, "-m", "rwkv_cluster"))
 
 

@@ -173,7 +173,7 @@ def test_the_quickstart_stopped_continued_and_equal_to_the_run_outside(container
     assert ran.wait(timeout_s=600) == 0, ran.text
     assert inside.result() == outside.result()
     assert (inside.work.out / "rwkv-final.pth").read_bytes() == (outside.work.out / "rwkv-final.pth").read_bytes()
-    stated, tolerance = map(float, re.findall(r"ends there with a loss of ([\d.]+) ± ([\d.]+)", README)[0])
+    stated, tolerance = map(float, re.findall(r"ends there with a loss of (\d+\.\d+) ± (\d+\.\d+)", README)[0])
     record = (inside.work.logs / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(record)["val_loss"] == pytest.approx(stated, abs=tolerance)
     assert {(path.stat().st_uid, path.stat().st_gid) for path in (inside.folder / "work").rglob("*")} == {(USER, USER)}

@@ -49,6 +49,16 @@ def test_torchrun_on_two_hosts_with_their_own_addresses(
     assert losses(run.work.root) == pytest.approx(one_process, rel=1e-6)
 
 
+def test_torchrun_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> None:
+    """As a laptop without a network, or a container with none."""
+    if reason := reason_not_to():
+        pytest.skip(reason)
+    run = _new_run(tmp_path / "run", {"max_steps": 4}, target="torchrun", ranks_per_node=2)
+    prefix = ("unshare", "--net", "--uts", "sh", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "sh")
+    Job(run.folder, verb="launch", prefix=prefix).complete()
+    assert run.newest_checkpoint() == 4
+
+
 def test_deepspeeds_own_launcher(one_process: list[float], tmp_path: Path) -> None:
     run = _new_run(tmp_path / "two", {"max_steps": 10, "zero_stage": 2}, target="deepspeed", ranks_per_node=2)
     Job(run.folder, verb="launch", environment={"DS_ACCELERATOR": "cpu"}).complete()
