@@ -46,7 +46,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     && rm -rf /wheels \
     && { /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib > /dev/null || true; }
 
-# The CUDA compiler, in /usr/local/cuda. NVIDIA's wheels have lib where it looks for lib64.
+# The CUDA compiler, in /usr/local/cuda. NVIDIA's wheels lack two of the names that compilers look for.
 FROM builder AS toolkit
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG VARIANT=cuda
@@ -62,6 +62,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
         /opt/tools/bin/pip install -q --require-hashes --target /wheels -r /lock/nvcc.txt; \
         mv /wheels/nvidia/cu13/* /usr/local/cuda; \
         ln -s lib /usr/local/cuda/lib64; \
+        ln -s "libcudart.so.${CUDA_VERSION%%.*}" /usr/local/cuda/lib/libcudart.so; \
     fi
 
 # The WKV libraries with their manifests. Only their sources are copied: other changes leave them as they are.

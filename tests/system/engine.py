@@ -154,6 +154,8 @@ class Docker(Engine):
         if self._daemon is not None:
             self._daemon.terminate()
             self._daemon.wait(60)
+        left = self.folder / "exec-root" / "netns" / "default"
+        subprocess.run(["umount", str(left)], capture_output=True, timeout=60)
 
 
 ENGINES = {engine.program: engine for engine in (Engine, Docker)}
