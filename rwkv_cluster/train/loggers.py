@@ -79,7 +79,7 @@ def log_metrics(loggers: Sequence[AnyLogger], metrics: Mapping[str, float], step
 
 @contextmanager
 def finishing(loggers: Sequence[AnyLogger]) -> Iterator[None]:
-    """Weights & Biases has everything after the block, and the process is free for another run."""
+    """Weights & Biases has been given everything after the block, and the process is free for another run."""
     try:
         yield
     except BaseException:
