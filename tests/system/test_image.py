@@ -112,7 +112,7 @@ def test_what_is_in_the_image_and_what_is_not(containers: Engine) -> None:
     config = described["Config"]
     assert config["User"] == "1000:1000"
     assert config["Entrypoint"][0] == "/usr/bin/tini"
-    health = config.get("Healthcheck") or described["HealthCheck"]  # docker's place, podman's
+    health = config.get("Healthcheck") or described["Healthcheck"]  # docker's place, podman's
     assert health["Test"] == ["CMD", "rwkv-cluster", "doctor"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])
     assert environment["NVIDIA_VISIBLE_DEVICES"] == "", "enroot would ask for GPUs"
