@@ -90,10 +90,10 @@ class Engine:
         self("import", str(archive), BASE)
         archive.unlink()
 
-    def build(self, context: Path = ROOT, *, tag: str = IMAGE, **changed: str) -> None:
-        """Build the variant for CPUs from the context's Dockerfile. changed: build arguments."""
+    def build(self, context: Path = ROOT, *, tag: str = IMAGE) -> None:
+        """Build the variant for CPUs from the context's Dockerfile."""
         with _pip_of_this_machine(self.folder) as secrets:
-            options = [f"--build-arg={name}={value}" for name, value in (ARGUMENTS | changed).items()]
+            options = [f"--build-arg={name}={value}" for name, value in ARGUMENTS.items()]
             self._build(f"--tag={tag}", "--network=host", *options, *secrets, str(context))
 
     def _build(self, *options: str) -> None:
