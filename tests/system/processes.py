@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tiny_run import fingerprint
@@ -19,6 +20,7 @@ from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.workdir import WorkDir
 
 LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+PAUSE = "signal=SIGSTOP"  # what a fault does to a process that the test then finds `paused`
 END_S = 120.0  # far beyond what any of these runs takes, so that a hang fails instead of lasting
 
 
@@ -88,6 +90,18 @@ class Job:
         self.process.kill()
         self.process.wait()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """From the moment a fault has made it `PAUSE`, with its files as they are, to the end of the block."""
+
+        def look() -> bool:
+            assert self.running(), f"ended before the pause:\n{self.text}"
+            return _state(self.process.pid) == "T"
+
+        wait_until(look, what="the pause")
+        yield
+        self.process.send_signal(signal.SIGCONT)
+
     def worker(self, rank: int) -> int:
         """Process id of a rank that this job has started."""
         found: list[int] = []
@@ -131,10 +145,15 @@ def descendants(pid: int) -> list[int]:
 
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    return _state(pid) not in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for what a process does; "" for one that is not there."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def wait_for_end(pids: Iterable[int], *, timeout_s: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.processes import Job, Watched, wait_until
+from system.processes import PAUSE, Job, Watched
 from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.disk import free_bytes
@@ -130,10 +130,9 @@ def test_the_whole_work_dir_is_full(mount: Mount, tmp_path: Path, start: Callabl
     """Whatever comes first: a line of the metrics, the log, or the room for the next checkpoint. Then there is room."""
     run = _new_run(tmp_path, max_steps=60)
     mount(run.work.root, size=8 << 20)
-    job = start(run.folder, fault="train.step@12:sleep=2")
-    run.wait_for_steps(job, sessions=0, step=11)
-    wait_until(lambda: run.newest_checkpoint() == 10, what="the first checkpoint")
-    _leave(run.work.root, 0)
+    job = start(run.folder, fault=f"train.step@12:{PAUSE}")
+    with job.paused():
+        _leave(run.work.root, 0)
     _assert_refused(run, job, reason=f"on {run.work.root}/", step=10)
     (run.work.root / "filler").unlink()
     start(run.folder).complete()
@@ -145,19 +144,20 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(
 ) -> None:
     run = _new_run(tmp_path)
     mount(run.work.checkpoints)
-    job = start(run.folder, fault="checkpoint.after_weights@20:sleep=2")
-    wait_until(lambda: run.newest_checkpoint() == 10 and run.half_written("weights.pth"), what="the second save")
-    wait_until(lambda: run.steps_logged() == 20, what="step 20")
-    _leave(run.work.checkpoints, 100_000)
+    job = start(run.folder, fault=f"checkpoint.after_weights@20:{PAUSE}")
+    with job.paused():
+        assert run.newest_checkpoint() == 10
+        assert run.half_written("weights.pth")
+        _leave(run.work.checkpoints, 100_000)
     _assert_refused(run, job, reason="step-00000020 cannot be written: No space left on device", step=10)
 
 
 def test_the_disk_becomes_read_only(mount: Mount, tmp_path: Path, start: Callable[..., Job]) -> None:
     run = _new_run(tmp_path)
     mount(run.work.checkpoints)
-    job = start(run.folder, fault="train.step@12:sleep=2")
-    run.wait_for_steps(job, sessions=0, step=11)
-    subprocess.run(["mount", "-o", "remount,ro", run.work.checkpoints], check=True)
+    job = start(run.folder, fault=f"train.step@12:{PAUSE}")
+    with job.paused():
+        subprocess.run(["mount", "-o", "remount,ro", run.work.checkpoints], check=True)
     _assert_refused(run, job, reason="step-00000020 cannot be written: Read-only file system", step=10)
     assert "Make it writable and run the same command again" in job.text
 
@@ -174,9 +174,9 @@ def test_the_disk_fails(tmp_path: Path, start: Callable[..., Job]) -> None:
 
 def test_the_folder_is_not_ours_to_write(tmp_path: Path, start: Callable[..., Job]) -> None:
     run = _new_run(tmp_path)
-    job = start(run.folder, fault="train.step@12:sleep=2", prefix=NO_OVERRIDE)
-    run.wait_for_steps(job, sessions=0, step=11)
-    run.work.checkpoints.chmod(0o555)
+    job = start(run.folder, fault=f"train.step@12:{PAUSE}", prefix=NO_OVERRIDE)
+    with job.paused():
+        run.work.checkpoints.chmod(0o555)
     _assert_refused(run, job, reason="step-00000020 cannot be written: Permission denied", step=10)
 
 
