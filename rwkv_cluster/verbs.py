@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,23 @@ from rwkv_cluster.recipes import FoundConfig, find_config
 from rwkv_cluster.workdir import WorkDir
 
 logger = logging.getLogger("rwkv_cluster")
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Around the import of torch and all that comes with it, which makes no garbage worth a search.
+
+    Searching takes a third of a short run, at the import and again at the end. What has come with it stays to the end.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +126,8 @@ def plan(config: Config, options: argparse.Namespace) -> Report:
 
 def prepare(config: Config) -> Report:
     """Tokenize the data into the work directory."""
-    from rwkv_cluster.train.run import prepare_data
+    with _importing():
+        from rwkv_cluster.train.run import prepare_data
 
     manifest = prepare_data(config)
     amount = f"{manifest.n_tokens:,} tokens in {manifest.n_documents:,} documents ({manifest.dtype})"
@@ -116,7 +136,8 @@ def prepare(config: Config) -> Report:
 
 def init(config: Config, *, force: bool) -> Report:
     """Write the initial weights."""
-    from rwkv_cluster.train.run import initialize
+    with _importing():
+        from rwkv_cluster.train.run import initialize
 
     path = initialize(config, force=force)
     return Report(str(path), {"path": str(path)})
@@ -127,7 +148,8 @@ def train(config: Config) -> Report:
     end_with_launcher()  # this and the look at the lock before torch is imported, which takes seconds
     if rank() == 0:
         WorkDir(config.work_dir).require_free()
-    from rwkv_cluster.train.run import train as train_run
+    with _importing():
+        from rwkv_cluster.train.run import train as train_run
 
     result = train_run(config)
     state = "already complete" if result.already_complete else "done"
@@ -240,7 +262,8 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("--prompt is not UTF-8 text. Check the terminal's encoding") from error
-    from rwkv_cluster.train.sample import generate_text
+    with _importing():
+        from rwkv_cluster.train.sample import generate_text
 
     text = generate_text(
         source,
@@ -266,7 +289,8 @@ def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | No
 
 def evaluate(config: Config, weights: Path | None) -> Report:
     """Loss, perplexity and, for text, bits per byte on the validation file."""
-    from rwkv_cluster.train.evaluate import evaluate_run
+    with _importing():
+        from rwkv_cluster.train.evaluate import evaluate_run
 
     result = evaluate_run(config, weights)
     bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
@@ -277,8 +301,9 @@ def evaluate(config: Config, weights: Path | None) -> Report:
 
 def consolidate(config: Config, step: int | None) -> Report:
     """One weights file, in the training precision, of a checkpoint."""
-    from rwkv_cluster.train import weights
-    from rwkv_cluster.train.precision import DTYPES
+    with _importing():
+        from rwkv_cluster.train import weights
+        from rwkv_cluster.train.precision import DTYPES
 
     path = weights.consolidate(WorkDir(config.work_dir), step=step, dtype=DTYPES[config.training.precision])
     return Report(str(path), {"path": str(path)})
@@ -286,7 +311,8 @@ def consolidate(config: Config, step: int | None) -> Report:
 
 def inspect(path: Path) -> Report:
     """Architecture of a weights file. Raises CheckpointError where it is none."""
-    from rwkv_cluster.model.compatibility import inspect_rwkv_checkpoint
+    with _importing():
+        from rwkv_cluster.model.compatibility import inspect_rwkv_checkpoint
 
     facts = inspect_rwkv_checkpoint(path)
     if "detection_error" in facts:

@@ -444,3 +444,27 @@ def test_a_terminal_without_unicode_still_shows_every_name(tmp_path: Path) -> No
     run = command("config", "é🎉.yaml", env={"PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0
     assert "\\U0001f389" in run.stdout
+
+
+def test_nothing_looks_for_garbage_while_torch_is_imported(tmp_path: Path) -> None:
+    """Nor later in what that made; and where torch was there before, as in a program of its own, nothing is changed."""
+    program = """
+import gc, json, sys
+from rwkv_cluster.cli import main
+ours = lambda: sys.modules.get("rwkv_cluster.model.compatibility")
+importing = lambda: "torch" in sys.modules and not hasattr(ours(), "inspect_rwkv_checkpoint")
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(phase) if importing() else None)
+found = []
+for _ in range(2):
+    searches.clear()
+    code = main(["inspect", "none.pth"])
+    found.append([code, len(searches), gc.isenabled(), gc.get_freeze_count()])
+print(json.dumps(found))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True, timeout=100)
+    first, again = json.loads(run.stdout)
+    assert first[:3] == [4, 0, True]
+    assert first[3] > 100_000
+    assert again[:3] == first[:3]
+    assert 0 < again[3] <= first[3]
