@@ -216,32 +216,32 @@ class RollCall:
         """Why a collective failed: whom this rank has waited for. Takes a few seconds, in which the others say too."""
         self.publish(doing="waiting for the other ranks")
         deadline = time.monotonic() + 2 * self.interval_s + GONE_S
-        while time.monotonic() < deadline:
+        while True:
+            running = list(self._living_or_lost().values())  # before failures: the next beat may find one at any moment
             for watch in self.others.values():
                 if _has_failed(watch):
                     return _error_of(watch.record)
                 if self._has_died(watch):
                     return TrainingError(death(watch))
-            if all(self._accounted_for(watch) for watch in self._living_or_lost().values()):
+            if time.monotonic() >= deadline or all(map(self._accounted_for, running)):
                 break
             time.sleep(BEAT_S / 4)
         self._end_frozen_neighbours()
-        return TrainingError(f"{self._who_was_missing()} (torch: {str(error).splitlines()[0][:200]})")
+        return TrainingError(f"{self._who_was_missing(running)} (torch: {str(error).splitlines()[0][:200]})")
 
     @staticmethod
     def _accounted_for(watch: Watch) -> bool:
         return watch.still_s >= GONE_S or watch.record.get("doing") == "waiting for the other ranks"
 
-    def _who_was_missing(self) -> str:
-        running = self._living_or_lost()
-        silent = [silence(watch) for watch in running.values() if watch.still_s >= GONE_S]
-        dawdling = [busy(watch) for watch in running.values() if not self._accounted_for(watch)]
+    def _who_was_missing(self, running: list[Watch]) -> str:
+        silent = [silence(watch) for watch in running if watch.still_s >= GONE_S]
+        dawdling = [busy(watch) for watch in running if not self._accounted_for(watch)]
         if silent or dawdling:
             return "; ".join((silent + dawdling)[:4])
         absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
         if absent:
             return f"rank {', '.join(absent[:4])} has not started. Look at its log, or raise training.timeout_s"
-        names = [name_and_step(watch.record) for watch in list(running.values())[:4]]
+        names = [name_and_step(watch.record) for watch in running[:4]]
         return (
             f"{' and '.join(names) or 'another rank'} cannot be reached over the network from "
             f"{self._record['host']}, although its process lives. Look at the network between these machines"

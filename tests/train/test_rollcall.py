@@ -1,0 +1,42 @@
+"""What one rank concludes from the records of the others; `tests/system/test_missing_rank.py` has real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_cluster.errors import TrainingError
+from rwkv_cluster.heartbeat import Watch, write_record
+from rwkv_cluster.train.rollcall import RollCall
+from rwkv_cluster.workdir import WorkDir
+
+
+def test_a_rank_that_fails_while_it_is_looked_at_is_still_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks find the network cut at once; this one's next beat reads the other's end in the middle of its look."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    roll_call = RollCall(WorkDir(tmp_path), 2, timeout_s=10, hang_timeout_s=5)
+    roll_call.folder.mkdir(parents=True)
+    other = roll_call.others[0]
+
+    def seen(**facts: Any) -> None:
+        record = {"rank": 0, "host": "node0", "pid": 7, "step": 94, "state": "running"}
+        write_record(roll_call.path(0), record | {"doing": "waiting for the other ranks"} | facts)
+        other.look()
+
+    def accounted_for(watch: Watch) -> bool:
+        assert watch is other
+        seen(beats=3, state="failed", error="TrainingError", message="rank 1 cannot be reached")
+        return True
+
+    seen(beats=1)
+    seen(beats=2)
+    monkeypatch.setattr(RollCall, "_accounted_for", staticmethod(accounted_for))
+    lost = RuntimeError("Connection closed by peer [10.77.0.1]:4321")
+    named = r"rank 0 on node0, process 7, last finished step 94, cannot be reached over the network"
+    with pytest.raises(TrainingError, match=named), roll_call.answering():
+        raise lost
