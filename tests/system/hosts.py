@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from system.processes import wait_until
+from system.processes import descendants, wait_until
 
 INTERFACE = "eth0"
 
@@ -109,17 +109,13 @@ def _boot(name: str, namespace: str, known: str, etc: Mapping[str, Path], stack:
 
     def booted() -> bool:
         assert outer.poll() is None, f"{name} does not start"
-        found[:] = _children(outer.pid)
+        found[:] = descendants(outer.pid)
         with suppress(OSError):  # a step that has just ended
-            return "sleep\n" in [Path(f"/proc/{pid}/comm").read_text() for init in found for pid in _children(init)]
+            return "sleep\n" in [Path(f"/proc/{pid}/comm").read_text() for pid in found]
         return False
 
     wait_until(booted, what=f"{name} to start", timeout_s=20)
     return found[0]
-
-
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

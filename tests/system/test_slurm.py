@@ -61,10 +61,8 @@ def unbroken(running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_five_interruptions_leave_no_trace(slurm: Cluster, unbroken: dict[str, object], tmp_path: Path) -> None:
     """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
-    slowly = (
-        f"export {FAULT_VARIABLE}=data.batch:sleep={2 * SLURM_LOOKS_S / STEPS}"  # so that Slurm looks before the end
-    )
-    run = new_run(tmp_path, {"max_steps": STEPS}, setup=[slowly])
+    step_s = 2 * SLURM_LOOKS_S / STEPS  # so that Slurm looks before the end
+    run = new_run(tmp_path, {"max_steps": STEPS}, setup=[f"export {FAULT_VARIABLE}=data.batch:sleep={step_s}"])
     job = launch(slurm, run)
     for number, interrupt in enumerate((reach_time_limit, preempt, requeue, send_signal, send_signal), 1):
         wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=number - 1)
