@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
 from rwkv_cluster.launched import log_to_agent, tell_agent
-from rwkv_cluster.ranks import launched, rank
+from rwkv_cluster.ranks import rank, shown
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
@@ -102,6 +102,9 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"no verb given. Verbs: {', '.join(VERBS)}; --help explains them")
     if extra and options.verb != "bench":
         raise ConfigError(_unknown_option(extra[0], options.verb))
+    if rank() > 0 and options.verb not in RANK_VERBS:
+        logging.getLogger("rwkv_cluster").info("%s is rank 0's alone: nothing to do here", options.verb)
+        return 0
     from rwkv_cluster import verbs
 
     report = verbs.run(options, overrides, extra)
@@ -226,9 +229,8 @@ def _unknown_option(argument: str, verb: str) -> str:
 
 
 def _complain(message: str) -> None:
-    prefix = f"rank {rank()}: " if launched() else ""
     with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
-        print(f"rwkv-cluster: {prefix}{message}", file=sys.stderr, flush=True)
+        print(f"rwkv-cluster: {shown()}{message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

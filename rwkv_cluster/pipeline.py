@@ -114,7 +114,7 @@ class RWKVTrainingPipeline:
     @property
     def model_initialized(self) -> bool:
         """Whether out/rwkv-init.pth is there."""
-        return (self.output_dir / "rwkv-init.pth").exists()
+        return self._paths.initial_weights.exists()
 
     @property
     def data_prefix(self) -> Path | None:
@@ -264,7 +264,7 @@ class RWKVTrainingPipeline:
 
     def get_latest_checkpoint(self) -> Path | None:
         """The furthest trained weights file in out/; None before the first epoch's end."""
-        trained = [path for path in self.list_checkpoints() if path.name != "rwkv-init.pth"]
+        trained = [path for path in self.list_checkpoints() if path != self._paths.initial_weights]
         return trained[-1] if trained else None
 
     def _prepare(self, arrays: Sequence[np.ndarray], inputs: Sequence[str], data_name: str) -> dict[str, Any]:

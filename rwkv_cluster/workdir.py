@@ -126,6 +126,11 @@ class WorkDir:
                 ) from error
 
     @property
+    def initial_weights(self) -> Path:
+        """What a run begins with."""
+        return self.out / "rwkv-init.pth"
+
+    @property
     def final_weights(self) -> Path:
         """Where a finished run leaves its weights."""
         return self.out / "rwkv-final.pth"

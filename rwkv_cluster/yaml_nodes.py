@@ -30,6 +30,7 @@ _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_UNQUOTED = re.compile(r"(?:^|[:\[,-])\s*([*&!%@`][^\s,\]}]*)")  # a glob, say, where YAML has its own use for the sign
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -185,6 +186,8 @@ class _Composer:
             if key.text in fields:
                 first = fields[key.text].origin
                 raise self._fault(event, f"'{shown(key.text)}' is given twice (first at {first}). Remove one")
+            if key.plain and key.text == "<<":
+                raise self._fault(event, "the merge key << is not part of YAML 1.2. Write the fields out, or name each")
             value = self._node(next(self.events), depth + 1)
             fields[key.text] = replace(value, origin=key.origin)
         return self._collection(fields, list(fields.values()), start)
@@ -203,7 +206,10 @@ class _Composer:
     def _alias(self, event: Any, depth: int) -> Node:
         node = self.anchors.get(event.anchor)
         if node is None:
-            raise self._fault(event, f"*{shown(event.anchor)} stands for nothing that is complete above it")
+            name = f"*{shown(event.anchor)}"
+            raise self._fault(
+                event, f"{name} stands for nothing that is complete above it. Text goes in quotes: '{name}'"
+            )
         if depth + node.depth - 1 > MAX_DEPTH:
             raise self._fault(event, _TOO_DEEP)
         self._count(event, node.n_nodes, node.n_characters)
@@ -235,12 +241,14 @@ class _Composer:
         where = f"{self.name}:{mark.line + 1}" if self.numbered else self.name
         if "nesting depth" in problem:  # libyaml reads ahead and has a limit of its own, of 1,000
             return ConfigError(f"{where}: {_TOO_DEEP}")
-        lines = self.text.splitlines()
-        if (
-            mark.line < len(lines)
-            and "\t" in lines[mark.line][: len(lines[mark.line]) - len(lines[mark.line].lstrip())]
-        ):
+        line = self.text.splitlines()[mark.line : mark.line + 1]
+        if line and "\t" in line[0][: len(line[0]) - len(line[0].lstrip())]:
             return ConfigError(f"{where}: the line is indented with a tab. YAML indents with spaces")
+        if line and (pattern := _UNQUOTED.search(line[0])):
+            text = shown(pattern[1])
+            return ConfigError(
+                f"{where}: {text} begins with {text[0]}, a sign of YAML's own. Write it in quotes: '{text}'"
+            )
         return ConfigError(f"{where}: this is not YAML: {problem} (column {mark.column + 1})")
 
 

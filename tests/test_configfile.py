@@ -195,6 +195,11 @@ def test_a_file_of_nothing_but_faults_is_told_in_a_few_lines() -> None:
         (b"!local {a: 1}", "is not allowed"),
         (b"a: &x [*x]", r"\*x stands for nothing"),
         (b"a: *nowhere", r"\*nowhere stands for nothing"),
+        (b"a: *.txt", r":1: \*\.txt begins with \*, a sign of YAML's own. Write it in quotes: '\*\.txt'"),
+        (b"a:\n  - **/*.txt", r":2: \*\*/\*\.txt begins with \*"),
+        (b"a: [b, *]", r":1: \* begins with \*"),
+        (b"a: %b", r":1: %b begins with %"),
+        (b"a: &m {b: 1}\nc:\n  <<: *m", r":3: the merge key << is not part of YAML 1\.2"),
         (
             b"work_dir: a\nmodel: {}\nwork_dir: b",
             r"run.yaml:3: 'work_dir' is given twice \(first at run.yaml:1\)",

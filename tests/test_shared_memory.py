@@ -76,6 +76,6 @@ def test_several_gpus_of_a_machine_need_it(
     monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     with caplog.at_level(logging.WARNING, logger="rwkv_cluster"):
-        trainer_arguments(TrainingConfig(strategy="ddp"), Placement(accelerator, devices, devices, 1))
+        trainer_arguments(TrainingConfig(strategy="ddp"), Placement(accelerator, devices, devices, 1), "group")
     assert (SWITCH in os.environ) == off
     assert ("NCCL goes without shared memory" in caplog.text) == says

@@ -123,7 +123,7 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     try:
         shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)
         world_size = ranks.launched_world_size() or config.training.devices
-        begins = not ((work.out / "rwkv-init.pth").exists() or list_steps(work.checkpoints))
+        begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
         first = room.next_bytes(shapes, item_bytes, world_size, begins=begins)
         room.require_room(folder, first, "the next checkpoint and the weights beside it")

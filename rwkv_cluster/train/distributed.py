@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.ranks import launched_world_size, rank
+
+log = logging.getLogger("rwkv_cluster")
 
 # In torch's and gloo's sentences, some of which name neither: "Application timeout caused pair closure".
 COLLECTIVE_WORDS = ("gloo", "nccl", "processgroup", "pair closure", "closed by peer", "reset by peer", "broken pipe")
@@ -30,8 +34,10 @@ def is_distributed() -> bool:
 
 
 @contextmanager
-def leaving_group() -> Iterator[None]:
+def leaving_group(destroy: Callable[[], None] = dist.destroy_process_group) -> Iterator[None]:
     """A process group made inside the block is gone after it, unless an exception ends the block.
+
+    destroy: what ends it.
 
     Gloo's threads let go of tensors at their leisure, for which they need Python: one that does so while the
     interpreter ends aborts a process that has done all its work. Leaving the group waits for these threads.
@@ -40,7 +46,29 @@ def leaving_group() -> Iterator[None]:
     yield
     if dist.is_available() and dist.is_initialized() and not found:
         gc.collect()  # DDP and Lightning's objects, in cycles, hold the group too
-        dist.destroy_process_group()
+        destroy()
+
+
+def join_group(backend: str, group: str, timeout: timedelta, device: torch.device) -> None:
+    """Make the process group of all ranks, unless this process is in one. Waits for the others as long as `timeout`.
+
+    group: a name that no earlier group of these processes had. They may all meet at one store, torchrun's for instance,
+    where the addresses that an earlier group has left would be taken for this one's.
+    """
+    if dist.is_initialized():
+        return
+    number, world_size = rank(), launched_world_size() or 1
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    log.info("Initializing distributed: rank %d of %d meets the others at %s", number, world_size, where)
+    store, _, _ = next(dist.rendezvous("env://", number, world_size, timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(group, store),
+        rank=number,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
 
 
 def position() -> tuple[int, int]:

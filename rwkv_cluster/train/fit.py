@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from rwkv_cluster import configfile
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.ranks import launched, rank, unchanged_environment
 from rwkv_cluster.train import environment
 from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
 from rwkv_cluster.train.callbacks import Bookkeeping
 from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
-from rwkv_cluster.train.distributed import fault_point, leaving_group
+from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
 from rwkv_cluster.train.loggers import finishing
@@ -36,6 +37,7 @@ from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer
+from rwkv_cluster.train.strategy import leaving
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 
@@ -88,7 +90,8 @@ def fit(
     if session.placement.accelerator == "cpu":
         keep_freed_memory()
     events = Events(session.work.events if rank() == 0 else None)
-    with leaving_group():
+    alone = session.placement.world_size == 1 and not launched()
+    with unchanged_environment() if alone else nullcontext(), leaving(session.config.training):
         ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=True)
         while ended.spike is not None:
             session = rewound(session, ended.spike, events)
@@ -173,7 +176,7 @@ def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, s
 def _require_room(session: Session, shapes: Shapes) -> None:
     """For what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
-    begins = session.found is None and not (work.out / "rwkv-init.pth").exists()
+    begins = session.found is None and not work.initial_weights.exists()
     n_bytes = next_bytes(shapes, item_bytes, session.placement.world_size, begins=begins)
     require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 

@@ -19,7 +19,7 @@ from rwkv_cluster.train.signals import keep_lightning_out
 def trainer_of(session: Session, callbacks: list[Callback]) -> Trainer:
     """What ends it is a callback, by step."""
     trainer = Trainer(
-        **strategy.trainer_arguments(session.config.training, session.placement),
+        **strategy.trainer_arguments(session.config.training, session.placement, session.group),
         max_epochs=1,
         accumulate_grad_batches=session.accumulate,
         callbacks=callbacks,

@@ -16,14 +16,24 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rwkv_cluster import errors, ranks
 from rwkv_cluster.errors import ConfigError, LaunchError, Preempted, RWKVClusterError, TrainingError
-from rwkv_cluster.heartbeat import BEAT_S, Watch, every, has_died, machine, start_tick, this_process, write_record
+from rwkv_cluster.heartbeat import (
+    BEAT_S,
+    Watch,
+    every,
+    has_died,
+    machine,
+    read_record,
+    start_tick,
+    this_process,
+    write_record,
+)
 from rwkv_cluster.launched import repeated_rank, tell_agent
 from rwkv_cluster.train.distributed import is_collective_failure
 from rwkv_cluster.train.stall import Stall
@@ -34,6 +44,7 @@ log = logging.getLogger("rwkv_cluster")
 
 SILENT_S = 15.0  # of a rank that shows no sign of life: rank 0 is given up during preparation, others are reported
 FIRST_SIGN_S = 300.0  # for rank 0 to start at all; a first import from a cold network disk takes minutes
+FIRST_LOOK_S = 2.0  # for a living rank 0 to show itself, before the disk is asked what it would have said
 RECENT_S = 60.0  # a record that is older, by the shared directory's own clock, is of an earlier run
 LINGER_S = 8.0  # for ranks that start later to see that rank 0 has failed
 GRACE_S = 3.0  # for a rank to end by itself after another's failure, and for torch's own timeout to come first
@@ -43,16 +54,19 @@ GONE_S = 3.0  # without a beat, when a collective has failed already
 class RollCall:
     """This rank's record and its view of the others'. In a run of one rank it only watches whether that goes on.
 
-    timeout_s: for how long a rank may be silent before the run is given up. hang_timeout_s: for how long it may do the
-    same before its stacks are written, see `train.stall`.
+    session: what all ranks do together here, and for which time in this process: rank 0's word of another session is
+    none for this one. timeout_s: for how long a rank may be silent before the run is given up. hang_timeout_s: for how
+    long it may do the same before its stacks are written, see `train.stall`.
     """
 
-    def __init__(self, work: WorkDir, world_size: int, timeout_s: float, hang_timeout_s: float) -> None:
+    def __init__(
+        self, work: WorkDir, world_size: int, timeout_s: float, hang_timeout_s: float, session: str = "train 1"
+    ) -> None:
         self.rank = ranks.rank()
         self.folder = work.ranks / hashlib.sha256(ranks.attempt().encode()).hexdigest()[:12]
         self.timeout_s = timeout_s
         self._record: dict[str, Any] = {**this_process(), "id": uuid.uuid4().hex, "rank": self.rank, "step": None}
-        self._record |= {"state": "running", "doing": "starting", "beats": 0}
+        self._record |= {"state": "running", "doing": "starting", "beats": 0, "session": session}
         self.interval_s = max(BEAT_S, world_size / 8)  # all ranks read all records: bounded for the file server's sake
         self.others = {rank: Watch(self.path(rank), self.interval_s) for rank in range(world_size) if rank != self.rank}
         self.stall = Stall(work.hang / f"rank-{self.rank}.txt", hang_timeout_s)
@@ -105,8 +119,11 @@ class RollCall:
         self.mark(**facts)
         self._write()
 
-    def wait_for_rank_0(self, key: str, *, what: str) -> Any:
-        """Rank 0's fact `key`, once it publishes it. Outside any collective, so that it may take hours.
+    def wait_for_rank_0(self, key: str, *, what: str, is_there: Callable[[], bool]) -> Any:
+        """Rank 0's fact `key` of this session, once it publishes it. Outside any collective, so that it may take hours.
+
+        is_there: whether the work directory holds `what` already, so that rank 0 would have nothing to add. Rank 0 may
+        have ended before this rank looks, or may do something else: None is returned when this is true meanwhile.
 
         Raises what rank 0 has raised, or LaunchError when rank 0 does not start or shows no sign of life any more.
         """
@@ -115,16 +132,21 @@ class RollCall:
         watch.look()
         recent = _recent(self.path(0), self.path(self.rank))
         while True:
-            record = watch.record
-            lost = bool(record) and (watch.alive or recent) and watch.still_s >= SILENT_S
-            if record.get("state") == "failed" and (watch.alive or lost):
+            record, state = watch.record, watch.record.get("state")
+            is_here = watch.alive and record.get("session") == self._record["session"]
+            is_lost = bool(record) and (watch.alive or recent) and watch.still_s >= SILENT_S
+            if state == "failed" and (watch.alive or is_lost):
                 raise _error_of(record)
-            if watch.alive and key in record:
+            if is_here and key in record:
                 return record[key]
-            if lost:
+            looked_enough = watch.alive or time.monotonic() - started > FIRST_LOOK_S
+            if not is_here and looked_enough and is_there():
+                return None
+            if is_lost and state == "running":
                 raise LaunchError(f"{name(record)} has shown no sign of life for {SILENT_S:.0f} s. See its log")
-            if not watch.alive and time.monotonic() - started > FIRST_SIGN_S:
-                raise LaunchError(f"rank 0 has not started within {FIRST_SIGN_S:.0f} s. See its log")
+            patience_s = max(FIRST_SIGN_S, self.timeout_s) if watch.alive else FIRST_SIGN_S
+            if state != "running" and watch.still_s > patience_s:
+                raise LaunchError(f"rank 0 has not come to {what} within {patience_s:.0f} s. See its log")
             time.sleep(BEAT_S / 4)
             watch.look()
 
@@ -136,7 +158,7 @@ class RollCall:
 
     def _let_others_see(self) -> None:
         """Let rank 0's record change on for a while: a failure that stands still may be one of an earlier run."""
-        if self.rank != 0 or "data" in self._record or not ranks.launched():  # who was not launched launches the others
+        if self.rank != 0 or "begins" in self._record or not ranks.launched():  # else it launches the others itself
             return
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline:
@@ -258,10 +280,11 @@ class RollCall:
                     os.kill(record["pid"], signal.SIGKILL)
 
     def _leave(self) -> None:
-        with suppress(OSError):
-            self.path(self.rank).unlink(missing_ok=True)
-            self.folder.rmdir()  # the last one out
-            self.folder.parent.rmdir()
+        """Remove the records when every rank has ended; until then rank 0's word is there for those that look later."""
+        if all(read_record(self.path(rank)).get("state") == "ended" for rank in self.others):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
 
 def _has_failed(watch: Watch) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.data.manifest import MANIFEST_NAME
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
-from rwkv_cluster.errors import DataError, MissingDataError
-from rwkv_cluster.ranks import end_with_launcher, launched_world_size, rank
+from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
+from rwkv_cluster.ranks import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
 from rwkv_cluster.train.attendance import Attendance
@@ -32,6 +35,7 @@ __all__ = ["TrainResult", "initialize", "prepare_data", "train"]
 log = logging.getLogger("rwkv_cluster")
 
 SHARED_DIRECTORY_S = 120.0  # for what one machine has written to be seen on another
+_calls: Counter[tuple[str, Path]] = Counter()  # all ranks make the same calls, and so agree on which one is which
 
 
 def prepare_data(
@@ -39,19 +43,40 @@ def prepare_data(
 ) -> DataManifest:
     """Prepare `<work_dir>/data` without training. Raises DataError, or LaunchError when a run holds the directory.
 
-    tokenizer, arrays: objects to use instead of, and in addition to, what config.data names.
+    tokenizer, arrays: objects to use instead of, and in addition to, what config.data names. On several ranks rank 0
+    prepares; the others return when it has, or when what is there is what they would prepare.
     """
     work = WorkDir(config.work_dir)
-    with _holding(config, work) as roll_call:
-        return _obtain_data(config, work, roll_call, _chosen(tokenizer, config), arrays, name)
+    tokenizer = _chosen(tokenizer, config)
+    with _holding(config, work, "prepare") as roll_call:
+        if rank() == 0:
+            manifest = _prepared_by_rank_0(config, work, tokenizer, arrays, name)
+            roll_call.publish(data=manifest.fingerprint)
+            return manifest
+
+        def is_prepared() -> bool:
+            if not config.data.inputs and not arrays:
+                return True
+            return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name) is None
+
+        what = "the preparation of the data"
+        is_there = _once_each(lambda: _stamp(work.data / MANIFEST_NAME), is_prepared)
+        fingerprint = roll_call.wait_for_rank_0("data", what=what, is_there=is_there)
+        return load_manifest(work.data) if fingerprint is None else _manifest_seen_here(work, fingerprint)
 
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
-    """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path."""
+    """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path. Rank 0 does it for all."""
     work = WorkDir(config.work_dir)
     vocab_size = _chosen(tokenizer, config).vocab_size
-    with _holding(config, work):
-        return ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
+    with _holding(config, work, "initialize") as roll_call:
+        if rank() == 0:
+            ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
+            roll_call.publish(initialized=True)
+        else:
+            what = "the initial weights"
+            roll_call.wait_for_rank_0("initialized", what=what, is_there=work.initial_weights.exists)
+        return work.initial_weights
 
 
 def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | None = None) -> TrainResult:
@@ -71,8 +96,13 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     require_packages(config.logging)
     require_sample_prompt(config.logging, tokenizer)
     resolve(config, int(tokenizer.vocab_size))  # refuses before the data is prepared what would be refused after it
-    with _holding(config, work) as roll_call:
-        session = open_session(config, work, manifest or _obtain_data(config, work, roll_call, tokenizer))
+    with _holding(config, work, "train") as roll_call:
+        if rank() == 0:
+            session = open_session(config, work, manifest or _prepared_by_rank_0(config, work, tokenizer))
+            begins = {"data": session.manifest.fingerprint, "step": session.start_step, "group": session.group}
+            roll_call.publish(begins=begins)
+        else:
+            session = _session_of_rank_0(config, work, roll_call)
         if session.is_complete:
             return _already_complete(session)
         log_path = work.train_log if rank() == 0 else None
@@ -85,11 +115,15 @@ def _chosen(tokenizer: Any, config: Config) -> Any:
 
 
 @contextmanager
-def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
+def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RollCall]:
     """The work directory, created and locked by rank 0 for all ranks, which see each other inside the block."""
     world_size = launched_world_size() or config.training.devices
+    if world_size > 1 and not launched():
+        start_others()
+    _calls[action, work.root] += 1
+    session = f"{action} {_calls[action, work.root]}"
     timeout_s = config.training.timeout_s
-    roll_call = RollCall(work, world_size, timeout_s, config.guard.hang_timeout_s or timeout_s / 2)
+    roll_call = RollCall(work, world_size, timeout_s, config.guard.hang_timeout_s or timeout_s / 2, session)
     with roll_call.answering():
         if rank() != 0:
             yield roll_call
@@ -103,25 +137,64 @@ def _holding(config: Config, work: WorkDir) -> Iterator[RollCall]:
             yield roll_call
 
 
-def _obtain_data(
-    config: Config,
-    work: WorkDir,
-    roll_call: RollCall,
-    tokenizer: Any,
-    arrays: Sequence[np.ndarray] = (),
-    name: str = "train",
-) -> DataManifest:
-    """Rank 0 prepares; the others wait for its word, and for the files to be seen here. No collective meanwhile."""
-    if rank() != 0:
-        fingerprint = roll_call.wait_for_rank_0("data", what="the preparation of the data")
-        return _manifest_seen_here(work, fingerprint)
-    manifest = _prepared_by_rank_0(config, work, tokenizer, arrays, name)
-    roll_call.publish(data=manifest.fingerprint)
-    return manifest
+def _session_of_rank_0(config: Config, work: WorkDir, roll_call: RollCall) -> Session:
+    """The session that rank 0 has opened, as seen from here, or a run that is complete and needs no rank 0 any more.
+
+    Raises CheckpointError where this machine sees other checkpoints than rank 0's.
+    """
+
+    def is_complete() -> bool:
+        return work.final_weights.exists() and open_session(config, work, load_manifest(work.data)).is_complete
+
+    what = "the preparation of the data"
+    is_there = _once_each(lambda: checkpoint.list_steps(work.checkpoints), is_complete)
+    begins = roll_call.wait_for_rank_0("begins", what=what, is_there=is_there)
+    if begins is None:
+        return open_session(config, work, load_manifest(work.data))
+    manifest, step = _manifest_seen_here(work, begins["data"]), begins["step"]
+
+    def look() -> bool | None:
+        return step == 0 or step in checkpoint.list_steps(work.checkpoints) or None
+
+    what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
+    distributed.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
+    session = open_session(config, work, manifest)
+    if session.start_step != step:
+        raise CheckpointError(
+            f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "
+            f"{session.start_step}. Look whether both machines see the same directory"
+        )
+    return replace(session, group=begins["group"])
+
+
+def _once_each(stamp: Callable[[], Any], look: Callable[[], bool]) -> Callable[[], bool]:
+    """`look`, at most once for each value of `stamp`: it may read much. False where it cannot tell."""
+    seen: list[Any] = [None]
+
+    def is_there() -> bool:
+        now = stamp()
+        if not now or now == seen[0]:
+            return False
+        seen[0] = now
+        try:
+            return look()
+        except (RWKVClusterError, OSError):  # rank 0 finds the same, and says it
+            return False
+
+    return is_there
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _prepared_by_rank_0(
-    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray], name: str
+    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray] = (), name: str = "train"
 ) -> DataManifest:
     if not config.data.inputs and not arrays:
         try:

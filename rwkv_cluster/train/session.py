@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ log = logging.getLogger("rwkv_cluster")
 class Session:
     """One process's part of a run. `found` is the checkpoint it continues, None at the beginning.
 
-    spikes, improvement: what the guard against spikes and early stopping know there.
+    spikes, improvement: what the guard against spikes and early stopping know there. group: names the process group;
+    rank 0's holds for all.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Session:
     found: Checkpoint | None
     spikes: SpikeMemory
     improvement: Improvement
+    group: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def start_step(self) -> int:
@@ -171,7 +174,7 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
 
     Raises CheckpointError when the file that is there, or training.init_from, is damaged or of another shape.
     """
-    path = work.out / "rwkv-init.pth"
+    path = work.initial_weights
     model = RWKV(config.model)
     if path.exists() and not force:
         _fitting(path, model, "Run `rwkv-cluster init --force` to make it anew, or choose another work_dir")

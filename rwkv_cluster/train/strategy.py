@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,8 +19,10 @@ from torch import nn
 from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.train.distributed import join_group, leaving_group
+from rwkv_cluster.train.rank_environment import RankEnvironment
 from rwkv_cluster.train.state import Replica, TrainState
-from rwkv_cluster.train.zero import Shards, ZeroStrategy, require_deepspeed, zero_strategy
+from rwkv_cluster.train.zero import Shards, ZeroStrategy, leave_group, require_deepspeed, zero_strategy
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -46,7 +48,8 @@ class ScaledFp16(MixedPrecision):
 def place(training: TrainingConfig) -> Placement:
     """Ranks and devices from the launcher's environment, else from the configuration.
 
-    Raises ConfigError for a precision or accelerator that this machine does not have.
+    Raises ConfigError for a precision or accelerator that this machine does not have, and for several ranks where
+    nothing can start them.
     """
     cuda = torch.cuda.is_available()
     if training.accelerator == "cuda" and not cuda:
@@ -67,13 +70,42 @@ def place(training: TrainingConfig) -> Placement:
             f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
             f"Use training.devices {torch.cuda.device_count()}"
         )
+    if world_size > 1:
+        ranks.require_meeting_point() if ranks.launched() else _require_script(training.devices)
     return Placement(accelerator, world_size, devices, world_size // devices)
 
 
-def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[str, Any]:
-    """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement."""
-    if placement.num_nodes > 1:  # Lightning asks for the node's number, and deepspeed's launcher does not say it
-        os.environ.setdefault("NODE_RANK", str(ranks.rank() // placement.devices))
+def _require_script(devices: int) -> None:
+    """Raises ConfigError where the other ranks cannot be started: each runs this process's script from its start."""
+    if getattr(sys.modules.get("__main__"), "__file__", None) is None:
+        raise ConfigError(
+            f"training.devices is {devices}, and a notebook, an interactive session or `python -c` has no script that "
+            "the other ranks could run. Write one, use `rwkv-cluster train`, or set training.devices to 1"
+        )
+
+
+class ReplicaStrategy(DDPStrategy):
+    """Lightning's DDP in a process group of its own name. group: see `distributed.join_group`."""
+
+    def __init__(self, group: str, training: TrainingConfig, accelerator: str) -> None:
+        super().__init__(
+            process_group_backend="nccl" if accelerator == "cuda" else "gloo",
+            timeout=timedelta(seconds=training.timeout_s),
+            gradient_as_bucket_view=True,
+        )
+        self._group = group
+
+    def setup_distributed(self) -> None:
+        if self.world_size > 1:
+            join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
+        super().setup_distributed()
+
+
+def trainer_arguments(training: TrainingConfig, placement: Placement, group: str) -> dict[str, Any]:
+    """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement.
+
+    group: name of the process group, see `distributed.join_group`.
+    """
     if placement.accelerator == "cuda" and placement.devices > 1:
         told = shared_memory.let_nccl_do_without()
         if told and ranks.local_rank() == 0:
@@ -82,13 +114,19 @@ def trainer_arguments(training: TrainingConfig, placement: Placement) -> dict[st
         "accelerator": placement.accelerator,
         "devices": placement.devices,
         "num_nodes": placement.num_nodes,
-        "strategy": _strategy(training, placement),
+        "strategy": _strategy(training, placement, group),
+        "plugins": [RankEnvironment(placement.world_size, placement.devices)],
     }
     if training.precision == "fp16":
-        arguments["plugins"] = [ScaledFp16("16-mixed", placement.accelerator)]
+        arguments["plugins"].append(ScaledFp16("16-mixed", placement.accelerator))
     if training.precision == "bf16" and training.deepspeed_stage:  # stage 0 keeps fp32 parameters, as DDP
         arguments["precision"] = "bf16-mixed"
     return arguments
+
+
+def leaving(training: TrainingConfig) -> AbstractContextManager[None]:
+    """Around all that trains with `trainer_arguments`: see `distributed.leaving_group`."""
+    return leaving_group() if training.deepspeed_stage is None else leaving_group(leave_group)
 
 
 def train_state(trainer: Trainer, model: nn.Module) -> TrainState:
@@ -104,12 +142,9 @@ def completes_step(trainer: Trainer) -> bool:
     return not isinstance(trainer.strategy, ZeroStrategy) or trainer.strategy.completes_step()
 
 
-def _strategy(training: TrainingConfig, placement: Placement) -> Strategy | str:
+def _strategy(training: TrainingConfig, placement: Placement, group: str) -> Strategy | str:
     if training.deepspeed_stage is not None:
-        return zero_strategy(training, placement.accelerator)
+        return zero_strategy(training, placement.accelerator, group)
     if placement.world_size == 1 and training.strategy == "auto":
         return SingleDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
-    backend = "nccl" if placement.accelerator == "cuda" else "gloo"
-    return DDPStrategy(
-        process_group_backend=backend, timeout=timedelta(seconds=training.timeout_s), gradient_as_bucket_view=True
-    )
+    return ReplicaStrategy(group, training, placement.accelerator)

@@ -74,11 +74,18 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
     return config
 
 
-def zero_strategy(training: TrainingConfig, accelerator: str) -> ZeroStrategy:
-    """The strategy of a run with DeepSpeed on "cpu" or "cuda"."""
+def zero_strategy(training: TrainingConfig, accelerator: str, group: str) -> ZeroStrategy:
+    """The strategy of a run with DeepSpeed on "cpu" or "cuda". group: see `distributed.join_group`."""
     backend = "nccl" if accelerator == "cuda" else "gloo"
     timeout = timedelta(seconds=training.timeout_s)
-    return ZeroStrategy(config=deepspeed_config(training), process_group_backend=backend, timeout=timeout)
+    return ZeroStrategy(group, config=deepspeed_config(training), process_group_backend=backend, timeout=timeout)
+
+
+def leave_group() -> None:
+    """End the process group, also for DeepSpeed, which would take it up again in this process's next run."""
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -88,10 +95,16 @@ class ZeroStrategy(DeepSpeedStrategy):
     batches, which Lightning has done already.
     """
 
+    def __init__(self, group: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._group = group
+
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        if self.world_size > 1:
+            distributed.join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:  # the parent validates indices, which CPUs do not have

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ class Job:
     """One `python -m rwkv_cluster VERB run.yaml`, alone or as the ranks of a torchrun, with its output in a file.
 
     launcher: torchrun's arguments, in place of those for `ranks` on one machine. prefix: a command that runs the rest.
+    script: a file to run in place of the command line.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Job:
         prefix: Sequence[str] = (),
         config: str = "run.yaml",
         arguments: Sequence[str] = (),
+        script: Path | None = None,
     ) -> None:
+        program = [str(script)] if script else ["-m", "rwkv_cluster", verb, config, *arguments]
         launcher = ["--standalone", "--nproc-per-node", str(ranks)] if ranks else launcher
         launcher = ["-m", "torch.distributed.run", *launcher] if launcher else []
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
@@ -62,7 +66,7 @@ class Job:
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *launcher, "-m", "rwkv_cluster", verb, config, *arguments],
+                [*prefix, sys.executable, *launcher, *program],
                 cwd=folder,
                 env=inherited | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
@@ -129,6 +133,19 @@ class Job:
                 except ProcessLookupError:
                     continue
             self.process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def by_hand(rank: int, port: int, world_size: int = 2) -> dict[str, str]:
+    """As srun's tasks have it on as many nodes of one task each: nobody watches over the ranks."""
+    numbers = {"RANK": rank, "NODE_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def descendants(pid: int) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.processes import END_S, Job, Watched, wait_for_end, wait_until
+from system.processes import END_S, Job, Watched, by_hand, free_port, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.train.rollcall import SILENT_S
@@ -47,34 +47,22 @@ def _new_run(folder: Path, *, preparation_s: float | None = None, **training: An
     return Watched(folder)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _environment(rank: int, port: int) -> dict[str, str]:
-    """As srun's tasks have it on two nodes of one task each: nobody watches over the ranks."""
-    numbers = {"RANK": rank, "NODE_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
 def test_bad_data_on_rank_0_without_an_agent(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C2: raised, no agent; then what has been left behind does not end the next start on the same port."""
     run = _new_run(tmp_path)
     good = (tmp_path / "text.jsonl").read_text()
     (tmp_path / "text.jsonl").write_text(good + '{"text": 5}\n')
-    port = _free_port()
-    jobs = [start(run.folder, environment=_environment(rank, port)) for rank in (0, 1)]
+    port = free_port()
+    jobs = [start(run.folder, environment=by_hand(rank, port)) for rank in (0, 1)]
     wait_until(lambda: not jobs[0].running(), what="rank 0's end")
     assert jobs[1].wait(10) == jobs[0].wait() == 3
     for rank in (0, 1):
         assert re.search(rf'rank {rank}: error: (rank 0: )?\S*text\.jsonl:68: "text" is a number', jobs[rank].text)
 
     (tmp_path / "text.jsonl").write_text(good)
-    second = start(run.folder, environment=_environment(1, port))
+    second = start(run.folder, environment=by_hand(1, port))
     wait_until(lambda: "rank 1 waits for the preparation of the data on rank 0" in second.text, what="rank 1")
-    first = start(run.folder, environment=_environment(0, port))
+    first = start(run.folder, environment=by_hand(0, port))
     first.complete()
     second.complete()
     assert not run.work.ranks.exists()
@@ -94,8 +82,8 @@ def test_rank_0_is_lost_while_it_prepares(
         jobs = [start(run.folder, ranks=2)]
         victim = jobs[0].worker(0)
     else:
-        port = _free_port()
-        jobs = [start(run.folder, environment=_environment(rank, port)) for rank in (0, 1)]
+        port = free_port()
+        jobs = [start(run.folder, environment=by_hand(rank, port)) for rank in (0, 1)]
         victim = jobs[0].process.pid
 
     def both_are_there() -> bool:
@@ -117,8 +105,8 @@ def test_rank_0_is_lost_while_it_prepares(
 def test_a_rank_that_is_killed_before_the_ranks_have_met(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C1: nothing but the roll call knows of it then; the other waits in torch, where SIGTERM is only noted."""
     run = _new_run(tmp_path, timeout_s=600)
-    port = _free_port()
-    jobs = [start(run.folder, environment=_environment(rank, port), fault="train.start#1:sleep=600") for rank in (0, 1)]
+    port = free_port()
+    jobs = [start(run.folder, environment=by_hand(rank, port), fault="train.start#1:sleep=600") for rank in (0, 1)]
     wait_until(lambda: "starting: " in jobs[0].text, what="rank 0")
     time.sleep(3)
     jobs[1].kill()
@@ -157,10 +145,10 @@ def test_a_shared_directory_that_shows_files_late(tmp_path: Path, start: Callabl
     run.work.create()
     copier = threading.Thread(target=copy)
     copier.start()
-    port = _free_port()
+    port = free_port()
     try:
-        jobs = [start(tmp_path, environment=_environment(0, port))]
-        jobs.append(start(tmp_path, environment=_environment(1, port), config="late.yaml"))
+        jobs = [start(tmp_path, environment=by_hand(0, port))]
+        jobs.append(start(tmp_path, environment=by_hand(1, port), config="late.yaml"))
         for job in jobs:
             job.complete()
     finally:
