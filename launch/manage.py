@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -22,6 +21,7 @@ from rwkv_cluster.launch_config import BATCH_TARGETS
 from rwkv_cluster.launched import rank_log
 
 POLL_S = 0.2
+END_S = 60.0  # for a job to end that Slurm is told to end
 ENDED = ("ended", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -92,7 +92,10 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
             time.sleep(POLL_S)
     if not status(folder).has_ended:
         _end_batch(folder) if batch else _end_here(folder)
-    return status(folder)
+    found = status(folder)
+    if not found.has_ended:
+        raise LaunchError(f"{folder}: it is {found.state} still, {found.detail}. Run cancel again")
+    return found
 
 
 def _new_text(folder: Path, rank: int | None, tails: dict[Path, Tail]) -> Iterator[str]:
@@ -121,39 +124,73 @@ def _jobs(folder: Path) -> list[str]:
         raise LaunchError(f"{folder}: no job was submitted from here") from None
 
 
-def _slurm(*argv: str) -> str:
-    """Output of one of Slurm's programs; empty where it fails, as for a job that it has forgotten."""
+def _slurm(*argv: str) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's programs, run to its end. Raises LaunchError where it is not here or gives no answer."""
+    # SQUEUE_PARTITION and the like choose jobs as an option does, and one that is left out would look forgotten.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
     try:
-        return subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
     except FileNotFoundError:
         raise LaunchError(f"{argv[0]} is not here. Use a machine of the cluster") from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{argv[0]} gave no answer for 60 s") from None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A job, or a task of an array, in Slurm's words. array_task: its number, N/A for a job."""
+
+    array_task: str
+    state: str
+    restarts: str
+    exit_code: str
+    run_time: str
+    nodes: str
+    reason: str
+
+
+def _queued(job: str) -> list[_Job]:
+    """What the controller knows of a job, task by task; empty where it knows nothing.
+
+    Named fields with a mark after each: names, comments and directories, which a user writes, have no part in it.
+    The last one may be anything. Raises LaunchError where the controller does not answer: then a job is not over.
+    """
+    fields = ("ArrayTaskID", "State", "RestartCnt", "exit_code", "TimeUsed", "NodeList", "Reason")
+    wanted = ",".join(f"{name}:|" for name in fields)
+    done = _slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", f"--Format={wanted}")
+    if done.returncode and "Invalid job id" not in done.stderr:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise LaunchError(f"squeue failed: {said}")
+    rows = [line.split("|", len(fields) - 1) for line in done.stdout.splitlines()]
+    return [_Job(*(value.rstrip("|") for value in row)) for row in rows if len(row) == len(fields)]
+
+
 def _job_state(job: str) -> tuple[str, str]:
     """By the controller, which forgets a job soon after its end; then by accounting, which not every site has."""
-    text = _slurm("scontrol", "show", "job", "-o", job)
-    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
-    found = [facts for facts in found if "JobState" in facts]
-    if len(found) > 1 or (found and "ArrayTaskId" in found[0] and "_" not in job):
+    found = _queued(job)
+    if len(found) > 1 or (found and found[0].array_task.isdigit() and "_" not in job):
         return _array_state(job, found)
     if found:
-        (facts,) = found
-        words = ("Reason", "RunTime", "NodeList", "Restarts", "ExitCode")
-        return facts["JobState"], f"job {job}, " + ", ".join(f"{word} {facts.get(word)}" for word in words)
+        (one,) = found
+        how = f"Reason {one.reason}, RunTime {one.run_time}, NodeList {one.nodes}, Restarts {one.restarts}"
+        return one.state, f"job {job}, {how}, ExitCode {_exit_code(one.exit_code)}"
     with suppress(LaunchError):
-        lines = _slurm("sacct", "-n", "-X", "-P", "-o", "State,ExitCode", "-j", job).splitlines()
+        lines = _slurm("sacct", "-n", "-X", "-P", "-o", "State,ExitCode", "-j", job).stdout.splitlines()
         if lines and "|" in lines[-1]:
             state, code = lines[-1].split("|")[:2]
             return state.split()[0], f"job {job}, ExitCode {code}"
     return "ended", f"job {job}, which Slurm no longer knows"
 
 
-def _array_state(job: str, tasks: list[dict[str, str]]) -> tuple[str, str]:
+def _exit_code(status: str) -> str:
+    """`code:signal`, as Slurm's other programs write it, from the wait status that squeue has."""
+    return f"{int(status) >> 8}:{int(status) & 127}" if status.isdigit() else status
+
+
+def _array_state(job: str, tasks: list[_Job]) -> tuple[str, str]:
     """State of the array: of a task that has not ended, else of one that did not complete."""
-    states = [facts["JobState"] for facts in tasks]
-    rows = sorted((facts["ArrayTaskId"], facts["JobState"]) for facts in tasks)
+    states = [task.state for task in tasks]
+    rows = sorted((int(task.array_task) if task.array_task.isdigit() else 0, task.state) for task in tasks)
     detail = f"job {job}, " + ", ".join(f"run {number} {state}" for number, state in rows)
     under_way = [state for state in states if state not in ENDED]
     failed = [state for state in states if state != "COMPLETED"]
@@ -186,7 +223,7 @@ def _ask_batch(folder: Path, found: Status) -> None:
 
 def _end_batch(folder: Path) -> None:
     _slurm("scancel", *_jobs(folder))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + END_S
     while time.monotonic() < deadline and not status(folder).has_ended:
         time.sleep(POLL_S)
 

@@ -168,7 +168,7 @@ def test_a_launch_whose_scheduler_is_not_here(
     monkeypatch.setenv("PATH", str(tmp_path))
     text = say(work, capsys)
     assert text.startswith("complete")
-    assert "launch      scontrol is not here. Use a machine of the cluster to know" in text
+    assert "launch      squeue is not here. Use a machine of the cluster to know" in text
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

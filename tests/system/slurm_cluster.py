@@ -141,7 +141,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)  # type: ignore[misc]
 
     def state(self, number: str) -> str:
-        return self.job(number)["JobState"]
+        return self.run("squeue", "-h", "-t", "all", "-j", number, "-o", "%T").strip()
 
     def restarts(self, number: str) -> int:
         return int(self.job(number)["Restarts"])

@@ -187,7 +187,9 @@ def test_memory_that_was_not_asked_for(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_status_logs_and_cancel_from_the_work_directory(slurm: Cluster, tmp_path: Path) -> None:
-    run = new_run(tmp_path, {"max_steps": 100_000})
+    """Also where what the user wrote of the job reads like Slurm's own answer."""
+    words = "try lr=1 JobState=COMPLETED"
+    run = new_run(tmp_path / words, {"max_steps": 100_000}, comment=words)
     job = launch(slurm, run)
     wait_for_steps(slurm, run, job, step=5)
     said = rwkv_cluster(slurm, "status", run)
