@@ -37,7 +37,7 @@ PREEMPTED = Preempted.exit_code
 POLL_S = 0.2
 REPEAT_S = 1.0  # a signal reaches a rank that still imports torch, where nothing handles it yet
 LEAVE_S = 30.0  # for a launcher to end once all its ranks have: torchrun waits for other nodes for minutes
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks.ask_to_stop(signal.Signals(number).name)
 
         for number in SIGNALS:
-            signal.signal(number, on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+                signal.signal(number, on_signal)
 
     node = None
     try:

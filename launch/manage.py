@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
-from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, stop_here
+from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, end_here, stop_here
 from rwkv_cluster.launch_config import BATCH_TARGETS
 from rwkv_cluster.launched import rank_log
 
@@ -230,13 +229,7 @@ def _end_batch(folder: Path) -> None:
 
 def _end_here(folder: Path) -> None:
     record = _process(folder)
-    container = folder / "container.id"
-    if container.exists():
-        runtime = json.loads((folder / "command.json").read_text())["target"]
-        subprocess.run([runtime, "kill", container.read_text().strip()], check=False, capture_output=True, timeout=60)
-    if start_tick(record["pid"]) == record["started"]:
-        with suppress(ProcessLookupError):
-            os.killpg(record["pid"], signal.SIGKILL)  # a session of its own; ranks elsewhere end with their parent
+    end_here(folder, record["pid"] if start_tick(record["pid"]) == record["started"] else None)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and not status(folder).has_ended:
         time.sleep(POLL_S)

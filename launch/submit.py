@@ -9,16 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 
-from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.errors import Interrupted, LaunchError
 from rwkv_cluster.heartbeat import start_tick, this_process
-from rwkv_cluster.launch.command import Command
+from rwkv_cluster.interrupt import Listener, listening
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
 from rwkv_cluster.launched import rank_log
@@ -118,7 +117,7 @@ def _submit_jobs(plan: Plan, folder: Path) -> list[str]:
         argv = [argument.replace(PREPARE_JOB, numbers[-1] if numbers else "") for argument in command.argv]
         try:
             numbers.append(_sbatch(argv, folder))
-        except LaunchError:
+        except (LaunchError, Interrupted):
             if numbers:
                 subprocess.run(["scancel", *numbers], check=False, capture_output=True)
             raise
@@ -142,8 +141,10 @@ def _sbatch(argv: list[str], folder: Path) -> str:
 
 
 def _run_here(plan: Plan, folder: Path) -> int:
+    """Exit code of the job. Raises Interrupted when it was to end at once, after it has."""
     (command,) = plan.commands
-    with open(folder / "job.log", "ab") as output, _signals_kept() as received:
+    with open(folder / "job.log", "ab") as output, listening() as listener:
+        listener.defer("asking the run for a checkpoint and its end")
         try:
             process = subprocess.Popen(
                 command.argv,
@@ -155,15 +156,25 @@ def _run_here(plan: Plan, folder: Path) -> int:
             )
         except OSError as error:
             raise LaunchError(f"{command.argv[0]} cannot be started: {error.strerror}") from None
-        record = {"launcher": this_process(), **this_process()}
-        record |= {"pid": process.pid, "started": start_tick(process.pid)}
-        atomic_write(folder / PROCESS, json.dumps(record).encode())
-        code = _follow(process, folder, received)
+        try:
+            record = {"launcher": this_process(), **this_process()}
+            record |= {"pid": process.pid, "started": start_tick(process.pid)}
+            atomic_write(folder / PROCESS, json.dumps(record).encode())
+            code = _follow(process, folder, listener)
+        except Interrupted:
+            end_here(folder, process.pid)
+            atomic_write(folder / EXIT, f"{_exit_code(process.wait())}\n".encode())
+            raise
+        listener.obey()
     atomic_write(folder / EXIT, f"{code}\n".encode())
     return code
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, received: list[int]) -> int:
+def _exit_code(returncode: int) -> int:
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, listener: Listener) -> int:
     """Exit code of the job, while its logs are shown and what this process receives is passed on."""
     streams = ((Tail(rank_log(folder, 0)), sys.stdout), (Tail(folder / "job.log"), sys.stderr))
     passed = 0
@@ -173,36 +184,33 @@ def _follow(process: subprocess.Popen[bytes], folder: Path, received: list[int])
             stream.write(tail.read())
             stream.flush()
         if ended:
-            return process.returncode if process.returncode >= 0 else 128 - process.returncode
-        if len(received) > passed:
-            passed = len(received)
+            return _exit_code(process.returncode)
+        if listener.count > passed:
+            passed = listener.count
             stop_here(folder, process.pid)
         time.sleep(POLL_S)
 
 
 def stop_here(folder: Path, pid: int) -> None:
     """Ask the agent of a job on this machine for a checkpoint and the end."""
-    container = folder / "container.id"
-    if container.exists():
-        runtime = json.loads((folder / "command.json").read_text())["target"]
-        kill = Command((runtime, "kill", "--signal=USR1", container.read_text().strip()))
-        subprocess.run(kill.argv, check=False, capture_output=True, timeout=60)
-    elif start_tick(pid) is not None:
+    if not _tell_container(folder, "--signal=USR1") and start_tick(pid) is not None:
         os.kill(pid, signal.SIGUSR1)
 
 
-@contextmanager
-def _signals_kept() -> Iterator[list[int]]:
-    """Signals that arrive inside the block."""
-    received: list[int] = []
+def end_here(folder: Path, pid: int | None) -> None:
+    """Kill a job on this machine. pid: of its first process, None where that is gone."""
+    _tell_container(folder)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # a session of its own; ranks elsewhere end with their parent
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _tell_container(folder: Path, *options: str) -> bool:
+    """Send a signal, SIGKILL if none is named, to the job's container. False where there is none."""
+    container = folder / "container.id"
+    if not container.exists():
+        return False
+    runtime = json.loads((folder / "command.json").read_text())["target"]
+    argv = [runtime, "kill", *options, container.read_text().strip()]
+    subprocess.run(argv, check=False, capture_output=True, timeout=60)
+    return True

@@ -17,9 +17,10 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
-from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
+from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
+from rwkv_cluster.interrupt import listening
 from rwkv_cluster.launched import log_to_agent, tell_agent
-from rwkv_cluster.ranks import rank, shown
+from rwkv_cluster.ranks import end_with_launcher, rank, shown
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
@@ -54,14 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
-    code, message = _guarded(list(sys.argv[1:] if argv is None else argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def on_end(error: Interrupted) -> int:
+        code, message = _interrupted(error, arguments)
+        tell_agent(code, message)
+        return code
+
+    try:
+        with listening(on_end):
+            code, message = _guarded(arguments)
+    except Interrupted as error:
+        code, message = _interrupted(error, arguments)
     tell_agent(code, message)
     return code
+
+
+def _interrupted(error: Interrupted, argv: list[str]) -> tuple[int, str]:
+    """Exit code and sentence. A `train` that a signal has ended before its steps is preempted, like one in them."""
+    preempted = argv[:1] == ["train"] and not error.insisted
+    message = f"{error}. The same command again continues" if argv[:1] == ["train"] else str(error)
+    _complain(message)
+    return (Preempted.exit_code if preempted else error.exit_code), message
 
 
 def _guarded(argv: list[str]) -> tuple[int, str]:
     """Exit code, and for an error of ours its sentence."""
     try:
+        end_with_launcher()
         if argv[:1] and argv[0] in RANK_VERBS:
             log_to_agent()
         with _log_to_stderr():

@@ -7,6 +7,8 @@ bug and keeps its traceback. Members also derive from the built-in that a Python
 
 from __future__ import annotations
 
+import signal
+
 
 class RWKVClusterError(Exception):
     """Base of every error that is the user's to mend. Exit code 1."""
@@ -62,6 +64,18 @@ class Preempted(RWKVClusterError):
     exit_code = 75
 
 
+class Interrupted(BaseException):
+    """A signal ends the command at once. No Exception: whatever handles faults must not take it for one.
+
+    insisted: it was a second Ctrl-C or SIGTERM. The exit code is the one with which a shell reports a signal.
+    """
+
+    def __init__(self, number: int, *, insisted: bool = False) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.insisted = insisted
+        self.exit_code = 128 + number
+
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "training failed, or a bug in this program",
@@ -71,4 +85,5 @@ EXIT_CODES: dict[int, str] = {
     5: "kernel",
     6: "launch or lock",
     75: "preempted: run the same command again to continue",
+    130: "interrupted by Ctrl-C, by another signal 128 and its number",
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.errors import LaunchError, Preempted
+from rwkv_cluster.errors import Interrupted, LaunchError, Preempted
 from rwkv_cluster.heartbeat import BEAT_S, Watch, every, machine, read_record, this_process, write_record
 from rwkv_cluster.ranks import slurm_job
 
@@ -50,7 +50,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
                     yield
                 finally:
                     claim.released = True
-        except Preempted:  # an end in order, after which another machine may go on at once
+        except (Preempted, Interrupted):  # an end in order, after which another machine may go on at once
             claim.clear()
             raise
         claim.clear()

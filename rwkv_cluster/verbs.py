@@ -18,7 +18,7 @@ from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.ranks import end_with_launcher, rank
+from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import FoundConfig, find_config
 from rwkv_cluster.workdir import WorkDir
 
@@ -145,8 +145,7 @@ def init(config: Config, *, force: bool) -> Report:
 
 def train(config: Config) -> Report:
     """Train to the end of the run, from wherever it stands."""
-    end_with_launcher()  # this and the look at the lock before torch is imported, which takes seconds
-    if rank() == 0:
+    if rank() == 0:  # before torch is imported, which takes seconds
         WorkDir(config.work_dir).require_free()
     with _importing():
         from rwkv_cluster.train.run import train as train_run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkv_cluster.errors import DataError
+from rwkv_cluster.interrupt import leave_to_parent
 from rwkv_cluster.ranks import end_with_parent
 
 
@@ -77,8 +77,7 @@ _encode: Callable[[Any], Any] | None = None  # in a worker process: what to do w
 
 def _start_worker(encode: Callable[[Any], Any], parent: int) -> None:
     global _encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_to_parent()
     end_with_parent()
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)

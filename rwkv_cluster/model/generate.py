@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -51,13 +51,21 @@ def generate(
     return continuation
 
 
-def generate_together(model: RWKV, prompt_ids: Sequence[int], n_tokens: int, **options: Any) -> list[int]:
+def generate_together(
+    model: RWKV, prompt_ids: Sequence[int], n_tokens: int, *, check: Callable[[], None], **options: Any
+) -> list[int]:
     """`generate` on all ranks of a run at once, each of which makes as many passes and gets its own result.
+
+    check: called before each token, to end it by an exception, on all ranks the same.
 
     Under ZeRO-3 a pass needs all ranks, and ranks may differ in the last bits of a logit: one that ended its document
     before the others would leave them waiting.
     """
-    continuation = generate(model, prompt_ids, n_tokens, stop_token=None, **options)
+    tokens = stream(model, prompt_ids, **options)
+    continuation: list[int] = []
+    while len(continuation) < n_tokens:
+        check()
+        continuation.append(next(tokens))
     return list(takewhile(lambda token: token != END_OF_DOCUMENT, continuation))
 
 

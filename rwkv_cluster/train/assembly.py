@@ -14,7 +14,7 @@ from rwkv_cluster.train.guard import SpikeGuard
 from rwkv_cluster.train.profile import StepProfile
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
-from rwkv_cluster.train.records import Records
+from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.room import Shapes, checkpoint_bytes
 from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.saving import Saver
@@ -39,12 +39,12 @@ def bookkeeping_of(
 ) -> Bookkeeping:
     """begins: the session is the first of its process. do: told what this rank is going to do."""
     config, found = session.config, session.found
-    start_epoch = session.horizon.epoch_of(session.start_step)
+    start_epoch = session.horizon.epoch_of(session.recorded_step)
     is_rank_0 = rank() == 0
     records = (
         Records(
             session.work,
-            start_step=session.start_step,
+            start_step=session.recorded_step,
             start_epoch=start_epoch,
             header=config.model_dump_json(),
         )
@@ -65,13 +65,14 @@ def bookkeeping_of(
         progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
         use=utilization(config, session.placement),
         profile=profile,
-        logged_step=records.recorded_step if records and begins else session.start_step,
+        logged_step=records.recorded_step if records and begins else session.recorded_step,
         val_tokens=session.val_tokens(),
         token_sizes=sizes_of(tokenizer),
         sampler=Sampler(tokenizer, config.logging, session.work.samples, events),
         epoch_mean=EpochMean(found.state["epoch_loss_sum"], found.state["epoch_loss_count"]) if found else EpochMean(),
         start_epoch=start_epoch,
         random_states=found.state["random_states"] if found else None,
+        unfinished=StepRecord(**session.unfinished) if session.unfinished else None,
         saver=Saver(
             session.work.checkpoints,
             config.checkpoint.keep_last,

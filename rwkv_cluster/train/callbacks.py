@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -62,8 +64,9 @@ class Bookkeeping(Callback):
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
     without validation. token_sizes: see `evaluate`. use: None where the devices' peak is not known. profile: None
-    without one. logged_step: up to where an earlier session has logged the same numbers, see `train.loggers`. do: told
-    what this rank is going to do. As a context manager it closes the files it writes.
+    without one. unfinished: numbers of the last step, where an earlier session was stopped in what follows a step; at
+    the end of this session, of its own. logged_step: up to where an earlier session has logged the same numbers, see
+    `train.loggers`. do: told what this rank is going to do. As a context manager it closes the files it writes.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Bookkeeping(Callback):
         epoch_mean: EpochMean,
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,
+        unfinished: StepRecord | None,
         saver: Saver,
         events: Events,
         guard: SpikeGuard,
@@ -97,6 +101,7 @@ class Bookkeeping(Callback):
         self.last_val: EvalResult | None = None
         self.spike: Spike | None = None
         """What has ended the session, if it was that."""
+        self.unfinished = unfinished
         self.improvement = improvement
         self._config = config
         self._work = work
@@ -139,6 +144,9 @@ class Bookkeeping(Callback):
         overdue = interval is not None and time.monotonic() - self._saved_at > interval
         return self._stop_request.requested(), overdue and rank() == 0, self._saver.written()
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._stop_request.begin_steps()
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         if self._random_states is not None:
@@ -146,6 +154,14 @@ class Bookkeeping(Callback):
         if self._profile is not None:
             self._profile.begin(module.step)
         distributed.fault_point("train.step", step=module.step)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        assert isinstance(module, TrainingModule)
+        if self.unfinished is not None and not module.should_stop:
+            record, self.unfinished = self.unfinished, None
+            with self._timer.phase("other"):
+                self._complete_step(module, lambda: record, again=True)
+            trainer.should_stop = module.should_stop
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
@@ -182,53 +198,91 @@ class Bookkeeping(Callback):
         self.last_loss = result.loss
         self.spike = self._guard.see(result.step, result.loss)
         if self.spike is not None:
-            self._record(module, result, None)
+            self._record(module, self._measured(module, result))
             self._saver.finish()
             module.should_stop = True
             return
         self._epoch_mean.add(result.loss)
-        epoch = self._horizon.epoch_of(result.step)
+        self._complete_step(module, partial(self._measured, module, result))
+
+    def _complete_step(
+        self, module: TrainingModule, measured: Callable[[], StepRecord], *, again: bool = False
+    ) -> None:
+        """What follows a step, in order. measured: its numbers. again: an earlier session was stopped in this.
+
+        A stop ends validation and sampling at once. Both then come again before the run goes on, from the same weights.
+        """
+        epoch = self._horizon.epoch_of(module.step - 1)
         epoch_ends = self._horizon.epoch_end(epoch) == module.step
         run_ends = module.step == self._horizon.total_steps
         training, saving = self._config.training, self._config.checkpoint
-
-        val = None
-        if self._val_tokens is not None and (run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)):
-            with self._pause("eval", "evaluating"):
-                val = self.last_val = evaluate(
-                    module.trainer.strategy.model or module,
-                    self._val_tokens,
-                    ctx_len=self._config.model.ctx_len,
-                    batch_size=training.micro_bsz,
-                    max_tokens=training.val_max_tokens,
-                    device=module.device,
-                    token_sizes=self._token_sizes,
-                )
-            self._events.add("validation", module.step, **vars(val), bits_per_byte=val.bits_per_byte)
-            self.improvement = self.improvement.after(val.loss, training.early_stop_min_delta)
-            if self.improvement.ends(training.early_stop_patience) and not run_ends:
-                self._events.add("early_stop", module.step, **vars(self.improvement))
-                run_ends = module.should_stop = True
-        if self._sampler.is_due(module.step):
-            with self._pause("eval", "sampling"):
-                self._sampler.sample(module.model, module.step)
-        self._record(module, result, val)
+        val, improvement = None, self.improvement
+        try:
+            if self._val_tokens is not None and (
+                run_ends or _is_due(module.step, training.val_interval_steps, epoch_ends)
+            ):
+                val = self._evaluate(module, self._val_tokens)
+                improvement = improvement.after(val.loss, training.early_stop_min_delta)
+                if improvement.ends(training.early_stop_patience) and not run_ends:
+                    self._events.add("early_stop", module.step, **vars(improvement))
+                    run_ends = module.should_stop = True
+            if self._sampler.is_due(module.step):
+                with self._pause("eval", "sampling"):
+                    self._sampler.sample(module.model, module.step, partial(self._check_for_stop, module))
+        except _CutShort:
+            module.should_stop = True
+            self.unfinished = measured()
+            if not again:
+                self._save_last(module)
+            return
+        self.improvement, self.last_val = improvement, val or self.last_val
+        record = measured()
+        self._record(module, replace(record, **_of_validation(val)) if val is not None else record)
         with self._timer.phase("save"):
             if epoch_ends:
-                self._end_epoch(module, epoch, result.lr, run_ends=run_ends)
+                self._end_epoch(module, epoch, record.lr, run_ends=run_ends)
             if run_ends:
                 self._export(module, "final")
-            session_ends = run_ends or module.should_stop
             due = module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends)
-            if session_ends or (due and not self._guard.suspects):
+            if run_ends or module.should_stop:
+                self._save_last(module)
+            elif due and not self._guard.suspects and not again:
                 self._rank_events.settle()  # every line up to a checkpoint's step is there before the checkpoint is
-                self._save(module, at_once=session_ends or not self._saver.background)
+                self._save(module, at_once=not self._saver.background)
 
-    def _record(self, module: TrainingModule, result: StepResult, val: EvalResult | None) -> None:
+    def _evaluate(self, module: TrainingModule, tokens: IndexedTokens) -> EvalResult:
+        """Raises _CutShort."""
+        model = module.trainer.strategy.model or module
+
+        def loss_of(batch: Tensor) -> Tensor:
+            self._check_for_stop(module)
+            return model(batch)  # type: ignore[no-any-return]
+
+        with self._pause("eval", "evaluating"):
+            val = evaluate(
+                loss_of,
+                tokens,
+                ctx_len=self._config.model.ctx_len,
+                batch_size=self._config.training.micro_bsz,
+                max_tokens=self._config.training.val_max_tokens,
+                device=module.device,
+                token_sizes=self._token_sizes,
+            )
+        self._events.add("validation", module.step, **vars(val), bits_per_byte=val.bits_per_byte)
+        return val
+
+    def _check_for_stop(self, module: TrainingModule) -> None:
+        """Collective. Raises _CutShort on every rank when one of them is asked to stop."""
+        distributed.fault_point("train.aside", step=module.step)
+        if distributed.any_rank(self._stop_request.requested(), module.device):
+            raise _CutShort
+
+    def _measured(self, module: TrainingModule, result: StepResult) -> StepRecord:
+        """The step's own numbers; a new lap begins."""
         lap = self._timer.lap()
         self._rank_events.add(module.step, lap)
         tokens_per_s = module.plan.tokens_per_step / lap.training_s
-        record = StepRecord(
+        return StepRecord(
             step=module.step,
             loss=result.loss,
             grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
@@ -236,13 +290,12 @@ class Bookkeeping(Callback):
             tokens=module.step * module.plan.tokens_per_step,
             tokens_per_s=tokens_per_s,
             memory_mb=peak_memory_mb(module.device),
-            val_loss=val.loss if val else None,
-            val_perplexity=val.perplexity if val else None,
-            val_bits_per_byte=val.bits_per_byte if val else None,
             save_wait_s=self._saver.take_waited_s() or None,
             mfu=self._use.mfu(tokens_per_s) if self._use else None,
             hfu=self._use.hfu(tokens_per_s) if self._use else None,
         )
+
+    def _record(self, module: TrainingModule, record: StepRecord) -> None:
         if self._records is not None:
             self._records.step(record)
         if self._progress is not None:
@@ -265,6 +318,11 @@ class Bookkeeping(Callback):
             path = self._work.out / f"rwkv-{label}.pth"
             save_pth(path, weights, DTYPES[self._config.training.precision])
             self._events.add("export", module.step, path=path)
+
+    def _save_last(self, module: TrainingModule) -> None:
+        """The session's last checkpoint."""
+        self._rank_events.settle()
+        self._save(module, at_once=True)
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         self._do("saving a checkpoint")
@@ -291,7 +349,17 @@ class Bookkeeping(Callback):
             "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
             "torch": torch.__version__,
             "random_states": random_states,
+            "unfinished": asdict(self.unfinished) if self.unfinished is not None else None,
         }
+
+
+class _CutShort(Exception):
+    """A stop ends what follows a step, on all ranks at the same place."""
+
+
+def _of_validation(val: EvalResult) -> dict[str, float | None]:
+    """Fields of a record."""
+    return {"val_loss": val.loss, "val_perplexity": val.perplexity, "val_bits_per_byte": val.bits_per_byte}
 
 
 def _is_due(done: int, interval: int | None, epoch_ends: bool) -> bool:

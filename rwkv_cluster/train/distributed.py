@@ -83,6 +83,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` holds on one of the ranks, the same answer on all."""
+    if not is_distributed():
+        return value
+    return bool(sum_over_ranks(torch.tensor([float(value)], device=device)).item() > 0)
+
+
 def all_gather_floats(value: float, device: torch.device) -> list[float]:
     """Every rank's `value`, in rank order, on all ranks."""
     if not is_distributed():

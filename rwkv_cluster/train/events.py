@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rwkv_cluster.disk import writing
-from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.errors import CheckpointError, Interrupted
 
 Kind = Literal[
     "start", "resume", "save", "export", "validation", "sample",
@@ -59,7 +59,7 @@ class Events:
         """Write "stop" when an exception ends the block. step: steps done by then."""
         try:
             yield
-        except Exception as error:
+        except (Exception, Interrupted) as error:
             with suppress(CheckpointError):  # the disk that refuses this line may be what `error` is about
                 reason = str(error) or type(error).__name__
                 self.add("stop", step(), reason=reason, exit_code=getattr(error, "exit_code", 1))

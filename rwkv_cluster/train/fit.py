@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 
 from rwkv_cluster import configfile
 from rwkv_cluster.disk import writing
-from rwkv_cluster.errors import Preempted
+from rwkv_cluster.errors import Interrupted, Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.ranks import launched, rank, unchanged_environment
 from rwkv_cluster.train import environment
@@ -96,6 +96,7 @@ def fit(
         while ended.spike is not None:
             session = rewound(session, ended.spike, events)
             ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=False)
+    stop_request.end_steps()
     events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
     return TrainResult(
         step=ended.step,
@@ -107,7 +108,7 @@ def fit(
         final_path=session.work.final_weights,
         already_complete=False,
         ended_early=ended.early,
-        sample=_sample(session, tokenizer) if rank() == 0 else None,
+        sample=_sample(session, tokenizer, stop_request) if rank() == 0 else None,
     )
 
 
@@ -162,7 +163,7 @@ def _train(
 def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, stop_request: StopRequest) -> _Ended:
     """Raises Preempted where somebody has asked for the end."""
     early = bookkeeping.improvement.ends(session.config.training.early_stop_patience)
-    complete = early or module.step == session.horizon.total_steps
+    complete = early or (module.step == session.horizon.total_steps and bookkeeping.unfinished is None)
     if not complete and bookkeeping.spike is None:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
@@ -181,11 +182,19 @@ def _require_room(session: Session, shapes: Shapes) -> None:
     require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 
-def _sample(session: Session, tokenizer: Any) -> str | None:
-    """From the weights on the disk: under ZeRO-3 no rank has the model, and here rank 0 is alone."""
+def _sample(session: Session, tokenizer: Any, stop_request: StopRequest) -> str | None:
+    """From the weights on the disk: under ZeRO-3 no rank has the model, and here rank 0 is alone.
+
+    None also for who wants the end: the run is complete without it.
+    """
     if session.config.logging.sample_tokens == 0:
         return None
-    return sample_text(load_model(session.work.final_weights), tokenizer, session.config.logging)
+    try:
+        if not stop_request.requested():
+            return sample_text(load_model(session.work.final_weights), tokenizer, session.config.logging)
+    except Interrupted as error:
+        log.info("%s: the last sample is left out", error)
+    return None
 
 
 def _announce(session: Session, n_parameters: int) -> None:

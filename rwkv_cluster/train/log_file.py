@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rwkv_cluster.errors import Interrupted
+
 log = logging.getLogger("rwkv_cluster")
 
 
@@ -38,7 +40,7 @@ def log_file(path: Path | None) -> Iterator[None]:
         log.setLevel(logging.INFO)
     try:
         yield
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if handler.stream is not None:
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "error: %s", (error,), None))
         raise

@@ -23,7 +23,7 @@ def trainer_of(session: Session, callbacks: list[Callback]) -> Trainer:
         max_epochs=1,
         accumulate_grad_batches=session.accumulate,
         callbacks=callbacks,
-        logger=loggers(session.config.logging, session.work, session.start_step),
+        logger=loggers(session.config.logging, session.work, session.recorded_step),
         default_root_dir=session.work.root,
         log_every_n_steps=1,
         limit_val_batches=0,
@@ -43,7 +43,8 @@ def data_of(session: Session) -> TokenDataModule:
         session.train_tokens(),
         session.plan,
         start_step=session.start_step,
-        total_steps=session.horizon.total_steps,
+        # one batch more where the last step has left something undone, so that the loop comes to run at all
+        total_steps=max(session.horizon.total_steps, session.start_step + 1),
         micro_bsz=session.config.training.micro_bsz,
     )
 

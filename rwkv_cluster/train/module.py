@@ -102,8 +102,12 @@ class TrainingModule(LightningModule):
         (optimizer,) = self.trainer.optimizers
         return optimizer
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+        """-1 ends the loop: what the step before had left undone is done, and nothing follows it."""
+        if self.should_stop or self.step == self.horizon.total_steps:
+            return -1
         set_learning_rate(self.optimizer, self.current_lr)
+        return None
 
     @property
     def current_lr(self) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster import errors, ranks
-from rwkv_cluster.errors import ConfigError, LaunchError, Preempted, RWKVClusterError, TrainingError
+from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
 from rwkv_cluster.heartbeat import (
     BEAT_S,
     Watch,
@@ -297,6 +297,8 @@ def _has_failed(watch: Watch) -> bool:
 def _failure(error: BaseException) -> dict[str, Any]:
     if isinstance(error, RWKVClusterError):
         return {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, Interrupted):
+        return {"error": "Preempted", "message": str(error)}
     return {"error": "TrainingError", "message": f"{type(error).__name__}: {error}"}
 
 

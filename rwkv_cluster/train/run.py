@@ -46,6 +46,7 @@ def prepare_data(
     tokenizer, arrays: objects to use instead of, and in addition to, what config.data names. On several ranks rank 0
     prepares; the others return when it has, or when what is there is what they would prepare.
     """
+    end_with_launcher()
     work = WorkDir(config.work_dir)
     tokenizer = _chosen(tokenizer, config)
     with _holding(config, work, "prepare") as roll_call:
@@ -67,6 +68,7 @@ def prepare_data(
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
     """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path. Rank 0 does it for all."""
+    end_with_launcher()
     work = WorkDir(config.work_dir)
     vocab_size = _chosen(tokenizer, config).vocab_size
     with _holding(config, work, "initialize") as roll_call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,15 @@ class Sampler:
         interval = self._config.sample_interval_steps
         return interval is not None and step % interval == 0 and self._config.sample_tokens > 0
 
-    def sample(self, model: RWKV, step: int) -> None:
-        """Continue `sample_prompt`. Collective; all draws are of generators of its own.
+    def sample(self, model: RWKV, step: int, check: Callable[[], None]) -> None:
+        """Continue `sample_prompt`. Collective; all draws are of generators of its own. check: see `generate_together`.
 
         Raises CheckpointError when the disk refuses the text.
         """
         prompt = self._config.sample_prompt
         prompt_ids = list(self._tokenizer.encode(prompt)) if prompt else []
         options = {"temperature": SAMPLE_TEMPERATURE, "top_p": SAMPLE_TOP_P, "seed": 0}
-        ids = generate_together(model, prompt_ids, self._config.sample_tokens, **options)
+        ids = generate_together(model, prompt_ids, self._config.sample_tokens, check=check, **options)
         if rank() == 0:
             self._write(_text(self._tokenizer, [*prompt_ids, *ids]), step)
 

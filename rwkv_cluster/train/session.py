@@ -58,6 +58,16 @@ class Session:
         return self.found.step if self.found else 0
 
     @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """The last step's record, where a stop has cut short what follows the step: its validation, or a sample."""
+        return self.found.state.get("unfinished") if self.found else None
+
+    @property
+    def recorded_step(self) -> int:
+        """Up to where the record files hold steps that are complete."""
+        return self.start_step - (self.unfinished is not None)
+
+    @property
     def ended_early(self) -> bool:
         """Whether the validation loss has not improved for too long."""
         return self.improvement.ends(self.config.training.early_stop_patience)
@@ -65,7 +75,7 @@ class Session:
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to train."""
-        return self.start_step == self.horizon.total_steps or self.ended_early
+        return self.recorded_step == self.horizon.total_steps or self.ended_early
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from pytorch_lightning import Trainer
 
 from rwkv_cluster.errors import Preempted
+from rwkv_cluster.interrupt import Listener, listening
 from rwkv_cluster.ranks import launched
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Remembers the first reason to stop. Further signals change nothing, also while a checkpoint is written."""
+    """Remembers the first reason to stop. Before the steps and after them a signal ends the run at once instead."""
 
     def __init__(self, stop_file: Path) -> None:
         self.reason: str | None = None
         self._stop_file = stop_file
+        self._listener = Listener()
 
     def requested(self) -> bool:
+        if self.reason is None:
+            self.reason = self._listener.reason
         if self.reason is None and self._stop_file.exists():
             self.reason = f"the file {self._stop_file}"
         return self.reason is not None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None:
-            self.reason = signal.Signals(number).name
+    def begin_steps(self) -> None:
+        """From here on a signal sets the flag: the ranks have met, and end together after a step."""
+        self._listener.defer("stopping after this step, with a checkpoint")
+
+    def end_steps(self) -> None:
+        """From here on a signal ends the run at once: all is saved."""
+        self._listener.obey()
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Signals set the flag inside the block; the handlers from before it come back after it.
+        """Signals are heard inside the block; the handlers from before come back after it.
 
         Not after a Preempted under a launcher: it sends SIGTERM to the other ranks as soon as the first one has ended,
         and they must still say why they end, with their own exit code.
         """
-        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-            yield self
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        try:
-            yield self
-        except Preempted:
-            if launched():
-                before.clear()
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with listening() as self._listener:
+            try:
+                yield self
+            except Preempted:
+                if launched():
+                    self._listener.ignore()
+                raise
 
 
 def keep_lightning_out(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ from tiny_run import fingerprint, losses, tiny_config, write_config
 from rwkv_cluster import cli
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.binidx import open_tokens
-from rwkv_cluster.errors import ConfigError, Preempted
+from rwkv_cluster.errors import ConfigError, Preempted, TrainingError
 from rwkv_cluster.token_bytes import token_bytes
 from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer
 from rwkv_cluster.train.checkpoint import list_steps
@@ -176,6 +176,73 @@ def test_a_stop_does_not_forget_how_long_it_has_waited(
     monkeypatch.delenv(FAULT_VARIABLE)
     assert train(stopped).step == 6
     assert len(losses(stopped.work_dir)) == 6
+    assert fingerprint(stopped.work_dir) == fingerprint(unbroken.work_dir)
+
+
+def _validations(config: Config) -> dict[int, float]:
+    return {record["step"]: record["val_loss"] for record in _records(config) if "val_loss" in record}
+
+
+@pytest.mark.parametrize("stops", [[2], [4, 4], [6], [2, 6]])
+def test_a_validation_that_a_stop_cuts_short_comes_again(
+    stops: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one that ends the run early, and one that is cut short twice; each counts once."""
+    unbroken, stopped = _ending_early(tmp_path / "unbroken"), _ending_early(tmp_path / "stopped")
+    train(unbroken)
+    work = WorkDir(stopped.work_dir)
+    for step in stops:
+        monkeypatch.setenv(FAULT_VARIABLE, f"train.aside@{step}:signal=SIGUSR1")
+        with pytest.raises(Preempted, match=f"stopped by SIGUSR1 after step {step} of 12"):
+            train(stopped)
+        assert max(list_steps(work.checkpoints)) == step
+        assert step not in _validations(stopped)
+    monkeypatch.delenv(FAULT_VARIABLE)
+    assert train(stopped).step == 6
+    assert _validations(stopped) == _validations(unbroken)
+    assert fingerprint(stopped.work_dir) == fingerprint(unbroken.work_dir)
+    log_lines = [(WorkDir(one.work_dir).out / "train_log.txt").read_text().count("\n0 ") for one in (stopped, unbroken)]
+    assert log_lines[0] == log_lines[1]
+
+
+@pytest.mark.parametrize("kind", ["validation", "sample"])
+def test_what_follows_the_last_step_comes_again_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steps are all done is not complete before its last validation, nor its last sample."""
+    configs = []
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+        data = {} if kind == "validation" else {"validation_fraction": 0.0}
+        samples = {"sample_interval_steps": 8, "sample_tokens": 4}
+        configs.append(tiny_config(tmp_path / name, data=data, logging=samples if kind == "sample" else {}))
+    unbroken, stopped = configs
+    train(unbroken)
+    monkeypatch.setenv(FAULT_VARIABLE, "train.aside@8:signal=SIGUSR1")
+    with pytest.raises(Preempted, match="after step 8 of 8"):
+        train(stopped)
+    assert not WorkDir(stopped.work_dir).final_weights.exists()
+    monkeypatch.delenv(FAULT_VARIABLE)
+    result = train(stopped)
+    assert (result.step, result.already_complete) == (8, False)
+    assert _validations(stopped) == _validations(unbroken)
+    assert fingerprint(stopped.work_dir) == fingerprint(unbroken.work_dir)
+    samples = [{path.name: path.read_text() for path in WorkDir(one.work_dir).samples.glob("*")} for one in configs]
+    assert samples[0] == samples[1]
+    assert train(stopped).already_complete
+
+
+def test_a_kill_after_a_validation_that_came_again_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint on the disk still says that it is to come, and the step has its line already."""
+    unbroken, stopped = _ending_early(tmp_path / "unbroken"), _ending_early(tmp_path / "stopped")
+    train(unbroken)
+    for fault, error in (("train.aside@4:signal=SIGUSR1", Preempted), ("train.loss@5:hit", TrainingError)):
+        monkeypatch.setenv(FAULT_VARIABLE, fault)
+        with pytest.raises(error):
+            train(stopped)
+    monkeypatch.delenv(FAULT_VARIABLE)
+    assert train(stopped).step == 6
+    assert _validations(stopped) == _validations(unbroken)
     assert fingerprint(stopped.work_dir) == fingerprint(unbroken.work_dir)
 
 
