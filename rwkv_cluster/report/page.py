@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+import numpy as np
+
 from rwkv_cluster import __version__
 from rwkv_cluster.report import draw, tables
 from rwkv_cluster.report.charts import Chart, Curve, Marks
@@ -95,11 +97,8 @@ def _caption(chart: Chart) -> str:
 
 def _words(chart: Chart) -> str:
     """The picture for who does not see it."""
-    parts = [
-        f"{curve.label} from {short(float(curve.y[0]), 4)} to {short(float(curve.y[-1]), 4)}"
-        for curve in chart.curves
-        if len(curve.y)
-    ]
+    known = [(curve.label, curve.y[np.isfinite(curve.y)]) for curve in chart.curves]  # some begin late or end early
+    parts = [f"{label} from {short(float(y[0]), 4)} to {short(float(y[-1]), 4)}" for label, y in known if len(y)]
     parts += [marks.label for marks in chart.marks]
     return f"{chart.title} over tokens: {'; '.join(parts)}" if parts else f"{chart.title} over tokens"
 

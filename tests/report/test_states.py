@@ -114,6 +114,17 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert "values up to 1T are cut off" in page.text
 
 
+@pytest.mark.parametrize("place", [slice(0, 1), slice(-1, None)], ids=["first", "last"])
+def test_values_that_begin_late_or_end_early(place: slice, tmp_path: Path) -> None:
+    """MFU is known from the moment on that the devices' peak is; a norm is none where fp16 skips the update."""
+    lines = [step_line(step, mfu=0.4) for step in range(1, 5)]
+    for line in lines[place]:
+        line |= dict.fromkeys(("mfu", "grad_norm", "memory_mb", "tokens_per_s", "lr", "loss"))
+    page = report(made_up(tmp_path / "work", lines))
+    assert "nan" not in page.source
+    assert "MFU over tokens: each step from 0.4 to 0.4" in page.source
+
+
 def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = [step_line(step, loss=value) for step, value in enumerate(2 + rng.random(20_000) / 10, 1)]
