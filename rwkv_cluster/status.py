@@ -10,10 +10,11 @@ from typing import Any
 
 from rwkv_cluster import lock, runlog
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.commit import progress
+from rwkv_cluster.data.commit import in_words, progress
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.launch import manage
+from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.lock import Holder
 from rwkv_cluster.runlog import number
 from rwkv_cluster.train.checkpoint_files import newest_good
@@ -89,7 +90,7 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     found, faults = newest_good(work.checkpoints, checksums=verify)
     saved = SavedState(found.path, found.step, found.n_bytes, verify) if found else None
     known = (config if isinstance(config, Config) else None, data if isinstance(data, DataManifest) else None)
-    training = _training(work, *known)
+    training = _training(work, *known) or (_training_saved(found.state, *known) if found else None)
     preparation = progress(work.data) if holder is not None and holder.alive else None
     events = runlog.last_json_lines(work.events)
     event = events[-1] if events else None
@@ -147,6 +148,27 @@ def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -
     )
 
 
+def _training_saved(state: dict[str, Any], config: Config | None, data: DataManifest | None) -> Training | None:
+    """What the newest checkpoint tells of it, where the logs are gone."""
+    step, tokens, loss = (number(state, name) for name in ("step", "tokens_seen", "loss"))
+    if step is None or tokens is None or loss is None:
+        return None
+    end = runlog.end_of_run(config, data, {"step": step, "tokens": tokens}) if config and data else None
+    val_loss = number(state, "val_loss")
+    return Training(
+        step=int(step),
+        total_steps=end.total_steps if end else None,
+        tokens=int(tokens),
+        loss=loss,
+        last_loss=loss,
+        val_loss=val_loss,
+        val_loss_step=None if val_loss is None else int(step),
+        tokens_per_s=None,
+        seconds_left=None,
+        with_pauses=False,
+    )
+
+
 def _smoothed(values: Sequence[float]) -> float:
     """Exponential mean without start-up bias: both sums start at zero."""
     total = weight = 0.0
@@ -189,12 +211,8 @@ def _sign_of_life(holder: Holder) -> str:
 
 
 def _preparation_text(progress: dict[str, Any]) -> str:
-    if not {"what", "n_tokens"} <= progress.keys():
-        return "begun"
-    total = f" of {progress['total']:,}" if progress.get("total") else ""
     rate = number(progress, "tokens_per_s")
-    speed = f", {rate:,.0f} tokens/s" if rate else ""
-    return f"{progress['what']}, {progress['n_tokens']:,}{total} tokens{speed}"
+    return in_words(progress) + (f", {rate:,.0f} tokens/s" if rate else "")
 
 
 def _training_rows(training: Training) -> dict[str, str]:
@@ -208,8 +226,7 @@ def _training_rows(training: Training) -> dict[str, str]:
         pauses = "saves and evaluations included" if training.with_pauses else "without saves and evaluations"
         found["speed"] = f"{training.tokens_per_s:,.0f} tokens/s, {pauses}"
     if training.seconds_left and math.isfinite(training.seconds_left):
-        seconds = round(training.seconds_left)
-        found["time left"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} at that speed"
+        found["time left"] = f"{clock_time(training.seconds_left)} at that speed"
     return found
 
 

@@ -155,7 +155,22 @@ def test_the_time_left_counts_pauses_that_are_recorded(work: WorkDir) -> None:
 )
 def test_metrics_that_say_nothing(content: str, work: WorkDir, capsys: pytest.CaptureFixture[str]) -> None:
     (work.logs / "metrics.jsonl").write_text(content)
+    assert "step        8 of 8" in say(work, capsys)  # as the checkpoint says
+    shutil.rmtree(work.checkpoints)
     assert "step        none yet" in say(work, capsys)
+
+
+def test_a_run_whose_logs_are_gone(work: WorkDir, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads(say(work, capsys, "--json"))["training"]
+    shutil.rmtree(work.logs)
+    assert say(work, capsys).startswith("complete")
+    after = json.loads(say(work, capsys, "--json"))["training"]
+    assert {name for name in before if before[name] != after[name]} == {
+        "loss", "tokens_per_s", "seconds_left", "with_pauses"
+    }  # fmt: skip
+    assert after["loss"] == before["last_loss"]
+    shutil.rmtree(work.checkpoints)
+    assert say(work, capsys).startswith("not started")
 
 
 def test_a_launch_whose_scheduler_is_not_here(

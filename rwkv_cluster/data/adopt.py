@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.manifest import FileRecord
 from rwkv_cluster.errors import DataError
@@ -36,10 +37,12 @@ def check_pair(prefix: Path, vocab_size: int) -> CheckedPair:
     if tokens.n_tokens == 0:
         raise DataError(f"{bin_path(prefix)} has no tokens")
     digest = hashlib.sha256()
-    for start in range(0, tokens.n_tokens, _BLOCK_TOKENS):
-        block = tokens.read(start, min(start + _BLOCK_TOKENS, tokens.n_tokens))
-        _check_tokens(tokens, block, start, vocab_size)
-        digest.update(block.data)
+    with bytes_left(f"checking {bin_path(prefix).name}", tokens.n_tokens * tokens.dtype.itemsize) as left:
+        for start in range(0, tokens.n_tokens, _BLOCK_TOKENS):
+            block = tokens.read(start, min(start + _BLOCK_TOKENS, tokens.n_tokens))
+            _check_tokens(tokens, block, start, vocab_size)
+            digest.update(block.data)
+            left.advance(block.nbytes)
     bin_record = FileRecord(bytes=tokens.n_tokens * tokens.dtype.itemsize, sha256=digest.hexdigest())
     idx_digest = hashlib.sha256()
     with open(idx_path(prefix), "rb", buffering=0) as handle:

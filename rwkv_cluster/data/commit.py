@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ log = logging.getLogger("rwkv_cluster")
 
 PROGRESS_NAME = "progress"  # in the folder of unfinished files: what is being done, see `heartbeat.write_record`
 _LOCK_NAME = ".prepare.lock"
+WORD_S = 30.0  # between two words of who waits for a preparation
 _LOCK_TIMEOUT_S = 24 * 3600.0
 
 
@@ -59,11 +60,20 @@ def progress(directory: Path) -> dict[str, Any] | None:
     return read_record(folders[-1] / PROGRESS_NAME) if folders else None
 
 
+def in_words(progress: Mapping[str, Any]) -> str:
+    """How far a preparation has come, from what `progress` returns."""
+    if not {"what", "n_tokens"} <= progress.keys():
+        return "begun"
+    total = f" of {progress['total']:,}" if progress.get("total") else ""
+    return f"{progress['what']}, {progress['n_tokens']:,}{total} tokens"
+
+
 @contextmanager
 def only_one(directory: Path) -> Iterator[None]:
     """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
     descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline, told = time.monotonic() + _LOCK_TIMEOUT_S, False
+    began = time.monotonic()
+    deadline, next_word = began + _LOCK_TIMEOUT_S, began
     try:
         while True:
             try:
@@ -74,9 +84,10 @@ def only_one(directory: Path) -> Iterator[None]:
                     raise DataError(
                         f"another process has been preparing data in {directory} for a day. End it"
                     ) from None
-                if not told:
-                    log.info("waiting for another process that prepares data in %s", directory)
-                told = True
+                if time.monotonic() >= next_word:
+                    how = in_words(progress(directory) or {})
+                    log.info("waiting for another process that prepares data in %s: %s", directory, how)
+                    next_word = time.monotonic() + WORD_S
                 time.sleep(0.2)
         yield
     finally:

@@ -24,6 +24,7 @@ from rwkv_cluster.data.sources import Source, content_digest, read_blocks
 from rwkv_cluster.data.spool import Spool
 from rwkv_cluster.data.workers import Inline, available_cores, ordered_map
 from rwkv_cluster.heartbeat import write_record
+from rwkv_cluster.live_line import clock_time
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -54,7 +55,8 @@ class Progress:
         if now - self._last >= _PROGRESS_S:
             self._last = now
             rate = self._n_tokens / (now - self._start)
-            log.info("%s: %.1f M tokens, %.1f M tokens/s", self._what, self._n_tokens / 1e6, rate / 1e6)
+            left = f", {clock_time((self._total - self._n_tokens) / rate)} left" if self._total and rate else ""
+            log.info("%s: %.1f M tokens, %.1f M tokens/s%s", self._what, self._n_tokens / 1e6, rate / 1e6, left)
             self._record(rate)
 
     def _record(self, tokens_per_s: float) -> None:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import zstandard
 
 from rwkv_cluster.config import DataConfig
+from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.binidx import bin_path, idx_path
 from rwkv_cluster.errors import DataError, MissingDataError
 
@@ -236,7 +237,8 @@ _DECOMPRESSORS: dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
 def content_digest(source: Source) -> str:
     """sha256 of the source's own files, back to back."""
     digest = hashlib.sha256()
-    for path in source.files():
-        for _ in read_blocks(Source(path, "text"), digest):
-            pass
+    with bytes_left(f"reading {source.path.name}", sum(path.stat().st_size for path in source.files())) as left:
+        for path in source.files():
+            for block in read_blocks(Source(path, "text"), digest):
+                left.advance(len(block))
     return digest.hexdigest()

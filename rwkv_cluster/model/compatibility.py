@@ -36,7 +36,7 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     `detection_error`, a sentence, instead. Raises MissingCheckpointError and CheckpointError as `load_pth`.
     """
     path = Path(checkpoint_path)
-    state_dict = load_pth(path)
+    state_dict = load_pth(path, mapped=True)
     info: dict[str, Any] = {
         "checkpoint_path": str(path),
         "file_size_mb": path.stat().st_size / 2**20,

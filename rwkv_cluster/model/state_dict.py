@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 from rwkv_cluster.model.init import initial_value
@@ -174,7 +175,7 @@ def _check_archive(path: Path) -> None:
                 raise CheckpointError(f"{path}: refused: two records of the archive have the same name")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise CheckpointError(f"{path}: refused: it is compressed, which torch.save never does")
-            bad = archive.testzip()
+            bad = _damaged_record(archive, path)
             pickles = [record for record in records if record.filename.endswith("/data.pkl")]
             if bad is None and len(pickles) == 1:
                 _check_pickle(path, archive.read(pickles[0]))
@@ -186,6 +187,19 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged or truncated: {error}. Use another copy") from error
     if bad is not None:
         raise CheckpointError(f"{path}: damaged: record {bad} fails its checksum. Use another copy")
+
+
+def _damaged_record(archive: zipfile.ZipFile, path: Path) -> str | None:
+    """Name of the first record whose bytes do not have its checksum."""
+    with bytes_left(f"reading {path.name}", sum(record.file_size for record in archive.infolist())) as left:
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as content:
+                    while block := content.read(1 << 20):
+                        left.advance(len(block))
+            except zipfile.BadZipFile:
+                return record.filename
+    return None
 
 
 def _check_pickle(path: Path, pickled: bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.report import charts, draw, page
 from rwkv_cluster.report.read import Run, read_runs
@@ -33,8 +34,11 @@ def write(works: Sequence[WorkDir], output: Path | None = None) -> Written:
     made, numbers = charts.make(runs)
     end = _end(runs)
     files = {"index.html": page.html(runs, made, numbers, end, time.time()).encode(errors="backslashreplace")}
-    for chart in made:
-        files |= {f"{chart.key}{suffix}.png": draw.png(chart, theme, end) for suffix, theme in _THEMES.items()}
+    with Countdown("drawing", len(made) * len(_THEMES), "pictures") as left:
+        for chart in made:
+            for suffix, theme in _THEMES.items():
+                files[f"{chart.key}{suffix}.png"] = draw.png(chart, theme, end)
+                left.advance(1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

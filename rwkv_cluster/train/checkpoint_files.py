@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.workdir import sha256_file
 
@@ -60,11 +61,12 @@ def check(path: Path, *, checksums: bool = True) -> CheckpointFiles:
     """
     manifest_path = path / MANIFEST
     body = _read_manifest(manifest_path)
-    for name, entry in body["files"].items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
-        _check_file(path / name, **entry, checksum=checksums or name == STATE)
     n_bytes = sum(entry["bytes"] for entry in body["files"].values())
+    with bytes_left(f"verifying {path.name}", n_bytes) as left:
+        for name, entry in body["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
+            _check_file(path / name, **entry, checksum=checksums or name == STATE, advance=left.advance)
     return CheckpointFiles(path, body["step"], n_bytes, json.loads((path / STATE).read_text()), tuple(body["files"]))
 
 
@@ -84,12 +86,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def _check_file(path: Path, *, bytes: int, sha256: str, checksum: bool) -> None:
+def _check_file(path: Path, *, bytes: int, sha256: str, checksum: bool, advance: Callable[[int], None]) -> None:
     try:
         found = path.stat().st_size
         if found != bytes:
             raise CheckpointError(f"{path}: {found} bytes, expected {bytes}")
-        if checksum and sha256_file(path) != sha256:
+        if checksum and sha256_file(path, advance) != sha256:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was altered")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
@@ -110,15 +110,22 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
     tokens = open_tokens(prefix)
-    return evaluate(
-        partial(next_token_loss, model),
-        tokens,
-        ctx_len=config.model.ctx_len,
-        batch_size=config.training.micro_bsz,
-        max_tokens=tokens.n_tokens,
-        device=torch.device(device),
-        token_sizes=_sizes_of_run(config),
-    )
+    with Countdown("evaluating", tokens.n_tokens - 1, "tokens") as left:
+
+        def loss_of(batch: Tensor) -> Tensor:
+            loss = next_token_loss(model, batch)
+            left.advance(batch.numel() - len(batch))
+            return loss
+
+        return evaluate(
+            loss_of,
+            tokens,
+            ctx_len=config.model.ctx_len,
+            batch_size=config.training.micro_bsz,
+            max_tokens=tokens.n_tokens,
+            device=torch.device(device),
+            token_sizes=_sizes_of_run(config),
+        )
 
 
 def _sizes_of_run(config: Config) -> Tensor | None:

@@ -36,6 +36,7 @@ from rwkv_cluster.heartbeat import (
     write_record,
 )
 from rwkv_cluster.launched import repeated_rank, tell_agent
+from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.train.distributed import is_collective_failure
 from rwkv_cluster.train.stall import Stall
 from rwkv_cluster.train.whereabouts import busy, death, name, name_and_step, silence
@@ -49,6 +50,7 @@ FIRST_LOOK_S = 2.0  # for a living rank 0 to show itself, before the disk is ask
 RECENT_S = 60.0  # a record that is older, by the shared directory's own clock, is of an earlier run
 LINGER_S = 8.0  # for ranks that start later to see that rank 0 has failed
 GRACE_S = 3.0  # for a rank to end by itself after another's failure, and for torch's own timeout to come first
+WORD_S = 30.0  # between two words of a rank that waits for rank 0
 GONE_S = 3.0  # without a beat, when a collective has failed already
 
 
@@ -130,6 +132,7 @@ class RollCall:
         """
         log.info("rank %d waits for %s on rank 0", self.rank, what)
         watch, started = Watch(self.path(0), BEAT_S / 4), time.monotonic()
+        next_word = started + WORD_S
         watch.look()
         recent = _recent(self.path(0), self.path(self.rank))
         while True:
@@ -148,6 +151,9 @@ class RollCall:
             patience_s = max(FIRST_SIGN_S, self.timeout_s) if watch.alive else FIRST_SIGN_S
             if state != "running" and watch.still_s > patience_s:
                 raise LaunchError(f"rank 0 has not come to {what} within {patience_s:.0f} s. See its log")
+            if time.monotonic() >= next_word:
+                next_word += WORD_S
+                log.info("rank %d has waited %s for %s", self.rank, clock_time(time.monotonic() - started), what)
             time.sleep(BEAT_S / 4)
             watch.look()
 

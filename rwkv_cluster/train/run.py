@@ -16,6 +16,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import MANIFEST_NAME
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
+from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
@@ -23,6 +24,7 @@ from rwkv_cluster.train.attendance import Attendance
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.log_file import log_file
 from rwkv_cluster.train.loggers import require_packages
+from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, resolve
@@ -234,6 +236,9 @@ def _already_complete(session: Session) -> TrainResult:
         reason = f"complete, as its validation loss was not below {session.improvement.best} any more,"
         remedy = "training.early_stop_patience"
     log.info("this run is %s at step %d; raise %s to go on", reason, session.start_step, remedy)
+    if rank() == 0 and not session.work.final_weights.exists():
+        log.info("%s was gone and is written again, from %s", session.work.final_weights, session.found.path)
+        save_pth(session.work.final_weights, dict(session.found.weights()), DTYPES[session.config.training.precision])
     return TrainResult(
         step=session.start_step,
         total_steps=session.horizon.total_steps,

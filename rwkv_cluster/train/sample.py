@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.configfile import load_config
+from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
-from rwkv_cluster.model.generate import generate, generate_together
+from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.ranks import rank
@@ -62,7 +64,14 @@ def continue_text(
 ) -> str:
     """`prompt` and what the model makes of it. Raises DataError for a prompt that the tokenizer cannot encode."""
     prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
-    ids = generate(model, prompt_ids, n_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    tokens = stream(model, prompt_ids, temperature=temperature, top_p=top_p, seed=seed)
+    ids: list[int] = []
+    with Countdown("generating", n_tokens, "tokens") as left:
+        for token in islice(tokens, n_tokens):
+            if token == END_OF_DOCUMENT:
+                break
+            ids.append(token)
+            left.advance(1)
     return _text(tokenizer, [*prompt_ids, *ids])
 
 

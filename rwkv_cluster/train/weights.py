@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, newest_verified, verify
 from rwkv_cluster.workdir import WorkDir
+
+log = logging.getLogger("rwkv_cluster")
 
 
 def newest_weights(work: WorkDir) -> dict[str, Tensor]:
@@ -44,6 +47,7 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
     found = newest_verified(work.checkpoints) if step is None else verify(checkpoint_path(work.checkpoints, step))
     assert found is not None
     path = work.out / f"{found.path.name}.pth"
+    log.info("writing %s", path)
     save_pth(path, dict(found.weights()), dtype)
     return path
 

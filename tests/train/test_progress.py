@@ -69,6 +69,40 @@ def test_live_line_counts_to_the_true_end(columns: int, monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (69, "step 9/10: loss 2.000, val loss 3.250, 1,000 tokens/s, ? left"),
+        (40, "step 9/10: loss 2.000, ? left"),
+        (20, "step 9/10: "),
+        (8, "step 9/…"),
+    ],
+)
+def test_a_narrow_terminal_has_one_row_of_what_fits(columns: int, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _terminal(monkeypatch, columns) as reader:
+        progress = Progress(LoggingConfig(), total_steps=10, start_step=8)
+        progress.show(_record(9, 2.0, 3.25, mfu=0.412), 8)
+        progress.close()
+        print("closed", file=sys.stderr, flush=True)
+        lines = _shown(reader, "closed").replace("\r", "\n").splitlines()
+    assert [line.rstrip() for line in lines if line][-2:] == [row.rstrip(), "closed"[:columns]]
+    assert max(map(len, lines)) <= columns
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = pty.openpty()
+    stream = os.fdopen(writer, "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setenv("TERM", "xterm")
+        progress = Progress(LoggingConfig(), total_steps=10, start_step=8)
+        os.close(reader)
+        progress.show(_record(9, 2.0))
+        progress.close()
+    with pytest.raises(OSError, match="Input/output error"):
+        stream.close()
+
+
 def test_what_is_logged_appears_above_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with _terminal(monkeypatch, 100) as reader:
         handler = logging.StreamHandler(sys.stderr)

@@ -198,6 +198,16 @@ def test_again_after_the_end_says_so_and_changes_nothing(
     assert fingerprint(config.work_dir) == before
 
 
+def test_final_weights_that_are_gone_are_written_again(unbroken: Path, tmp_path: Path) -> None:
+    config = _copy_of(unbroken, tmp_path)
+    before = fingerprint(config.work_dir)
+    WorkDir(config.work_dir).final_weights.unlink()
+    result = train(config)
+    assert result.already_complete
+    assert result.final_path.exists()
+    assert fingerprint(config.work_dir) == before
+
+
 def test_more_steps_go_on_from_the_end(unbroken: Path, tmp_path: Path) -> None:
     _copy_of(unbroken, tmp_path)
     result = train(tiny_config(tmp_path, training={"max_steps": 10, "lr_init": 2e-3}))
