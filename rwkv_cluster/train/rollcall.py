@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -255,8 +254,6 @@ class RollCall:
             if time.monotonic() >= deadline or all(map(self._accounted_for, running)):
                 break
             time.sleep(BEAT_S / 4)
-        if ranks.launched() and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for a neighbour's end
         self._end_frozen_neighbours()
         return TrainingError(f"{self._who_was_missing(running)} (torch: {str(error).splitlines()[0][:200]})")
 
