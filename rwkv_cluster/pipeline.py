@@ -26,6 +26,7 @@ from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import source_at
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
 from rwkv_cluster.ranks import rank
+from rwkv_cluster.recipes import require_built_in
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,
@@ -48,7 +49,8 @@ class RWKVTrainingPipeline:
         pipeline never changes that file.
     model_config, training_config, data_config, checkpoint_config, logging_config: sections of the configuration.
         The vocab_size of a given model_config is replaced by the tokenizer's.
-    tokenizer: any object with encode, decode and vocab_size. Default: the stored one, else IntegerTokenizer(359).
+    tokenizer: any object with encode, decode and vocab_size. Default: the stored one, unless that is a class beside the
+        built-in ones, whose module is not imported on a stored file's word; else IntegerTokenizer(359).
     wandb_project: also log to this Weights & Biases project.
 
     Sections are frozen: assign a new one (`pipeline.training_config = TrainingConfig(...)`) to change a setting.
@@ -81,7 +83,7 @@ class RWKVTrainingPipeline:
         self.checkpoint_config = checkpoint_config or fallback.checkpoint
         self.logging_config = logging_config or fallback.logging
         self.wandb_project = wandb_project or self.logging_config.wandb_project
-        self.tokenizer = _first_tokenizer(tokenizer, data_config, stored)
+        self.tokenizer = _first_tokenizer(tokenizer, data_config, stored, self.config_dir / "config.yaml")
         self.manifest: DataManifest | None = None
         self._exit_tokens: int | None = None
         if model_config is not None or self.model_config.vocab_size is None:
@@ -341,7 +343,7 @@ class RWKVTrainingPipeline:
             atomic_write(self.config_dir / "config.json", dump_json(self.config).encode())
 
 
-def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config | None) -> Any:
+def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config | None, path: Path) -> Any:
     if given is not None:
         return given
     if data_config is not None and "tokenizer" in data_config.model_fields_set:
@@ -349,9 +351,10 @@ def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config 
     if stored is None:
         return IntegerTokenizer(max_value=359)
     chosen = stored.data.tokenizer
+    require_built_in(chosen, path, "tokenizer=...")
     try:
         return build_tokenizer(chosen)
-    except (DataError, ConfigError, TypeError) as error:  # TypeError: a user's class that wants arguments
+    except (DataError, ConfigError) as error:
         raise ConfigError(
             f"the tokenizer of this work_dir, {chosen.type}, cannot be made again: {error}. Give it as tokenizer=..."
         ) from error

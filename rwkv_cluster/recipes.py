@@ -3,21 +3,78 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 
+from rwkv_cluster.config import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.configfile import ResolvedConfig, parse_config, resolve_config, yaml_text
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.yaml_nodes import shown
+
+# Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
+_DECIDE_WHAT_RUNS = (
+    "setup", "env", "python", "sweep", "slurm_parameters", "hosts", "hostfile", "rdzv_endpoint", "container.image",
+    "container.mounts", "container.extra_args",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FoundConfig:
-    """A resolved configuration; `notice` tells when it is not the file that was named, else empty."""
+    """A resolved configuration; `notice` tells when it is not the file that was named, else empty.
+
+    stored: the file of a work directory that it was read from, which somebody else may have written; None: the user
+    named the file itself.
+    """
 
     resolved: ResolvedConfig
     notice: str = ""
+    stored: Path | None = None
+
+    def require_own_tokenizer(self) -> None:
+        """Raises ConfigError where only a stored file names the tokenizer's class, whose module would be imported."""
+        if self.stored is not None and self._is_stored("data.tokenizer.type"):
+            tokenizer = self.resolved.config.data.tokenizer
+            require_built_in(tokenizer, self.stored, f"--data.tokenizer.type={tokenizer.type}")
+
+    def require_own_launch(self) -> None:
+        """Raises ConfigError where only a stored file says what a launch runs: a program, shell lines, an image."""
+        if self.stored is None:
+            return
+        fields = [f"launch.{name}" for name in _DECIDE_WHAT_RUNS if self._is_stored(f"launch.{name}")]
+        if fields:
+            command = ("rwkv-cluster", "launch", str(self.stored), f"--work_dir={self.resolved.config.work_dir}")
+            raise ConfigError(
+                f"{self.stored} sets {', '.join(fields)}, which decides what runs, and a work directory may be "
+                f"somebody else's. Read that file; if you trust it, name it: `{shlex.join(command)}`"
+            )
+
+    def _is_stored(self, field: str) -> bool:
+        """Whether the stored file, and not the command line, gives a field a value."""
+        value = reduce(getattr, field.split("."), self.resolved.config)
+        return bool(value) and self.resolved.sources[field].startswith(f"{shown(str(self.stored), 4096)}:")
+
+
+def require_built_in(tokenizer: TokenizerConfig, stored: Path, remedy: str) -> None:
+    """Refuse a tokenizer's class that a file of a work directory names, before its module is imported.
+
+    remedy: how its user names the class. Raises ConfigError.
+    """
+    if tokenizer.type not in TOKENIZER_TYPES:
+        raise ConfigError(
+            f"{stored} names the tokenizer {tokenizer.type}, whose module would be imported, and a work directory may "
+            f"be somebody else's. If you trust that module, name it yourself: {remedy}"
+        )
+
+
+def tokenizer_options(tokenizer: TokenizerConfig) -> tuple[str, ...]:
+    """Options of `generate` that name a user's class; none for a built-in tokenizer, which a stored file may name."""
+    if tokenizer.type in TOKENIZER_TYPES:
+        return ()
+    return ("--tokenizer", tokenizer.type, *(("--vocab-file", tokenizer.vocab_file) if tokenizer.vocab_file else ()))
 
 
 def shipped_recipes() -> list[str]:
@@ -35,7 +92,8 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     """
     path = Path(argument)
     if path.is_dir():
-        return FoundConfig(_work_dir_config(path, overrides))
+        stored = path / "configs" / "config.yaml"
+        return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
     if path.exists():
         return FoundConfig(resolve_config(path, overrides))
     recipes = shipped_recipes()
@@ -51,8 +109,7 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     )
 
 
-def _work_dir_config(folder: Path, overrides: Sequence[str]) -> ResolvedConfig:
-    path = folder / "configs" / "config.yaml"
+def _work_dir_config(folder: Path, path: Path, overrides: Sequence[str]) -> ResolvedConfig:
     if not path.exists():
         raise ConfigError(
             f"{folder}: this folder holds no configs/config.yaml, so it is not the work directory of a run. "

@@ -23,7 +23,7 @@ import numpy as np
 
 from rwkv_cluster.base_tokenizer import BaseTokenizer, class_name, identity_of, utf8, write_tokens
 from rwkv_cluster.config import TokenizerConfig
-from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.errors import ConfigError, RWKVClusterError
 from rwkv_cluster.greedy import build_matcher, id_dtype
 from rwkv_cluster.integers import AngleTokenizer, IntegerTokenizer
 from rwkv_cluster.vocabulary import (
@@ -206,14 +206,7 @@ def build_tokenizer(config: TokenizerConfig) -> Any:
         if vocab_file is None:
             raise ConfigError("tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file")
         return GenericTokenizer(vocab_file)
-    tokenizer_class = _user_class(config.type)
-    tokenizer = tokenizer_class() if vocab_file is None else tokenizer_class(vocab_file)
-    missing = [name for name in ("encode", "decode", "vocab_size") if not hasattr(tokenizer, name)]
-    if missing:
-        raise ConfigError(
-            f"tokenizer {config.type} has no {' and no '.join(missing)}. Add what is missing to the class"
-        )
-    return tokenizer
+    return _user_tokenizer(config.type, vocab_file)
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerConfig:
@@ -298,17 +291,44 @@ def _has_array_encoder(tokenizer_class: type) -> bool:
     return False
 
 
+def _user_tokenizer(reference: str, vocab_file: Path | None) -> Any:
+    """An object of the class that `package.module:ClassName` names. Raises ConfigError."""
+    tokenizer_class = _user_class(reference)
+    try:
+        tokenizer = tokenizer_class() if vocab_file is None else tokenizer_class(vocab_file)
+    except RWKVClusterError:
+        raise
+    except Exception as error:
+        given = "without an argument" if vocab_file is None else f"with vocab_file {str(vocab_file)!r}"
+        raise ConfigError(f"tokenizer {reference} cannot be made {given}: {type(error).__name__}: {error}") from error
+    size = getattr(tokenizer, "vocab_size", None)
+    if size is None:
+        raise ConfigError(f"tokenizer {reference} has no vocab_size. Add what is missing to the class")
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise ConfigError(f"tokenizer {reference} has a vocab_size of {size!r:.60}, expected an integer >= 1")
+    return tokenizer
+
+
 def _user_class(reference: str) -> Any:
-    """The class that `package.module:ClassName` names. Raises ConfigError."""
+    """The class that `package.module:ClassName` names, before anything of it is called. Raises ConfigError."""
     module_name, _, class_name = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # whatever the module does when it is imported
+        reason = str(error) if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"tokenizer type is '{reference}', but module {module_name!r} cannot be imported: {error}. "
+            f"tokenizer type is '{reference}', but module {module_name!r} cannot be imported: {reason}. "
             "Install it, or put its folder on PYTHONPATH"
         ) from error
     found = getattr(module, class_name, None)
-    if not callable(found):
+    if found is None:
         raise ConfigError(f"tokenizer type is '{reference}', but module {module_name} has no class {class_name!r}")
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"tokenizer type is '{reference}', which is a {type(found).__name__} and no class. "
+            "Name a class with encode, decode and vocab_size"
+        )
+    missing = [name for name in ("encode", "decode") if not callable(getattr(found, name, None))]
+    if missing:
+        raise ConfigError(f"tokenizer {reference} has no {' and no '.join(missing)}. Add what is missing to the class")
     return found

@@ -19,7 +19,7 @@ from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.ranks import rank
-from rwkv_cluster.recipes import FoundConfig, find_config
+from rwkv_cluster.recipes import FoundConfig, find_config, tokenizer_options
 from rwkv_cluster.workdir import WorkDir
 
 logger = logging.getLogger("rwkv_cluster")
@@ -87,16 +87,18 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
         logger.info(found.notice)
     if options.verb == "config":
         return config(found)
+    if options.verb == "consolidate":  # needs no tokenizer
+        return consolidate(found.resolved.config, options.step)
+    found.require_own_tokenizer()
     if options.verb == "plan":
         return plan(found.resolved.config, options)
     if options.verb == "launch":
+        found.require_own_launch()
         return launch(found.resolved.config, dry_run=options.dry_run, doctor=options.doctor)
     if options.verb == "init":
         return init(found.resolved.config, force=options.force)
     if options.verb == "eval":
         return evaluate(found.resolved.config, Path(options.weights) if options.weights else None)
-    if options.verb == "consolidate":
-        return consolidate(found.resolved.config, options.step)
     verbs: dict[str, Callable[[Config], Report]] = {"prepare": prepare, "train": train, "doctor": doctor}
     return verbs[options.verb](found.resolved.config)
 
@@ -157,10 +159,12 @@ def train(config: Config) -> Report:
     losses = {"training loss": result.loss, "validation loss": result.val_loss}
     lines += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
     lines += [f"\nsample:\n{result.sample}\n"] if result.sample else []
+    options = tokenizer_options(config.data.tokenizer)
+    following = Command(("rwkv-cluster", "generate", config.work_dir, "--prompt", "some text", *options))
     lines += [
         f"weights    {result.final_path}",
         f"everything {config.work_dir}",
-        f"next       {Command(('rwkv-cluster', 'generate', config.work_dir, '--prompt', 'some text')).shell()}",
+        f"next       {following.shell()}",
     ]
     return Report("\n".join(lines), dataclasses.asdict(result))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,3 +399,56 @@ def test_without_a_library_a_run_trains_all_the_same(run: Run, monkeypatch: pyte
         sum("Nothing compiled. Build it. Until then WKV runs in PyTorch, in chunked form." in line for line in lines)
         == 1
     )
+
+
+STORED = "work/configs/config.yaml names the tokenizer spied:Spied, whose module would be imported, and a work directory may be somebody else's. If you trust that module, name it yourself: "
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work directory of somebody else, whose file names a module that leaves a trace when it is imported."""
+    Path("spied.py").write_text(
+        "open('imported', 'w').close()\nfrom rwkv_cluster.tokenizer import ByteTokenizer as Spied\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "spied", raising=False)
+    Path("work/configs").mkdir(parents=True)
+    path = Path("work/configs/config.yaml")
+    path.write_text("data: {tokenizer: {type: spied:Spied, vocab_file: v w}}\n")
+    return path
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "init", "plan", "doctor", "eval", "launch"])
+def test_a_stored_tokenizer_class_is_not_imported_unasked(verb: str, run: Run, stored: Path) -> None:
+    refused(run, 2, f"{STORED}--data.tokenizer.type=spied:Spied", verb, "work")
+    assert run("config", "work")[0] == 0
+    assert run("consolidate", "work")[0] == 4
+    assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize("source", ["work", "work/out/x.pth"])
+def test_generate_does_not_import_what_a_stored_file_names(source: str, run: Run, stored: Path) -> None:
+    Path("work/out").mkdir()
+    Path("work/out/x.pth").touch()
+    sentence = STORED.replace("work/", f"{Path.cwd()}/work/") if source != "work" else STORED
+    refused(run, 2, f"{sentence}--tokenizer spied:Spied --vocab-file 'v w'", "generate", source)
+    assert not Path("imported").exists()
+
+
+def test_a_stored_tokenizer_class_is_used_when_the_command_line_names_it(run: Run, stored: Path) -> None:
+    stored.write_text("data: {tokenizer: {type: spied:Spied}}\n")
+    assert run("plan", "work", "--data.tokenizer.type=spied:Spied")[0] == 0
+    assert Path("imported").exists()
+
+
+def test_a_stored_launch_section_runs_nothing_unasked(run: Run, stored: Path) -> None:
+    stored.write_text(
+        "launch:\n  setup: ['touch ran']\n  python: /tmp/mine\n  env: {LD_PRELOAD: x.so}\n  container: {image: i}\n"
+    )
+    fields = "launch.setup, launch.env, launch.python, launch.container.image"
+    sentence = f"work/configs/config.yaml sets {fields}, which decides what runs, and a work directory may be somebody else's. Read that file; if you trust it, name it: `rwkv-cluster launch work/configs/config.yaml --work_dir=work`"
+    refused(run, 2, sentence, "launch", "work")
+    assert run("launch", "work/configs/config.yaml", "--work_dir=work", "--dry-run")[0] == 0
+    stored.write_text("launch: {setup: ['touch ran'], num_nodes: 1}\n")
+    assert run("launch", "work", "--dry-run", "--launch.setup=[echo]")[0] == 0
+    assert not Path("ran").exists()

@@ -25,8 +25,8 @@ from rwkv_cluster import (
     create_vocab_file_from_tokens,
 )
 from rwkv_cluster.cli import main
-from rwkv_cluster.config import CheckpointConfig, LoggingConfig
-from rwkv_cluster.configfile import load_config
+from rwkv_cluster.config import CheckpointConfig, Config, LoggingConfig
+from rwkv_cluster.configfile import dump_yaml, load_config
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.state_dict import load_pth, save_pth
@@ -195,13 +195,31 @@ def test_a_class_with_encode_decode_and_vocab_size(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_made_again_must_be_given_again(tmp_path: Path) -> None:
-    class Inner(Letters):
-        pass
+    create_vocab_file_from_tokens(["a", "b"], tmp_path / "v.txt")
+    tiny(tmp_path / "w", tokenizer=GenericTokenizer(tmp_path / "v.txt"))
+    (tmp_path / "v.txt").rename(tmp_path / "moved.txt")
+    with pytest.raises(ConfigError, match=r"generic, cannot be made again.*v\.txt does not exist.*tokenizer=\.\.\."):
+        RWKVTrainingPipeline(tmp_path / "w")
+    RWKVTrainingPipeline(tmp_path / "w", tokenizer=GenericTokenizer(tmp_path / "moved.txt"))
 
-    tiny(tmp_path, tokenizer=Inner())
-    with pytest.raises(ConfigError, match=r"Inner, cannot be made again.*tokenizer=\.\.\."):
-        RWKVTrainingPipeline(tmp_path)
-    RWKVTrainingPipeline(tmp_path, tokenizer=Inner())
+
+def test_a_stored_class_is_not_imported_before_the_caller_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "watched.py").write_text(
+        f"from test_pipeline import Letters\nopen({str(tmp_path / 'imported')!r}, 'w').close()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "test_pipeline", sys.modules[__name__])
+    data_config = DataConfig(tokenizer={"type": "watched:Letters"})
+    (tmp_path / "w" / "configs").mkdir(parents=True)
+    (tmp_path / "w" / "configs" / "config.yaml").write_text(dump_yaml(Config(data=data_config)))
+    with pytest.raises(ConfigError, match=r"the tokenizer watched:Letters, whose module would be imported.*tokenizer="):
+        RWKVTrainingPipeline(tmp_path / "w")
+    assert isinstance(RWKVTrainingPipeline(tmp_path / "w", tokenizer=Letters()).tokenizer, Letters)
+    assert not (tmp_path / "imported").exists()
+    assert isinstance(RWKVTrainingPipeline(tmp_path / "w", data_config=data_config).tokenizer, Letters)
+    assert (tmp_path / "imported").exists()
 
 
 def test_the_tokenizer_of_data_config_counts(tmp_path: Path) -> None:

@@ -392,12 +392,50 @@ def test_build_tokenizer(tmp_path: Path, monkeypatch):
         (":Tokenizer", "cannot be imported"),
         ("json:Tokenizer", "module json has no class 'Tokenizer'"),
         ("json:", "module json has no class ''"),
-        ("collections:OrderedDict", "has no encode and no decode and no vocab_size"),
+        ("collections:OrderedDict", "has no encode and no decode"),
+        ("codecs:Codec", "codecs:Codec has no vocab_size"),
+        ("os:system", "which is a builtin_function_or_method and no class"),
+        ("builtins:eval", "which is a builtin_function_or_method and no class"),
+        ("subprocess:getoutput", "which is a function and no class"),
+        ("subprocess:Popen", "has no encode and no decode"),
+        ("os:environ", "which is a _Environ and no class"),
+        (".relative:Tokenizer", "cannot be imported: TypeError"),
+        ("rwkv_cluster.base_tokenizer:BaseTokenizer", "cannot be made without an argument: TypeError"),
     ],
 )
 def test_a_users_class_that_cannot_be_had_is_a_configuration_error(reference: str, message: str):
     with pytest.raises(ConfigError, match=message):
         build_tokenizer(TokenizerConfig(type=reference))
+
+
+def test_what_is_no_tokenizer_class_is_never_called(tmp_path: Path):
+    for reference in ("os:system", "os:popen", "subprocess:Popen", "builtins:exec"):
+        with pytest.raises(ConfigError):
+            build_tokenizer(TokenizerConfig(type=reference, vocab_file=f"touch {tmp_path}/called"))
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("size", [0, "200", 2.5, True, lambda: 200])
+def test_a_vocab_size_that_is_no_number_of_ids_is_refused(size: object, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    monkeypatch.setattr(Reversed, "vocab_size", size)
+    with pytest.raises(ConfigError, match=r"vocab_size of .*, expected an integer >= 1"):
+        build_tokenizer(TokenizerConfig(type="mine:Reversed"))
+
+
+def test_a_class_that_fails_or_sets_its_vocab_size_itself(monkeypatch):
+    def fail(self: Reversed, vocab_file: Path | None = None) -> None:
+        raise KeyError("no model here")
+
+    def grow(self: Reversed, vocab_file: Path | None = None) -> None:
+        self.vocab_size = 300
+
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    monkeypatch.setattr(Reversed, "__init__", grow)
+    assert build_tokenizer(TokenizerConfig(type="mine:Reversed")).vocab_size == 300
+    monkeypatch.setattr(Reversed, "__init__", fail)
+    with pytest.raises(ConfigError, match="cannot be made with vocab_file 'v': KeyError: 'no model here'"):
+        build_tokenizer(TokenizerConfig(type="mine:Reversed", vocab_file="v"))
 
 
 def test_the_fallback_says_so(tmp_path: Path, monkeypatch, caplog):

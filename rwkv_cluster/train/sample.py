@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stre
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.ranks import rank
+from rwkv_cluster.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.weights import load_model
@@ -159,4 +161,6 @@ def _tokenizer_of(source: Path) -> TokenizerConfig:
             f"{source} does not say which tokenizer it was trained with: there is no {path}. "
             "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"
         )
-    return load_config(path).data.tokenizer
+    tokenizer = load_config(path).data.tokenizer
+    require_built_in(tokenizer, path, shlex.join(tokenizer_options(tokenizer)))
+    return tokenizer
