@@ -28,7 +28,11 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 _ENDPOINT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_WORD_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a variable's name: HF_TOKEN, HFToken, hf_token
+_SECRET_PARTS = re.compile(
+    r"((API|ACCESS|AUTH|PRIVATE|SECRET|SIGNING|SSH)?KEY|\w*TOKEN|\w*SECRET|COOKIE|CREDENTIAL)S?|"
+    r"\w*PASSWORD|\w*PASSWD|PASS|PASSPHRASE|PWD|AUTH|PAT|CREDS?"
+)
 _OURS = re.compile(r"SLURM_\w+|RWKV_CLUSTER_\w+|(LOCAL_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PET_\w+")
 _SET_BY_US = re.compile(
     "job-name|nodes|ntasks|ntasks-per-node|cpus-per-task|gpus-per-node|time|mem|partition|account|qos|constraint|exclude|"
@@ -162,7 +166,11 @@ class LaunchConfig(Section):
     )
     pass_env: list[str] = Field(
         default_factory=list, description="names of variables taken from the caller's environment, the way for "
-        "secrets: their values are written nowhere"
+        "secrets: their values are in no file of the launch"
+    )  # fmt: skip
+    not_secret: list[str] = Field(
+        default_factory=list, description="names of variables that look like a secret, such as SORT_KEY, and whose "
+        "values may be written all the same"
     )  # fmt: skip
     python: str | None = Field(
         None, description="Python that has rwkv_cluster where the ranks run; default: this one, in a container python3"
@@ -214,11 +222,6 @@ class LaunchConfig(Section):
         for name, text in value.items():
             _variable(name, "env")
             _refuse_hidden(text, f"env.{name}")
-            if looks_secret(name):
-                raise ValueError(
-                    f"env has {name}, which looks like a secret and would be written to scripts. Put the name into "
-                    "launch.pass_env instead and set the variable where you launch"
-                )
         return value
 
     @field_validator("sweep")
@@ -238,6 +241,20 @@ class LaunchConfig(Section):
         for name in value:
             _variable(name, "pass_env")
         return value
+
+    @model_validator(mode="after")
+    def _no_secret_is_written(self) -> LaunchConfig:
+        options = [argument for argument in self.container.extra_args if argument.startswith("--env=")]
+        in_options = [name for option in options for name in re.findall(r"[=,](\w+)=", option)]
+        for field, names in (("env", self.env), ("container.extra_args", in_options)):
+            found = next((name for name in names if looks_secret(name) and name not in self.not_secret), None)
+            if found is not None:
+                raise ValueError(
+                    f"{field} has {found}, which looks like a secret and would be written to scripts. Put the name "
+                    "into launch.pass_env instead and set the variable where you launch; if it is no secret, put the "
+                    "name into launch.not_secret"
+                )
+        return self
 
     @model_validator(mode="after")
     def _target_fits(self) -> LaunchConfig:
@@ -278,8 +295,11 @@ class LaunchConfig(Section):
 
 
 def looks_secret(name: str) -> bool:
-    """Whether an environment variable of this name holds what nobody else may read."""
-    return _SECRET.search(name) is not None
+    """Whether an environment variable of this name holds what nobody else may read: by the words in it.
+
+    GITHUB_PAT, dbPwd and OPENAI_KEY do; PATH, KEYBOARD and TOKENIZERS_PARALLELISM do not.
+    """
+    return any(_SECRET_PARTS.fullmatch(part.upper()) for part in _WORD_PART.findall(name))
 
 
 def _check_word(field: str, value: str | None) -> str | None:

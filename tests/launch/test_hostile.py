@@ -113,6 +113,62 @@ def test_secrets_are_written_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert target == "torchrun" or "HF_TOKEN" in made.files["job.sh"]
     with pytest.raises(ConfigError, match=r"env has HF_TOKEN, which looks like a secret .* launch\.pass_env"):
         Config(launch={"env": {"HF_TOKEN": "hf_canary"}})
+    with pytest.raises(ConfigError, match="extra_args has HF_TOKEN, which looks like a secret"):
+        Config(launch={"container": {"extra_args": ["--env=A=1,HF_TOKEN=hf_canary"]}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MY_PASS",
+        "DB_PWD",
+        "GITHUB_PAT",
+        "HF_HUB_AUTH",
+        "SSH_KEY",
+        "WANDB_KEY",
+        "OPENAI_KEY",
+        "COOKIE",
+        "AWS_SECRET_ACCESS_KEY",
+        "APIKEY",
+        "HFTOKEN",
+        "githubPat",
+        "dbPasswd",
+        "HFToken",
+        "PGPASSWORD",
+        "GOOGLE_CREDENTIALS",
+        "KEY2",
+        "KEYS",
+        "MY_KEYS",
+        "SSH_PASSPHRASE",
+    ],
+)
+def test_a_name_with_a_secrets_word_is_refused_unless_it_is_said_to_be_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"env has {name}, which looks like a secret"):
+        Config(launch={"env": {name: "1"}})
+    assert Config(launch={"env": {name: "1"}, "not_secret": [name]}).launch.env == {name: "1"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PATH",
+        "PATTERN",
+        "PASSTHROUGH",
+        "KEYBOARD_LAYOUT",
+        "MONKEY",
+        "TOKENIZERS_PARALLELISM",
+        "AUTHOR",
+        "COMPAT_MODE",
+        "NCCL_IB_PKEY",
+        "KEYRING_DIR",
+        "COOKIECUTTER",
+        "BYPASS",
+        "LD_LIBRARY_PATH",
+        "NCCL_DEBUG",
+    ],
+)
+def test_a_name_that_only_looks_like_it_is_none(name: str) -> None:
+    assert Config(launch={"env": {name: "1"}}).launch.env == {name: "1"}
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_JOB_ID", "RWKV_CLUSTER_LAUNCH", "PET_NNODES"])
