@@ -21,6 +21,7 @@ from rwkv_cluster.interrupt import Listener, listening
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
 from rwkv_cluster.launched import rank_log
+from rwkv_cluster.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 JOBS, PROCESS, EXIT, MEMBERS, SUBMISSION = "jobs", "process.json", "exit", "members", "submission.pkl"
@@ -181,7 +182,7 @@ def _follow(process: subprocess.Popen[bytes], folder: Path, listener: Listener) 
     while True:
         ended = process.poll() is not None
         for tail, stream in streams:
-            stream.write(tail.read())
+            stream.write(visible(tail.read()))
             stream.flush()
         if ended:
             return _exit_code(process.returncode)

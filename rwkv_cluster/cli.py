@@ -21,6 +21,7 @@ from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted,
 from rwkv_cluster.interrupt import listening
 from rwkv_cluster.launched import log_to_agent, tell_agent
 from rwkv_cluster.ranks import end_with_launcher, rank, shown
+from rwkv_cluster.text_safety import VisibleFormatter, visible
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
@@ -101,7 +102,8 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         _silence_stdout()
         return BROKEN_PIPE, ""
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stderr.write(visible(traceback.format_exc()))
         _complain("this is a bug in rwkv-cluster: please report it with the text above")
         return 1, f"{type(error).__name__}: {error}"
 
@@ -130,7 +132,8 @@ def _run(argv: list[str]) -> int:
 
     report = verbs.run(options, overrides, extra)
     if rank() == 0 and (report.text or options.json):
-        print(json.dumps(report.data, indent=2, default=str) if options.json else report.text.rstrip("\n"))
+        text = visible(report.text.rstrip("\n"))
+        print(json.dumps(report.data, indent=2, default=str) if options.json else text)
     if report.error is not None:
         sys.stdout.flush()
         raise report.error
@@ -225,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
     generate.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
     generate.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
+    generate.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
     generate.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
     by_verb["bench"].add_argument("what", metavar="{data,wkv,step,ddp}", choices=("data", "wkv", "step", "ddp"))
     by_verb["bench"].epilog = "Further arguments go to the benchmark."
@@ -251,7 +255,7 @@ def _unknown_option(argument: str, verb: str) -> str:
 
 def _complain(message: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
-        print(f"rwkv-cluster: {shown()}{message}", file=sys.stderr, flush=True)
+        print(f"rwkv-cluster: {visible(shown() + message)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -259,7 +263,7 @@ def _log_to_stderr() -> Iterator[None]:
     """Show the library's log messages to the person at the terminal while a verb runs."""
     logger = logging.getLogger("rwkv_cluster")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(VisibleFormatter("%(message)s"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

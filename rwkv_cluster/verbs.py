@@ -20,7 +20,8 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import FoundConfig, find_config, tokenizer_options
-from rwkv_cluster.workdir import WorkDir
+from rwkv_cluster.text_safety import visible
+from rwkv_cluster.workdir import WorkDir, atomic_write
 
 logger = logging.getLogger("rwkv_cluster")
 
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
             temperature=options.temperature,
             top_p=options.top_p,
             seed=options.seed,
+            output=Path(options.output) if options.output else None,
             tokenizer=_tokenizer(options.tokenizer, options.vocab_file),
         )
     if options.verb == "inspect":
@@ -208,7 +210,7 @@ def manage(options: argparse.Namespace) -> Report:
     folder = manage.newest(WorkDir(options.work_dir).root)
     if options.verb == "logs" and options.follow:
         for text in manage.follow(folder, options.rank):
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text))
             sys.stdout.flush()
         return Report("", {"folder": folder})
     if options.verb == "logs":
@@ -249,9 +251,13 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
+    output: Path | None,
     tokenizer: TokenizerConfig | None,
 ) -> Report:
-    """Continue `prompt` with the model in a work directory or .pth. Raises ConfigError for a bad number."""
+    """Continue `prompt` with the model in a work directory or .pth. Raises ConfigError for a bad number.
+
+    output: file that takes the text as it is, with what would command a terminal.
+    """
     rules = {
         f"--tokens is {n_tokens}, expected an integer >= 1": n_tokens >= 1,
         f"--temperature is {temperature:g}, expected a number >= 0": 0 <= temperature < float("inf"),
@@ -277,7 +283,14 @@ def generate(
         seed=seed,
         tokenizer=tokenizer,
     )
-    return Report(text, {"prompt": prompt, "text": text})
+    data = {"prompt": prompt, "text": text}
+    if output is None:
+        return Report(text, data)
+    try:
+        atomic_write(output.absolute(), text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror}. Name another file") from error
+    return Report(str(output), data)
 
 
 def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rwkv_cluster.errors import Interrupted
+from rwkv_cluster.text_safety import VisibleFormatter
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -33,7 +34,7 @@ def log_file(path: Path | None) -> Iterator[None]:
         yield
         return
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(VisibleFormatter("%(asctime)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     if not log.isEnabledFor(logging.INFO):

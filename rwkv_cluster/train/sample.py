@@ -18,7 +18,6 @@ from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.plain_text import hidden_character
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
@@ -114,12 +113,7 @@ class Sampler:
             self._folder.mkdir(exist_ok=True)
             atomic_write(path, content)
         self._events.add("sample", step, path=path)
-        log.info("sample of step %d: %s", step, _shown(text))
-
-
-def _shown(text: str) -> str:
-    """`text` for a log: what would move a terminal's cursor or hide is written out."""
-    return "".join(c if c == "\n" or hidden_character(c) is None else c.encode("unicode_escape").decode() for c in text)
+        log.info("sample of step %d: %s", step, text)
 
 
 def generate_text(
