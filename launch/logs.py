@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rwkv_cluster.own_file import open_own
+
 
 class Tail:
     """What a file has gained since the last look. A file that does not exist yet is empty."""
@@ -15,7 +17,7 @@ class Tail:
     def read(self) -> str:
         """New text. A character of which not all bytes are there yet is shown as �."""
         try:
-            with open(self.path, "rb") as handle:
+            with open(self.path, "rb", opener=open_own) as handle:
                 handle.seek(self._position)
                 content = handle.read()
         except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from typing import Any
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
-from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, end_here, stop_here
+from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, end_here, stop_here, target_of
 from rwkv_cluster.launch_config import BATCH_TARGETS
 from rwkv_cluster.launched import rank_log
+from rwkv_cluster.own_file import open_own, owner, read_own, require_folder
 
 POLL_S = 0.2
 END_S = 60.0  # for a job to end that Slurm is told to end
@@ -39,7 +41,17 @@ class Status:
 
 
 def newest(work_dir: Path) -> Path:
-    """The last launch of a work directory. Raises LaunchError where there is none."""
+    """The last launch of a work directory. Raises LaunchError where there is none, or where it is not to be seen."""
+    require_folder(work_dir / "launch", may_link=False)
+    try:
+        os.listdir(work_dir / "launch")
+    except PermissionError as error:
+        raise LaunchError(
+            f"{error.filename} belongs to {owner(error.filename)}, and only they may look into it. Ask them, or "
+            "become that user"
+        ) from error
+    except OSError:  # not there
+        pass
     found = sorted(path.parent for path in work_dir.glob("launch/*/command.json"))
     if not found:
         raise LaunchError(
@@ -50,7 +62,7 @@ def newest(work_dir: Path) -> Path:
 
 def status(folder: Path) -> Status:
     """What a launch is doing now."""
-    target = str(json.loads((folder / "command.json").read_text())["target"])
+    target = target_of(folder)
     if target in BATCH_TARGETS:
         return Status(folder, target, *_job_state(_jobs(folder)[-1]))
     return Status(folder, target, *_process_state(folder))
@@ -80,7 +92,7 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
     if found.has_ended:
         return found
     for one in (folder, *_members(folder)):
-        (one / "cancelled").touch(mode=0o600)
+        os.close(open_own(one / "cancelled", os.O_WRONLY | os.O_CREAT, 0o600))
     batch = found.target in BATCH_TARGETS
     if not batch and found.state == "unknown":
         raise LaunchError(f"{folder}: {found.detail}. Cancel it there")
@@ -112,15 +124,20 @@ def _new_text(folder: Path, rank: int | None, tails: dict[Path, Tail]) -> Iterat
 def _members(folder: Path) -> list[Path]:
     """Launch directories of a sweep's runs; empty for one run."""
     with suppress(FileNotFoundError):
-        return [Path(line) for line in (folder / MEMBERS).read_text().splitlines()]
+        return [Path(line) for line in read_own(folder / MEMBERS).decode().splitlines()]
     return []
 
 
 def _jobs(folder: Path) -> list[str]:
     try:
-        return (folder / JOBS).read_text().split()
+        found = read_own(folder / JOBS).decode(errors="replace").split()
     except FileNotFoundError:
         raise LaunchError(f"{folder}: no job was submitted from here") from None
+    found = [job.partition(";")[0] for job in found]  # of a federation: 123;cluster
+    wrong = [job for job in found if not re.fullmatch(r"\d+(_\d+)?", job)]
+    if wrong or not found:
+        raise LaunchError(f"{folder / JOBS} holds {', '.join(wrong)[:80]!r}, expected numbers of Slurm's jobs")
+    return found
 
 
 def _slurm(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -198,14 +215,21 @@ def _array_state(job: str, tasks: list[_Job]) -> tuple[str, str]:
 
 def _process(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / PROCESS).read_text()))
+        record = json.loads(read_own(folder / PROCESS))
+        pids = (record["pid"], record["launcher"]["pid"])
+        facts = (record["host"], record["machine"], record["started"], record["launcher"]["started"])
     except FileNotFoundError:
         raise LaunchError(f"{folder}: no process was started from here") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{folder / PROCESS} cannot be read: it is not what a launch has left there") from error
+    if not all(isinstance(pid, int) and pid > 1 for pid in pids) or not all(isinstance(f, str | None) for f in facts):
+        raise LaunchError(f"{folder / PROCESS} does not say which process was started")
+    return dict(record)
 
 
 def _process_state(folder: Path) -> tuple[str, str]:
     if (folder / EXIT).exists():
-        return "ended", f"exit code {(folder / EXIT).read_text().strip()}"
+        return "ended", f"exit code {read_own(folder / EXIT).decode(errors='replace').strip()[:20]}"
     record = _process(folder)
     if record["machine"] != machine():
         return "unknown", f"it was started on {record['host']}, which is another machine"

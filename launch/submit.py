@@ -14,17 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from rwkv_cluster.errors import Interrupted, LaunchError
 from rwkv_cluster.heartbeat import start_tick, this_process
 from rwkv_cluster.interrupt import Listener, listening
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
+from rwkv_cluster.launch_config import Target
 from rwkv_cluster.launched import rank_log
+from rwkv_cluster.own_file import WrongKindError, read_own, reason, require_folder
 from rwkv_cluster.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 JOBS, PROCESS, EXIT, MEMBERS, SUBMISSION = "jobs", "process.json", "exit", "members", "submission.pkl"
+COMMAND, CONTAINER = "command.json", "container.id"
 POLL_S = 0.1
 
 
@@ -73,6 +77,7 @@ def submit(plan: Plan) -> Launched:
 
 def _write(plan: Plan) -> Path:
     folder = launch_folder(plan.config.work_dir, time.time())
+    require_folder(folder.parent, may_link=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.parent.chmod(0o700)
@@ -87,7 +92,7 @@ def _write(plan: Plan) -> Path:
         if plan.config.launch.target == "slurm" and not plan.members:
             _write_submission(plan, folder / SUBMISSION)
     except OSError as error:
-        raise LaunchError(f"{folder} cannot be made: {error.strerror} at {error.filename}") from error
+        raise LaunchError(f"{folder} cannot be made: {reason(error)}") from error
     return folder
 
 
@@ -206,12 +211,28 @@ def end_here(folder: Path, pid: int | None) -> None:
             os.killpg(pid, signal.SIGKILL)  # a session of its own; ranks elsewhere end with their parent
 
 
+def target_of(folder: Path) -> str:
+    """What a launch was started on. Raises LaunchError where its command.json does not say."""
+    try:
+        found = json.loads(read_own(folder / COMMAND))["target"]
+    except WrongKindError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{folder / COMMAND} cannot be read: it is not what a launch has left there") from error
+    if found not in get_args(Target):
+        raise LaunchError(f"{folder / COMMAND} names {str(found)[:80]!r}, which is no launch.target")
+    return str(found)
+
+
 def _tell_container(folder: Path, *options: str) -> bool:
-    """Send a signal, SIGKILL if none is named, to the job's container. False where there is none."""
-    container = folder / "container.id"
-    if not container.exists():
+    """Send a signal, SIGKILL if none is named, to the job's container. False where there is none.
+
+    Raises LaunchError where the launch's files name no container.
+    """
+    if not (folder / CONTAINER).exists():
         return False
-    runtime = json.loads((folder / "command.json").read_text())["target"]
-    argv = [runtime, "kill", *options, container.read_text().strip()]
-    subprocess.run(argv, check=False, capture_output=True, timeout=60)
+    runtime, number = target_of(folder), read_own(folder / CONTAINER).decode(errors="replace").strip()
+    if runtime not in ("docker", "podman") or not re.fullmatch(r"[0-9a-f]{8,64}", number):
+        raise LaunchError(f"{folder / CONTAINER} holds {number[:80]!r}, expected the id of a container")
+    subprocess.run((runtime, "kill", *options, number), check=False, capture_output=True, timeout=60)
     return True

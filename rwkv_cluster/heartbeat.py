@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rwkv_cluster.own_file import open_own, read_own
+
 BEAT_S = 1.0
 TEXT_LIMIT = 500  # characters of a text in a record
 _RECORD_BYTES = 4096  # written in place and in one piece: that needs no free block, so a full disk stops no heartbeat
@@ -23,7 +25,7 @@ _RECORD_BYTES = 4096  # written in place and in one piece: that needs no free bl
 def write_record(path: Path, facts: Mapping[str, Any]) -> None:
     """Replace the content of `path` by `facts`, as JSON. Raises OSError."""
     text = json.dumps({key: _short(value) for key, value in facts.items()}, ensure_ascii=False)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(descriptor, text.encode(errors="backslashreplace").ljust(_RECORD_BYTES), 0)
     finally:
@@ -124,7 +126,7 @@ class Watch:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_own(path)
     except OSError:
         return b""
 

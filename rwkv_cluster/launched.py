@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rwkv_cluster.own_file import open_own, read_own
 from rwkv_cluster.ranks import rank
 
 LAUNCH_VARIABLE = "RWKV_CLUSTER_LAUNCH"  # the launch directory, where logs are
@@ -35,7 +36,7 @@ def log_to_agent() -> None:
     launch = os.environ.get(LAUNCH_VARIABLE)
     if launch is None or STATE_VARIABLE not in os.environ:
         return
-    descriptor = os.open(rank_log(Path(launch), rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = open_own(rank_log(Path(launch), rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(descriptor, 1)
@@ -56,6 +57,6 @@ def tell_agent(code: int, message: str = "") -> None:
 def told(state: Path, number: int) -> dict[str, Any] | None:
     """How rank `number` said that it ended; None while it has said nothing."""
     try:
-        return json.loads((state / f"rank-{number}").read_text())
+        return json.loads(read_own(state / f"rank-{number}"))
     except OSError:
         return None

@@ -21,6 +21,7 @@ from typing import Any
 
 from rwkv_cluster.errors import Interrupted, LaunchError, Preempted
 from rwkv_cluster.heartbeat import BEAT_S, Watch, every, machine, read_record, this_process, write_record
+from rwkv_cluster.own_file import WrongKindError, open_own
 from rwkv_cluster.ranks import slurm_job
 
 TAKEOVER_S = 60.0
@@ -38,7 +39,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
     Raises LaunchError, naming the holder, while it lives: at once on the same machine, within seconds on another.
     Raises OSError where `path` cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         kernel_decides = _flock(descriptor, fcntl.LOCK_EX, path, what)
         if not _is_free(read_record(path), kernel_decides):
@@ -61,7 +62,9 @@ def hold(path: Path, what: str) -> Iterator[None]:
 def require_free(path: Path, what: str) -> None:
     """Raises LaunchError while a living process holds `path`. A look before slow imports; `hold` decides."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_own(path, os.O_RDONLY)
+    except WrongKindError:
+        raise
     except OSError:
         return
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from rwkv_cluster.config import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.configfile import ResolvedConfig, parse_config, resolve_config, yaml_text
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.own_file import require_own
 from rwkv_cluster.yaml_nodes import shown
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
@@ -115,5 +116,6 @@ def _work_dir_config(folder: Path, path: Path, overrides: Sequence[str]) -> Reso
             f"{folder}: this folder holds no configs/config.yaml, so it is not the work directory of a run. "
             "Name a YAML file, or a folder in which a run has started"
         )
+    require_own(path)
     # As YAML text, because a folder's name may look like a list or a number.
     return resolve_config(path, [f"work_dir={yaml_text(str(folder))}", *overrides])

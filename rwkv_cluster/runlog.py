@@ -14,6 +14,7 @@ from rwkv_cluster.configfile import load_config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, horizon, require_magic_prime
 from rwkv_cluster.errors import RWKVClusterError
+from rwkv_cluster.own_file import open_own, require_own
 from rwkv_cluster.workdir import WorkDir
 
 BLOCK_BYTES = 4 << 20
@@ -33,7 +34,7 @@ def json_lines(path: Path, *, most_bytes: int | None = None) -> Iterator[list[di
 
     most_bytes: read only about so much of a larger file, in pieces at equal distances.
     """
-    with open(path, "rb") as handle:
+    with open(path, "rb", opener=open_own) as handle:
         size = path.stat().st_size
         if most_bytes is None or size <= most_bytes:
             while lines := handle.readlines(BLOCK_BYTES):
@@ -48,7 +49,7 @@ def json_lines(path: Path, *, most_bytes: int | None = None) -> Iterator[list[di
 def last_json_lines(path: Path) -> list[dict[str, Any]]:
     """Those of the last `TAIL_BYTES` of the file; empty where there is no file."""
     try:
-        with open(path, "rb") as handle:
+        with open(path, "rb", opener=open_own) as handle:
             start = max(handle.seek(0, 2) - TAIL_BYTES, 0)
             handle.seek(start)
             lines = handle.readlines()
@@ -60,7 +61,10 @@ def last_json_lines(path: Path) -> list[dict[str, Any]]:
 def last_with(path: Path, field: str) -> dict[str, Any] | None:
     """The last object that has `field`, wherever in the file it is."""
     try:
-        with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            open(path, "rb", opener=open_own) as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             end = len(content)
             while (found := content.rfind(f'"{field}":'.encode(), 0, end)) >= 0:
                 start, stop = content.rfind(b"\n", 0, found) + 1, content.find(b"\n", found)
@@ -114,6 +118,7 @@ def read_config(work: WorkDir) -> Config | str:
     if not path.exists():
         return f"{path} does not exist: no training has started"
     try:
+        require_own(path)
         return load_config(path)
     except RWKVClusterError as error:
         return str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
             f"{work.root}: there is no run: it has no configs/config.yaml, prepared data, lock or launch. "
             "Name the work directory of a run"
         )
+    work.require_kinds()
     holder = lock.holder(work.lock_file)
     config, data = runlog.read_config(work), runlog.read_manifest(work)
     found, faults = newest_good(work.checkpoints, checksums=verify)
@@ -115,8 +117,9 @@ def _state(work: WorkDir, holder: Holder | None, training: Training | None, prep
 def _launch(root: Path) -> manage.Status | str | None:
     try:
         folder = manage.newest(root)
-    except LaunchError:
-        return None
+    except LaunchError as error:
+        folder = root / "launch"
+        return str(error) if folder.exists() and not os.access(folder, os.R_OK) else None
     try:
         return manage.status(folder)
     except LaunchError as error:

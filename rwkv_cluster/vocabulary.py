@@ -62,6 +62,8 @@ def parse_vocabulary(path: str | Path) -> dict[int, bytes]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would never end
+            raise DataError(f"vocabulary file {path} is not a regular file. Name the file itself")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise MissingDataError(f"vocabulary file {path} does not exist. Check the path") from error

@@ -15,16 +15,29 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from rwkv_cluster import lock
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.own_file import WrongKindError, reason, require_folder, require_own
 
 TEMPORARY_PREFIX = ".tmp-"
+_FOLDERS = (
+    "data", "out", "out/checkpoints", "logs", "logs/events", "logs/hang", "logs/profile", "logs/samples",
+    "logs/tensorboard", "configs", "report",
+)  # fmt: skip
+_PRIVATE_FOLDERS = (".ranks", "launch")  # a run deletes what is in the one, and locks others out of the other
+_FILES = (
+    ".lock", "data/.prepare.lock", "data/inputs.json", "data/manifest.json", "out/train_log.txt", "logs/metrics.jsonl",
+    "logs/metrics.csv", "logs/events.jsonl", "logs/environment.json", "logs/train.log", "logs/wandb-id",
+    "configs/config.yaml", "configs/config.json",
+)  # fmt: skip
+_NOT_SEEN = (FileNotFoundError, NotADirectoryError, PermissionError)  # whoever wants the file says so
 
 
 def fsync_directory(path: Path) -> None:
@@ -116,15 +129,33 @@ class WorkDir:
         self.configs = self.root / "configs"
 
     def create(self) -> None:
-        """Make every folder. Raises ConfigError where that is not possible."""
+        """Make every folder. Raises ConfigError where that is not possible, or where `require_kinds` does."""
+        self.require_kinds()
         for folder in (self.data, self.out, self.checkpoints, self.logs, self.configs):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(
-                    f"work_dir {self.root} cannot be made: {error.strerror} at {error.filename}. "
-                    "Choose a directory that you may write to"
+                    f"work_dir {self.root} cannot be made: {reason(error)}. Choose a directory that you may write to"
                 ) from error
+
+    def require_kinds(self) -> None:
+        """Raises WrongKindError where a file has the name of a folder of the run, or anything else that of a file."""
+        for name in (*_FOLDERS, *_PRIVATE_FOLDERS):
+            with suppress(*_NOT_SEEN):
+                require_folder(self.root / name, may_link=name in _FOLDERS)
+        for name in _FILES:
+            with suppress(*_NOT_SEEN):
+                require_own(self.root / name)
+        with suppress(*_NOT_SEEN):
+            found = os.lstat(self.stop_file).st_mode
+            if stat.S_ISDIR(found):  # any other STOP stops, and can be removed
+                raise WrongKindError(self.stop_file, found, "a regular file")
+
+    @property
+    def stop_file(self) -> Path:
+        """Whoever makes it ends the run after the step under way."""
+        return self.root / "STOP"
 
     @property
     def initial_weights(self) -> Path:
@@ -190,10 +221,11 @@ class WorkDir:
             self.root.mkdir(parents=True, exist_ok=True)
             holding = lock.hold(self.lock_file, f"work_dir {self.root}")
             holding.__enter__()
+        except WrongKindError:
+            raise
         except OSError as error:
             raise ConfigError(
-                f"work_dir {self.root} cannot be used: {error.strerror} at {error.filename}. "
-                "Choose a directory that you may write to"
+                f"work_dir {self.root} cannot be used: {reason(error)}. Choose a directory that you may write to"
             ) from error
         with ExitStack() as stack:
             stack.push(holding)

@@ -17,6 +17,7 @@ from rwkv_cluster.data.freshness import CACHE_NAME
 from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.heartbeat import read_record
+from rwkv_cluster.own_file import open_own
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 log = logging.getLogger("rwkv_cluster")
@@ -71,7 +72,7 @@ def in_words(progress: Mapping[str, Any]) -> str:
 @contextmanager
 def only_one(directory: Path) -> Iterator[None]:
     """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_own(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     began = time.monotonic()
     deadline, next_word = began + _LOCK_TIMEOUT_S, began
     try:

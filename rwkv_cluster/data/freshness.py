@@ -22,6 +22,7 @@ from rwkv_cluster.data.encode import DocumentEncoder
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.data.readers import array_values
 from rwkv_cluster.data.sources import Source, content_digest
+from rwkv_cluster.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
 CACHE_NAME = "inputs.json"
@@ -91,7 +92,7 @@ def write_cache(out_dir: Path, stats: Sequence[list[Any]], contents: Sequence[st
 def read_cache(out_dir: Path) -> list[list[Any]]:
     """[record or None, sha256] of each source, or an empty list where the file is absent or unusable."""
     try:
-        entries = json.loads((out_dir / CACHE_NAME).read_bytes())
+        entries = json.loads(read_own(out_dir / CACHE_NAME))
     except (OSError, ValueError, RecursionError):
         return []
     well_formed = isinstance(entries, list) and all(

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.own_file import open_own
 from rwkv_cluster.workdir import sha256_file
 
 MANIFEST_NAME = "manifest.json"
@@ -140,9 +141,7 @@ def load_manifest(out_dir: str | Path, *, verify: bool = False) -> DataManifest:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as handle:
-            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-                raise DataError(f"{path} is not a regular file. Prepare the data again")
+        with open(path, "rb", opener=open_own) as handle:
             content = handle.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise MissingDataError(

@@ -62,6 +62,8 @@ def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     path = Path(path)
     if not path.exists():
         raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
+    if not path.is_file() and not path.is_dir():  # a pipe would never end
+        raise CheckpointError(f"{path}: not a weights file, nor any regular file. Check the path")
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -15,6 +15,7 @@ from rwkv_cluster import runlog
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.own_file import read_own
 from rwkv_cluster.report import series
 from rwkv_cluster.report.series import Columns
 from rwkv_cluster.train.checkpoint_files import CheckpointFiles, check, checkpoint_path, list_steps
@@ -153,7 +154,7 @@ def _events(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
 
 def _sessions(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
     try:
-        content = json.loads(work.environment.read_bytes())
+        content = json.loads(read_own(work.environment))
     except OSError as error:
         missing.append(f"environment: {work.environment}: {error.strerror}")
         return []

@@ -12,6 +12,7 @@ from typing import Any
 
 from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.own_file import read_own, require_own
 from rwkv_cluster.workdir import sha256_file
 
 FORMAT = 1
@@ -67,12 +68,12 @@ def check(path: Path, *, checksums: bool = True) -> CheckpointFiles:
             if Path(name).name != name:
                 raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
             _check_file(path / name, **entry, checksum=checksums or name == STATE, advance=left.advance)
-    return CheckpointFiles(path, body["step"], n_bytes, json.loads((path / STATE).read_text()), tuple(body["files"]))
+    return CheckpointFiles(path, body["step"], n_bytes, json.loads(read_own(path / STATE)), tuple(body["files"]))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        content = path.read_bytes()
+        content = read_own(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     text, _, _ = content.rstrip(b"\n").rpartition(b"\n")
@@ -88,6 +89,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _check_file(path: Path, *, bytes: int, sha256: str, checksum: bool, advance: Callable[[int], None]) -> None:
     try:
+        require_own(path)
         found = path.stat().st_size
         if found != bytes:
             raise CheckpointError(f"{path}: {found} bytes, expected {bytes}")

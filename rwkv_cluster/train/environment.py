@@ -21,6 +21,7 @@ import torch
 
 from rwkv_cluster import __version__
 from rwkv_cluster.disk import writing
+from rwkv_cluster.own_file import read_own
 from rwkv_cluster.ranks import slurm_job
 from rwkv_cluster.train.strategy import Placement
 from rwkv_cluster.workdir import atomic_write
@@ -42,7 +43,7 @@ def record(path: Path, placement: Placement, start_step: int) -> None:
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(path.read_bytes())["sessions"])
+        return list(json.loads(read_own(path))["sessions"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import CheckpointError, Interrupted
+from rwkv_cluster.own_file import open_own
 
 Kind = Literal[
     "start", "resume", "save", "export", "validation", "sample",
@@ -51,7 +52,7 @@ class Events:
             return
         event = {"time": time.time(), "step": step, "kind": kind, **details}
         line = json.dumps(_plain(event), allow_nan=False) + "\n"
-        with writing(self._path, len(line)), open(self._path, "ab+", buffering=0) as file:
+        with writing(self._path, len(line)), open(self._path, "ab+", buffering=0, opener=open_own) as file:
             file.write(_end_of_cut_line(file) + line.encode())
 
     @contextmanager

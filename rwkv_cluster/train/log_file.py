@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from rwkv_cluster.errors import Interrupted
+from rwkv_cluster.own_file import open_own
 from rwkv_cluster.text_safety import VisibleFormatter
 
 log = logging.getLogger("rwkv_cluster")
@@ -15,6 +17,9 @@ log = logging.getLogger("rwkv_cluster")
 
 class _LogFile(logging.FileHandler):
     """A disk that refuses a line here refuses the step's record too, which ends the run by a sentence."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=open_own)
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):

@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rwkv_cluster.config import LoggingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.own_file import read_own
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
@@ -67,7 +68,7 @@ def _wandb_id(path: Path) -> str:
     """Of all sessions of the run, drawn by the first of them."""
     if not path.exists():
         atomic_write(path, uuid.uuid4().hex[:12].encode())
-    return path.read_text().strip()
+    return read_own(path).decode(errors="replace").strip()
 
 
 def log_metrics(loggers: Sequence[AnyLogger], metrics: Mapping[str, float], step: int, logged_step: int) -> None:

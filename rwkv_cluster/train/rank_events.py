@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rwkv_cluster.disk import writing
+from rwkv_cluster.own_file import open_own
 from rwkv_cluster.train.records import keep_lines
 from rwkv_cluster.train.step_timer import Lap
 
@@ -49,7 +50,9 @@ class RankEvents:
         with writing(self._path, 0):
             folder.mkdir(exist_ok=True)
             _rewind(self._path, start_step)
-            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()
+            self._file = open(  # noqa: SIM115 -- closed by close()
+                self._path, "a", encoding="utf-8", buffering=1, opener=open_own
+            )
 
     def add(self, step: int, lap: Lap) -> None:
         """On CUDA the line is written with the next step's. Raises CheckpointError when the disk refuses a line."""

@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 from rwkv_cluster.disk import writing
+from rwkv_cluster.own_file import open_own, read_own
 from rwkv_cluster.workdir import WorkDir, atomic_write, atomic_writer
 
 
@@ -71,8 +73,7 @@ class Records:
         keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
         keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
         self._rewrite_csv()
-        self._jsonl = open(self._jsonl_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 -- closed by close()
-        self._csv = open(self._csv_path, "a", encoding="utf-8", buffering=1, newline="")  # noqa: SIM115
+        self._jsonl, self._csv = _appending(self._jsonl_path), _appending(self._csv_path)
 
     def _rewrite_csv(self) -> None:
         """From the JSON lines: what an earlier version wrote may have other columns."""
@@ -99,13 +100,18 @@ class Records:
         )
 
     def _append_log(self, text: str) -> None:
-        with writing(self._log_path, len(text)), open(self._log_path, "a", encoding="utf-8") as handle:
+        with writing(self._log_path, len(text)), _appending(self._log_path) as handle:
             handle.write(text)
 
     def close(self) -> None:
         for file in (self._jsonl, self._csv):
             with suppress(OSError):  # lines are written at once: what is left is one that the disk has refused
                 file.close()
+
+
+def _appending(path: Path) -> TextIO:
+    """One of the files, to which each line goes at once."""
+    return open(path, "a", encoding="utf-8", buffering=1, newline="", opener=open_own)
 
 
 def _csv_row(values: Mapping[str, float]) -> str:
@@ -118,7 +124,7 @@ def _lines(path: Path) -> list[str]:
     """Whole lines of a file that may not be there. A line cut short by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = read_own(path).decode(errors="replace").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
 
 

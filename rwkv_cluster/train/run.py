@@ -110,7 +110,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         if session.is_complete:
             return _already_complete(session)
         log_path = work.train_log if rank() == 0 else None
-        with StopRequest(work.root / "STOP").listening() as stop_request, log_file(log_path):
+        with StopRequest(work.stop_file).listening() as stop_request, log_file(log_path):
             return fit(session, tokenizer, stop_request, [Attendance(roll_call)], roll_call.do)
 
 
@@ -137,7 +137,7 @@ def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RollCall]:
             roll_call.forget_earlier_runs()
             for folder in (work.out, work.checkpoints, work.logs, work.rank_events, work.profile, work.configs):
                 remove_temporaries(folder)
-            (work.root / "STOP").unlink(missing_ok=True)
+            work.stop_file.unlink(missing_ok=True)
             yield roll_call
 
 

@@ -18,6 +18,7 @@ from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.own_file import require_own
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
@@ -155,6 +156,7 @@ def _tokenizer_of(source: Path) -> TokenizerConfig:
             f"{source} does not say which tokenizer it was trained with: there is no {path}. "
             "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"
         )
+    require_own(path)
     tokenizer = load_config(path).data.tokenizer
     require_built_in(tokenizer, path, shlex.join(tokenizer_options(tokenizer)))
     return tokenizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.heartbeat import BEAT_S
+from rwkv_cluster.own_file import open_own
 from rwkv_cluster.train.whereabouts import name_and_step
 
 log = logging.getLogger("rwkv_cluster")
@@ -54,7 +55,7 @@ class Stall:
         sentence = f"{name_and_step(record)} has not gone on for {self.still_s:.0f} s: it is {record['doing']}"
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=open_own) as file:
                 file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}: {sentence}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)

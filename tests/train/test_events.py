@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def test_other_ranks_write_nothing_and_a_missing_file_is_empty(tmp_path: Path) -
     assert read_events(tmp_path / "events.jsonl") == []
 
 
-def test_a_full_disk_is_told_by_the_error_that_it_caused() -> None:
+def test_a_full_disk_is_told_by_the_error_that_it_caused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_cluster.train.events.open_own", os.open)  # which would not open a device
     events = Events(Path("/dev/full"))
     with pytest.raises(CheckpointError, match=r"/dev/full cannot be written: No space left"):
         events.add("save", 4)
