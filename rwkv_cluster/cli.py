@@ -202,7 +202,9 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_argument("--doctor", action="store_true", help="start `rwkv-cluster doctor` there instead of training")
     for verb in ("status", "logs", "cancel"):
         by_verb[verb].add_argument("work_dir", metavar="WORK_DIR", help="the directory of the run")
-    by_verb["status"].add_argument("--verify", action="store_true", help="read every byte of the newest checkpoint")
+    by_verb["status"].add_argument(
+        "--verify", action="store_true", help="read every byte of newest checkpoint and data"
+    )
     by_verb["report"].add_argument("work_dirs", nargs="+", metavar="WORK_DIR", help="one, or several to compare")
     by_verb["report"].add_argument("--output", metavar="DIR", help="default: WORK_DIR/report, of the first")
     by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")

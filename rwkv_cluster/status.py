@@ -12,8 +12,9 @@ from typing import Any
 from rwkv_cluster import lock, runlog
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.commit import in_words, progress
-from rwkv_cluster.data.manifest import DataManifest
-from rwkv_cluster.errors import ConfigError, LaunchError
+from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
+from rwkv_cluster.data.verify import check_every_byte
+from rwkv_cluster.errors import ConfigError, DataError, LaunchError
 from rwkv_cluster.launch import manage
 from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.lock import Holder
@@ -59,9 +60,9 @@ class SavedState:
 class RunStatus:
     """state: running, preparing data, complete, stopped, died (its process is gone, or silent), or not started.
 
-    faults: of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl. preparation: how far one
-    under way has come, see `data.commit`. data, launch: None where there is none; `launch` is a sentence where its
-    state cannot be known here.
+    faults: of the data, and of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl.
+    preparation: how far one under way has come, see `data.commit`. data, launch: None where there is none; `launch`
+    is a sentence where its state cannot be known here.
     """
 
     work_dir: Path
@@ -77,9 +78,10 @@ class RunStatus:
 
 
 def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
-    """What is going on in a work directory. verify: read every byte of the checkpoint. Raises ConfigError for another.
+    """What is going on in a work directory. Raises ConfigError for another.
 
-    Takes seconds where the lock is held by another machine, whose heartbeat has to be watched.
+    verify: read every byte of the checkpoint and of the data. Takes seconds where the lock is held by another machine,
+    whose heartbeat has to be watched.
     """
     if not runlog.is_work_dir(work):
         raise ConfigError(
@@ -90,6 +92,7 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     holder = lock.holder(work.lock_file)
     config, data = runlog.read_config(work), runlog.read_manifest(work)
     found, faults = newest_good(work.checkpoints, checksums=verify)
+    faults += _data_faults(work, data, verify)
     saved = SavedState(found.path, found.step, found.n_bytes, verify) if found else None
     known = (config if isinstance(config, Config) else None, data if isinstance(data, DataManifest) else None)
     training = _training(work, *known) or (_training_saved(found.state, *known) if found else None)
@@ -104,6 +107,17 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     return RunStatus(
         work.root, state, holder, training, saved, faults, event, known[1], preparation, _launch(work.root)
     )
+
+
+def _data_faults(work: WorkDir, data: DataManifest | str, verify: bool) -> list[str]:
+    if isinstance(data, str):
+        return [data] if (work.data / MANIFEST_NAME).exists() else []
+    try:
+        if verify:
+            check_every_byte(data, work.data)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _state(work: WorkDir, holder: Holder | None, training: Training | None, preparation: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ Every case goes through the command line in this process. The tables hold the wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -28,6 +29,7 @@ Run = Callable[..., tuple[int, list[str]]]
 INTEGER = "--data.tokenizer.type=integer"
 VOCABULARY = ("--data.tokenizer.type=generic", "--data.tokenizer.vocab_file=v.txt")
 LOCKS = {"work/.lock", "work/data/.prepare.lock"}
+REMEMBERED = {"work/data/verified.json"}
 PREPARED = {f"work/data/{name}" for name in ("train.bin", "train.idx", "vocab.txt", "manifest.json", "inputs.json")}
 
 
@@ -68,9 +70,9 @@ def refused(run: Run, code: int, sentence: str, *arguments: str, leaves: set[str
     assert [line for line in lines if line.startswith("rwkv-cluster:")] == lines[-1:]
     assert lines[-1] == f"rwkv-cluster: error: {sentence}"
     after = files()
-    assert set(after) - set(before) <= LOCKS | leaves
-    assert {name: after[name] for name in before if name not in LOCKS} == {
-        name: content for name, content in before.items() if name not in LOCKS
+    assert set(after) - set(before) <= LOCKS | REMEMBERED | leaves
+    assert {name: after[name] for name in before if name not in LOCKS | REMEMBERED} == {
+        name: content for name, content in before.items() if name not in LOCKS | REMEMBERED
     }
 
 
@@ -313,6 +315,39 @@ def test_a_token_file_that_is_cut_off(run: Run) -> None:
     assert lines[-1].startswith("rwkv-cluster: error: old.")
     assert str(len(content) - 100) in lines[-1].replace(",", "")
     assert set(files()) - set(before) <= {"new/.lock", "new/data/.prepare.lock"}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
+def test_a_flipped_bit_in_a_token_file(name: str, run: Run, tmp_path: Path) -> None:
+    for work in ("work", "undisturbed"):
+        run("train", "run.yaml", f"--work_dir={work}")
+    more = ("train", "run.yaml", "--training.max_steps=3")
+    path = tmp_path / "work/data" / name
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+    digests = [hashlib.sha256(content).hexdigest()[:12] for content in (path.read_bytes(), good)]
+    sentence = (
+        f"{path} is damaged: it is not what was prepared (sha256 {digests[0]}..., expected {digests[1]}...). "
+        "Make it again from its input with `rwkv-cluster prepare CONFIG`"
+    )
+    refused(run, 3, sentence, *more)
+    code, lines = run("prepare", "run.yaml")
+    assert code == 0
+    assert f"preparing data in {path.parent}: {path} is damaged" in lines[0]
+    assert path.read_bytes() == good
+    assert run(*more)[0] == run(*more, "--work_dir=undisturbed")[0] == 0
+    assert losses("work") == losses("undisturbed")
+
+
+def test_a_flipped_bit_in_the_validation_file_does_not_give_another_loss(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml", "--data.validation_fraction=0.1")
+    path = tmp_path / "work/data/val.bin"
+    path.write_bytes(b"\x02" + path.read_bytes()[1:])
+    code, lines = run("eval", "work")
+    assert code == 3
+    assert f"{path} is damaged" in lines[-1]
+    code = main(["doctor", "run.yaml", "--data.validation_fraction=0.1"])
+    assert code == 3
 
 
 # What crashes, or does something else in silence, elsewhere, and simply works here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,22 @@ def test_verified_is_said_only_of_bytes_that_were_read(work: WorkDir, capsys: py
     with open(work.checkpoints / "step-00000008" / "optimizer.pth", "ab") as handle:
         handle.write(b"x")
     assert "checkpoint  step 4, " in say(work, capsys)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "val.bin", "val.idx", "vocab.txt", "train.jsonl"])
+def test_damaged_data_is_told_when_every_byte_is_read(
+    name: str, work: WorkDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in work.root.rglob("*")}
+    assert "damaged  " not in say(work, capsys, "--verify")
+    assert {path: path.stat().st_mtime_ns for path in work.root.rglob("*")} == before
+    if not (work.data / name).exists():
+        pytest.skip("this run has no such file")
+    damage(work.data / name)
+    assert "damaged  " not in say(work, capsys)
+    assert f"damaged     {work.data / name} is damaged: it is not what was prepared" in say(work, capsys, "--verify")
+    os.truncate(work.data / name, 1)
+    assert f"{name} has 1 bytes, but the manifest says" in say(work, capsys)
 
 
 def test_a_run_that_was_stopped_knows_its_time_left(work: WorkDir) -> None:

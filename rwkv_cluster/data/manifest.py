@@ -103,6 +103,11 @@ class DataManifest(_Part):
         """Prefix of the held-out token file, or None."""
         return Path(out_dir) / "val" if self.validation else None
 
+    @property
+    def run_files(self) -> list[str]:
+        """Those of `files` that a run reads: without the documents as JSONL."""
+        return [name for name in self.files if not name.endswith(".jsonl")]
+
     def path_of(self, out_dir: Path, file_name: str) -> Path:
         """Where a file of `files` lies."""
         of_tokens = file_name in (f"{self.prefix}.bin", f"{self.prefix}.idx")

@@ -46,6 +46,7 @@ from rwkv_cluster.data.manifest import (
 from rwkv_cluster.data.order import below, everything, not_below, split_threshold, write_documents
 from rwkv_cluster.data.sources import Source, find_sources
 from rwkv_cluster.data.spool import Spool
+from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
 from rwkv_cluster.workdir import remove_temporaries, sha256_file
@@ -64,12 +65,14 @@ def prepare(
     *,
     arrays: Sequence[np.ndarray] = (),
     name: str = "train",
+    mend: bool = True,
 ) -> DataManifest:
     """Prepare `arrays` and then `data.inputs` into `out_dir`, or use what is there again when nothing has changed.
 
     arrays: 1-D or 2-D, integers or whole numbers; see `data.readers`. tokenizer: any object with encode, decode and
-    vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. Raises DataError, with the
-    document and the reason; an earlier preparation then stays as it was.
+    vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. mend: make a damaged file of
+    an earlier preparation again, instead of raising DataError. Raises DataError, with the document and the reason; an
+    earlier preparation then stays as it was.
     """
     if not data.inputs and not len(arrays):
         raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
@@ -81,6 +84,8 @@ def prepare(
         with only_one(job.out_dir):
             remove_temporaries(job.out_dir)
             found = job.reusable(refresh=True)
+            if isinstance(found, DataManifest):
+                found = job.undamaged(found, mend=mend)
             if isinstance(found, DataManifest):
                 log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(found))
                 return found
@@ -173,6 +178,16 @@ class _Job:
             refresh=refresh,
         )
         return manifest if reason is None else reason
+
+    def undamaged(self, manifest: DataManifest, *, mend: bool) -> DataManifest | str:
+        """`manifest`, or what is wrong with its files where that can be mended. Raises DataError where it cannot."""
+        try:
+            check_files(manifest, self.out_dir, manifest.files if mend else manifest.run_files)
+        except DamagedFileError as error:
+            if not mend or self.is_in_place:
+                raise
+            return error.fault
+        return manifest
 
     def _array_digests(self) -> list[str]:
         encoder, length = DocumentEncoder(self.tokenizer), self.data.sequence_length

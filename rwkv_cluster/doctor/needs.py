@@ -60,12 +60,17 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _data(config: Config) -> str:
-    """What data.inputs names is there and can be read, or prepared data is."""
-    from rwkv_cluster.data.prepare import load_manifest
+    """What data.inputs names is there and can be read; prepared data is undamaged."""
+    from rwkv_cluster.data.manifest import MANIFEST_NAME, load_manifest
     from rwkv_cluster.data.sources import find_sources
+    from rwkv_cluster.data.verify import check_files
 
+    work = WorkDir(config.work_dir)
+    if not config.data.inputs or (work.data / MANIFEST_NAME).exists():
+        manifest = load_manifest(work.data)
+        check_files(manifest, work.data, manifest.run_files)
     if not config.data.inputs:
-        return f"prepared: {load_manifest(WorkDir(config.work_dir).data).n_tokens:,} tokens"
+        return f"prepared: {manifest.n_tokens:,} tokens"
     files = [path for source in find_sources(config.data) for path in source.files()]
     for path in files:
         if not os.access(path, os.R_OK):

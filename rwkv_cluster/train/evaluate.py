@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.countdown import Countdown
-from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
+from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
+from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.token_bytes import token_bytes
@@ -107,6 +108,7 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
             f"{work.data} has no validation data: data.validation_fraction was 0. "
             "Set it and prepare the data in a new work_dir"
         )
+    check_files(manifest, work.data, [bin_path(prefix).name, idx_path(prefix).name])
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
     tokens = open_tokens(prefix)

@@ -15,6 +15,7 @@ import numpy as np
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import MANIFEST_NAME
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
+from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import end_with_launcher, launched, launched_world_size, rank, start_others
@@ -53,7 +54,7 @@ def prepare_data(
     tokenizer = _chosen(tokenizer, config)
     with _holding(config, work, "prepare") as roll_call:
         if rank() == 0:
-            manifest = _prepared_by_rank_0(config, work, tokenizer, arrays, name)
+            manifest = _prepared(config, work, tokenizer, arrays, name, mend=True)
             roll_call.publish(data=manifest.fingerprint)
             return manifest
 
@@ -102,8 +103,9 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     resolve(config, int(tokenizer.vocab_size))  # refuses before the data is prepared what would be refused after it
     with _holding(config, work, "train") as roll_call:
         if rank() == 0:
-            session = open_session(config, work, manifest or _prepared_by_rank_0(config, work, tokenizer))
-            begins = {"data": session.manifest.fingerprint, "step": session.start_step, "group": session.group}
+            prepared = _verified(manifest, work) if manifest else _prepared(config, work, tokenizer)
+            session = open_session(config, work, prepared)
+            begins = {"data": prepared.fingerprint, "step": session.start_step, "group": session.group}
             roll_call.publish(begins=begins)
         else:
             session = _session_of_rank_0(config, work, roll_call)
@@ -197,12 +199,18 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _prepared_by_rank_0(
-    config: Config, work: WorkDir, tokenizer: Any, arrays: Sequence[np.ndarray] = (), name: str = "train"
+def _prepared(
+    config: Config,
+    work: WorkDir,
+    tokenizer: Any,
+    arrays: Sequence[np.ndarray] = (),
+    name: str = "train",
+    *,
+    mend: bool = False,
 ) -> DataManifest:
     if not config.data.inputs and not arrays:
         try:
-            return load_manifest(work.data)
+            return _verified(load_manifest(work.data), work)
         except MissingDataError as error:
             raise MissingDataError(
                 f"data.inputs is empty, and {work.data} holds no prepared data. "
@@ -212,7 +220,12 @@ def _prepared_by_rank_0(
     change = reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
     if change is not None:  # otherwise no checkpoint has to be read and hashed for this
         resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), change)
-    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name, mend=mend)
+
+
+def _verified(manifest: DataManifest, work: WorkDir) -> DataManifest:
+    check_files(manifest, work.data, manifest.run_files)
+    return manifest
 
 
 def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:

@@ -51,8 +51,9 @@ def write_lines(path: Path, values, field="text") -> Path:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Everything but the cache of time stamps and the lock."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in ("inputs.json", ".prepare.lock")}
+    """Everything but the caches of time stamps and the lock."""
+    caches = ("inputs.json", "verified.json", ".prepare.lock")
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in caches}
 
 
 # Inputs
