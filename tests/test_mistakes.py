@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -337,6 +338,36 @@ def test_a_flipped_bit_in_a_token_file(name: str, run: Run, tmp_path: Path) -> N
     assert path.read_bytes() == good
     assert run(*more)[0] == run(*more, "--work_dir=undisturbed")[0] == 0
     assert losses("work") == losses("undisturbed")
+
+
+@pytest.mark.parametrize(("name", "command"), [("train", ["train", "run.yaml"]), ("val", ["eval", "work"])])
+def test_an_id_outside_the_vocabulary(name: str, command: list[str], run: Run, tmp_path: Path) -> None:
+    """As a larger tokenizer leaves it, with a manifest to it."""
+    held_out = "--data.validation_fraction=0.5"
+    run("train", "run.yaml", held_out)
+    path = tmp_path / f"work/data/{name}.bin"
+    ids = np.fromfile(path, np.uint16)
+    ids[:] = 60_000
+    old = hashlib.sha256(path.read_bytes()).hexdigest()
+    ids.tofile(path)
+    manifest = path.parent / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
+    shutil.rmtree("work/out/checkpoints")
+    code, lines = run(*command, *([held_out] if name == "train" else []))
+    assert code == 3
+    assert lines[-1].startswith(f"rwkv-cluster: error: {path}: document ")
+    assert lines[-1].endswith(
+        ": id 60000 is not in the tokenizer's vocabulary, 0 to 256. Use the tokenizer that made it, or make it again"
+    )
+
+
+def test_eval_with_the_weights_of_a_smaller_vocabulary(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml", "--data.validation_fraction=0.1")
+    numbers = ["--data.tokenizer.max_value=20", INTEGER, "--work_dir=small"]
+    assert run("train", "run.yaml", write("n.jsonl", line("1 2 3 4 5 6 7 8 " * 40)), *numbers)[0] == 0
+    refused(run, 4, "small/out/rwkv-final.pth has 22 vocabulary rows, but the tokens in "
+            f"{tmp_path}/work/data are ids up to 256. Use weights that were trained with the tokenizer of this data",
+            "eval", "work", "--weights", "small/out/rwkv-final.pth")  # fmt: skip
 
 
 def test_a_flipped_bit_in_the_validation_file_does_not_give_another_loss(run: Run, tmp_path: Path) -> None:

@@ -33,14 +33,13 @@ class CheckedPair:
 
 def check_pair(prefix: Path, vocab_size: int) -> CheckedPair:
     """Read a token file once. Raises DataError naming document and position of a token outside the vocabulary."""
-    tokens = open_tokens(prefix)
+    tokens = open_tokens(prefix, vocab_size)
     if tokens.n_tokens == 0:
         raise DataError(f"{bin_path(prefix)} has no tokens")
     digest = hashlib.sha256()
     with bytes_left(f"checking {bin_path(prefix).name}", tokens.n_tokens * tokens.dtype.itemsize) as left:
         for start in range(0, tokens.n_tokens, _BLOCK_TOKENS):
             block = tokens.read(start, min(start + _BLOCK_TOKENS, tokens.n_tokens))
-            _check_tokens(tokens, block, start, vocab_size)
             digest.update(block.data)
             left.advance(block.nbytes)
     bin_record = FileRecord(bytes=tokens.n_tokens * tokens.dtype.itemsize, sha256=digest.hexdigest())
@@ -53,23 +52,9 @@ def check_pair(prefix: Path, vocab_size: int) -> CheckedPair:
     return CheckedPair(tokens, bin_record, idx_record, digest.hexdigest())
 
 
-def _check_tokens(tokens: IndexedTokens, block: np.ndarray, start: int, vocab_size: int) -> None:
-    if block.size == 0 or (block.max() < vocab_size and block.min() >= 0):
-        return
-    index = int(np.argmax((block < 0) | (block >= vocab_size)))
-    position = start + index
-    item = int(np.searchsorted(tokens.pointers, position * tokens.dtype.itemsize, side="right")) - 1
-    document = int(np.searchsorted(tokens.doc_idx, item, side="right")) - 1
-    first = int(tokens.pointers[int(tokens.doc_idx[document])]) // tokens.dtype.itemsize
-    raise DataError(
-        f"{bin_path(tokens.prefix)}: document {document}, token {position - first}: id {block[index]} is not in the "
-        f"tokenizer's vocabulary, 0 to {vocab_size - 1}. Use the tokenizer that made the file"
-    )
-
-
 def token_documents(prefix: Path, vocab_size: int) -> Iterator[Iterator[np.ndarray]]:
     """The documents of a token file, each as pieces of ids without a final 0. Raises DataError as `check_pair` does."""
-    tokens = open_tokens(prefix)
+    tokens = open_tokens(prefix, vocab_size)
     itemsize = tokens.dtype.itemsize
     for document in range(len(tokens.doc_idx) - 1):
         first, last = int(tokens.doc_idx[document]), int(tokens.doc_idx[document + 1])
@@ -79,11 +64,9 @@ def token_documents(prefix: Path, vocab_size: int) -> Iterator[Iterator[np.ndarr
         stop = int(tokens.pointers[last - 1]) // itemsize + int(tokens.sizes[last - 1])
         if stop > start and tokens.read(stop - 1, stop)[0] == 0:
             stop -= 1
-        yield _pieces(tokens, start, stop, vocab_size)
+        yield _pieces(tokens, start, stop)
 
 
-def _pieces(tokens: IndexedTokens, start: int, stop: int, vocab_size: int) -> Iterator[np.ndarray]:
+def _pieces(tokens: IndexedTokens, start: int, stop: int) -> Iterator[np.ndarray]:
     for first in range(start, stop, _BLOCK_TOKENS):
-        block = tokens.read(first, min(first + _BLOCK_TOKENS, stop))
-        _check_tokens(tokens, block, first, vocab_size)
-        yield block
+        yield tokens.read(first, min(first + _BLOCK_TOKENS, stop))

@@ -106,11 +106,12 @@ class IndexedTokens:
     """A checked token file, read only.
 
     tokens: 1-D memory map of all tokens. sizes: [S] int32. pointers: [S] int64, bytes. doc_idx: [D] int64.
-    Pickles as its prefix.
+    vocab_size: what every id that is read is below; None: nobody looks. Pickles as its prefix and vocab_size.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
         self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
         pair = "A token file is a pair <prefix>.bin and <prefix>.idx; name it by its prefix"
         bin_size = _regular_file_size(bin_path(prefix), pair)
         idx_size = _regular_file_size(idx_path(prefix), pair)
@@ -127,8 +128,8 @@ class IndexedTokens:
         self.pointers = _map(idx_path(prefix), np.dtype("<i8"), n_items, after_sizes)
         self.doc_idx = _map(idx_path(prefix), np.dtype("<i8"), n_doc_idx, after_sizes + 8 * n_items)
 
-    def __reduce__(self) -> tuple[type[IndexedTokens], tuple[Path]]:
-        return IndexedTokens, (self.prefix,)
+    def __reduce__(self) -> tuple[type[IndexedTokens], tuple[Path, int | None]]:
+        return IndexedTokens, (self.prefix, self.vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -139,17 +140,55 @@ class IndexedTokens:
         return self.read(start, start + int(self.sizes[item]))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a copy, read without the map: a file that has shrunk is a DataError, not a SIGBUS."""
+        """Tokens [start, stop) as a copy, read without the map: a file that has shrunk is a DataError, not a SIGBUS.
+
+        Raises DataError naming document and position of an id outside the vocabulary, which a GPU would not survive.
+        """
+        tokens = self._read(start, stop)
+        if not self._are_ids(tokens):
+            raise self._outside_vocabulary(tokens, start)
+        return tokens
+
+    def read_rows(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """[len(starts), length] tokens, each row what `read` gives. Ids are looked at once for all, in microseconds."""
+        rows = np.stack([self._read(start, start + length) for start in starts])
+        if not self._are_ids(rows):
+            for start, row in zip(starts, rows, strict=True):
+                if not self._are_ids(row):
+                    raise self._outside_vocabulary(row, start)
+        return rows
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         wanted = (stop - start) * self.dtype.itemsize
         content = _read_exactly(self._descriptor, wanted, start * self.dtype.itemsize)
         if len(content) != wanted:
             raise DataError(f"{bin_path(self.prefix)} has become shorter while it was in use. Prepare the data again")
         return np.frombuffer(content, self.dtype)
 
+    def _are_ids(self, tokens: np.ndarray) -> bool:
+        if self.vocab_size is None or tokens.size == 0:
+            return True
+        return bool(tokens.max() < self.vocab_size) and (self.dtype.kind == "u" or bool(tokens.min() >= 0))
 
-def open_tokens(prefix: str | Path) -> IndexedTokens:
-    """Open `<prefix>.bin` and `.idx` after checking both. Raises DataError saying what is wrong and where."""
-    return IndexedTokens(prefix)
+    def _outside_vocabulary(self, tokens: np.ndarray, start: int) -> DataError:
+        assert self.vocab_size is not None
+        index = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
+        position = start + index
+        item = int(np.searchsorted(self.pointers, position * self.dtype.itemsize, side="right")) - 1
+        document = int(np.searchsorted(self.doc_idx, item, side="right")) - 1
+        first = int(self.pointers[int(self.doc_idx[document])]) // self.dtype.itemsize
+        return DataError(
+            f"{bin_path(self.prefix)}: document {document}, token {position - first}: id {tokens[index]} is not in the "
+            f"tokenizer's vocabulary, 0 to {self.vocab_size - 1}. Use the tokenizer that made it, or make it again"
+        )
+
+
+def open_tokens(prefix: str | Path, vocab_size: int | None = None) -> IndexedTokens:
+    """Open `<prefix>.bin` and `.idx` after checking both. Raises DataError saying what is wrong and where.
+
+    vocab_size: what ids are to be below when they are read.
+    """
+    return IndexedTokens(prefix, vocab_size)
 
 
 def _map(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:

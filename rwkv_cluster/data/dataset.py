@@ -26,12 +26,12 @@ class TokenDataset(Dataset[Tensor]):
 
     def __getitem__(self, sample: int) -> Tensor:
         """[T + 1] int64: inputs are all but the last, targets all but the first."""
-        offset = self._plan.offset(sample)
-        return torch.from_numpy(self._tokens.read(offset, offset + self._plan.ctx_len + 1).astype(np.int64))
+        return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: Sequence[int]) -> Tensor:
         """[len(samples), T + 1] int64."""
-        return torch.stack([self[sample] for sample in samples])
+        offsets = [self._plan.offset(sample) for sample in samples]
+        return torch.from_numpy(self._tokens.read_rows(offsets, self._plan.ctx_len + 1).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,4 @@ def validation_batches(
             yield None
             return
         group, length = batches[turn]
-        rows = [tokens.read(start, start + length + 1).astype(np.int64) for start in group]
-        yield torch.from_numpy(np.stack(rows))
+        yield torch.from_numpy(tokens.read_rows(group, length + 1).astype(np.int64))

@@ -18,7 +18,7 @@ from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tok
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.prepare import load_manifest
 from rwkv_cluster.data.verify import check_files
-from rwkv_cluster.errors import ConfigError, DataError
+from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.token_bytes import token_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
@@ -111,7 +111,13 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     check_files(manifest, work.data, [bin_path(prefix).name, idx_path(prefix).name])
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
-    tokens = open_tokens(prefix)
+    n_rows = model.config.vocab_size or 0
+    if n_rows < manifest.vocab_size:
+        raise CheckpointError(
+            f"{weights or work.root} has {n_rows:,} vocabulary rows, but the tokens in {work.data} are ids up to "
+            f"{manifest.vocab_size - 1:,}. Use weights that were trained with the tokenizer of this data"
+        )
+    tokens = open_tokens(prefix, manifest.vocab_size)
     with Countdown("evaluating", tokens.n_tokens - 1, "tokens") as left:
 
         def loss_of(batch: Tensor) -> Tensor:

@@ -88,12 +88,12 @@ class Session:
 
     def train_tokens(self) -> IndexedTokens:
         """The training file."""
-        return open_tokens(self.manifest.token_prefix(self.work.data))
+        return open_tokens(self.manifest.token_prefix(self.work.data), self.manifest.vocab_size)
 
     def val_tokens(self) -> IndexedTokens | None:
         """The validation file; None when it has nothing to predict."""
         prefix = self.manifest.validation_prefix(self.work.data)
-        tokens = open_tokens(prefix) if prefix is not None else None
+        tokens = open_tokens(prefix, self.manifest.vocab_size) if prefix is not None else None
         return tokens if tokens is not None and tokens.n_tokens > 1 else None
 
 

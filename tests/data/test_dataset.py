@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,29 @@ def test_a_sample_is_the_slice_at_its_offset(tokens: IndexedTokens) -> None:
     batch = TokenDataset(tokens, plan).__getitems__([1, 7, 500])
     assert batch.dtype == torch.int64
     assert batch.tolist() == [list(range(plan.offset(j), plan.offset(j) + 11)) for j in (1, 7, 500)]
+
+
+def _pair(folder: Path, values: list[list[int]], dtype: str) -> Path:
+    with TokenFileWriter(folder / "pair", np.dtype(dtype)) as writer:
+        for document in values:
+            writer.write(np.array(document, dtype), np.array([len(document)]))
+    return folder / "pair"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [("uint16", 300), ("uint16", 65535), ("int32", 300), ("int32", -1), ("int64", 2**40)]
+)
+def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path, dtype: str, bad: int) -> None:
+    prefix = _pair(tmp_path, [[1] * 50, [2] * 30 + [bad] + [3] * 40, [299] * 60], dtype)
+    plan = SamplePlan(ctx_len=10, magic_prime=17, global_batch_size=4)
+    told = rf"pair\.bin: document 1, token 30: id {bad} is not in the tokenizer's vocabulary, 0 to 299\. Use"
+    tokens = pickle.loads(pickle.dumps(open_tokens(prefix, 300)))
+    assert tokens.read(121, 181).tolist() == [299] * 60
+    with pytest.raises(DataError, match=told):
+        TokenDataset(tokens, plan).__getitems__(range(1, 18))
+    with pytest.raises(DataError, match=told):
+        list(validation_batches(tokens, ctx_len=10, batch_size=4, max_tokens=10**9))
+    assert len(open_tokens(prefix).read(0, 181)) == 181  # who asks for no vocabulary may look at anything
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
