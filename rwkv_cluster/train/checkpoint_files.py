@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.errors import CheckpointError
@@ -19,6 +21,77 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
+_WHOLE = frozenset({"weights.pth", "optimizer.pth", STATE})
+_SHARD = re.compile(r"(?:weights|optimizer)-\d{5}-of-(\d{5})\.pth")
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _FileEntry(_Part):
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Manifest(_Part):
+    format: Literal[1]
+    step: Count
+    files: dict[str, _FileEntry]
+
+
+class _RunConfig(BaseModel):
+    """Sections of the configuration, which `train.resume` compares; fields may be those of another version."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model: dict[str, Any]
+    training: dict[str, Any]
+    data: dict[str, Any] = {}
+    launch: dict[str, Any] = {}
+
+
+class _Spikes(_Part):
+    losses: list[float]
+    spiking: Count
+    rollbacks: Count
+
+
+class _Improvement(_Part):
+    best: float | None
+    stale: Count
+
+
+class _RandomStates(_Part):
+    python: Annotated[tuple[int, list[int], float | None], Strict(False)]
+    numpy: Annotated[tuple[str, list[int], int, int, float], Strict(False)]
+    torch: str
+    cuda: str | None = None
+
+
+class _State(_Part):
+    """state.json. What has a default came later than the first checkpoints."""
+
+    config: _RunConfig
+    data_fingerprint: str
+    global_batch_size: Annotated[int, Field(ge=1)]
+    magic_prime: Count
+    step: Count
+    tokens_seen: Count
+    epoch_loss_sum: float
+    epoch_loss_count: Count
+    loss: float | None
+    val_loss: float | None
+    optimizer_updates: Count
+    shapes: dict[str, list[Count]] | None = None
+    skipped: list[Annotated[tuple[Count, Count], Strict(False)]] = []
+    spikes: _Spikes | None = None
+    improvement: _Improvement | None = None
+    loss_scale: dict[str, float | int] | None = None
+    torch: str
+    random_states: Annotated[list[_RandomStates], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -60,18 +133,16 @@ def check(path: Path, *, checksums: bool = True) -> CheckpointFiles:
 
     checksums: read every byte. Without, only the manifest and state.json are read, and of the others the sizes seen.
     """
-    manifest_path = path / MANIFEST
-    body = _read_manifest(manifest_path)
-    n_bytes = sum(entry["bytes"] for entry in body["files"].values())
+    manifest = _read_manifest(path / MANIFEST)
+    n_bytes = sum(entry.bytes for entry in manifest.files.values())
     with bytes_left(f"verifying {path.name}", n_bytes) as left:
-        for name, entry in body["files"].items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{manifest_path}: it names {name!r}, which is not a file of this directory")
-            _check_file(path / name, **entry, checksum=checksums or name == STATE, advance=left.advance)
-    return CheckpointFiles(path, body["step"], n_bytes, json.loads(read_own(path / STATE)), tuple(body["files"]))
+        for name, entry in manifest.files.items():
+            _check_file(path / name, entry, checksum=checksums or name == STATE, advance=left.advance)
+    state = _read_state(path / STATE, manifest)
+    return CheckpointFiles(path, manifest.step, n_bytes, state, tuple(manifest.files))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> _Manifest:
     try:
         content = read_own(path)
     except OSError as error:
@@ -79,21 +150,69 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     text, _, _ = content.rstrip(b"\n").rpartition(b"\n")
     if content != text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n":
         raise CheckpointError(f"{path}: its own sha256 does not fit; it was altered or cut short")
-    body: dict[str, Any] = json.loads(text)
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {body['format']}, this version reads {FORMAT}")
-    if path.parent.name != checkpoint_path(path.parent, body["step"]).name:
-        raise CheckpointError(f"{path}: it belongs to step {body['step']}, not to {path.parent.name}")
+    body = _parse(text, path)
+    version = body.get("format") if isinstance(body, dict) else None
+    if version != FORMAT or isinstance(version, bool):
+        raise CheckpointError(f"{path}: format {version!s:.40}, this version reads {FORMAT}")
+    manifest = _valid(_Manifest, body, path)
+    if path.parent.name != checkpoint_path(path.parent, manifest.step).name:
+        raise CheckpointError(f"{path}: it belongs to step {manifest.step}, not to {path.parent.name}")
+    _require_all_files(path, set(manifest.files))
+    return manifest
+
+
+def _require_all_files(path: Path, names: set[str]) -> None:
+    """One rank's whole tensors, or the shards of each of n ranks, and the state. Raises CheckpointError."""
+    counts = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
+    kinds, n_ranks = ("weights", "optimizer"), max(counts, default=0)
+    shards = {f"{kind}-{rank:05d}-of-{n_ranks:05d}.pth" for kind in kinds for rank in range(n_ranks)}
+    wanted = shards | {STATE} if shards else _WHOLE
+    if missing := sorted(wanted - names):
+        raise CheckpointError(f"{path}: it does not list {missing[0]}, without which the checkpoint is not whole")
+    if strange := sorted(names - wanted):
+        raise CheckpointError(f"{path}: it lists {strange[0]!r:.80}, which is no file of such a checkpoint")
+
+
+def _read_state(path: Path, manifest: _Manifest) -> dict[str, Any]:
+    try:
+        body = _parse(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    state = _valid(_State, body, path)
+    if state.step != manifest.step:
+        raise CheckpointError(f"{path}: it belongs to step {state.step}, the manifest to step {manifest.step}")
+    if state.shapes is None and "weights.pth" not in manifest.files:
+        raise CheckpointError(f"{path}: shapes: there are none, which files in pieces need")
+    assert isinstance(body, dict)
     return body
 
 
-def _check_file(path: Path, *, bytes: int, sha256: str, checksum: bool, advance: Callable[[int], None]) -> None:
+def _parse(text: bytes, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: it is not JSON ({error!s:.80})") from None
+
+
+def _valid(kind: type[Kind], body: Any, path: Path) -> Kind:
+    """`body` in the shape of `kind`. Raises CheckpointError naming the first field that is not."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part)[:60] for part in first["loc"]) or "as a whole"
+        raise CheckpointError(
+            f"{path}: {place}: {first['msg']}. It was written by another version, or altered"
+        ) from None
+
+
+def _check_file(path: Path, entry: _FileEntry, *, checksum: bool, advance: Callable[[int], None]) -> None:
     try:
         require_own(path)
         found = path.stat().st_size
-        if found != bytes:
-            raise CheckpointError(f"{path}: {found} bytes, expected {bytes}")
-        if checksum and sha256_file(path, advance) != sha256:
+        if found != entry.bytes:
+            raise CheckpointError(f"{path}: {found} bytes, expected {entry.bytes}")
+        if checksum and sha256_file(path, advance) != entry.sha256:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was altered")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

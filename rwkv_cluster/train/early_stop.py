@@ -17,7 +17,7 @@ class Improvement:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Improvement:
         """From a checkpoint's state; one of a version without it has none."""
-        return cls(**state.get("improvement", {}))
+        return cls(**(state.get("improvement") or {}))
 
     def after(self, val_loss: float, min_delta: float) -> Improvement:
         """With one more evaluation; only a loss lower by more than `min_delta` nats is an improvement."""

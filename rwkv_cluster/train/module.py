@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.sampler import Horizon, SamplePlan
-from rwkv_cluster.errors import TrainingError
+from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train import distributed, strategy
@@ -88,8 +88,8 @@ class TrainingModule(LightningModule):
         self.state = strategy.train_state(self.trainer, self.model)
         if self._found is not None:
             self.state.restore(self._found)
-            if self.scaler is not None:
-                self.scaler.load_state_dict(self._found.state["loss_scale"])
+            if self.scaler is not None and (scale := self._found.state.get("loss_scale")) is not None:
+                _restore_scale(self.scaler, scale)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -202,6 +202,17 @@ class TrainingModule(LightningModule):
             f"{ranks} begin at token {_shown(positions)}. "
             "The same command starts again from the newest checkpoint; lower training.lr_init or look at the data"
         )
+
+
+def _restore_scale(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+    """Raises CheckpointError for a state that is none."""
+    try:
+        scaler.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the loss scale in the checkpoint is damaged or of another version: {error!r}. "
+            "Move that checkpoint away to go on from the one before"
+        ) from error
 
 
 def _shown(positions: list[int]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
+from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.pieces import Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -92,11 +93,26 @@ def update_count(optimizer: torch.optim.Optimizer) -> int:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor] | Pieces, updates: int) -> None:
-    """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted."""
+    """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted.
+
+    Raises CheckpointError for a moment that is missing or has another shape.
+    """
     if updates == 0:
         return
     fused = optimizer.defaults["fused"]
     for name, parameter in named_parameters(optimizer):
-        state: dict[str, Any] = {moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in MOMENTS}
+        state: dict[str, Any] = {moment: _moment(tensors, f"{moment}/{name}", parameter) for moment in MOMENTS}
         state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = state
+
+
+def _moment(tensors: Mapping[str, Tensor] | Pieces, key: str, parameter: nn.Parameter) -> Tensor:
+    if key not in tensors.keys():  # noqa: SIM118 -- Pieces are no mapping
+        raise CheckpointError(f"the checkpoint's optimizer has no {key}. Move it away to go on from the one before")
+    moment = tensors[key]
+    if moment.shape != parameter.shape:
+        raise CheckpointError(
+            f"{key} of the checkpoint's optimizer is {tuple(moment.shape)}, the model has {tuple(parameter.shape)}. "
+            "Move it away to go on from the one before"
+        )
+    return moment.to(parameter.device).clone()

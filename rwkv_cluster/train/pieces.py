@@ -28,7 +28,9 @@ class Pieces:
     """
 
     def __init__(self, paths: Iterable[Path], shapes: Mapping[str, list[int]]) -> None:
+        paths = list(paths)
         self._shapes = shapes
+        self._folder = paths[0].parent
         self._pieces: dict[str, list[tuple[int, Tensor, Path]]] = {}
         for path in paths:
             for key, piece in load_pth(path, mapped=True).items():
@@ -45,8 +47,10 @@ class Pieces:
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor.
 
-        Raises KeyError for a name that is not there, CheckpointError where pieces are missing or not finite.
+        Raises CheckpointError for a name that is not there, and where pieces are missing or not finite.
         """
+        if name not in self._pieces:
+            raise CheckpointError(f"{self._folder}: it has no {name}. Use an earlier checkpoint")
         shape = self._shapes[name.rpartition("/")[2]]
         parts, size = sorted(self._pieces[name], key=lambda part: part[0]), math.prod(shape)
         ends = [0, *(start + piece.numel() for start, piece, _ in parts)]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwkv_cluster.errors import CheckpointError
+
 
 def capture() -> dict[str, Any]:
     """State of python's, numpy's, torch's CPU and, where present, this rank's CUDA generator."""
@@ -26,16 +28,28 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: list[dict[str, Any]], rank: int) -> None:
-    """Put back the generators of `rank`. A rank that the saving run did not have keeps its own."""
+    """Put back the generators of `rank`. A rank that the saving run did not have keeps its own.
+
+    Raises CheckpointError for a state that is none.
+    """
     if rank >= len(states):
         return
-    state = states[rank]
+    try:
+        _restore(states[rank])
+    except (TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the random states of rank {rank} in the checkpoint are damaged or of another version: {error}. "
+            "Move that checkpoint away to go on from the one before"
+        ) from error
+
+
+def _restore(state: dict[str, Any]) -> None:
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_byte_tensor(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
+    if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_byte_tensor(state["cuda"]))
 
 

@@ -34,7 +34,7 @@ def accumulation_of(found: Checkpoint, training: TrainingConfig, world_size: int
     before = found.state["config"]["training"]
     fields = ("accumulate_grad_batches", "global_batch_size")
     if len(found.state["random_states"]) == world_size or any(
-        before[name] != getattr(training, name) for name in fields
+        before.get(name) != getattr(training, name) for name in fields
     ):
         return None
     batch = found.state["global_batch_size"]
@@ -60,7 +60,7 @@ def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
     shape = _differences("model", old["model"], new["model"])
     if found.state["global_batch_size"] != wanted["global_batch_size"]:
         shape.append(f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}")
-    starts = (old["training"]["init_from"], new["training"]["init_from"])
+    starts = (old["training"].get("init_from"), new["training"]["init_from"])
     if starts[0] != starts[1]:
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")
     data = [

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from system.processes import PAUSE, Job, Watched
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, state_of, tiny_config, write_config
 
 from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import CheckpointError
@@ -77,21 +77,21 @@ def test_full_at_twenty_levels(background: bool, mount: Mount, tmp_path: Path, m
     directory = disk / "checkpoints"
     directory.mkdir()
     saver = Saver(directory, 3, background=background, n_bytes=600_000)
-    saver.save(1, _files(1.0), {"step": 1})
+    saver.save(1, _files(1.0), state_of(1))
     needed = _pages(checkpoint.checkpoint_path(directory, 1))
     levels = {needed * level // LEVELS for level in range(LEVELS - 1)} | {needed - 2, needed - 1}  # state, manifest
     assert len(levels) > LEVELS
     for pages in sorted(levels):
         _leave(disk, pages * PAGE)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            saver.save(2, _files(2.0), {"step": 2})
+            saver.save(2, _files(2.0), state_of(2))
         found = REFUSED.search(str(caught.value))
         assert found, caught.value
         assert found.groups() == ("600,000", f"{pages * PAGE:,}", str(directory), "Make room ")
         assert [entry.name for entry in directory.iterdir()] == ["step-00000001"]
         assert checkpoint.newest_verified(directory).weights()["blocks.0.weight"][0, 0] == 1.0
     _leave(disk, needed * PAGE)
-    saver.save(2, _files(2.0), {"step": 2})
+    saver.save(2, _files(2.0), state_of(2))
     assert checkpoint.newest_verified(directory).step == 2
 
 

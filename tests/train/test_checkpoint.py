@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -10,20 +12,23 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train import checkpoint
+from rwkv_cluster.train import checkpoint, random_state
 from rwkv_cluster.train.saving import Saver
 
 
 def _save(directory: Path, step: int, value: float = 1.0) -> Path:
     weights = {"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)}
     files = {"weights.pth": weights, "optimizer.pth": {"exp_avg/emb.weight": torch.full((3, 4), value)}}
-    Saver(directory, keep_last=100, background=False, n_bytes=0).save(step, files, {"step": step, "loss": 2.5})
+    Saver(directory, keep_last=100, background=False, n_bytes=0).save(step, files, state_of(step))
     return checkpoint.checkpoint_path(directory, step)
 
 
@@ -36,7 +41,7 @@ def directory(tmp_path: Path) -> Path:
 def test_round_trip(directory: Path) -> None:
     _save(directory, 7, 0.1)
     found = checkpoint.newest_verified(directory)
-    assert (found.step, found.state) == (7, {"step": 7, "loss": 2.5})
+    assert (found.step, found.state) == (7, state_of(7))
     assert torch.equal(found.weights()["emb.weight"], torch.full((3, 4), 0.1))
     assert torch.equal(found.optimizer()["exp_avg/emb.weight"], torch.full((3, 4), 0.1))
 
@@ -114,6 +119,138 @@ def test_another_version_is_refused(directory: Path) -> None:
     (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(body))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
         checkpoint.verify(path)
+
+
+def _sign(path: Path, body: Any) -> None:
+    """A manifest of that content, with the right checksum of itself."""
+    text = json.dumps(body).encode()
+    (path / "manifest.json").write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
+
+
+def _body(path: Path) -> Any:
+    return json.loads((path / "manifest.json").read_bytes().rstrip(b"\n").rpartition(b"\n")[0])
+
+
+def _places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every entry of a tree, of lists only the first."""
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
+    for key, value in entries:
+        yield (*at, key)
+        yield from _places(value, (*at, key))
+
+
+def _spoilt(tree: Any) -> Iterator[tuple[str, Any]]:
+    """`tree` with one entry deleted, renamed or of another type; every one of these."""
+    for *way, key in _places(tree):
+        for how, value in (("deleted", None), ("renamed", None), *((repr(x), x) for x in ([], {}, "x", -1, 1.5, None))):
+            copy = json.loads(json.dumps(tree))
+            place = functools.reduce(lambda inner, step: inner[step], way, copy)
+            if type(value) is type(place[key]) and how == repr(value):
+                continue
+            if how == "deleted":
+                del place[key]
+            elif how == "renamed" and isinstance(place, dict):
+                place[f"{key}_"] = place.pop(key)
+            else:
+                place[key] = value
+            yield f"{how}: {'.'.join(map(str, [*way, key]))}", copy
+
+
+@pytest.mark.parametrize("body", [[], 3, None, "x", {}])
+def test_a_manifest_of_another_shape_is_refused(directory: Path, body: Any) -> None:
+    path = _save(directory, 1)
+    _sign(path, body)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: format None, this version reads 1"):
+        checkpoint.verify(path)
+
+
+def test_a_manifest_with_any_field_spoilt_is_refused_and_the_step_before_is_used(directory: Path) -> None:
+    """By another version or by a mistake, with the right checksum: every field deleted, renamed, of another type."""
+    _save(directory, 1)
+    path = _save(directory, 2)
+    body, n_spoilt = _body(path), 0
+    for how, spoilt in _spoilt(body):
+        _sign(path, spoilt)
+        assert checkpoint.newest_verified(directory).step == 1, how
+        n_spoilt += 1
+    for added in ({**body, "codec": "zstd"}, {**body, "format": True}, {**body, "format": 1.5}):
+        _sign(path, added)
+        assert checkpoint.newest_verified(directory).step == 1
+    assert n_spoilt > 60
+    _sign(path, body)
+    assert checkpoint.newest_verified(directory).step == 2
+
+
+@pytest.mark.parametrize("left_out", [("weights.pth",), ("state.json",), ("optimizer.pth", "weights.pth")])
+def test_a_manifest_that_does_not_list_all_files_is_refused(directory: Path, left_out: tuple[str, ...]) -> None:
+    _save(directory, 1)
+    path = _save(directory, 2)
+    body = _body(path)
+    for name in left_out:
+        del body["files"][name]
+    _sign(path, body)
+    with pytest.raises(CheckpointError, match=rf"it does not list {left_out[0]}, without which"):
+        checkpoint.verify(path)
+    assert checkpoint.newest_verified(directory).step == 1
+
+
+def test_a_manifest_that_lists_a_strange_file_is_refused(directory: Path) -> None:
+    path = _save(directory, 1)
+    body = _body(path)
+    for name in ("more.pth", "../weights.pth", "weights-00000-of-00001.pth", "/etc/passwd"):
+        _sign(path, {**body, "files": {**body["files"], name: body["files"]["weights.pth"]}})
+        with pytest.raises(CheckpointError, match=r"manifest\.json: it (lists|does not list) "):
+            checkpoint.verify(path)
+
+
+NUMBERS = {"-1", "1.5"}
+NO_FAULT = {  # what these fields may be as well
+    "loss": NUMBERS | {"None"},
+    "val_loss": NUMBERS | {"None"},
+    "epoch_loss_sum": NUMBERS,
+    "improvement.best": NUMBERS | {"None"},
+    "spikes.losses": {"[]"},
+    "spikes.losses.0": NUMBERS | {"deleted"},
+    "skipped": {"deleted", "[]"},
+    "skipped.0": {"deleted"},
+    "spikes": {"deleted", "None"},
+    "improvement": {"deleted", "None"},
+    "data_fingerprint": {"'x'"},
+    "torch": {"'x'"},
+}
+
+
+def test_a_state_with_any_field_spoilt_is_refused_and_the_step_before_is_used(directory: Path) -> None:
+    _save(directory, 1)
+    path = _save(directory, 2)
+    state = state_of(2, skipped=[[1, 2]], spikes={"losses": [1.0], "spiking": 0, "rollbacks": 0})
+    state |= {"improvement": {"best": 1.0, "stale": 0}}
+    others = [("another: field", state | {"codec": 1}), ("another: kind", []), ("another: step", state | {"step": 1})]
+    n_refused = 0
+    for how, spoilt in [*_spoilt(state), *others]:
+        kind, _, place = how.partition(": ")
+        if kind in NO_FAULT.get(place, ()) or place.startswith("random_states.0."):
+            continue
+        (path / "state.json").write_text(json.dumps(spoilt))
+        _forge_manifest(path)
+        assert checkpoint.newest_verified(directory).step == 1, how
+        n_refused += 1
+    assert n_refused > 120
+    (path / "state.json").write_text(json.dumps(state))
+    _forge_manifest(path)
+    assert checkpoint.newest_verified(directory).step == 2
+
+
+def test_random_states_that_are_none_are_refused() -> None:
+    whole = random_state.capture()
+    for name, value in itertools.product(
+        whole, ([], [1], "zz", "00", None, [3, [1], None], ["MT19937", [1], 2, 3, 4.0])
+    ):
+        if name == "cuda" and value is None:
+            continue
+        with pytest.raises(CheckpointError, match="random states of rank 0 in the checkpoint are damaged"):
+            random_state.restore([whole | {name: value}], 0)
+    random_state.restore([whole], 0)
 
 
 def test_a_renamed_checkpoint_is_refused(directory: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
+from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.optimizer import (
@@ -117,3 +118,19 @@ def test_state_survives_exactly() -> None:
     restore_optimizer(restored, optimizer_tensors(optimizer), update_count(optimizer))
     run(second, restored, gradients[2:])
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), second.parameters(), strict=True))
+
+
+def test_a_state_that_lacks_a_moment_or_has_one_of_another_shape_is_refused() -> None:
+    model = _model("x070")
+    optimizer = build_optimizer(model, "x070", TRAINING)
+    whole = {
+        f"{moment}/{name}": torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+    restore_optimizer(optimizer, whole, 1)
+    key = "exp_avg_sq/blocks.1.ffn.key.weight"
+    with pytest.raises(CheckpointError, match=f"the checkpoint's optimizer has no {key}"):
+        restore_optimizer(optimizer, {name: tensor for name, tensor in whole.items() if name != key}, 1)
+    with pytest.raises(CheckpointError, match=rf"{key} of the checkpoint's optimizer is \(3, 2\), the model has"):
+        restore_optimizer(optimizer, whole | {key: torch.zeros(3, 2)}, 1)
