@@ -175,7 +175,7 @@ def _require_all_files(path: Path, names: set[str]) -> None:
 
 def _read_state(path: Path, manifest: _Manifest) -> dict[str, Any]:
     try:
-        body = _parse(path.read_bytes(), path)
+        body = _parse(read_own(path), path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     state = _valid(_State, body, path)
