@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.interrupt import listening
-from rwkv_cluster.launched import log_to_agent, tell_agent
+from rwkv_cluster.launched import log_to_agent, loses_exit_codes, tell_agent
 from rwkv_cluster.ranks import end_with_launcher, rank, shown
 from rwkv_cluster.text_safety import VisibleFormatter, visible
 
@@ -94,6 +94,8 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         return error.code if isinstance(error.code, int) else 1, ""
     except RWKVClusterError as error:
         _complain(f"error: {error}")
+        if isinstance(error, Preempted) and rank() == 0 and loses_exit_codes():
+            _complain("torchrun makes exit code 1 of this 75. `rwkv-cluster launch --target torchrun` passes it on")
         return error.exit_code, str(error)
     except KeyboardInterrupt:
         _complain("interrupted")

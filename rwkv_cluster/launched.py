@@ -54,6 +54,11 @@ def tell_agent(code: int, message: str = "") -> None:
         path.with_suffix(".tmp").rename(path)
 
 
+def loses_exit_codes() -> bool:
+    """Whether the launcher has a code of its own for every rank that does not end with 0: torchrun without an agent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and STATE_VARIABLE not in os.environ
+
+
 def told(state: Path, number: int) -> dict[str, Any] | None:
     """How rank `number` said that it ended; None while it has said nothing."""
     try:

@@ -20,7 +20,7 @@ from rwkv_cluster import errors
 from rwkv_cluster.cli import CONFIG_VERBS, TOP_LEVEL_FIELDS, VERBS, main, rank, split_overrides
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.configfile import load_config, parse_config
-from rwkv_cluster.errors import EXIT_CODES, ConfigError, RWKVClusterError
+from rwkv_cluster.errors import EXIT_CODES, ConfigError, Preempted, RWKVClusterError
 from rwkv_cluster.field_types import is_section
 from rwkv_cluster.recipes import find_config, shipped_recipes
 
@@ -221,6 +221,23 @@ def test_a_bug_keeps_its_traceback(run_yaml: str, install: Install, capsys: pyte
     assert "Traceback" in message
     assert "ZeroDivisionError" in message
     assert "this is a bug in rwkv-cluster" in message.splitlines()[-1]
+
+
+def test_a_code_that_torchrun_loses_is_said(
+    run_yaml: str, install: Install, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preempted(config: Config) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    install("train.run", train=preempted)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    lines = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        assert main(["train", run_yaml]) == 75
+        lines.append(capsys.readouterr().err.splitlines())
+    assert [len(some) for some in lines] == [2, 1]
+    assert lines[0][1].startswith("rwkv-cluster: rank 0: torchrun makes exit code 1 of this 75.")
 
 
 def test_ctrl_c_is_exit_130_without_a_traceback(
