@@ -106,7 +106,8 @@ class IndexedTokens:
     """A checked token file, read only.
 
     tokens: 1-D memory map of all tokens. sizes: [S] int32. pointers: [S] int64, bytes. doc_idx: [D] int64.
-    vocab_size: what every id that is read is below; None: nobody looks. Pickles as its prefix and vocab_size.
+    vocab_size: what every id that is read is below; None: nobody looks. Pickles as vocab_size and its prefix, made
+    absolute: whoever unpickles it opens the file anew.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
@@ -120,7 +121,7 @@ class IndexedTokens:
             _check_items(handle.fileno(), self, n_items, bin_size)
             _check_documents(handle.fileno(), idx_path(prefix), n_items, n_doc_idx)
         self._descriptor = os.open(bin_path(prefix), os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor)
+        self._close_file = weakref.finalize(self, os.close, self._descriptor)
         self.n_tokens = bin_size // self.dtype.itemsize
         after_sizes = HEADER.size + 4 * n_items
         self.tokens = _map(bin_path(prefix), self.dtype, self.n_tokens, 0)
@@ -129,13 +130,31 @@ class IndexedTokens:
         self.doc_idx = _map(idx_path(prefix), np.dtype("<i8"), n_doc_idx, after_sizes + 8 * n_items)
 
     def __reduce__(self) -> tuple[type[IndexedTokens], tuple[Path, int | None]]:
-        return IndexedTokens, (self.prefix, self.vocab_size)
+        return IndexedTokens, (self.prefix.absolute(), self.vocab_size)
+
+    def __enter__(self) -> IndexedTokens:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and drop the maps; arrays taken from them stay valid. Works any number of times."""
+        self._close_file()
+        for name in ("tokens", "sizes", "pointers", "doc_idx"):
+            self.__dict__.pop(name, None)
+
+    def _require_open(self) -> None:
+        if not self._close_file.alive:
+            raise ValueError(f"{bin_path(self.prefix)} is closed. Open it again")
 
     def __len__(self) -> int:
+        self._require_open()
         return len(self.sizes)
 
     def __getitem__(self, item: int) -> np.ndarray:
         """Tokens of item `item`, a copy."""
+        self._require_open()
         start = int(self.pointers[item]) // self.dtype.itemsize
         return self.read(start, start + int(self.sizes[item]))
 
@@ -159,6 +178,7 @@ class IndexedTokens:
         return rows
 
     def _read(self, start: int, stop: int) -> np.ndarray:
+        self._require_open()
         wanted = (stop - start) * self.dtype.itemsize
         content = _read_exactly(self._descriptor, wanted, start * self.dtype.itemsize)
         if len(content) != wanted:
@@ -225,6 +245,11 @@ def _read_header(descriptor: int, path: Path, size: int) -> tuple[np.dtype, int,
     if DTYPES[code].kind == "f":
         raise DataError(f"{path} says that the .bin holds floating-point numbers (dtype code {code}), not tokens")
     expected = HEADER.size + 12 * n_items + 8 * n_doc_idx
+    if size == expected + n_items > expected:
+        raise DataError(
+            f"{path} is an index of Megatron's multimodal builder: after the documents it has a mode for each of its "
+            f"{n_items} items, and what has another mode than 0 is not text. Build the file without multimodal"
+        )
     if size != expected:
         raise DataError(
             f"{path} has {size} bytes, but its header counts {n_items} items and {n_doc_idx} document marks, which "

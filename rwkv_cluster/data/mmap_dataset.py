@@ -22,13 +22,19 @@ class MMapIndexedDataset:
 
     def __init__(self, path: str | Path, skip_warmup: bool = False) -> None:
         self._file = open_tokens(path)
-        self._doc_idx = self._file.doc_idx
+        self._doc_idx: np.ndarray | None = None  # in place of the file's
 
-    def __getstate__(self) -> str:
-        return str(self._file.prefix)
+    def __getstate__(self) -> tuple[str, np.ndarray | None]:
+        return str(self._file.prefix.absolute()), self._doc_idx
 
-    def __setstate__(self, state: str) -> None:
-        self.__init__(state)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[str, np.ndarray | None]) -> None:
+        self._file, self._doc_idx = open_tokens(state[0]), state[1]
+
+    def __enter__(self) -> MMapIndexedDataset:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self._file)
@@ -61,11 +67,11 @@ class MMapIndexedDataset:
     @property
     def doc_idx(self) -> np.ndarray:
         """[D] int64: 0, then the number of items after each document."""
-        return self._doc_idx
+        return self._file.doc_idx if self._doc_idx is None else self._doc_idx
 
     def get_doc_idx(self) -> np.ndarray:
         """Same as `doc_idx`."""
-        return self._doc_idx
+        return self.doc_idx
 
     def set_doc_idx(self, doc_idx_: np.ndarray) -> None:
         """Replace `doc_idx` in memory; the file stays as it is."""
@@ -81,8 +87,8 @@ class MMapIndexedDataset:
         return bin_path(path).is_file() and idx_path(path).is_file()
 
     def close(self) -> None:
-        """Drop the memory maps. The object cannot be used afterwards; arrays taken from it stay valid."""
-        del self._file
+        """Close the file; arrays taken from it stay valid, asking for more raises ValueError. Works any number of times."""
+        self._file.close()
 
 
 class MMapIndexedDatasetBuilder:

@@ -1,3 +1,4 @@
+import os
 import pickle
 import struct
 import tracemalloc
@@ -184,6 +185,38 @@ def test_dataset_offers_items_slices_and_parts(tmp_path):
         dataset[3]
     with pytest.raises(IndexError):
         dataset.get(0, offset=2, length=3)
+
+
+@pytest.mark.parametrize("opened", [open_tokens, MMapIndexedDataset])
+def test_a_token_file_can_be_closed_and_pickled(tmp_path, monkeypatch, opened):
+    write(tmp_path / "t")
+    monkeypatch.chdir(tmp_path)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with opened("t") as tokens:
+        item, pickled = tokens[0].tolist(), pickle.dumps(tokens)
+    tokens.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert item == [5, 6, 7, 0]
+    with pytest.raises(ValueError, match=r"t\.bin is closed"):
+        tokens[0]
+    monkeypatch.chdir("/")
+    assert pickle.loads(pickled)[1].tolist() == [300, 0]
+
+
+def test_a_replaced_doc_idx_is_pickled_too(tmp_path):
+    dataset = MMapIndexedDataset(write(tmp_path / "t"))
+    dataset.set_doc_idx(np.array([0, 3]))
+    assert pickle.loads(pickle.dumps(dataset)).doc_idx.tolist() == [0, 3]
+
+
+def test_an_index_of_megatrons_multimodal_builder_is_named(tmp_path):
+    index = Path(f"{write(tmp_path / 't')}.idx")
+    index.write_bytes(index.read_bytes() + bytes([0, 1, 0]))
+    with pytest.raises(DataError, match=r"t\.idx is an index of Megatron's multimodal builder: .* each of its 3 items"):
+        open_tokens(tmp_path / "t")
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(DataError, match="truncated or damaged"):
+        open_tokens(tmp_path / "t")
 
 
 def test_builder_groups_items_into_documents(tmp_path):
