@@ -22,6 +22,7 @@ from rwkv_cluster.config import (
 from rwkv_cluster.configfile import dump_json, dump_yaml, load_config
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.prepare import DataManifest, load_manifest
+from rwkv_cluster.data.readers import as_array
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import source_at
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
@@ -140,7 +141,7 @@ class RWKVTrainingPipeline:
 
         Raises DataError for values that the tokenizer does not know.
         """
-        return self._prepare([_as_array(data)], [], data_name)
+        return self._prepare([as_array(data, "the data")], [], data_name)
 
     def prepare_data_from_file(self, file_path: str | Path, data_name: str = "train") -> dict[str, Any]:
         """Prepare a .npy file, or any other input that data.inputs takes."""
@@ -378,16 +379,6 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
         section: {name: value for name, value in overrides.items() if name in section.model_fields}
         for section in sections
     }
-
-
-def _as_array(data: Any) -> np.ndarray:
-    try:
-        return np.asarray(data)
-    except ValueError as error:
-        raise DataError(
-            "the data has rows of different lengths, which no array can hold. Write them as JSONL lines, "
-            '{"text": "1 2 3"}, and call prepare_data_from_jsonl'
-        ) from error
 
 
 def _existing(path: str | Path, what: str) -> str:

@@ -106,7 +106,20 @@ FIX = "Fix the line or set data.skip_bad_lines"
         ("n.npy", np.array([[1, 2], [3, -1]]), [INTEGER], "n.npy: row 1, column 1: -1 is out of range: values must be 0 to 359. Correct the data"),
         ("n.jsonl", line("1 360"), [INTEGER], "n.jsonl:1: byte 2: '360' is above 359; values must be 0 to 359. Correct the data, or raise max_value"),
         ("n.npy", np.zeros((2, 2, 2), int), [INTEGER], "n.npy has shape (2, 2, 2), expected 1 or 2 dimensions. Reshape it"),
-        ("n.npy", np.array(["a"]), [INTEGER], "n.npy holds values of dtype <U1, expected integers. Convert it, e.g. with astype(int)"),
+        ("n.npy", np.array(["a"]), [INTEGER], 'n.npy holds text (dtype <U1), expected integers. Convert numbers with astype(int), or write each text as JSONL, {"text": "..."} a line'),
+        ("n.npy", np.array([True]), [INTEGER], "n.npy holds booleans, expected integers. Convert it, e.g. with astype(int)"),
+        ("n.npy", np.array([[1, 2], [3]], object), [INTEGER], 'n.npy holds Python objects, expected integers. Save it with astype(int), or write rows of different lengths as JSONL, {"text": [1, 2, 3]} a line'),
+        ("t.csv", "id,text\n1,a\n", [], "t.csv is a table of comma-separated values, not plain text. "
+         'Convert it (cat t.csv | python3 -c "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]" > t.jsonl) '
+         "and name the column in data.text_field, or leave it out by data.file_pattern"),
+        ("t.json", '[{"text": "a"}]', [], "t.json:1: is a JSON array; JSONL has one object a line. "
+         "Convert the file: cat t.json | python3 -c 'import json, sys; "
+         """[print(json.dumps(d if type(d) is dict else {"text": d})) for d in json.load(sys.stdin)]' > t-lines.jsonl"""),
+        ("t.jsonl", "{\n", [], "t.jsonl:1: is a part of a JSON value of several lines; JSONL has one object a line. Convert the file: cat t.jsonl | jq -c . > t-lines.jsonl"),
+        ("t.jsonl", line("a")[:-1] + ",", [], "t.jsonl:1: has a comma after the object; JSONL has nothing between its lines. Remove the commas at the line ends: cat t.jsonl | sed 's/,[[:space:]]*$//' > t-lines.jsonl"),
+        ("t.jsonl", line("a") + "\ufeff" + line("b"), [], f"t.jsonl:2: begins with a byte order mark (BOM), as where files were joined. {FIX}"),
+        ("t.jsonl", (line("a") * 2).replace("\n", "\r"), [], "t.jsonl:1: has a carriage return (CR) in it: JSONL's line ends are LF or CR LF. Convert the file: cat t.jsonl | tr '\\r' '\\n' > t-lines.jsonl"),
+        ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\n", [], "t.jsonl is a git-lfs pointer and not the file itself, not JSONL. Fetch the file (git lfs pull)"),
         ("t.jsonl", line("1 2") + line("one two"), [INTEGER], "t.jsonl:2: byte 0: 'one' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
         ("t.jsonl", '{"txt": "a"}\n', [], f't.jsonl:1: has no field "text" (it has "txt"); data.text_field names the field to read. {FIX}'),
         ("t.jsonl", line("a") + line(5), [], f't.jsonl:2: "text" is a number, expected a string or a list of integers. {FIX}'),

@@ -448,7 +448,7 @@ def test_the_command_line_goes_on_where_python_stopped(
 
 
 def test_rows_of_different_lengths_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows of different lengths.*prepare_data_from_jsonl"):
+    with pytest.raises(DataError, match=r"the data has rows of different lengths.*as JSONL"):
         tiny(tmp_path).prepare_data([[1, 2], [3]])  # type: ignore[arg-type]
 
 

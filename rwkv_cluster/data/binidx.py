@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_cluster.data.formats import HEAD_BYTES, refuse_format
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
@@ -139,7 +140,7 @@ class IndexedTokens:
         self.close()
 
     def close(self) -> None:
-        """Close the file and drop the maps; arrays taken from them stay valid. Works any number of times."""
+        """Close the file, as often as you like; arrays taken from it stay valid. Reading then raises ValueError."""
         self._close_file()
         for name in ("tokens", "sizes", "pointers", "doc_idx"):
             self.__dict__.pop(name, None)
@@ -236,6 +237,7 @@ def _read_array(descriptor: int, path: Path, dtype: str, count: int, offset: int
 def _read_header(descriptor: int, path: Path, size: int) -> tuple[np.dtype, int, int]:
     content = _read_exactly(descriptor, HEADER.size, 0)
     if len(content) < HEADER.size or not content.startswith(MAGIC):
+        refuse_format(path, _read_exactly(descriptor, HEAD_BYTES, 0), "tokens")
         raise DataError(f"{path} is not a token index: it does not begin with a 34-byte MMIDIDX header")
     _, version, code, n_items, n_doc_idx = HEADER.unpack(content)
     if version != 1:
@@ -277,6 +279,8 @@ def _check_items(descriptor: int, tokens: IndexedTokens, n_items: int, bin_size:
             )
         position = int(ends[-1])
     if position != bin_size:
+        with open(bin_path(tokens.prefix), "rb") as handle:
+            refuse_format(bin_path(tokens.prefix), handle.read(HEAD_BYTES), "tokens")
         raise DataError(
             f"{bin_path(tokens.prefix)} has {bin_size} bytes, but {path.name} describes {position}. The two files do "
             "not belong together, or one is truncated"

@@ -19,7 +19,7 @@ from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.data.encode import DocumentEncoder, text_line, values_line
 from rwkv_cluster.data.manifest import DataManifest, check_name
 from rwkv_cluster.data.prepare import prepare, write_pair
-from rwkv_cluster.data.readers import Values, array_values, npy_values
+from rwkv_cluster.data.readers import Values, array_values, as_array, npy_values
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import read_blocks, source_at
 from rwkv_cluster.errors import ConfigError
@@ -38,7 +38,7 @@ class NumpyToJsonlConverter:
 
     def convert(self, data: np.ndarray, output_path: str | Path, sequence_length: int | None = None) -> Path:
         """Write `data`: rows of a 2-D array, or a 1-D array cut into `sequence_length` (None: one sequence)."""
-        data = np.asarray(data)
+        data = as_array(data, "the array")
         length = max(1, data.size) if sequence_length is None else sequence_length
         return self._write(Path(output_path), array_values(data, "the array", _positive(length, "sequence_length")))
 

@@ -2,7 +2,7 @@
 
 Every document ends with token 0. Values (arrays, lists in JSONL) mean what the tokenizer says: integer and angle
 tokenizers map value v to id v + 1; for every other tokenizer they are token ids already, and a final 0 that is there
-is not doubled.
+is not doubled. But an array of uint8 holds bytes: the byte tokenizer maps them to byte + 1, as it does with text.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.data.readers import BadLine, LineBlock, Values, decode_text, parse_line
-from rwkv_cluster.data.sources import Source, read_blocks
+from rwkv_cluster.data.bad_lines import FIX, BadLine
+from rwkv_cluster.data.formats import fill_in
+from rwkv_cluster.data.readers import LineBlock, Values, decode_text, document_blocks, parse_line
+from rwkv_cluster.data.sources import Source
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import (
     AngleTokenizer,
@@ -133,17 +135,29 @@ class DocumentEncoder:
     def encode_values(self, values: Values, final_zero: bool = False) -> np.ndarray:
         """Ids [n, L] of rows of values, or [n, L + 1] with the final 0."""
         rows = values.rows
+        offset = self._offset_of(values)
         values.check_whole()
-        values.check_range(self.vocab_size - 1 - self._offset, "values" if self._offset else "token ids")
+        values.check_range(self.vocab_size - 1 - offset, "values" if offset else "token ids")
         ids = np.zeros((len(rows), rows.shape[1] + final_zero), self.dtype)
-        np.add(rows, self._offset, out=ids[:, : rows.shape[1]], dtype=self.dtype, casting="unsafe")  # in range: checked
+        np.add(rows, offset, out=ids[:, : rows.shape[1]], dtype=self.dtype, casting="unsafe")  # in range: checked
         return ids
+
+    def _offset_of(self, values: Values) -> int:
+        """What is added to values to make them ids. Raises DataError for bytes that cannot be ids."""
+        if self._offset or values.rows.dtype != np.uint8 or self.vocab_size <= 256:
+            return self._offset
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return 1
+        raise DataError(
+            f"{values.name} holds bytes (uint8), and this tokenizer has ids up to {self.vocab_size - 1}. "
+            "Write text as a .txt file; if these are token ids, convert them with astype('int32')"
+        )
 
     def encode_rows(self, values: Values) -> Encoded:
         """Each row of values as a document."""
         ids = self.encode_values(values, final_zero=True)
         lengths = np.full(len(ids), ids.shape[1], np.int64)
-        if not self._offset and (ids[:, -2] == 0).any():
+        if not self._offset_of(values) and (ids[:, -2] == 0).any():
             encoded = self._collect([row[:-1] if row[-2] == 0 else row for row in ids], terminated=True)
         else:
             encoded = Encoded(ids.reshape(-1), lengths, self._digests(ids[:, :-1]))
@@ -155,7 +169,7 @@ class DocumentEncoder:
         """The documents of a block of JSONL lines."""
         documents: list[np.ndarray] = []
         bad: list[str] = []
-        n_empty, name = 0, str(block.path)
+        n_empty, name, remedy = 0, str(block.path), FIX
         if block.too_long:
             bad.append(f"{name}:{block.first_line}: is longer than 32 MiB")
         for number, line in block.lines():
@@ -163,6 +177,7 @@ class DocumentEncoder:
                 value = parse_line(line, self._text_field)
             except BadLine as error:
                 bad.append(f"{name}:{number}: {error}")
+                remedy = fill_in(error.remedy, block.path)
                 if not self._skip_bad_lines:
                     break
                 continue
@@ -173,7 +188,7 @@ class DocumentEncoder:
             else:
                 documents.append(self.encode_list(value, f"{name}:{number}"))
         if bad and not self._skip_bad_lines:
-            raise DataError(f"{bad[0]}. Fix the line or set data.skip_bad_lines")
+            raise DataError(f"{bad[0]}. {remedy}")
         encoded = self._collect(documents)
         encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
         encoded.bad_lines, encoded.n_read = bad[:_SHOWN_BAD_LINES], len(block.data)
@@ -184,7 +199,7 @@ class DocumentEncoder:
         results: list[Encoded | Large] = []
         for number, source in block.files:
             digest = hashlib.sha256()
-            content = _read_limited(read_blocks(source, digest), LARGE_TEXT_BYTES)
+            content = _read_limited(document_blocks(source, digest), LARGE_TEXT_BYTES)
             if content is None:
                 results.append(Large(number, source))
                 continue

@@ -87,7 +87,7 @@ class MMapIndexedDataset:
         return bin_path(path).is_file() and idx_path(path).is_file()
 
     def close(self) -> None:
-        """Close the file; arrays taken from it stay valid, asking for more raises ValueError. Works any number of times."""
+        """Close the file, as often as you like; arrays taken from it stay valid. Reading then raises ValueError."""
         self._file.close()
 
 

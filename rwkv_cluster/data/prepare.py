@@ -44,6 +44,7 @@ from rwkv_cluster.data.manifest import (
     load_manifest,
 )
 from rwkv_cluster.data.order import below, everything, not_below, split_threshold, write_documents
+from rwkv_cluster.data.readers import as_array, refuse_by_name
 from rwkv_cluster.data.sources import Source, find_sources
 from rwkv_cluster.data.spool import Spool
 from rwkv_cluster.data.verify import DamagedFileError, check_files
@@ -78,7 +79,7 @@ def prepare(
         raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
     if check_name(name) == _VALIDATION:
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
-    job = _Job(data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name)
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
     with disk_errors(job.out_dir):
         job.out_dir.mkdir(parents=True, exist_ok=True)
         with only_one(job.out_dir):
@@ -104,9 +105,13 @@ def reason_to_prepare(
     name: str = "train",
 ) -> str | None:
     """Why `prepare` would do its work anew, or None when it would use what is there. Writes nothing."""
-    job = _Job(data, tokenizer, Path(out_dir), tuple(map(np.asarray, arrays)), tuple(find_sources(data)), name)
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
     found = job.reusable(refresh=False)
     return found if isinstance(found, str) else None
+
+
+def _given(arrays: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    return tuple(as_array(array, f"array {number}") for number, array in enumerate(arrays, 1))
 
 
 def adopt(prefix: str | Path, tokenizer: Any, out_dir: str | Path) -> DataManifest:
@@ -195,6 +200,7 @@ class _Job:
 
     def run(self) -> DataManifest:
         """Tokenize, split, shuffle, commit."""
+        refuse_by_name(self.sources)
         self._refuse_overwriting_inputs()
         stats = [source_stat(source) for source in self.sources]
         with temporary_folder(self.out_dir) as folder:
@@ -261,9 +267,9 @@ class _Job:
                 num_workers=self.data.num_workers,
             )
         spool.finish()
-        _require_documents(spool, self.sources)
         if filled.n_bad_lines:
             log.warning("%d lines were left out, the first: %s", filled.n_bad_lines, "; ".join(filled.bad_lines))
+        _require_documents(spool, self.sources)
         return spool, filled, jsonl
 
     def _write(self, spool: Spool, folder: Path, finished: Path) -> list[TokenFileWriter]:

@@ -8,12 +8,13 @@ JSONL, one document a line (message: `file:line: reason`):
   are refused. Where a key occurs twice, the last one counts. Other fields are ignored.
 - `text_field` holds a string, or a list of integers (not 1.0, not true). A lone surrogate escape is refused; an
   escaped NUL (backslash u0000) is text like any other, a raw one is not JSON.
+- What is another format altogether (see `data.formats`) is refused, whatever `skip_bad_lines` says.
 - `skip_bad_lines` leaves out the lines that break a rule above, counts them and reports the first ones. It does not
   cover text that the tokenizer cannot encode.
 
 Text files, one document each: UTF-8, a byte order mark at the start is dropped, nothing else is changed (line ends
 stay as they are). A text of white space only holds nothing to learn: such documents are left out and counted, in JSONL
-too, and so is an empty list.
+too, and so is an empty list. What is another format altogether is refused by its name.
 
 Arrays: integers, or floating-point numbers that are whole; not booleans. 1-D arrays are cut into documents of
 `sequence_length`, the shorter rest kept; each row of a 2-D array is a document. `.npy` never runs pickled code.
@@ -23,13 +24,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from rwkv_cluster.data.bad_lines import ONE_A_LINE, SPLIT_ARRAY, BadLine, bad_bytes, bad_json
+from rwkv_cluster.data.formats import HEAD_BYTES, format_error, named_format, refuse_format
 from rwkv_cluster.data.sources import Source, read_blocks
 from rwkv_cluster.errors import DataError
 
@@ -38,10 +41,6 @@ _BLOCK_BYTES = 1 << 20
 _BLOCK_VALUES = 1 << 19
 _BOM = b"\xef\xbb\xbf"
 _JSON_SPACE = b" \t\r\n"
-
-
-class BadLine(Exception):
-    """A JSONL line that breaks a rule; the message says which, without the place."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,33 @@ class LineBlock:
                 yield number, stripped
 
 
+def document_blocks(source: Source, digest: Any = None) -> Iterator[bytes]:
+    """`read_blocks` of text or JSONL, which raises DataError as well where the content is another format's."""
+    blocks, head = read_blocks(source, digest), b""
+    for block in blocks:
+        head += block
+        if len(head) >= HEAD_BYTES:
+            break
+    if not source.optional:
+        refuse_format(source.path, head[:HEAD_BYTES], source.kind)
+    if head:
+        yield head
+    yield from blocks
+
+
+def refuse_by_name(sources: Iterable[Source]) -> None:
+    """Raises DataError for the first file whose name promises a format that is not read, before anything is read."""
+    for source in sources:
+        promised = named_format(source.path) if source.kind == "text" and not source.optional else None
+        if promised is not None:
+            next(document_blocks(source), b"")  # what it holds says more than its name
+            raise format_error(source.path, promised, source.kind)
+
+
 def line_blocks(source: Source, digest: Any = None) -> Iterator[LineBlock]:
     """The lines of a file in blocks of about 1 MiB."""
     rest, number, dropping, first = b"", 1, False, True
-    for block in read_blocks(source, digest):
+    for block in document_blocks(source, digest):
         if first:
             block, first = block.removeprefix(_BOM), False
         cut = block.rfind(b"\n") + 1
@@ -116,6 +138,8 @@ def kind_name(value: object) -> str:
 def parse_line(line: bytes, field: str) -> str | list[int]:
     """The document of a JSONL line: a string or a list of integers. Raises BadLine."""
     record = _parse_json(line)
+    if type(record) is list and record and type(record[0]) in (dict, list, str):
+        raise BadLine(f"is a JSON array; {ONE_A_LINE}", SPLIT_ARRAY)
     if type(record) is not dict:
         raise BadLine(f'is {kind_name(record)}, expected an object like {{"{field}": ...}}')
     if field not in record:
@@ -135,6 +159,7 @@ def parse_line(line: bytes, field: str) -> str | list[int]:
 
 
 def _parse_json(line: bytes) -> Any:
+    end = None
     try:
         text = line.decode("utf-8")
         value, end = _DECODER.raw_decode(text)
@@ -142,7 +167,7 @@ def _parse_json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadLine(f"is not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise BadLine(f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+        raise (bad_bytes(line) or bad_json(text, end, error)) from None
     except RecursionError:
         raise BadLine("is nested too deeply") from None
     except ValueError:  # int() refuses numbers of more than 4,300 digits
@@ -207,11 +232,41 @@ class Values:
             raise DataError(f"{self.place(int(row), int(column))}: {found} {reason}. Correct the data")
 
 
+def as_array(data: Any, name: str) -> np.ndarray:
+    """A NumPy array of what a caller gave as one. Raises DataError for what an array cannot hold, or not all of."""
+    if isinstance(data, np.ma.MaskedArray) and data.mask.any():
+        raise DataError(
+            f"{name} is a masked array with {int(data.mask.sum()):,} masked values, and a token cannot be missing. "
+            "Leave them out (compressed()) or fill them (filled(value))"
+        )
+    try:
+        return np.asarray(data)
+    except ValueError as error:
+        raise DataError(f"{name} has rows of different lengths, which no array can hold. W{_ROWS[1:]}") from error
+    except (TypeError, RuntimeError) as error:  # a tensor of a GPU, of bfloat16, or with gradients
+        raise DataError(
+            f"{name}, a {type(data).__name__}, cannot be made a NumPy array: {_first_line(error)}. Give integers on "
+            "the CPU, as tensor.detach().cpu().int().numpy() makes"
+        ) from error
+
+
+_ROWS = 'write rows of different lengths as JSONL, {"text": [1, 2, 3]} a line'
+
+
 def check_array(array: np.ndarray, name: str) -> None:
     """Raises DataError for an array that cannot be documents, whatever its values."""
-    if array.dtype.kind not in "iuf":
-        kind = "booleans" if array.dtype.kind == "b" else f"values of dtype {array.dtype}"
-        raise DataError(f"{name} holds {kind}, expected integers. Convert it, e.g. with astype(int)")
+    kind = array.dtype.kind
+    if kind == "O":
+        held = f", the first a {type(array.flat[0]).__name__}" if array.size else ""
+        raise DataError(f"{name} holds Python objects{held}, expected integers. Use astype(int), or {_ROWS}")
+    if kind in "UST":
+        raise DataError(
+            f"{name} holds text (dtype {array.dtype}), expected integers. Convert numbers with astype(int), or write "
+            'each text as JSONL, {"text": "..."} a line'
+        )
+    if kind not in "iuf":
+        found = "booleans" if kind == "b" else f"values of dtype {array.dtype}"
+        raise DataError(f"{name} holds {found}, expected integers. Convert it, e.g. with astype(int)")
     if array.ndim not in (1, 2):
         raise DataError(f"{name} has shape {array.shape}, expected 1 or 2 dimensions. Reshape it")
     if array.size == 0:
@@ -230,6 +285,7 @@ def npy_values(path: Path, name: str, sequence_length: int) -> Iterator[Values]:
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
     except (OSError, ValueError, EOFError) as error:
+        _refuse_other_file(path, name)
         raise DataError(
             f"{name}: cannot be read as a .npy array ({_first_line(error)}). Save it again with numpy.save"
         ) from error
@@ -238,6 +294,21 @@ def npy_values(path: Path, name: str, sequence_length: int) -> Iterator[Values]:
         yield from _stored_rows(path, name, sequence_length, mapped)
     else:
         yield from _cut(mapped.shape, lambda start, stop: np.array(mapped[start:stop]), name, sequence_length)
+
+
+def _refuse_other_file(path: Path, name: str) -> None:
+    """Raises DataError where a file that cannot be mapped is of another format, or holds Python objects."""
+    with open(path, "rb") as handle:
+        refuse_format(Path(name), handle.read(HEAD_BYTES), "array")
+        handle.seek(0)
+        try:
+            version = np.lib.format.read_magic(handle)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            dtype = read(handle)[2]
+        except ValueError:
+            return
+    if dtype.hasobject:
+        raise DataError(f"{name} holds Python objects, expected integers. Save it with astype(int), or {_ROWS}")
 
 
 def _stored_rows(path: Path, name: str, sequence_length: int, header: np.memmap) -> Iterator[Values]:

@@ -10,8 +10,9 @@ An entry is, in this order of precedence:
 - the prefix of an existing `.bin`/`.idx` pair;
 - a glob pattern (`**` crosses folders): the files it matches, sorted.
 
-A file's kind follows from its name, after a final `.gz` or `.zst`: `.npy` array, `.jsonl` or `.ndjson` one JSON
-object a line, `.bin` or `.idx` a token file, anything else one text document.
+A file's kind follows from its name, after a final `.gz` or `.zst`: `.npy` array, `.jsonl`, `.ndjson` and `.json`: one
+JSON object a line, `.bin` or `.idx` a token file, anything else one text document. A name that promises another format,
+such as `.csv`, is refused when the data is prepared.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import zstandard
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.binidx import bin_path, idx_path
+from rwkv_cluster.data.formats import HEAD_BYTES, refuse_format
 from rwkv_cluster.errors import DataError, MissingDataError
 
 Kind = Literal["array", "jsonl", "text", "tokens"]
@@ -44,9 +46,11 @@ _KINDS: dict[str, Kind] = {
     ".npy": "array",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",
     ".bin": "tokens",
     ".idx": "tokens",
 }
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 _ZSTD_INPUT = 4096  # zstd expands a block 30,000 times at most, so this bounds what one call can return
 _READ = 1 << 20
 
@@ -170,9 +174,18 @@ def read_blocks(source: Source, digest: Any = None) -> Iterator[bytes]:
             hashed = raw if digest is None else _feeding(raw, digest)
             yield from _DECOMPRESSORS[source.compression](hashed)
     except _DecompressionError as error:
+        _refuse_other_format(source)
         raise DataError(f"{source.path}: {error}. Make the file again") from error
     except OSError as error:
         raise DataError(f"{source.path}: {error.strerror or error}") from error
+
+
+def _refuse_other_format(source: Source) -> None:
+    """Raises DataError where what is not compressed as its name says shows that it is something else."""
+    with open(source.path, "rb") as handle:
+        head = handle.read(HEAD_BYTES)
+    if not head.startswith(_MAGIC[source.compression]):
+        refuse_format(source.path, head, source.kind)
 
 
 class _DecompressionError(Exception):

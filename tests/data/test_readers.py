@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkv_cluster.data import readers
-from rwkv_cluster.data.readers import BadLine, array_values, line_blocks, npy_values, parse_line
+from rwkv_cluster.data.readers import BadLine, array_values, as_array, line_blocks, npy_values, parse_line
 from rwkv_cluster.data.sources import source_at
 from rwkv_cluster.errors import DataError
 
@@ -42,10 +43,25 @@ def test_lines_that_are_documents(line, document):
     [
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
         (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),  # a surrogate encoded on its own
-        (b'{"text": "a\0b"}', "not JSON: Invalid control character"),
+        (b'{"text": "a\0b"}', r"zero byte \(NUL\) at byte 11"),
+        (b'{"text": "a\tb"}', r"control character, U\+0009, that is not escaped, at character 12"),
+        (b'\xef\xbb\xbf{"text": "a"}', r"byte order mark \(BOM\)"),
+        (b'{"text": "a"}\r{"text": "b"}', r"carriage return \(CR\)"),
+        (b'\x1e{"text": "a"}', "record separator"),
+        (b'{"text": "a"},', "a comma after the object"),
+        (b'{"text": "a"}{"text": "b"}', "several objects; JSONL has one object a line"),
+        (b"{", "part of a JSON value of several lines"),
+        (b'{"text":', "part of a JSON value of several lines"),
+        (b"[", "beginning of a JSON array"),
+        (b'[{"text": "a"},', "beginning of a JSON array"),
+        (b'[{"text": "a"}, {"text": "b"}]', "is a JSON array; JSONL has one"),
+        (b"{'text': 'a'}", "what Python prints: write it with json.dumps"),
+        (b'{"text": "a", "x": None}', "what Python prints"),
+        ("{\u201ctext\u201d: 1}".encode(), "typographic quote \u201c at character 2"),
+        (b"", "not JSON"),
         (b'{"text": "a"', "not JSON"),
         (b"text", "not JSON"),
-        (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+        (b'{"text": "a"} b', "not JSON: Extra data"),
         (b'{"text": "a", "x": NaN}', "NaN is not JSON"),
         (b'{"text": -Infinity}', "-Infinity is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
@@ -175,8 +191,9 @@ def test_rows_of_two_dimensions(tmp_path, monkeypatch, order, dtype):
     ("array", "reason"),
     [
         (np.array([True]), "booleans"),
-        (np.array(["1"]), "dtype <U1"),
-        (np.array([None]), "dtype object"),
+        (np.array(["1"]), r"holds text \(dtype <U1\)"),
+        (np.array([b"1"]), r"holds text \(dtype \|S1\)"),
+        (np.array([None]), "holds Python objects, the first a NoneType"),
         (np.array(5), r"shape \(\)"),
         (np.zeros((1, 1, 1), int), "expected 1 or 2 dimensions"),
         (np.zeros((3, 0), int), "is empty"),
@@ -192,10 +209,26 @@ def test_npy_files_that_are_refused(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(1000))
     whole = path.read_bytes()
-    for content in (b"", b"junk", whole[:50], whole[:-8], b"PK\x03\x04" + whole):
+    for content in (b"", b"junk", whole[:50], whole[:-8], b"\x93NUMPY\x09" + whole):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a\.npy: "):
             list(npy_values(path, str(path), 10))
-    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(DataError, match=r"a\.npy"):
+    np.save(path, np.array([[1, 2], [3]], object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"a\.npy holds Python objects, .* write rows of different lengths as JSONL"):
         list(npy_values(path, str(path), 10))
+    np.savez(tmp_path / "b.npz", np.arange(3))
+    with pytest.raises(DataError, match=r"b\.npz is an \.npz archive of arrays, not a \.npy array"):
+        list(npy_values(tmp_path / "b.npz", str(tmp_path / "b.npz"), 10))
+
+
+def test_what_no_array_can_hold_is_refused():
+    masked = np.ma.masked_equal([1, 2, 2], 2)
+    with pytest.raises(DataError, match=r"array 1 is a masked array with 2 masked values"):
+        as_array(masked, "array 1")
+    assert as_array(np.ma.masked_equal([1, 2], 9), "a").tolist() == [1, 2]
+    with pytest.raises(DataError, match="rows of different lengths"):
+        as_array([[1, 2], [3]], "a")
+    with pytest.raises(DataError, match=r"a, a Tensor, cannot be made a NumPy array: .*detach"):
+        as_array(torch.ones(3, requires_grad=True), "a")
+    with pytest.raises(DataError, match=r"a, a Tensor, cannot be made a NumPy array"):
+        as_array(torch.ones(3, dtype=torch.bfloat16), "a")
