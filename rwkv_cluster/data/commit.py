@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.data.freshness import CACHE_NAME
-from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
+from rwkv_cluster.data.manifest import CACHE_NAME, MANIFEST_NAME, DataManifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.heartbeat import read_record
 from rwkv_cluster.own_file import open_own

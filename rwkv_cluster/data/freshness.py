@@ -19,13 +19,12 @@ import numpy as np
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.encode import DocumentEncoder
-from rwkv_cluster.data.manifest import DataManifest
+from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
 from rwkv_cluster.data.readers import array_values
 from rwkv_cluster.data.sources import Source, content_digest
 from rwkv_cluster.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
-CACHE_NAME = "inputs.json"
 FORMAT = 1  # raise when the same input and options give other bytes than before
 _RECENT_NS = 3_000_000_000  # a file changed this recently may change again within its time stamp's resolution
 

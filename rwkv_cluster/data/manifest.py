@@ -21,6 +21,7 @@ from rwkv_cluster.own_file import open_own
 from rwkv_cluster.workdir import sha256_file
 
 MANIFEST_NAME = "manifest.json"
+CACHE_NAME = "inputs.json"  # see `data.freshness`
 VERSION: Literal[1] = 1
 _MAX_BYTES = 16 << 20
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"

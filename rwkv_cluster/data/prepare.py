@@ -79,7 +79,12 @@ def prepare(
         raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
     if check_name(name) == _VALIDATION:
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
-    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
+    left_out: list[Path] = []
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data, left_out)), name)
+    if left_out:
+        log.info(
+            "%d files of data.inputs are left out, as earlier runs wrote them: %s", len(left_out), _names(left_out)
+        )
     with disk_errors(job.out_dir):
         job.out_dir.mkdir(parents=True, exist_ok=True)
         with only_one(job.out_dir):
@@ -347,8 +352,12 @@ def _validation_record(parts: list[TokenFileWriter]) -> ValidationRecord | None:
 def _require_documents(spool: Spool, sources: Sequence[Source]) -> None:
     if spool.n_documents:
         return
-    names = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+    names = _names([source.path for source in sources])
     raise DataError(f"no document was found in {names}: the input is empty or blank. Give it some text or integers")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def _summary(manifest: DataManifest) -> str:

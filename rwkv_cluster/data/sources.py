@@ -6,9 +6,12 @@ An entry is, in this order of precedence:
   packages. Files that are empty or not UTF-8 are left out.
 - an existing file;
 - an existing folder: its files, and those of its subfolders, whose name matches `file_pattern`, sorted by path;
-  names that begin with a dot are left out, links to folders are not followed;
+  names that begin with a dot are left out. Links to folders are followed, into each folder once: the folders that are
+  really there come first, then links in the order of their paths;
 - the prefix of an existing `.bin`/`.idx` pair;
-- a glob pattern (`**` crosses folders): the files it matches, sorted.
+- a glob pattern: the files it matches, sorted. `**` crosses folders, as if the folder it begins in were named.
+
+What this package has written into work directories and prepared directories is left out of folders and globs.
 
 A file's kind follows from its name, after a final `.gz` or `.zst`: `.npy` array, `.jsonl`, `.ndjson` and `.json`: one
 JSON object a line, `.bin` or `.idx` a token file, anything else one text document. A name that promises another format,
@@ -33,6 +36,7 @@ import zstandard
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.countdown import bytes_left
+from rwkv_cluster.data import own_files
 from rwkv_cluster.data.binidx import bin_path, idx_path
 from rwkv_cluster.data.formats import HEAD_BYTES, refuse_format
 from rwkv_cluster.errors import DataError, MissingDataError
@@ -69,13 +73,16 @@ class Source:
         return [bin_path(self.path), idx_path(self.path)] if self.kind == "tokens" else [self.path]
 
 
-def find_sources(data: DataConfig) -> list[Source]:
-    """Every file that `data.inputs` names, in order. Raises DataError naming the entry that leads nowhere."""
+def find_sources(data: DataConfig, left_out: list[Path] | None = None) -> list[Source]:
+    """Every file that `data.inputs` names, in order. Raises DataError naming the entry that leads nowhere.
+
+    left_out: gets the files that were left out because this package wrote them.
+    """
     sources = []
     for entry in data.inputs:
-        found = _expand(entry, data.file_pattern)
+        found = _expand(entry, data.file_pattern, [] if left_out is None else left_out)
         if not found:
-            raise DataError(
+            raise MissingDataError(
                 f"data.inputs: '{entry}' has no file that matches data.file_pattern '{data.file_pattern}'. "
                 "Change the entry or the pattern"
             )
@@ -83,40 +90,87 @@ def find_sources(data: DataConfig) -> list[Source]:
     return sources
 
 
-def _expand(entry: str, pattern: str) -> list[Source]:
+def _expand(entry: str, pattern: str, left_out: list[Path]) -> list[Source]:
     if entry.startswith(_STDLIB):
         return _stdlib_sources(entry, pattern)
     if not entry or "\0" in entry:
         raise DataError(f"data.inputs: {entry!r} is not a path. Name a file, a folder or a pattern")
     path = Path(entry).expanduser()
     if path.is_dir():
-        return _unique_pairs([source_at(file) for file in _walk(path, pattern)])
+        return _sources(own_files.without(_walk(path, pattern), path, left_out))
     if path.exists():
         return [source_at(path)]
     if bin_path(path).exists() or idx_path(path).exists():
         return [_token_source(path)]
-    if matches := [Path(match) for match in glob.glob(str(path), recursive=True)]:
-        files = sorted((match for match in matches if not match.is_dir()), key=os.fsencode)
-        return _unique_pairs([source_at(file) for file in files])
+    if matches := _glob(path):
+        return _sources(own_files.without(sorted(matches, key=os.fsencode), _fixed_part(path), left_out))
     raise MissingDataError(
         f"data.inputs: '{entry}' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from "
         f"{Path.cwd()}). Correct the entry"
     )
 
 
-def _walk(folder: Path, pattern: str, left_out: set[str] = frozenset()) -> list[Path]:  # type: ignore[assignment]
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {error.strerror}") from error
+def _walk(folder: Path, pattern: str) -> list[Path]:
+    seen: set[tuple[int, int]] = set()
+    files: list[Path] = []
+    starts = [folder]
+    while starts:
+        links = []
+        for start in starts:
+            for root, folders, names in os.walk(start, onerror=_fail):
+                identity = _identity(root)
+                if start is not folder and identity in seen:
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                links += [path for name in folders if (path := Path(root, name)).is_symlink()]
+                files += _matching(root, names, pattern)
+        starts = sorted(links, key=os.fsencode)
+    return _by_path(files, folder)
 
-    files = []
-    for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and name not in left_out and not (left_out and name.startswith("config-"))
-        ]
-        files += [Path(root, name) for name in names if not name.startswith(".") and fnmatchcase(name, pattern)]
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    return status.st_dev, status.st_ino
+
+
+def _fail(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}") from error
+
+
+def _matching(root: str, names: list[str], pattern: str) -> list[Path]:
+    return [Path(root, name) for name in names if not name.startswith(".") and fnmatchcase(name, pattern)]
+
+
+def _by_path(files: list[Path], folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: os.fsencode(path.relative_to(folder)).split(b"/"))
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """The files that match. `**` is walked as a folder is: `glob` would follow links around in circles."""
+    if "**" not in pattern.parts:
+        return [path for match in glob.glob(str(pattern)) if not (path := Path(match)).is_dir()]
+    folder = _fixed_part(pattern)
+    parts = pattern.parts[len(folder.parts) :]
+    files = _walk(folder, "*") if folder.is_dir() else []
+    return [file for file in files if _matches(file.relative_to(folder).parts, parts)]
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (bool(names) and _matches(names[1:], pattern))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder that a glob pattern begins in."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def _stdlib_sources(entry: str, pattern: str) -> list[Source]:
@@ -125,8 +179,15 @@ def _stdlib_sources(entry: str, pattern: str) -> list[Source]:
             f"data.inputs: '{entry}' is not known. Use 'stdlib:' alone, and data.file_pattern to choose files"
         )
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in _walk(folder, pattern, _STDLIB_LEFT_OUT) if file.suffix == ".py"]
-    return [Source(file, "text", optional=True) for file in files]
+    files: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=_fail):
+        folders[:] = [name for name in folders if _is_of_stdlib(name)]
+        files += [file for file in _matching(root, names, pattern) if file.suffix == ".py"]
+    return [Source(file, "text", optional=True) for file in _by_path(files, folder)]
+
+
+def _is_of_stdlib(folder: str) -> bool:
+    return not folder.startswith((".", "config-")) and folder not in _STDLIB_LEFT_OUT
 
 
 def source_at(path: Path) -> Source:
@@ -158,9 +219,9 @@ def _token_source(prefix: Path) -> Source:
     return Source(prefix, "tokens")
 
 
-def _unique_pairs(sources: list[Source]) -> list[Source]:
-    """A walk meets a pair twice, by its `.bin` and by its `.idx`."""
-    return list(dict.fromkeys(sources))
+def _sources(files: list[Path]) -> list[Source]:
+    """A pair of a token file is met twice, by its `.bin` and by its `.idx`, and is one source."""
+    return list(dict.fromkeys(source_at(file) for file in files))
 
 
 def read_blocks(source: Source, digest: Any = None) -> Iterator[bytes]:

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.prepare import prepare
 from rwkv_cluster.data.sources import content_digest, find_sources, source_at
 from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.tokenizer import ByteTokenizer
+from rwkv_cluster.workdir import WorkDir
 
 
 def find(*inputs, **options):
@@ -68,6 +71,8 @@ def test_what_leads_nowhere_is_named(folder, tmp_path):
         find("no/such.txt")
     with pytest.raises(MissingDataError, match="does not exist"):
         find(folder / "*.none")
+    with pytest.raises(MissingDataError, match="does not exist"):
+        find(folder / "none" / "**" / "*.txt")
     (folder / "p.idx").unlink()
     with pytest.raises(MissingDataError, match=r"p\.idx does not exist"):
         find(folder / "p.bin")
@@ -107,3 +112,56 @@ def test_standard_library_without_tests_and_packages():
 def test_content_digest_is_of_the_file_itself(tmp_path):
     (tmp_path / "a.gz").write_bytes(b"not even gzip")
     assert content_digest(source_at(tmp_path / "a.gz")) == hashlib.sha256(b"not even gzip").hexdigest()
+
+
+def names(folder: Path, sources) -> list[str]:
+    return [str(source.path.relative_to(folder)) for source in sources]
+
+
+def test_links_to_folders_are_followed_into_each_folder_once(folder, tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "o.txt").write_text("o")
+    for link, target in {
+        "0-first": "a",  # a folder that is really there stays where it is
+        "link-1": outside,
+        "link-2": outside,
+        "a/up": folder,  # around in a circle
+        "link-3": outside / "deep",
+        ".hidden-link": outside,
+    }.items():
+        (folder / link).symlink_to(target)
+    found = ["B.jsonl.gz", "a/v.npy.zst", "a/z.txt", "a-b.txt", "b.txt", "link-1/deep/o.txt", "p"]
+    assert names(folder, find(folder)) == found
+    assert names(folder, find(folder / "a", file_pattern="z*")) == ["a/z.txt"]
+    assert names(folder, find(folder / "**" / "*.txt")) == ["a-b.txt", "a/z.txt", "b.txt", "link-1/deep/o.txt"]
+
+
+def test_a_link_is_read_as_the_folder_it_leads_to(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert [source.path.name for source in find(tmp_path / "link")] == [source.path.name for source in find(folder)]
+
+
+def test_what_a_run_has_written_is_no_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "out/mine.txt", "w/texts/b.txt", "w/data/c.txt"):  # theirs, also beside what runs write
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    work = WorkDir("w")
+    work.create()
+    before = find(".")
+    assert names(Path(), before) == ["a.txt", "out/mine.txt", "w/data/c.txt", "w/texts/b.txt"]
+    prepare(DataConfig(inputs=["a.txt"]), ByteTokenizer(), work.data)
+    for name in ("out/train_log.txt", "logs/metrics.jsonl", "configs/config.json", "report/index.html", "sweep/0/x.md"):
+        path = work.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    left_out: list[Path] = []
+    assert find_sources(DataConfig(inputs=["."]), left_out) == before
+    assert Path("w/data/vocab.txt") in left_out
+    assert Path("w/logs/metrics.jsonl") in left_out
+    assert names(Path(), find("**/*.txt")) == names(Path(), before)
+    assert names(Path(), find("w/data")) == ["w/data/c.txt"]
+    assert names(Path(), find("w/data/train.jsonl")) == ["w/data/train.jsonl"]  # named by itself
+    monkeypatch.chdir("w")
+    assert names(Path(), find(".")) == ["data/c.txt", "texts/b.txt"]
