@@ -22,6 +22,8 @@ _DECIDE_WHAT_RUNS = (
     "container.mounts", "container.extra_args",
 )  # fmt: skip
 
+_OF_DATA = {".jsonl", ".ndjson", ".npy", ".bin", ".idx", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".zip", ".tar"}
+
 
 @dataclass(frozen=True)
 class FoundConfig:
@@ -95,6 +97,11 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     if path.is_dir():
         stored = path / "configs" / "config.yaml"
         return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
+    if path.suffix.lower() in _OF_DATA and path.exists():
+        raise ConfigError(
+            f"{argument} is data, and not the YAML file of a run. Name such a file, or a shipped recipe "
+            f"({', '.join(shipped_recipes())}), and the data by data.inputs: --data.inputs=[{yaml_text(argument)}]"
+        )
     if path.exists():
         return FoundConfig(resolve_config(path, overrides))
     recipes = shipped_recipes()

@@ -72,8 +72,9 @@ def refused(run: Run, code: int, sentence: str, *arguments: str, leaves: set[str
     assert lines[-1] == f"rwkv-cluster: error: {sentence}"
     after = files()
     assert set(after) - set(before) <= LOCKS | REMEMBERED | leaves
-    assert {name: after[name] for name in before if name not in LOCKS | REMEMBERED} == {
-        name: content for name, content in before.items() if name not in LOCKS | REMEMBERED
+    may_change = LOCKS | REMEMBERED | {"work/data/inputs.json"}  # a cache, which learns of files that are seconds old
+    assert {name: after[name] for name in before if name not in may_change} == {
+        name: content for name, content in before.items() if name not in may_change
     }
 
 
@@ -236,6 +237,14 @@ def test_no_config(run: Run) -> None:
     assert not Path("work").exists()
 
 
+def test_data_is_no_configuration(run: Run) -> None:
+    sentence = (
+        "text.jsonl is data, and not the YAML file of a run. Name such a file, or a shipped recipe (quickstart.yaml), and "
+        "the data by data.inputs: --data.inputs=[text.jsonl]"
+    )
+    refused(run, 2, sentence, "prepare", "text.jsonl")
+
+
 @pytest.mark.parametrize(
     ("content", "ctx_len", "n_tokens", "remedy"),
     [
@@ -286,8 +295,51 @@ def test_the_work_dir_of_another_run(run: Run, tmp_path: Path) -> None:
     override = write("other.jsonl", line("other text " * 90))
     refused(run, 3, "the data has to be prepared anew (the content of other.jsonl changed), "
             f"but {checkpoint} was trained on the data that is there. "
-            "Put the inputs and data settings back to continue, or choose another work_dir for a new run",
+            "Put the inputs and data settings back to continue, or go on with the data that is there by --data.inputs=[]; "
+            "for a new run choose another work_dir",
             "train", "run.yaml", override)  # fmt: skip
+
+
+def test_data_that_was_deleted_is_prepared_again_from_the_same_input(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml", "--training.max_steps=4", "--work_dir=whole")
+    assert run("train", "run.yaml")[0] == 0
+    shutil.rmtree("work/data")
+    text = Path("text.jsonl").read_bytes()
+    Path("text.jsonl").write_bytes(text + line("more").encode())
+    code, lines = run("train", "run.yaml")
+    assert code == 3
+    assert re.fullmatch(
+        r"rwkv-cluster: error: the inputs now give other data \(fingerprint \w{16}\) than this run was trained on "
+        r"\(\w{16}\)\. Put the inputs and data settings back to continue, or choose another work_dir for a new run",
+        lines[-1],
+    )
+    assert [path.name for path in Path("work/data").iterdir()] == [".prepare.lock"]
+    Path("text.jsonl").write_bytes(text)
+    assert run("train", "run.yaml", "--training.max_steps=4")[0] == 0
+    assert losses("work") == losses("whole")
+
+
+@pytest.mark.parametrize("gone", ["text.jsonl", "texts"])
+def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Path) -> None:
+    Path("texts").mkdir()
+    shutil.copy("text.jsonl", "texts")
+    inputs = f"--data.inputs=[{gone}]"
+    run("train", "run.yaml", "--training.max_steps=4", "--work_dir=whole", inputs)
+    assert run("train", "run.yaml", inputs)[0] == 0
+    Path("text.jsonl").unlink()
+    Path("texts/text.jsonl").unlink()
+    code, lines = run("train", "run.yaml", "--training.max_steps=4", inputs)
+    assert code == 0
+    assert any(f"Going on with the data that was prepared from it, in {tmp_path}/work/data" in text for text in lines)
+    assert losses("work") == losses("whole")
+    sentence = (
+        f"data.inputs: 'other.jsonl' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from "
+        f"{tmp_path}). Correct the entry. Or go on with the data that is prepared in {tmp_path}/work/data: "
+        "--data.inputs=[]"
+    )
+    refused(run, 3, sentence, "train", "run.yaml", "--data.inputs=[other.jsonl]")
+    assert run("train", "run.yaml", "--training.max_steps=5", inputs, "--data.text_field=other")[0] == 3
+    assert run("train", "run.yaml", "--training.max_steps=5", "--data.inputs=[]")[0] == 0
 
 
 def test_init_from_what_is_no_weights_file(run: Run) -> None:

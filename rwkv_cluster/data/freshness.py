@@ -21,7 +21,7 @@ from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.encode import DocumentEncoder
 from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
 from rwkv_cluster.data.readers import array_values
-from rwkv_cluster.data.sources import Source, content_digest
+from rwkv_cluster.data.sources import STDLIB, Source, content_digest
 from rwkv_cluster.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
@@ -78,26 +78,35 @@ def source_stat(source: Source) -> list[Any]:
     return record
 
 
-def write_cache(out_dir: Path, stats: Sequence[list[Any]], contents: Sequence[str]) -> None:
-    """Remember the content of the sources whose files were not changed in the last seconds."""
+def named_inputs(data: DataConfig) -> list[str]:
+    """What `data` names, whether or not it is there: its pattern and its entries, paths made absolute."""
+    entries = [entry if entry == STDLIB else os.path.abspath(os.path.expanduser(entry)) for entry in data.inputs]
+    return [data.file_pattern, *entries]
+
+
+def write_cache(out_dir: Path, named: list[str], stats: Sequence[list[Any]], contents: Sequence[str]) -> None:
+    """Remember what was named, and the content of the sources whose files were not changed in the last seconds."""
     settled = time.time_ns() - _RECENT_NS
     entries = [
         [record if max(record[3::3] + record[4::3]) < settled else None, content]
         for record, content in zip(stats, contents, strict=True)
     ]
-    atomic_write(out_dir / CACHE_NAME, json.dumps(entries).encode())
+    atomic_write(out_dir / CACHE_NAME, json.dumps({"named": named, "sources": entries}).encode())
 
 
-def read_cache(out_dir: Path) -> list[list[Any]]:
-    """[record or None, sha256] of each source, or an empty list where the file is absent or unusable."""
+def read_cache(out_dir: Path) -> tuple[list[str], list[list[Any]]]:
+    """What was named, and [record or None, sha256] of each source; both empty where the file is absent or unusable."""
     try:
-        entries = json.loads(read_own(out_dir / CACHE_NAME))
-    except (OSError, ValueError, RecursionError):
-        return []
-    well_formed = isinstance(entries, list) and all(
-        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) for entry in entries
+        content = json.loads(read_own(out_dir / CACHE_NAME))
+        named, entries = content["named"], content["sources"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return [], []
+    well_formed = (
+        isinstance(named, list)
+        and isinstance(entries, list)
+        and all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) for entry in entries)
     )
-    return entries if well_formed else []
+    return (named, entries) if well_formed else ([], [])
 
 
 def why_stale(
@@ -109,12 +118,13 @@ def why_stale(
     options: dict[str, Any],
     n_arrays: int,
     array_digests: Callable[[], list[str]],
+    named: list[str],
     sources: Sequence[Source],
     refresh: bool,
 ) -> str | None:
     """Why the data must be prepared again, in words, or None. Reads the inputs whose record has changed.
 
-    refresh: write their new records when the content has not.
+    named: see `named_inputs`. refresh: write the new records when the content has not changed.
     """
     if manifest.name != name:
         return f"the prepared data is named '{manifest.name}', not '{name}'"
@@ -124,7 +134,7 @@ def why_stale(
         return f"the options changed ({_difference(manifest.options, options)})"
     if manifest.n_sources != n_arrays + len(sources):
         return f"the input has {n_arrays + len(sources)} files or arrays, it had {manifest.n_sources}"
-    cache = read_cache(out_dir)
+    before, cache = read_cache(out_dir)
     known = cache if len(cache) == len(sources) else [[None, ""]] * len(sources)
     stats = [source_stat(source) for source in sources]
     contents = [
@@ -134,8 +144,8 @@ def why_stale(
     if source_digest(array_digests(), sources, contents) != manifest.source_digest:
         changed = [s.path for s, new, (_, old) in zip(sources, contents, known, strict=True) if old and new != old]
         return f"the content of {changed[0]} changed" if changed else "the content of the input changed"
-    if refresh and [record for record, _ in known] != stats:
-        write_cache(out_dir, stats, contents)
+    if refresh and (before != named or [record for record, _ in known] != stats):
+        write_cache(out_dir, named, stats, contents)
     return None
 
 

@@ -28,6 +28,8 @@ from rwkv_cluster.data.fill import Filled, Filler, Progress
 from rwkv_cluster.data.freshness import (
     array_digest,
     content_options,
+    named_inputs,
+    read_cache,
     source_digest,
     source_stat,
     why_stale,
@@ -52,7 +54,7 @@ from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
 from rwkv_cluster.workdir import remove_temporaries, sha256_file
 
-__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "reason_to_prepare", "write_pair"]
+__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "prepared_before", "reason_to_prepare", "write_pair"]
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -67,20 +69,23 @@ def prepare(
     arrays: Sequence[np.ndarray] = (),
     name: str = "train",
     mend: bool = True,
+    fingerprint: str | None = None,
 ) -> DataManifest:
     """Prepare `arrays` and then `data.inputs` into `out_dir`, or use what is there again when nothing has changed.
 
     arrays: 1-D or 2-D, integers or whole numbers; see `data.readers`. tokenizer: any object with encode, decode and
     vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. mend: make a damaged file of
-    an earlier preparation again, instead of raising DataError. Raises DataError, with the document and the reason; an
-    earlier preparation then stays as it was.
+    an earlier preparation again, instead of raising DataError. fingerprint: of the data that a run was trained on, to
+    refuse any other when it is ready. Raises DataError, with the document and the reason; an earlier preparation then
+    stays as it was.
     """
     if not data.inputs and not len(arrays):
         raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
     if check_name(name) == _VALIDATION:
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
     left_out: list[Path] = []
-    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data, left_out)), name)
+    sources = tuple(find_sources(data, left_out))
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), sources, name, fingerprint)
     if left_out:
         log.info(
             "%d files of data.inputs are left out, as earlier runs wrote them: %s", len(left_out), _names(left_out)
@@ -113,6 +118,20 @@ def reason_to_prepare(
     job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
     found = job.reusable(refresh=False)
     return found if isinstance(found, str) else None
+
+
+def prepared_before(
+    data: DataConfig, tokenizer: Any, out_dir: str | Path, *, name: str = "train"
+) -> DataManifest | None:
+    """What these `data.inputs` were prepared into with these settings, for when the inputs are gone; else None."""
+    try:
+        manifest = load_manifest(out_dir)
+    except DataError:
+        return None
+    options = content_options(data, jsonl=bool(manifest.options.get("write_jsonl")))
+    same_inputs = read_cache(Path(out_dir))[0] == named_inputs(data)
+    same = manifest.name == name and manifest.tokenizer == tokenizer_identity(tokenizer) and manifest.options == options
+    return manifest if same_inputs and same else None
 
 
 def _given(arrays: Sequence[Any]) -> tuple[np.ndarray, ...]:
@@ -150,6 +169,7 @@ class _Job:
     arrays: tuple[np.ndarray, ...]
     sources: tuple[Source, ...]
     name: str
+    fingerprint: str | None = None
 
     @property
     def writes_jsonl(self) -> bool:
@@ -184,6 +204,7 @@ class _Job:
             options=self.options,
             n_arrays=len(self.arrays),
             array_digests=self._array_digests,
+            named=named_inputs(self.data),
             sources=self.sources,
             refresh=refresh,
         )
@@ -227,8 +248,9 @@ class _Job:
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
                 validation=_validation_record(parts),
             )
+            self._require_fingerprint(manifest)
             commit(self.out_dir, manifest, finished, self._stale_files(manifest))
-        write_cache(self.out_dir, stats, filled.contents)
+        write_cache(self.out_dir, named_inputs(self.data), stats, filled.contents)
         return manifest
 
     def adopt(self) -> DataManifest:
@@ -250,8 +272,9 @@ class _Job:
                 dtype=pair.tokens.dtype.name,
                 source_digest=source_digest([], self.sources, [pair.content]),
             )
+            self._require_fingerprint(manifest)
             commit(self.out_dir, manifest, finished, ())
-        write_cache(self.out_dir, stats, [pair.content])
+        write_cache(self.out_dir, named_inputs(self.data), stats, [pair.content])
         return manifest
 
     def _fill(self, folder: Path, finished: Path) -> tuple[Spool, Filled, HashedFile | None]:
@@ -313,6 +336,14 @@ class _Job:
             n_sources=len(self.arrays) + len(self.sources),
             **fields,
         )
+
+    def _require_fingerprint(self, manifest: DataManifest) -> None:
+        if self.fingerprint not in (None, manifest.fingerprint):
+            raise DataError(
+                f"the inputs now give other data (fingerprint {manifest.fingerprint}) than this run was trained on "
+                f"({self.fingerprint}). Put the inputs and data settings back to continue, or choose another work_dir "
+                "for a new run"
+            )
 
     def _stale_files(self, manifest: DataManifest) -> set[str]:
         """What an earlier preparation of the same name wrote and this one does not replace."""

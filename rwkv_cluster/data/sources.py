@@ -43,7 +43,7 @@ from rwkv_cluster.errors import DataError, MissingDataError
 
 Kind = Literal["array", "jsonl", "text", "tokens"]
 
-_STDLIB = "stdlib:"
+STDLIB = "stdlib:"
 _STDLIB_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KINDS: dict[str, Kind] = {
@@ -91,7 +91,7 @@ def find_sources(data: DataConfig, left_out: list[Path] | None = None) -> list[S
 
 
 def _expand(entry: str, pattern: str, left_out: list[Path]) -> list[Source]:
-    if entry.startswith(_STDLIB):
+    if entry.startswith(STDLIB):
         return _stdlib_sources(entry, pattern)
     if not entry or "\0" in entry:
         raise DataError(f"data.inputs: {entry!r} is not a path. Name a file, a folder or a pattern")
@@ -174,7 +174,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _stdlib_sources(entry: str, pattern: str) -> list[Source]:
-    if entry != _STDLIB:
+    if entry != STDLIB:
         raise DataError(
             f"data.inputs: '{entry}' is not known. Use 'stdlib:' alone, and data.file_pattern to choose files"
         )

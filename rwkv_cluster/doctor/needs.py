@@ -15,7 +15,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.rows import Row, note, ok, refused, warning
 from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.doctor.subject import Subject
-from rwkv_cluster.errors import CheckpointError, DataError, RWKVClusterError
+from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.workdir import WorkDir
 
 ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
@@ -60,18 +60,30 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _data(config: Config) -> str:
-    """What data.inputs names is there and can be read; prepared data is undamaged."""
+    """What data.inputs names is there and can be read, or prepared data is; prepared data is undamaged."""
     from rwkv_cluster.data.manifest import MANIFEST_NAME, load_manifest
+    from rwkv_cluster.data.prepare import prepared_before
+    from rwkv_cluster.data.readers import refuse_by_name
     from rwkv_cluster.data.sources import find_sources
     from rwkv_cluster.data.verify import check_files
+    from rwkv_cluster.tokenizer import build_tokenizer
 
-    work = WorkDir(config.work_dir)
-    if not config.data.inputs or (work.data / MANIFEST_NAME).exists():
-        manifest = load_manifest(work.data)
-        check_files(manifest, work.data, manifest.run_files)
+    folder = WorkDir(config.work_dir).data
+    is_prepared = (folder / MANIFEST_NAME).exists()
+    if not config.data.inputs or is_prepared:
+        manifest = load_manifest(folder)
+        check_files(manifest, folder, manifest.run_files)
     if not config.data.inputs:
         return f"prepared: {manifest.n_tokens:,} tokens"
-    files = [path for source in find_sources(config.data) for path in source.files()]
+    try:
+        sources = find_sources(config.data)
+    except MissingDataError:
+        if prepared_before(config.data, build_tokenizer(config.data.tokenizer), folder) is None:
+            raise
+        return f"prepared: {manifest.n_tokens:,} tokens, from inputs that are gone"
+    if not is_prepared:
+        refuse_by_name(sources)
+    files = [path for source in sources for path in source.files()]
     for path in files:
         if not os.access(path, os.R_OK):
             raise DataError(f"{path} cannot be read: permission denied. Make it readable")

@@ -89,7 +89,8 @@ def require_unchanged_data(found: Checkpoint | None, reason: str) -> None:
     if found is not None:
         raise DataError(
             f"the data has to be prepared anew ({reason}), but {found.path} was trained on the data that is there. "
-            "Put the inputs and data settings back to continue, or choose another work_dir for a new run"
+            "Put the inputs and data settings back to continue, or go on with the data that is there by "
+            "--data.inputs=[]; for a new run choose another work_dir"
         )
 
 

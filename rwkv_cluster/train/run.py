@@ -14,7 +14,7 @@ import numpy as np
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import MANIFEST_NAME
-from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, reason_to_prepare
+from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, prepared_before, reason_to_prepare
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.model.state_dict import save_pth
@@ -60,8 +60,11 @@ def prepare_data(
 
         def is_prepared() -> bool:
             if not config.data.inputs and not arrays:
-                return True
-            return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name) is None
+                return _is_prepared(work)
+            try:
+                return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name) is None
+            except MissingDataError:
+                return prepared_before(config.data, tokenizer, work.data, name=name) is not None
 
         what = "the preparation of the data"
         is_there = _once_each(lambda: _stamp(work.data / MANIFEST_NAME), is_prepared)
@@ -217,15 +220,44 @@ def _prepared(
                 "Name files, folders or patterns in data.inputs"
             ) from error
 
-    change = reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    try:
+        change = reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+    except MissingDataError as error:
+        return _without_inputs(config, work, tokenizer, name, error)
+    fingerprint = None
     if change is not None:  # otherwise no checkpoint has to be read and hashed for this
-        resume.require_unchanged_data(checkpoint.newest_verified(work.checkpoints), change)
-    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name, mend=mend)
+        found = checkpoint.newest_verified(work.checkpoints)
+        if _is_prepared(work):
+            resume.require_unchanged_data(found, change)
+        elif found is not None:
+            fingerprint = found.state["data_fingerprint"]
+    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name, mend=mend, fingerprint=fingerprint)
 
 
 def _verified(manifest: DataManifest, work: WorkDir) -> DataManifest:
     check_files(manifest, work.data, manifest.run_files)
     return manifest
+
+
+def _without_inputs(config: Config, work: WorkDir, tokenizer: Any, name: str, error: MissingDataError) -> DataManifest:
+    """The data that was prepared from inputs that are gone. Raises `error` where it was prepared from others."""
+    manifest = prepared_before(config.data, tokenizer, work.data, name=name)
+    if manifest is not None:
+        log.warning("%s. Going on with the data that was prepared from it, in %s", error, work.data)
+        return _verified(manifest, work)
+    if _is_prepared(work):
+        raise MissingDataError(
+            f"{error}. Or go on with the data that is prepared in {work.data}: --data.inputs=[]"
+        ) from error
+    raise error
+
+
+def _is_prepared(work: WorkDir) -> bool:
+    try:
+        load_manifest(work.data)
+    except DataError:
+        return False
+    return True
 
 
 def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:

@@ -11,12 +11,15 @@ import torch
 from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.data.prepare import prepare
 from rwkv_cluster.doctor import needs, tools
 from rwkv_cluster.doctor.rows import first_problem
 from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.kernels import loader
+from rwkv_cluster.tokenizer import ByteTokenizer
 from rwkv_cluster.train import room
+from rwkv_cluster.workdir import WorkDir
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -104,3 +107,15 @@ def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeyp
     monkeypatch.setattr(room, "free_bytes", lambda folder: 1000)
     assert main(["doctor", str(config)]) == 4
     assert "there is no room for the next checkpoint and the weights beside it: it needs" in capsys.readouterr().err
+
+
+def test_inputs_that_are_gone_after_they_were_prepared(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    n_tokens = prepare(config.data, ByteTokenizer(), WorkDir(config.work_dir).data).n_tokens
+    (tmp_path / "text.jsonl").unlink()
+    assert needs._data(config) == f"prepared: {n_tokens:,} tokens, from inputs that are gone"
+
+
+def test_an_input_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n")
+    assert "a.csv is a table" in str(first(tmp_path, data={"inputs": [str(tmp_path / "a.csv")]}))
