@@ -71,6 +71,24 @@ class _RandomStates(_Part):
     cuda: str | None = None
 
 
+class UnfinishedStep(_Part):
+    """Fields of `train.records.StepRecord`."""
+
+    step: Count
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens: Count
+    tokens_per_s: float
+    memory_mb: float
+    val_loss: float | None
+    val_perplexity: float | None
+    val_bits_per_byte: float | None
+    save_wait_s: float | None
+    mfu: float | None
+    hfu: float | None
+
+
 class _State(_Part):
     """state.json. What has a default came later than the first checkpoints."""
 
@@ -89,6 +107,7 @@ class _State(_Part):
     skipped: list[Annotated[tuple[Count, Count], Strict(False)]] = []
     spikes: _Spikes | None = None
     improvement: _Improvement | None = None
+    unfinished: UnfinishedStep | None = None
     loss_scale: dict[str, float | int] | None = None
     torch: str
     random_states: Annotated[list[_RandomStates], Field(min_length=1)]

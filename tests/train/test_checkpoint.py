@@ -22,6 +22,8 @@ from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train import checkpoint, random_state
+from rwkv_cluster.train.checkpoint_files import UnfinishedStep
+from rwkv_cluster.train.records import COLUMNS
 from rwkv_cluster.train.saving import Saver
 
 
@@ -383,3 +385,7 @@ def test_a_checkpoint_copied_elsewhere_is_whole(directory: Path, tmp_path: Path)
     _save(directory, 12)
     shutil.copytree(directory, tmp_path / "copy")
     assert checkpoint.newest_verified(tmp_path / "copy").step == 12
+
+
+def test_an_unfinished_step_has_the_fields_of_a_record() -> None:
+    assert tuple(UnfinishedStep.model_fields) == COLUMNS
