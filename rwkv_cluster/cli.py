@@ -11,17 +11,17 @@ import contextlib
 import difflib
 import io
 import json
-import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from rwkv_cluster.console_log import log_to_stderr
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.interrupt import listening
 from rwkv_cluster.launched import log_to_agent, loses_exit_codes, tell_agent
 from rwkv_cluster.ranks import end_with_launcher, rank, shown
-from rwkv_cluster.text_safety import VisibleFormatter, visible
+from rwkv_cluster.text_safety import visible
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
@@ -86,7 +86,7 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         end_with_launcher()
         if argv[:1] and argv[0] in RANK_VERBS:
             log_to_agent()
-        with _log_to_stderr():
+        with log_to_stderr():
             code = _run(argv)
         sys.stdout.flush()
         return code, ""
@@ -260,22 +260,6 @@ def _unknown_option(argument: str, verb: str) -> str:
 def _complain(message: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
         print(f"rwkv-cluster: {visible(shown() + message)}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """Show the library's log messages to the person at the terminal while a verb runs."""
-    logger = logging.getLogger("rwkv_cluster")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(VisibleFormatter("%(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def _silence_stdout() -> None:

@@ -1,4 +1,4 @@
-"""What the user said about a run: typed, validated, frozen. `Config` holds nothing about the machine it runs on.
+"""What the user said about a run: typed, validated, in a `Config` frozen. None of it is about the machine it runs on.
 
 Field names follow RWKV-LM's scripts where they have a word for it (`n_embd`, `micro_bsz`, `lr_init`, ...) and
 the field's standard term otherwise. Every field carries its description; the README's table is made from them.
@@ -8,12 +8,12 @@ Reading YAML and applying overrides lives in `rwkv_cluster.configfile`.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rwkv_cluster.launch_config import LaunchConfig
-from rwkv_cluster.section import InvalidFields, Section
+from rwkv_cluster.section import InvalidFields, Section, path_text
 
 __all__ = ["Config", "InvalidFields", "Section"]
 
@@ -97,6 +97,8 @@ class TokenizerConfig(Section):
     vocab_file: str | None = Field(None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt")
     max_value: int = Field(359, ge=0, description="integer: largest value; ids are value + 1")
 
+    _paths = field_validator("vocab_file", mode="before")(path_text)
+
     @field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
@@ -142,6 +144,8 @@ class DataConfig(Section):
         description="also write data/train.jsonl in rwkv-trainer's layout, for inputs that are not JSONL yet",
     )
     num_workers: int = Field(0, ge=0, description="processes that tokenize; 0: every core")
+
+    _paths = field_validator("inputs", mode="before")(path_text)
 
 
 class TrainingConfig(Section):
@@ -236,6 +240,8 @@ class TrainingConfig(Section):
         description="what a block computes between products and WKV, in few passes: native (the CPU library), compile "
         "(torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are at hand)",
     )
+
+    _paths = field_validator("init_from", mode="before")(path_text)
 
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> TrainingConfig:
@@ -381,3 +387,12 @@ class Config(Section):
     guard: GuardConfig = Field(default_factory=GuardConfig, description="guards")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="records")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="where and how the run is started")
+
+    _paths = field_validator("work_dir", mode="before")(path_text)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """What runs describe themselves by does not change: the sections become frozen copies."""
+        for name, section in self:
+            if isinstance(section, Section):
+                self.__dict__[name] = section.frozen()
+        self._is_frozen = True

@@ -188,8 +188,10 @@ def dump_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 
 def dump_json(config: Config) -> str:
-    """JSON text of the configuration, indented by 2, in field order."""
-    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    """JSON text of the configuration, indented by 2, in field order, and of the two values that rwkv-trainer's has."""
+    values = config.model_dump(mode="json")
+    values |= {"wandb_project": config.logging.wandb_project, "vocab_size": config.model.vocab_size}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _yaml_lines(
@@ -239,7 +241,10 @@ def field_table() -> str:
         "# Configuration\n",
         "A run is one YAML file. Every field below may stand in the file, and on the command line as\n"
         "`--section.field=value`, which wins over the file. Unknown fields are refused. Relative paths are\n"
-        "relative to the current directory. `rwkv-cluster config CONFIG` shows every value and its source.\n",
+        "relative to the current directory; in `work_dir`, `data.inputs`, `data.tokenizer.vocab_file`,\n"
+        "`training.init_from` and `launch.hostfile`, `~` and variables such as `$SCRATCH` are replaced when the file\n"
+        "is read. The other fields of `launch` are for the nodes and are left as they are.\n"
+        "`rwkv-cluster config CONFIG` shows every value and its source.\n",
         "This page is generated from `rwkv_cluster/config.py`: `python -m rwkv_cluster.configfile > "
         "docs/configuration.md`.\n",
     ]

@@ -22,8 +22,11 @@ class ConfigError(RWKVClusterError, ValueError):
     exit_code = 2
 
 
-class DataError(RWKVClusterError, ValueError):
-    """Input data, a token file or a vocabulary is missing, malformed or unusable. Exit code 3."""
+class DataError(RWKVClusterError, ValueError, RuntimeError):
+    """Input data, a token file or a vocabulary is missing, malformed or unusable. Exit code 3.
+
+    A RuntimeError too: rwkv-trainer raises that for data that was not prepared, is too small or is text for numbers.
+    """
 
     exit_code = 3
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rwkv_cluster.plain_text import hidden_character
-from rwkv_cluster.section import Section
+from rwkv_cluster.section import Section, path_text
 
 Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
 BATCH_TARGETS = ("slurm", "sbatch")
@@ -184,6 +184,8 @@ class LaunchConfig(Section):
     )  # fmt: skip
     container: ContainerConfig = Field(default_factory=ContainerConfig, description="container")
     prepare: PrepareJobConfig = Field(default_factory=PrepareJobConfig, description="data preparation")
+
+    _paths = field_validator("hostfile", mode="before")(path_text)
 
     @field_validator("name", "mem", "time", "partition", "account", "qos", "constraint", "exclude", "comment",
                      "rdzv_endpoint", "python", "hostfile")  # fmt: skip

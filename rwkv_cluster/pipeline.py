@@ -17,20 +17,24 @@ from rwkv_cluster.config import (
     DataConfig,
     LoggingConfig,
     ModelConfig,
+    Section,
     TrainingConfig,
 )
 from rwkv_cluster.configfile import dump_json, dump_yaml, load_config
+from rwkv_cluster.console_log import log_to_stderr_by_default
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.prepare import DataManifest, load_manifest
 from rwkv_cluster.data.readers import as_array
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import source_at
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
+from rwkv_cluster.paths import written_out
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import require_built_in
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,
+    as_tokenizer,
     build_tokenizer,
     describe_tokenizer,
     tokenizer_identity,
@@ -43,52 +47,78 @@ if TYPE_CHECKING:
 log = logging.getLogger("rwkv_cluster")
 
 
+class _SectionOf:
+    """A pipeline's attribute that holds one section: a section of its kind, or its fields in a mapping, may be set."""
+
+    def __init__(self, kind: type[Section]) -> None:
+        self._kind = kind
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, pipeline: Any, owner: type) -> Any:
+        return vars(pipeline)[self._name]
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = self._kind(**value)
+        if not isinstance(value, self._kind):
+            kind = self._kind.__name__
+            raise ConfigError(f"{self._name} is {value!r:.80}, expected a {kind}. Write {kind}(...)")
+        vars(pipeline)[self._name] = value.thawed() if value.is_frozen else value
+
+
 class RWKVTrainingPipeline:
     """One run in `work_dir`: prepare data, train, continue, inspect.
 
     work_dir: made if needed. What is not given here is read from the configuration that is stored there; making a
         pipeline never changes that file.
-    model_config, training_config, data_config, checkpoint_config, logging_config: sections of the configuration.
-        The vocab_size of a given model_config is replaced by the tokenizer's.
-    tokenizer: any object with encode, decode and vocab_size. Default: the stored one, unless that is a class beside the
-        built-in ones, whose module is not imported on a stored file's word; else IntegerTokenizer(359).
+    model_config, training_config, data_config, checkpoint_config, logging_config: sections of the configuration, or
+        mappings of their fields. In a given model_config the vocab_size becomes the tokenizer's.
+    tokenizer: any object with encode, decode and vocab_size, or the name of a built-in one. Default: the stored one,
+        unless that is a class beside the built-in ones, whose module is not imported on a stored file's word; else
+        IntegerTokenizer(359).
     wandb_project: also log to this Weights & Biases project.
 
-    Sections are frozen: assign a new one (`pipeline.training_config = TrainingConfig(...)`) to change a setting.
+    Settings may be changed between calls: `pipeline.training_config.lr_init = 1e-4`, or a whole section at once.
+    What a run is doing is said on stderr, unless logging is set up, for `rwkv_cluster` or as a whole.
     Under torchrun every rank makes the same calls; rank 0 prepares data and writes files.
     """
+
+    model_config = _SectionOf(ModelConfig)
+    training_config = _SectionOf(TrainingConfig)
+    data_config = _SectionOf(DataConfig)
+    checkpoint_config = _SectionOf(CheckpointConfig)
+    logging_config = _SectionOf(LoggingConfig)
 
     def __init__(
         self,
         work_dir: str | Path,
-        model_config: ModelConfig | None = None,
-        training_config: TrainingConfig | None = None,
-        data_config: DataConfig | None = None,
+        model_config: ModelConfig | Mapping[str, Any] | None = None,
+        training_config: TrainingConfig | Mapping[str, Any] | None = None,
+        data_config: DataConfig | Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         wandb_project: str | None = None,
         *,
-        checkpoint_config: CheckpointConfig | None = None,
-        logging_config: LoggingConfig | None = None,
+        checkpoint_config: CheckpointConfig | Mapping[str, Any] | None = None,
+        logging_config: LoggingConfig | Mapping[str, Any] | None = None,
     ) -> None:
         self._paths = WorkDir(work_dir)
         self._paths.create()
-        self.work_dir = self._paths.root
-        self.data_dir = self._paths.data
-        self.output_dir = self._paths.out
-        self.config_dir = self._paths.configs
         stored = self._stored_config()
         fallback = stored or Config(logging=LoggingConfig(sample_tokens=0))
-        self.model_config = model_config or fallback.model
-        self.training_config = training_config or fallback.training
-        self.data_config = data_config or fallback.data
-        self.checkpoint_config = checkpoint_config or fallback.checkpoint
-        self.logging_config = logging_config or fallback.logging
+        self.model_config = fallback.model.thawed() if model_config is None else model_config
+        self.training_config = fallback.training.thawed() if training_config is None else training_config
+        self.data_config = fallback.data.thawed() if data_config is None else data_config
+        self.checkpoint_config = fallback.checkpoint.thawed() if checkpoint_config is None else checkpoint_config
+        self.logging_config = fallback.logging.thawed() if logging_config is None else logging_config
         self.wandb_project = wandb_project or self.logging_config.wandb_project
-        self.tokenizer = _first_tokenizer(tokenizer, data_config, stored, self.config_dir / "config.yaml")
+        given_data = None if data_config is None else self.data_config
+        self._tokenizer = _first_tokenizer(tokenizer, given_data, stored, self.config_dir / "config.yaml")
         self.manifest: DataManifest | None = None
         self._exit_tokens: int | None = None
         if model_config is not None or self.model_config.vocab_size is None:
-            self.model_config = _changed(self.model_config, vocab_size=int(self.tokenizer.vocab_size))
+            self.model_config.vocab_size = int(self.tokenizer.vocab_size)
         if stored is None:
             self._write_config()
 
@@ -105,24 +135,76 @@ class RWKVTrainingPipeline:
         )
 
     @property
+    def work_dir(self) -> Path:
+        """The run's one directory; another one is another pipeline."""
+        return self._paths.root
+
+    @property
+    def data_dir(self) -> Path:
+        """Token files, vocabulary and manifest."""
+        return self._paths.data
+
+    @property
+    def output_dir(self) -> Path:
+        """Weights and checkpoints."""
+        return self._paths.out
+
+    @property
+    def config_dir(self) -> Path:
+        """The configuration that the last run used."""
+        return self._paths.configs
+
+    @property
+    def tokenizer(self) -> Any:
+        """Text to ids. Setting another one also sets model_config.vocab_size."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        tokenizer = as_tokenizer(tokenizer)
+        if tokenizer_identity(tokenizer) != tokenizer_identity(self._tokenizer):
+            self.model_config.vocab_size = int(tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+
+    @property
     def data_pipeline(self) -> DataPipeline:
-        """The converters with this run's tokenizer, for preparing data by hand."""
+        """The converters with this run's tokenizer, for preparing data by hand. Setting one sets its tokenizer."""
         return DataPipeline(self.tokenizer)
+
+    @data_pipeline.setter
+    def data_pipeline(self, data_pipeline: DataPipeline) -> None:
+        self.tokenizer = data_pipeline.tokenizer
 
     @property
     def data_prepared(self) -> bool:
-        """Whether this object has prepared its data, or found it prepared."""
+        """Whether this object has prepared its data, or found it prepared. Setting it looks, or forgets."""
         return self.manifest is not None
+
+    @data_prepared.setter
+    def data_prepared(self, is_prepared: bool) -> None:
+        self.manifest = self.manifest if is_prepared else None
+        if is_prepared:
+            self._require_data("data_prepared is set")
 
     @property
     def model_initialized(self) -> bool:
-        """Whether out/rwkv-init.pth is there."""
+        """Whether out/rwkv-init.pth is there. It cannot be set where it is not so."""
         return self._paths.initial_weights.exists()
+
+    @model_initialized.setter
+    def model_initialized(self, is_initialized: bool) -> None:
+        if is_initialized and not self.model_initialized:
+            path = self._paths.initial_weights
+            raise MissingCheckpointError(f"model_initialized is set, but there is no {path}. Call initialize_model()")
 
     @property
     def data_prefix(self) -> Path | None:
-        """The token file's path without its suffix."""
+        """The token file's path without its suffix. Setting it is `use_existing_data`."""
         return self.manifest.token_prefix(self.data_dir) if self.manifest else None
+
+    @data_prefix.setter
+    def data_prefix(self, prefix: str | Path) -> None:
+        self.use_existing_data(prefix, None, self._exit_tokens)
 
     @property
     def my_exit_tokens(self) -> int | None:
@@ -131,11 +213,29 @@ class RWKVTrainingPipeline:
             return self._exit_tokens
         return self.manifest.n_tokens if self.manifest else None
 
+    @my_exit_tokens.setter
+    def my_exit_tokens(self, n_tokens: int | None) -> None:
+        self._exit_tokens = n_tokens
+
     @property
     def magic_prime(self) -> int | None:
-        """The sampler's prime for the prepared data and model_config.ctx_len; None when the data is too small."""
+        """The sampler's prime for the prepared data and model_config.ctx_len; None when the data is too small.
+
+        It follows from these two: another one may be set, and is told not to be used.
+        """
         return largest_magic_prime(self.manifest.n_tokens, self.model_config.ctx_len) if self.manifest else None
 
+    @magic_prime.setter
+    def magic_prime(self, magic_prime: int | None) -> None:
+        if magic_prime is not None and magic_prime != self.magic_prime:
+            log.warning(
+                "magic_prime %s is not used: for ctx_len %d this data has %s",
+                magic_prime,
+                self.model_config.ctx_len,
+                self.magic_prime,
+            )
+
+    @log_to_stderr_by_default()
     def prepare_data(self, data: np.ndarray, data_name: str = "train") -> dict[str, Any]:
         """Prepare an integer array: 1-D is cut into documents of data_config.sequence_length, 2-D has one a row.
 
@@ -143,10 +243,12 @@ class RWKVTrainingPipeline:
         """
         return self._prepare([as_array(data, "the data")], [], data_name)
 
+    @log_to_stderr_by_default()
     def prepare_data_from_file(self, file_path: str | Path, data_name: str = "train") -> dict[str, Any]:
         """Prepare a .npy file, or any other input that data.inputs takes."""
         return self._prepare([], [_existing(file_path, "Data file")], data_name)
 
+    @log_to_stderr_by_default()
     def prepare_data_from_jsonl(
         self,
         jsonl_path: str | Path,
@@ -161,30 +263,27 @@ class RWKVTrainingPipeline:
         """
         path = _existing(jsonl_path, "JSONL file")
         if vocab_file_path is not None:
-            self._set_tokenizer(GenericTokenizer(vocab_file_path))
+            self.tokenizer = GenericTokenizer(written_out(vocab_file_path, "vocab_file_path"))
         if n_epochs is not None:
             self.data_config = _changed(self.data_config, n_epochs_duplication=n_epochs)
         return self._prepare([], [self._named_as_jsonl(path, data_name)], data_name)
 
+    @log_to_stderr_by_default()
     def use_existing_data(self, binidx_prefix: str | Path, magic_prime: int | None, exit_tokens: int | None) -> None:
         """Train on a .bin/.idx pair as it is.
 
         magic_prime: only compared; the one that is used follows from the data and ctx_len. exit_tokens: where a run
         ends that has no other bound.
         """
+        prefix = written_out(binidx_prefix, "binidx_prefix")
         for suffix in (".bin", ".idx"):
-            if not Path(f"{binidx_prefix}{suffix}").exists():
-                raise MissingDataError(f"{suffix[1:].title()} file not found: {binidx_prefix}{suffix}")
-        self._prepare([], [str(Path(f"{binidx_prefix}.bin").absolute())], "train")
+            if not Path(f"{prefix}{suffix}").exists():
+                raise MissingDataError(f"{suffix[1:].title()} file not found: {prefix}{suffix}")
+        self._prepare([], [str(Path(f"{prefix}.bin").absolute())], "train")
         self._exit_tokens = exit_tokens
-        if magic_prime is not None and magic_prime != self.magic_prime:
-            log.warning(
-                "magic_prime %d is not used: for ctx_len %d this data has %s",
-                magic_prime,
-                self.model_config.ctx_len,
-                self.magic_prime,
-            )
+        self.magic_prime = magic_prime
 
+    @log_to_stderr_by_default()
     def initialize_model(self, force: bool = False, random_seed: int = -1) -> Path:
         """Write out/rwkv-init.pth unless a fitting one is there; `force` replaces it. Returns its path."""
         from rwkv_cluster.train.run import initialize
@@ -193,6 +292,7 @@ class RWKVTrainingPipeline:
         self._set_training(random_seed=None if random_seed == -1 else random_seed)
         return initialize(self.config, force=force, tokenizer=self.tokenizer)
 
+    @log_to_stderr_by_default()
     def train(
         self,
         data: np.ndarray | None = None,
@@ -222,6 +322,7 @@ class RWKVTrainingPipeline:
             self._set_training(max_tokens=self._exit_tokens)
         return train(self.config, tokenizer=self.tokenizer, manifest=self.manifest)
 
+    @log_to_stderr_by_default()
     def train_from_checkpoint(
         self,
         checkpoint_path: str | Path,
@@ -242,7 +343,7 @@ class RWKVTrainingPipeline:
         from rwkv_cluster.model.state_dict import infer_model_config, load_pth
 
         self._require_data("Data must be prepared before training")
-        path = Path(checkpoint_path)
+        path = Path(written_out(checkpoint_path, "checkpoint_path"))
         if not path.exists():
             raise MissingCheckpointError(f"Checkpoint not found: {path}")
         overrides = _by_section(override_config or {})
@@ -318,15 +419,11 @@ class RWKVTrainingPipeline:
         if n_rows > needed:
             log.warning("%s has %d vocabulary rows, of which the tokenizer uses %d", path, n_rows, needed)
 
-    def _set_tokenizer(self, tokenizer: Any) -> None:
-        if tokenizer_identity(tokenizer) != tokenizer_identity(self.tokenizer):
-            self.model_config = _changed(self.model_config, vocab_size=int(tokenizer.vocab_size))
-        self.tokenizer = tokenizer
-
     def _set_training(self, **changes: Any) -> None:
         """Change what is not None."""
         given = {name: value for name, value in changes.items() if value is not None}
-        self.training_config = _changed(self.training_config, **given)
+        if given:
+            self.training_config = _changed(self.training_config, **given)
 
     def _stored_config(self) -> Config | None:
         if (self.config_dir / "config.yaml").exists():
@@ -346,8 +443,8 @@ class RWKVTrainingPipeline:
 
 def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config | None, path: Path) -> Any:
     if given is not None:
-        return given
-    if data_config is not None and "tokenizer" in data_config.model_fields_set:
+        return as_tokenizer(given)
+    if data_config is not None and data_config.tokenizer.model_fields_set:
         return build_tokenizer(data_config.tokenizer)
     if stored is None:
         return IntegerTokenizer(max_value=359)
@@ -363,7 +460,7 @@ def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config 
 
 def _changed(section: Any, **changes: Any) -> Any:
     """A validated copy of a section with other values. Raises ConfigError for a name or value that it does not take."""
-    return type(section)(**{**dict(section), **changes})
+    return section.__replace__(**changes)
 
 
 def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
@@ -382,6 +479,7 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
 
 
 def _existing(path: str | Path, what: str) -> str:
+    path = written_out(path, what)
     if not Path(path).exists():
         raise MissingDataError(f"{what} not found: {path}")
     return str(Path(path).absolute())

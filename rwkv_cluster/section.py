@@ -1,15 +1,22 @@
-"""What every part of the configuration has in common: frozen, typed, and a sentence for each fault."""
+"""What every part of the configuration has in common: typed, checked when it is set, a sentence for each fault."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.paths import written_out
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class InvalidFields(ConfigError):
@@ -24,12 +31,15 @@ class InvalidFields(ConfigError):
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration. Unknown fields are refused; positional arguments follow field order.
+    """A part of the configuration. Unknown fields are refused; positional arguments follow field order.
 
-    Making one raises InvalidFields, a ConfigError with a sentence for each fault.
+    Making one, and setting a field, raises InvalidFields, a ConfigError with a sentence for each fault. The copies in a
+    `Config` are frozen. `dataclasses.replace`, `asdict` and `fields` take a section for a dataclass, which it is in
+    rwkv-trainer.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    _is_frozen: bool = PrivateAttr(default=False)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = list(type(self).model_fields)
@@ -44,6 +54,70 @@ class Section(BaseModel):
             faults = list(_flat(error.errors()))
             sentences = [f"{type(self).__name__}: {_sentence(fault, names)}" for fault in faults]
             raise InvalidFields("\n".join(sentences), faults) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        fields = [(name, field.annotation, _dataclass_field(field)) for name, field in cls.model_fields.items()]
+        cls.__dataclass_fields__ = dataclasses.make_dataclass(cls.__name__, fields).__dataclass_fields__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        if self._is_frozen:
+            raise ConfigError(
+                f"{type(self).__name__}.{name} belongs to a whole configuration, which does not change. "
+                f"Make another one: dataclasses.replace(section, {name}=...)"
+            )
+        changed = self.__replace__(**{name: value})
+        self.__dict__.update(changed.__dict__)
+        self.__pydantic_fields_set__.add(name)
+
+    def __replace__(self, **changes: Any) -> Self:
+        """A checked copy with other values, which is not frozen."""
+        return type(self)(**{**dict(self), **changes})
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and dict(self) == dict(other)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is part of a `Config`."""
+        return self._is_frozen
+
+    def frozen(self) -> Self:
+        """A copy that does not change, nor do the sections in it."""
+        return self._copy(is_frozen=True)
+
+    def thawed(self) -> Self:
+        """A copy whose fields may be set, as may those of the sections in it."""
+        return self._copy(is_frozen=False)
+
+    def _copy(self, *, is_frozen: bool) -> Self:
+        copy = self.model_copy(deep=True)
+        copy._set_frozen(is_frozen)
+        return copy
+
+    def _set_frozen(self, is_frozen: bool) -> None:
+        for _, value in self:
+            if isinstance(value, Section):
+                value._set_frozen(is_frozen)
+        self._is_frozen = is_frozen
+
+
+def path_text(value: Any, info: ValidationInfo) -> Any:
+    """Check before that of a field that holds a path, or a list of them: see `paths.written_out`."""
+    if isinstance(value, (list, tuple)):
+        return [path_text(entry, info) for entry in value]
+    is_path = isinstance(value, (str, os.PathLike))
+    return written_out(value, info.field_name or "the path") if is_path else value
+
+
+def _dataclass_field(field: FieldInfo) -> Any:
+    if field.default_factory is not None:
+        return dataclasses.field(default_factory=lambda: field.get_default(call_default_factory=True))
+    return dataclasses.field(default=field.default)
 
 
 def _flat(details: list[ErrorDetails]) -> Iterator[ErrorDetails]:

@@ -44,6 +44,7 @@ __all__ = [
     "IntegerTokenizer",
     "TokenizationError",
     "VocabularyError",
+    "as_tokenizer",
     "build_tokenizer",
     "create_default_vocab_file",
     "create_vocab_file_from_tokens",
@@ -207,6 +208,28 @@ def build_tokenizer(config: TokenizerConfig) -> Any:
             raise ConfigError("tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file")
         return GenericTokenizer(vocab_file)
     return _user_tokenizer(config.type, vocab_file)
+
+
+def require_tokenizer(tokenizer: Any, name: str) -> Any:
+    """`tokenizer`, whatever its class. Raises ConfigError where it lacks what a tokenizer needs."""
+    if isinstance(tokenizer, type):
+        raise ConfigError(f"tokenizer is the class {name}, expected an object of it. Write {name}(...)")
+    missing = [part for part in ("encode", "decode", "vocab_size") if not hasattr(tokenizer, part)]
+    if missing:
+        raise ConfigError(f"tokenizer {name} has no {' and no '.join(missing)}. Add what is missing to the class")
+    return tokenizer
+
+
+def as_tokenizer(given: Any) -> Any:
+    """The tokenizer that a Python caller means: an object, a type of data.tokenizer such as 'byte', or its section.
+
+    Raises ConfigError for anything else, and as `build_tokenizer`.
+    """
+    if isinstance(given, str):
+        return build_tokenizer(TokenizerConfig(type=given))
+    if isinstance(given, TokenizerConfig):
+        return build_tokenizer(given)
+    return require_tokenizer(given, given.__qualname__ if isinstance(given, type) else type(given).__qualname__)
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerConfig:

@@ -25,6 +25,7 @@ from typing import IO
 from rwkv_cluster import lock
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.own_file import WrongKindError, reason, require_folder, require_own
+from rwkv_cluster.paths import written_out
 
 TEMPORARY_PREFIX = ".tmp-"
 _FOLDERS = (
@@ -115,13 +116,10 @@ class WorkDir:
     """The directory of one run. Construction touches nothing; `create` makes the folders."""
 
     def __init__(self, root: str | Path) -> None:
-        text = os.fspath(root)
+        text = written_out(root, "work_dir")
         if any(not character.isprintable() for character in text):
             raise ConfigError(f"work_dir {text!r} has a control character or an unprintable one. Choose another name")
-        try:
-            self.root = Path(text).expanduser().absolute()
-        except RuntimeError as error:
-            raise ConfigError(f"work_dir {text}: there is no such user. Write ./{text} for a folder") from error
+        self.root = Path(text).absolute()
         self.data = self.root / "data"
         self.out = self.root / "out"
         self.checkpoints = self.out / "checkpoints"

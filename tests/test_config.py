@@ -2,11 +2,13 @@
 
 # ruff: noqa: E501 -- one case of a table a line reads better
 
+import copy
+import dataclasses
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from rwkv_cluster.config import Config, DataConfig, ModelConfig, Section, TokenizerConfig, TrainingConfig
 from rwkv_cluster.errors import ConfigError
@@ -37,14 +39,85 @@ def test_too_many_positional_arguments() -> None:
 
 
 @pytest.mark.parametrize("section", list(sections(Config)))
-def test_every_field_is_described_and_every_section_frozen(section: type[Section]) -> None:
+def test_every_field_is_described_and_unknown_ones_are_refused(section: type[Section]) -> None:
     assert section.__doc__
     assert all(field.description for field in section.model_fields.values())
-    instance = section()
-    with pytest.raises(ValidationError, match="frozen"):
-        setattr(instance, next(iter(section.model_fields)), 1)
     with pytest.raises(ConfigError, match=rf"{section.__name__}: there is no field 'no_such_field'\. Fields: "):
         section(no_such_field=1)
+
+
+def instances(section: Section) -> Iterator[Section]:
+    yield section
+    for _, value in section:
+        if isinstance(value, Section):
+            yield from instances(value)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_whole_configuration_is_frozen_in_every_part(copied: Callable[[Config], Config]) -> None:
+    parts = list(instances(copied(Config())))
+    assert len(parts) == len(list(sections(Config)))
+    for part in parts:
+        name = next(iter(type(part).model_fields))
+        with pytest.raises(ConfigError, match=rf"{type(part).__name__}\.{name} belongs to a whole configuration"):
+            setattr(part, name, getattr(part, name))
+
+
+def test_a_section_of_ones_own_is_checked_when_a_field_is_set() -> None:
+    model = ModelConfig()
+    model.n_layer = 5
+    assert (model, model.model_fields_set) == (ModelConfig(n_layer=5), {"n_layer"})
+    for name, value in {"n_layer": 0, "n_embd": 100, "n_layers": 2, "model_type": "x080"}.items():
+        with pytest.raises(ConfigError, match=r"ModelConfig: |multiple of head_size_a"):
+            setattr(model, name, value)
+    assert model == ModelConfig(n_layer=5)
+    config = Config(model=model)
+    model.n_layer = 7
+    assert config.model.n_layer == 5
+    thawed = config.data.thawed()
+    thawed.tokenizer.type = "integer"
+    assert (config.data.tokenizer.type, thawed.tokenizer.type) == ("byte", "integer")
+
+
+def test_sections_are_dataclasses_to_the_dataclasses_module() -> None:
+    model = ModelConfig("x070", 2, 64)
+    assert dataclasses.replace(model, n_layer=4) == ModelConfig("x070", 4, 64)
+    assert ModelConfig(**dataclasses.asdict(model)) == model
+    assert Config(**dataclasses.asdict(Config(model=model))) == Config(model=model)
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    assert (fields["n_layer"], fields["vocab_size"]) == (3, None)
+    with pytest.raises(ConfigError, match="n_layer is 0"):
+        dataclasses.replace(Config().model, n_layer=0)
+    with pytest.raises(ConfigError, match="n_layer is 0"):
+        model.__replace__(n_layer=0)  # copy.replace of Python 3.13
+
+
+def test_paths_may_be_path_objects_and_have_their_variables_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert DataConfig(inputs=[Path("a.jsonl"), "~/b", "${SCRATCH}/*.txt"]).inputs == [
+        "a.jsonl",
+        "/home/me/b",
+        "/scratch/*.txt",
+    ]
+    assert TrainingConfig(init_from=Path("$SCRATCH/a.pth")).init_from == "/scratch/a.pth"
+    assert TokenizerConfig("generic", Path("~/v.txt")).vocab_file == "/home/me/v.txt"
+    assert Config(work_dir="$SCRATCH/run").work_dir == "/scratch/run"
+    assert Config(work_dir="price-$(5) a$").work_dir == "price-$(5) a$"
+    for text, words in {
+        "$NOWHERE/run": "NOWHERE is not set",
+        "a/${EMPTY}/b": "EMPTY is empty",
+        "~no-such-user/a": "home directory is not known",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            Config(work_dir=text)
+        (tmp_path / text).mkdir(parents=True)
+        assert Config(work_dir=text).work_dir == text
 
 
 @pytest.mark.parametrize(

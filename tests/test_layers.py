@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "errors": 0, "ranks": 0, "interrupt": 0, "heartbeat": 0, "lock": 0, "plain_text": 0, "launched": 0, "disk": 0,
-    "shared_memory": 0, "live_line": 0, "countdown": 0, "text_safety": 0, "own_file": 0,
+    "shared_memory": 0, "live_line": 0, "countdown": 0, "text_safety": 0, "own_file": 0, "paths": 0,
+    "console_log": 0,
     "section": 1, "launch_config": 1,
     "config": 1, "configfile": 1, "field_types": 1, "yaml_nodes": 1, "recipes": 1, "configs": 1, "workdir": 1,
     "data": 2, "tokenizer": 2, "base_tokenizer": 2, "vocabulary": 2, "greedy": 2, "integers": 2, "token_bytes": 2,

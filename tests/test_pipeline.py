@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -323,13 +325,103 @@ def test_a_directory_of_another_program_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "configs/config.json").read_text() == '{"model": {"n_layer": 12}}'
 
 
-def test_the_callers_objects_are_not_changed(tmp_path: Path) -> None:
+def test_the_callers_objects_are_told_the_vocabulary_and_nothing_else(tmp_path: Path) -> None:
     model, training, data = ModelConfig("x070", 1, 32, 16, 50, 16), TINY_TRAINING, DataConfig(16, 1)
     before = [section.model_dump() for section in (model, training, data)]
     pipeline = RWKVTrainingPipeline(tmp_path, model, training, data, IntegerTokenizer(99))
     pipeline.train(DATA, num_epochs=1, random_seed=3)
+    before[0]["vocab_size"] = 101
     assert [section.model_dump() for section in (model, training, data)] == before
-    assert pipeline.model_config.vocab_size == 101
+    assert pipeline.model_config is model
+
+
+def test_settings_are_changed_as_in_rwkv_trainer(tmp_path: Path) -> None:
+    model = ModelConfig("x070", 1, 32, 16, head_size_a=16)
+    pipeline = tiny(tmp_path, model_config=model)
+    pipeline.model_config.ctx_len = 8
+    model.n_layer = 2
+    pipeline.training_config = dataclasses.replace(pipeline.training_config, max_steps=1)
+    pipeline.tokenizer = IntegerTokenizer(max_value=999)
+    with pytest.raises(ConfigError, match="ctx_len is 0"):
+        pipeline.model_config.ctx_len = 0
+    result = pipeline.train(DATA)
+    stored = load_config(tmp_path / "configs/config.yaml")
+    assert (stored.model.ctx_len, stored.model.n_layer, stored.model.vocab_size, result.step) == (8, 2, 1001, 1)
+    again = RWKVTrainingPipeline(tmp_path)
+    again.training_config.max_steps = 2
+    assert again.train(continue_training=True).step == 2
+    assert tiny(tmp_path / "other", model_config=stored.model).model_config.vocab_size == 361
+
+
+def test_attributes_that_scripts_for_rwkv_trainer_set(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = tiny(tmp_path, training_config=TrainingConfig(micro_bsz=1, grad_cp=0))
+    pipeline.data_pipeline = rwkv_cluster.DataPipeline(IntegerTokenizer(999))
+    assert (pipeline.tokenizer.max_value, pipeline.model_config.vocab_size) == (999, 1001)
+    pipeline.my_exit_tokens = 33
+    pipeline.data_prefix = finished / "data" / "train"
+    pipeline.magic_prime = 23
+    assert "is not used" not in caplog.text
+    pipeline.magic_prime = 2
+    assert "magic_prime 2 is not used: for ctx_len 16 this data has 23" in caplog.text
+    pipeline.data_prepared = True
+    assert (pipeline.data_prepared, pipeline.my_exit_tokens, pipeline.magic_prime) == (True, 33, 23)
+    with pytest.raises(CheckpointError, match=r"there is no .*rwkv-init\.pth\. Call initialize_model\(\)"):
+        pipeline.model_initialized = True
+    assert pipeline.train().step == 3
+    pipeline.model_initialized = True
+    pipeline.data_prepared = False
+    assert not pipeline.data_prepared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"work_dir": None}, "work_dir is None, expected a path"),
+        ({"work_dir": "$NOWHERE_AT_ALL/run"}, "NOWHERE_AT_ALL is not set"),
+        ({"model_config": {"n_layers": 1}}, r"no field 'n_layers'\. Nearest: n_layer"),
+        ({"model_config": 3}, r"model_config is 3, expected a ModelConfig\. Write ModelConfig\(\.\.\.\)"),
+        ({"training_config": ModelConfig()}, "training_config is ModelConfig.*expected a TrainingConfig"),
+        ({"data_config": "a.jsonl"}, "data_config is 'a.jsonl', expected a DataConfig"),
+        ({"tokenizer": IntegerTokenizer}, r"the class IntegerTokenizer, expected an object of it\. Write Integer"),
+        ({"tokenizer": "bytes"}, "tokenizer type is 'bytes'. Use one of byte"),
+        ({"tokenizer": 5}, "tokenizer int has no encode and no decode and no vocab_size"),
+        ({"wandb_project": 5}, "wandb_project is 5"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_told_in_a_sentence(
+    arguments: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        RWKVTrainingPipeline(**{"work_dir": "w", **arguments})
+
+
+def test_sections_as_mappings_and_tokenizers_by_name(tmp_path: Path) -> None:
+    pipeline = tiny(tmp_path, model_config=TINY_MODEL.model_dump(), tokenizer="byte")
+    assert (pipeline.model_config.n_embd, pipeline.model_config.vocab_size) == (32, 257)
+
+
+def test_a_data_config_without_a_tokenizer_leaves_integers(tmp_path: Path) -> None:
+    data_config = dataclasses.replace(DataConfig(), sequence_length=5)
+    assert RWKVTrainingPipeline(tmp_path, data_config=data_config).model_config.vocab_size == 361
+
+
+def test_what_rwkv_trainer_raises_as_a_runtime_error(tmp_path: Path) -> None:
+    pipeline = tiny(tmp_path, model_config=ModelConfig("x070", 1, 32, 512, head_size_a=16))
+    text = write_lines(tmp_path / "text.jsonl", ["words"])
+    calls: list[Callable[[], object]] = [
+        pipeline.train,
+        pipeline.initialize_model,
+        lambda: pipeline.train_from_checkpoint("a.pth"),
+        lambda: pipeline.prepare_data_from_jsonl(text),
+        lambda: pipeline.train(DATA),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert isinstance(caught.value, DataError)
 
 
 def test_continue_training_never_starts_from_the_beginning(tmp_path: Path) -> None:
@@ -430,7 +522,8 @@ def test_every_setting_can_be_given_and_is_stored(tmp_path: Path) -> None:
         wandb_project="p",
     )
     assert load_config(tmp_path / "configs/config.yaml") == pipeline.config
-    assert json.loads((tmp_path / "configs/config.json").read_text())["model"]["vocab_size"] == 361
+    stored = json.loads((tmp_path / "configs/config.json").read_text())
+    assert (stored["model"]["vocab_size"], stored["vocab_size"], stored["wandb_project"]) == (361, 361, "p")
     assert (pipeline.config.logging.wandb_project, pipeline.config.data.tokenizer.type) == ("p", "integer")
     assert RWKVTrainingPipeline(tmp_path).config == pipeline.config
 
@@ -458,6 +551,36 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         pipeline.prepare_data_from_jsonl("no.jsonl")
     with pytest.raises(FileNotFoundError, match=r"Data file not found: no\.npy"):
         pipeline.prepare_data_from_file("no.npy")
+
+
+TINY_SCRIPT = """
+import logging, sys
+import numpy as np
+from rwkv_cluster import DataConfig, ModelConfig, RWKVTrainingPipeline, TrainingConfig
+if __name__ == "__main__":
+    exec(sys.argv[2])
+    model, data = ModelConfig("x070", 1, 32, 16, head_size_a=16), DataConfig(16, 1, num_workers=1)
+    training = TrainingConfig(micro_bsz=4, precision="fp32", grad_cp=0, max_steps=2, num_threads=1)
+    RWKVTrainingPipeline(sys.argv[1], model, training, data).train(np.arange(400).reshape(20, 20) % 100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "n_times"),
+    [
+        ("pass", 1),
+        ("logging.basicConfig(level=logging.INFO)", 1),
+        ("logging.getLogger('rwkv_cluster').setLevel(logging.WARNING)", 0),
+        ("logging.getLogger('rwkv_cluster').addHandler(logging.NullHandler())", 0),
+    ],
+)
+def test_a_run_says_on_stderr_what_it_does_unless_logging_is_set_up(setup: str, n_times: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TINY_SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path / "work"), setup]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr.count("step 2/2: loss")) == ("", n_times)
+    assert run.stderr.count("starting: x070") == n_times
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_relative_and_home_roots_become_absolute(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert WorkDir("run").root == tmp_path / "run"
     assert WorkDir("~/run").root == tmp_path / "home" / "run"
-    with pytest.raises(ConfigError, match="no such user"):
+    with pytest.raises(ConfigError, match="home directory is not known"):
         WorkDir("~nobody-by-this-name/run")
 
 

@@ -23,7 +23,7 @@ from rwkv_cluster.data.readers import Values, array_values, as_array, npy_values
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import read_blocks, source_at
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.tokenizer import IntegerTokenizer
+from rwkv_cluster.tokenizer import IntegerTokenizer, as_tokenizer
 from rwkv_cluster.workdir import atomic_writer
 
 
@@ -68,7 +68,7 @@ class JsonlToBinIdxConverter:
     """JSONL to `.bin`/`.idx`. tokenizer: default IntegerTokenizer(359)."""
 
     def __init__(self, tokenizer: Any = None) -> None:
-        self.tokenizer = IntegerTokenizer(max_value=359) if tokenizer is None else tokenizer
+        self.tokenizer = IntegerTokenizer(max_value=359) if tokenizer is None else as_tokenizer(tokenizer)
 
     def convert(
         self,
@@ -103,7 +103,7 @@ class DataPipeline:
     """
 
     def __init__(self, tokenizer: Any = None) -> None:
-        self.tokenizer = IntegerTokenizer(max_value=359) if tokenizer is None else tokenizer
+        self.tokenizer = IntegerTokenizer(max_value=359) if tokenizer is None else as_tokenizer(tokenizer)
         self.numpy_converter = NumpyToJsonlConverter()
         self.jsonl_converter = JsonlToBinIdxConverter(self.tokenizer)
 
