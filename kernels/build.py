@@ -70,10 +70,10 @@ def manifest_name(target: str) -> str:
     return f"wkv_{target}.json"
 
 
-def user_libraries() -> Path:
-    """Where a user's own builds go when the package's folder cannot be written."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "rwkv_cluster" / "kernels"
+def user_libraries() -> Path | None:
+    """Where a user's own builds go when the package's folder cannot be written. None without a home directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "rwkv_cluster" / "kernels" if os.path.isabs(cache) else None
 
 
 def source_digests(target: str, csrc: Path = CSRC) -> dict[str, str]:
@@ -201,7 +201,11 @@ def _default_targets() -> list[str]:
 
 def _default_output() -> Path:
     folder = PACKAGE_LIBRARIES if PACKAGE_LIBRARIES.exists() else PACKAGE_LIBRARIES.parent
-    return PACKAGE_LIBRARIES if os.access(folder, os.W_OK) else user_libraries()
+    if os.access(folder, os.W_OK):
+        return PACKAGE_LIBRARIES
+    if (output := user_libraries()) is None:
+        raise BuildError(f"{folder} cannot be written, and there is no home directory. Name a folder with --output")
+    return output
 
 
 def _architecture_names(architectures: Sequence[str]) -> list[str]:

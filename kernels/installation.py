@@ -10,11 +10,25 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 
+class WheelOfAnyPython(bdist_wheel):
+    """`bdist_wheel` of plain C libraries, which belong to a platform and to no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 class BuildWithKernels(build_ext):
-    """`build_ext`, and the WKV library into kernels/lib: of the source tree when editable, else of the wheel."""
+    """`build_ext`, and the WKV library into kernels/lib: of the source tree when editable, else of the wheel.
+
+    A library keeps its plain name, without the tag of the Python that builds it.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{Path(*fullname.split('.'))}.so"
 
     def run(self) -> None:
         super().run()

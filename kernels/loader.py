@@ -86,7 +86,8 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 def folders() -> list[Path]:
     """Where libraries are looked for, in this order."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return [*([Path(named)] if named else []), build.PACKAGE_LIBRARIES, build.user_libraries()]
+    folders = [Path(named) if named else None, build.PACKAGE_LIBRARIES, build.user_libraries()]
+    return [folder for folder in folders if folder is not None]
 
 
 def open_library(path: Path) -> ctypes.CDLL:

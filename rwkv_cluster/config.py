@@ -33,6 +33,10 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 Fused = Literal["auto", "plain", "native", "compile"]
+# The largest that make sense: what is larger is a slip, and would take minutes, or the machine, to find out.
+MAX_WIDTH = 65_536
+MAX_VOCAB_SIZE = 2**23  # as in a vocabulary file
+YEAR_S = 31_536_000
 TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
 
 
@@ -40,30 +44,41 @@ class ModelConfig(Section):
     """Architecture. Widths: C = n_embd, A = dim_att, F = dim_ffn, N = head_size_a, H = A / N heads."""
 
     model_type: ModelType = Field("x060", description="architecture: x052 (RWKV-5.2), x060 (RWKV-6), x070 (RWKV-7)")
-    n_layer: int = Field(3, ge=1, description="number of blocks")
-    n_embd: int = Field(128, ge=1, description="width C; a multiple of head_size_a")
-    ctx_len: int = Field(1024, ge=1, description="tokens in a training sample")
+    n_layer: int = Field(3, ge=1, le=1024, description="number of blocks")
+    n_embd: int = Field(128, ge=1, le=MAX_WIDTH, description="width C; a multiple of head_size_a")
+    ctx_len: int = Field(1024, ge=1, le=2**24, description="tokens in a training sample")
     vocab_size: int | None = Field(
-        None, ge=2, description="rows of emb and head; default: the tokenizer's vocabulary size"
+        None, ge=2, le=MAX_VOCAB_SIZE, description="rows of emb and head; default: the tokenizer's vocabulary size"
     )
-    head_size_a: int = Field(64, ge=1, description="head size N")
-    dim_att: int | None = Field(None, ge=1, description="attention width A; default n_embd (x070 allows only that)")
+    head_size_a: int = Field(64, ge=1, le=1024, description="head size N")
+    dim_att: int | None = Field(
+        None, ge=1, le=MAX_WIDTH, description="attention width A; default n_embd (x070 allows only that)"
+    )
     dim_ffn: int | None = Field(
         None,
         ge=1,
+        le=4 * MAX_WIDTH,
         description="channel-mix width F; default 4 C (x070) or 32 * floor(3.5 C / 32) (x052, x060)",
     )
-    mix_lora_rank: int | None = Field(None, ge=1, description="x060: rank of the token-shift LoRA; default 32")
-    decay_lora_rank: int | None = Field(None, ge=1, description="x060, x070: rank of the decay LoRA")
-    a_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the in-context learning-rate LoRA")
-    v_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the value-residual LoRA")
-    gate_lora_rank: int | None = Field(None, ge=1, description="x070: rank of the gate LoRA")
+    mix_lora_rank: int | None = Field(
+        None, ge=1, le=MAX_WIDTH, description="x060: rank of the token-shift LoRA; default 32"
+    )
+    decay_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH, description="x060, x070: rank of the decay LoRA")
+    a_lora_rank: int | None = Field(
+        None, ge=1, le=MAX_WIDTH, description="x070: rank of the in-context learning-rate LoRA"
+    )
+    v_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH, description="x070: rank of the value-residual LoRA")
+    gate_lora_rank: int | None = Field(None, ge=1, le=MAX_WIDTH, description="x070: rank of the gate LoRA")
     block0_value_residual: bool = Field(
         True, description="x070: keep the unused v0, v1, v2 of block 0, as RWKV-LM's trainer does"
     )
 
     @model_validator(mode="after")
     def _check_widths(self) -> ModelConfig:
+        if self.model_type == "x052" and self.head_size_a == 1:
+            raise ValueError(
+                "head_size_a is 1, with which weights of x052 cannot be told from those before RWKV-5.2. Use 2 or more"
+            )
         att = self.dim_att or self.n_embd
         if att % self.head_size_a:
             lower = att // self.head_size_a * self.head_size_a
@@ -95,7 +110,7 @@ class TokenizerConfig(Section):
         "vocab_size",
     )
     vocab_file: str | None = Field(None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt")
-    max_value: int = Field(359, ge=0, description="integer: largest value; ids are value + 1")
+    max_value: int = Field(359, ge=0, le=MAX_VOCAB_SIZE - 2, description="integer: largest value; ids are value + 1")
 
     _paths = field_validator("vocab_file", mode="before")(path_text)
 
@@ -120,7 +135,7 @@ class DataConfig(Section):
 
     sequence_length: int = Field(1024, ge=1, description="a 1-D integer array is cut into documents of this length")
     n_epochs_duplication: int = Field(
-        3, ge=1, description="copies of every document in the token file, each pass shuffled anew"
+        3, ge=1, le=1_000_000, description="copies of every document in the token file, each pass shuffled anew"
     )
     inputs: list[str] = Field(
         default_factory=list,
@@ -143,7 +158,7 @@ class DataConfig(Section):
         True,
         description="also write data/train.jsonl in rwkv-trainer's layout, for inputs that are not JSONL yet",
     )
-    num_workers: int = Field(0, ge=0, description="processes that tokenize; 0: every core")
+    num_workers: int = Field(0, ge=0, le=1024, description="processes that tokenize; 0: every core")
 
     _paths = field_validator("inputs", mode="before")(path_text)
 
@@ -158,7 +173,7 @@ class TrainingConfig(Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay")
     adam_eps: float = Field(1e-18, ge=0, description="Adam's epsilon")
     weight_decay: float = Field(0.001, ge=0, description="decoupled weight decay of the matrices")
-    micro_bsz: int = Field(16, ge=1, description="samples per rank and micro batch")
+    micro_bsz: int = Field(16, ge=1, le=65_536, description="samples per rank and micro batch")
     grad_cp: int = Field(1, ge=0, le=1, description="1: recompute each block's activations in the backward pass")
     epoch_save: int = Field(1, ge=1, description="write out/rwkv-<epoch>.pth every this many epochs")
     precision: Precision = Field(
@@ -180,7 +195,10 @@ class TrainingConfig(Section):
     offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: masters and moments in the host's memory")
     offload_parameters: bool = Field(False, description="ZeRO 3: parameters in the host's memory")
     ds_bucket_mb: int = Field(
-        200, ge=1, description="ZeRO: size of a communication bucket in millions of elements (RWKV-LM's word)"
+        200,
+        ge=1,
+        le=10_000,
+        description="ZeRO: size of a communication bucket in millions of elements (RWKV-LM's word)",
     )
     communication_dtype: Precision | None = Field(
         None, description="ZeRO: gradients travel in this dtype; default: that of the parameters"
@@ -198,10 +216,11 @@ class TrainingConfig(Section):
     accumulate_grad_batches: int | None = Field(
         None,
         ge=1,
+        le=1_000_000,
         description="micro batches per optimizer step; default 1, or derived from global_batch_size",
     )
     global_batch_size: int | None = Field(
-        None, ge=1, description="samples per optimizer step over all ranks; accumulation follows from it"
+        None, ge=1, le=2**32, description="samples per optimizer step over all ranks; accumulation follows from it"
     )
     gradient_clip_val: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     l2wrap: float = Field(1e-4, ge=0, description="weight of RWKV-LM's extra gradient on the largest logit; 0: none")
@@ -211,11 +230,18 @@ class TrainingConfig(Section):
         None, description="start from the weights in this RWKV .pth instead of a fresh initialisation"
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
-    devices: int = Field(1, ge=1, description="processes on this machine when no launcher has set the world size")
-    timeout_s: float = Field(
-        1800.0, ge=1, description="for how long a rank waits for the others in an exchange before the run ends"
+    devices: int = Field(
+        1, ge=1, le=1024, description="processes on this machine when no launcher has set the world size"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default torch's own choice")
+    timeout_s: float = Field(
+        1800.0,
+        ge=1,
+        le=YEAR_S,
+        description="for how long a rank waits for the others in an exchange before the run ends",
+    )
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of each rank; default torch's own choice"
+    )
     val_interval_steps: int | None = Field(
         None, ge=1, description="evaluate every this many steps; default: at each epoch's end"
     )
@@ -339,6 +365,7 @@ class GuardConfig(Section):
     hang_timeout_s: float | None = Field(
         None,
         ge=1,
+        le=YEAR_S,
         description="a rank that has not finished a micro batch for so long writes the stacks of its threads to "
         "logs/hang/; default: half of training.timeout_s",
     )
@@ -367,7 +394,7 @@ class LoggingConfig(Section):
     sample_prompt: str | None = Field(
         None, description="text that the trained model continues at the end; default: none for integers"
     )
-    sample_tokens: int = Field(200, ge=0, description="length of that sample in tokens; 0: no sample")
+    sample_tokens: int = Field(200, ge=0, le=1_000_000, description="length of that sample in tokens; 0: no sample")
     sample_interval_steps: int | None = Field(
         None,
         ge=1,

@@ -193,7 +193,8 @@ def _range_words(metadata: Sequence[Any]) -> str:
         for attribute, symbol in symbols.items():
             limit = getattr(constraint, attribute, None)
             if limit is not None:
-                bounds.append(f"{symbol} {'2^63 - 1' if limit == _LARGEST_INTEGER else f'{limit:g}'}")
+                number = str(limit) if isinstance(limit, int) else f"{limit:g}"
+                bounds.append(f"{symbol} {'2^63 - 1' if limit == _LARGEST_INTEGER else number}")
         if getattr(constraint, "min_length", None):
             bounds.append("that is not empty")
     return " and ".join(bounds)

@@ -11,13 +11,13 @@ import functools
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VERSION = 2  # of the C interface; equals rwkv_text_version() of a library that fits
+LIBRARY = "_greedy.so"  # of any Python: see BuildWithKernels
 CELLS_TOO_FEW = -2
 MOST_CELLS = 2**31 - 512
 
@@ -49,10 +49,8 @@ def load_library(path: Path) -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The library that was installed with the package, or None (the reason is logged once)."""
     reason = "it was not built, which takes a C compiler when the package is installed"
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_greedy{suffix}")
-        if not path.exists():
-            continue
+    path = Path(__file__).with_name(LIBRARY)
+    if path.exists():
         try:
             if (loaded := load_library(path)) is not None:
                 return loaded

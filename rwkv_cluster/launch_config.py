@@ -105,7 +105,7 @@ class PrepareJobConfig(Section):
     """Slurm: the data prepared by a job of its own, without GPUs, that training waits for."""
 
     own_job: bool = Field(False, description="prepare the data in a job of its own before the training job")
-    cpus: int = Field(4, ge=1, description="CPUs of that job")
+    cpus: int = Field(4, ge=1, le=100_000, description="CPUs of that job")
     mem: str | None = Field(None, description="its memory, such as 16G")
     time: str | None = Field(None, description='its time limit, such as "2:00:00"')
     partition: str | None = Field(None, description="its partition; default: that of the training job")
@@ -142,7 +142,7 @@ class LaunchConfig(Section):
         120, ge=1, le=65_535, description="Slurm: ask for a checkpoint this many seconds before the time limit"
     )
     requeue: bool = Field(True, description="Slurm: after a preemption or time limit, queue the same job again")
-    max_requeues: int = Field(100, ge=0, description="Slurm: and this often at most")
+    max_requeues: int = Field(100, ge=0, le=1_000_000, description="Slurm: and this often at most")
     exclude_bad_nodes: bool = Field(
         False, description="Slurm: after a node has failed its checks, queue the job again without it"
     )  # fmt: skip
@@ -150,7 +150,9 @@ class LaunchConfig(Section):
         default_factory=list, description="Slurm: a job array with one run for each entry, which names fields and "
         "their values, such as {training.random_seed: 2}; run N is in <work_dir>/sweep/N"
     )  # fmt: skip
-    sweep_at_once: int | None = Field(None, ge=1, description="Slurm: runs of the sweep at the same time, at most")
+    sweep_at_once: int | None = Field(
+        None, ge=1, le=100_000, description="Slurm: runs of the sweep at the same time, at most"
+    )
     task_per: Literal["node", "rank"] = Field(
         "node", description="Slurm: a task for each node, which runs torchrun, or a task for each rank"
     )

@@ -32,15 +32,32 @@ def _importing() -> Iterator[None]:
 
     Searching takes a third of a short run, at the import and again at the end. What has come with it stays to the end.
     """
-    if "torch" in sys.modules or not gc.isenabled():
+    if "pytorch_lightning" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
     try:
-        yield
+        with _without_matplotlib():
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _without_matplotlib() -> Iterator[None]:
+    """Around Lightning's import: its torchmetrics would load matplotlib wherever that is installed, for nothing here.
+
+    That takes a second, and fails without a home directory or by a notebook's MPLBACKEND.
+    """
+    from lightning_utilities.core.imports import RequirementCache
+
+    is_met = RequirementCache.__bool__
+    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and is_met(self)
+    try:
+        yield
+    finally:
+        RequirementCache.__bool__ = is_met
 
 
 @dataclasses.dataclass(frozen=True)

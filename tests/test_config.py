@@ -5,13 +5,16 @@
 import copy
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from rwkv_cluster.config import Config, DataConfig, ModelConfig, Section, TokenizerConfig, TrainingConfig
+from rwkv_cluster.configfile import parse_config
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.field_types import describe_type, iterate_fields
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:
@@ -127,6 +130,7 @@ def test_paths_may_be_path_objects_and_have_their_variables_replaced(
         ({"n_embd": 100}, "n_embd 64 or 128"),
         ({"n_embd": 32}, "Use n_embd 64, or"),
         ({"dim_att": 100}, "dim_att 64 or 128"),
+        ({"model_type": "x052", "head_size_a": 1}, "before RWKV-5.2. Use 2 or more"),
         ({"model_type": "x070", "dim_att": 64}, "Remove dim_att"),
         ({"model_type": "x070", "dim_ffn": 300}, r"4 \* n_embd \(512\)"),
         ({"n_embd": 8, "head_size_a": 8}, "too small for the default dim_ffn"),
@@ -161,6 +165,24 @@ def test_rules_between_fields() -> None:
     with pytest.raises(ConfigError, match="tokenizer type is 'bytes'"):
         TokenizerConfig(type="bytes")
     assert TokenizerConfig(type="my.module:Tokenizer").type == "my.module:Tokenizer"
+
+
+SIZES = """
+    model.n_layer model.n_embd model.ctx_len model.vocab_size model.head_size_a model.dim_att model.dim_ffn
+    model.mix_lora_rank model.decay_lora_rank model.a_lora_rank model.v_lora_rank model.gate_lora_rank
+    data.tokenizer.max_value data.n_epochs_duplication data.num_workers training.micro_bsz training.devices
+    training.num_threads training.accumulate_grad_batches training.global_batch_size training.ds_bucket_mb
+    training.timeout_s guard.hang_timeout_s logging.sample_tokens
+""".split()  # noqa: SIM905 -- a list of words reads better
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_takes_memory_or_time_by_its_size_has_a_largest_value(name: str) -> None:
+    field = dict(iterate_fields(Config))[name]
+    largest = int(re.findall(r"<= (\d+)", describe_type(field))[-1])
+    override = f"{name}={largest + 1}"
+    with pytest.raises(ConfigError, match=rf"{name} is {largest + 1}, expected .*<= {largest}"):
+        parse_config(b"work_dir: w", "run.yaml", [override])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,11 +69,15 @@ def test_the_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
     assert {"rwkv_cluster/configs/quickstart.yaml", "rwkv_cluster/kernels/csrc/cpu/wkv.cpp"} <= expected
     built = {name for name in names if name.endswith(".so") or "/kernels/lib/" in name}
     assert names - built == expected
-    greedy = {name for name in built if name.startswith("rwkv_cluster/_greedy")}
+    greedy = built & {"rwkv_cluster/_greedy.so"}
     assert len(greedy) == (1 if shutil.which(os.environ.get("CC", "cc")) else 0)
     kernels = {f"rwkv_cluster/kernels/lib/{name}" for name in ("libwkv_cpu.so", "wkv_cpu.json")}
     assert built - greedy == (kernels if shutil.which(os.environ.get("CXX", "c++")) else set())
     assert (headers["Name"], headers["Version"]) == ("rwkv-cluster", rwkv_cluster.__version__)
+
+
+def test_one_wheel_serves_every_python(wheel: Path) -> None:
+    assert re.fullmatch(r"rwkv_cluster-[\d.]+-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
 
 
 def test_it_imports_from_another_directory(installed: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +221,7 @@ def test_print_tokens(tmp_path: Path, capsys):
 
 
 def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch, caplog):
-    library = tmp_path / f"_greedy{EXTENSION_SUFFIXES[0]}"
+    library = tmp_path / greedy.LIBRARY
     compile_library(library)
     monkeypatch.setattr(greedy, "__file__", str(tmp_path / "greedy.py"))
     assert greedy.library.__wrapped__() is not None
@@ -232,7 +231,7 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch, c
 
 
 def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch, caplog):
-    (tmp_path / f"_greedy{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF not really")
+    (tmp_path / greedy.LIBRARY).write_bytes(b"\x7fELF not really")
     monkeypatch.setattr(greedy, "__file__", str(tmp_path / "greedy.py"))
     assert greedy.library.__wrapped__() is None
     assert "no native tokenizer" in caplog.text

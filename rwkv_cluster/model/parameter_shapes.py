@@ -29,10 +29,19 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
     """Of a model of `config` with `vocab_size` rows in emb and head, whatever config.vocab_size says."""
     C = config.n_embd
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab_size, C)}
+    first, other = _block(config, 0), _block(config, 1)
     for layer in range(config.n_layer):
-        block = {**_norms(layer, C), **_time_mix(config, layer), **_channel_mix(config)}
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in (other if layer else first).items()}
     return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (vocab_size, C)}
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Number of elements in all blocks, by formula: blocks differ only in whether they are the first."""
+    return count(_block(config, 0)) + (config.n_layer - 1) * count(_block(config, 1))
+
+
+def _block(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    return {**_norms(layer, config.n_embd), **_time_mix(config, layer), **_channel_mix(config)}
 
 
 def count(shapes: Shapes) -> int:

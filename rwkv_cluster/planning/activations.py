@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
+from rwkv_cluster.model.parameter_shapes import block_parameters
 from rwkv_cluster.model.shapes import Widths
 from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
 
@@ -98,14 +98,12 @@ def activations(
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
-    shapes = parameter_shapes(model, vocab_size)
-    in_blocks = count({name: shape for name, shape in shapes.items() if name.startswith("blocks.")})
     has_v_first = model.model_type == "x070"
     return Activations(
         n_layer=L,
         block=tokens * _block_bytes(model, kernels, item),
         wkv=L * _wkv_bytes(model, kernels, micro_bsz),
-        weights=float(in_blocks * copies),
+        weights=float(block_parameters(model) * copies),
         inputs=float(tokens * C * item * (L + has_v_first)),
         outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
         workspace=_WORKSPACE * tokens * item * Widths.of(model).ffn + _chunked(model, kernels, micro_bsz),

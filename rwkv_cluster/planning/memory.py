@@ -10,7 +10,9 @@ Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.parameter_shapes import Shapes, count, parameter_shapes
@@ -49,14 +51,26 @@ class MemoryModel:
     training: TrainingConfig
     kernels: Kernels
 
-    @property
+    @cached_property
     def shapes(self) -> Shapes:
         return parameter_shapes(self.model, self.vocab_size)
+
+    @cached_property
+    def _states(self) -> Callable[[Sharding], ModelStates]:
+        """By sharding, of which there are few while settings are many."""
+        precision, bucket_elements = self.training.precision, self.training.ds_bucket_mb * 1_000_000
+        return cache(lambda sharding: model_states(self.shapes, sharding, precision, bucket_elements))
+
+    @cached_property
+    def _elements(self) -> tuple[int, int]:
+        """Of the model, and of its first block."""
+        first = {name: shape for name, shape in self.shapes.items() if name.startswith("blocks.0.")}
+        return count(self.shapes), count(first)
 
     def memory(self, setting: Setting) -> Memory:
         """Of a rank under `setting`."""
         precision, stage = self.training.precision, setting.sharding.stage
-        states = model_states(self.shapes, setting.sharding, precision, self.training.ds_bucket_mb * 1_000_000)
+        states = self._states(setting.sharding)
         kept = activations(
             self.model,
             self.vocab_size,
@@ -72,10 +86,9 @@ class MemoryModel:
 
     def _phases(self, states: ModelStates, kept: Activations, setting: Setting) -> dict[str, float]:
         """Bytes on the device in each phase of an optimizer step."""
-        total, gradients = count(self.shapes), states.gradients
+        (total, of_block_0), gradients = self._elements, states.gradients
         of_matrix = gradients * self.vocab_size * self.model.n_embd / total  # of the head's, or of emb's
-        block_0 = {name: shape for name, shape in self.shapes.items() if name.startswith("blocks.0.")}
-        before_block_0 = gradients - of_matrix - gradients * count(block_0) / total
+        before_block_0 = gradients - of_matrix - gradients * of_block_0 / total
         early = gradients if states.keeps_gradients or setting.accumulates else 0.0
         saved, again = kept.saved(grad_cp=setting.grad_cp), kept.one_block if setting.grad_cp else 0.0
         standing = states.weights + states.masters + states.moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -86,7 +87,7 @@ def fit(
     Raises Preempted, TrainingError or CheckpointError.
     """
     if session.config.training.num_threads is not None:
-        torch.set_num_threads(session.config.training.num_threads)
+        torch.set_num_threads(_threads(session.config.training.num_threads))
     if session.placement.accelerator == "cpu":
         keep_freed_memory()
     events = Events(session.work.events if rank() == 0 else None)
@@ -172,6 +173,14 @@ def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, s
         )
     val_loss = bookkeeping.last_val.loss if bookkeeping.last_val else None
     return _Ended(module.step, bookkeeping.last_loss, val_loss, bookkeeping.spike, early)
+
+
+def _threads(wanted: int) -> int:
+    """No more than there are processors: threads that wait for each other make steps slower by orders of magnitude."""
+    processors = os.cpu_count() or wanted
+    if wanted > processors:
+        log.info(f"training.num_threads is {wanted}, but this machine has {processors} processors: using those")
+    return min(wanted, processors)
 
 
 def _require_room(session: Session, shapes: Shapes) -> None:

@@ -54,6 +54,13 @@ def test_the_named_folder_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loader.folders()[1] == build.PACKAGE_LIBRARIES
 
 
+def test_without_a_home_directory_there_is_no_folder_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(loader.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert loader.folders() == [build.PACKAGE_LIBRARIES]
+
+
 def test_nothing_there(folder: Path) -> None:
     shutil.rmtree(folder)
     assert reason() == f"{folder} has no wkv_cpu.json"

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import VERSIONS
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.model.parameter_shapes import PARTS, by_part, count, parameter_shapes, trained
+from rwkv_cluster.model.parameter_shapes import PARTS, block_parameters, by_part, count, parameter_shapes, trained
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import expected_shapes
 
@@ -30,6 +30,15 @@ def _of_x060_or_x052() -> dict[str, Any]:
 def test_shapes_are_the_models(model_type: str, shape: dict[str, Any]) -> None:
     config = ModelConfig(model_type=model_type, **shape)
     assert parameter_shapes(config, shape["vocab_size"]) == expected_shapes(config)
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+@pytest.mark.parametrize("n_layer", [1, 2, 5])
+def test_blocks_are_counted_by_formula(model_type: str, n_layer: int) -> None:
+    config = ModelConfig(model_type=model_type, n_layer=n_layer, n_embd=64, block0_value_residual=False)
+    shapes = parameter_shapes(config, 50)
+    of_blocks = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
+    assert block_parameters(config) == count(of_blocks)
 
 
 @pytest.mark.parametrize("model_type", ["x052", "x060"])
