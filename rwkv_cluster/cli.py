@@ -11,12 +11,14 @@ import contextlib
 import difflib
 import io
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
-from rwkv_cluster.console_log import log_to_stderr
+from rwkv_cluster.console_log import log_to_stderr, print_result
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.interrupt import listening
 from rwkv_cluster.launched import log_to_agent, loses_exit_codes, tell_agent
@@ -53,6 +55,7 @@ BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` is without the program's name. Returns the exit code and never raises."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         code, message = _interrupted(error, arguments)
     tell_agent(code, message)
+    for stream in (sys.stdout, sys.stderr):
+        _settle(stream)
     return code
 
 
@@ -80,6 +85,20 @@ def _interrupted(error: Interrupted, argv: list[str]) -> tuple[int, str]:
     return (Preempted.exit_code if preempted else error.exit_code), message
 
 
+def _open_closed_streams() -> None:
+    """Put nothing where the caller has closed stdin, stdout or stderr.
+
+    A file of the run would get the free number otherwise, and what a library says on stderr would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def _guarded(argv: list[str]) -> tuple[int, str]:
     """Exit code, and for an error of ours its sentence."""
     try:
@@ -87,9 +106,7 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         if argv[:1] and argv[0] in RANK_VERBS:
             log_to_agent()
         with log_to_stderr():
-            code = _run(argv)
-        sys.stdout.flush()
-        return code, ""
+            return _run(argv), ""
     except SystemExit as error:  # argparse: --help or a malformed command line
         return error.code if isinstance(error.code, int) else 1, ""
     except RWKVClusterError as error:
@@ -101,7 +118,6 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         _complain("interrupted")
         return INTERRUPTED, "interrupted"
     except BrokenPipeError:  # `rwkv-cluster config x.yaml | head`
-        _silence_stdout()
         return BROKEN_PIPE, ""
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -121,7 +137,7 @@ def _run(argv: list[str]) -> int:
     if options.version:
         from rwkv_cluster import __version__
 
-        print(f"rwkv-cluster {__version__}")
+        print_result(f"rwkv-cluster {__version__}")
         return 0
     if not options.verb:
         raise ConfigError(f"no verb given. Verbs: {', '.join(VERBS)}; --help explains them")
@@ -135,9 +151,8 @@ def _run(argv: list[str]) -> int:
     report = verbs.run(options, overrides, extra)
     if rank() == 0 and (report.text or options.json):
         text = visible(report.text.rstrip("\n"))
-        print(json.dumps(report.data, indent=2, default=str) if options.json else text)
+        print_result(json.dumps(report.data, indent=2, default=str) if options.json else text)
     if report.error is not None:
-        sys.stdout.flush()
         raise report.error
     return report.code
 
@@ -262,7 +277,10 @@ def _complain(message: str) -> None:
         print(f"rwkv-cluster: {visible(shown() + message)}", file=sys.stderr, flush=True)
 
 
-def _silence_stdout() -> None:
-    """Let the interpreter's last flush go nowhere, so that it does not report the broken pipe again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _settle(stream: TextIO) -> None:
+    """Flush; where that fails, let the interpreter's last flush go nowhere: it would report the failure once more."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

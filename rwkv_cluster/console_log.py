@@ -1,4 +1,4 @@
-"""What the library says, shown to the person who has started it."""
+"""What the library says and what a command results in, written to the person who has started it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.text_safety import VisibleFormatter
 
 _LOGGER = logging.getLogger("rwkv_cluster")
@@ -38,3 +39,16 @@ def log_to_stderr_by_default() -> Iterator[None]:
         return
     with log_to_stderr():
         yield
+
+
+def print_result(text: str, end: str = "\n") -> None:
+    """Write to stdout. Raises BrokenPipeError where nobody reads it, RWKVClusterError where it is refused otherwise."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RWKVClusterError(
+            f"the work is done, but its result cannot be written to stdout: {error.strerror}. "
+            "Run the same command again with stdout where there is room"
+        ) from error

@@ -29,7 +29,8 @@ def clock_time(seconds: float) -> str:
 
 def can_draw() -> bool:
     """Whether stderr is a terminal that can move its cursor, and has no such line yet."""
-    return _drawn is None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    can = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return can and _drawn is None
 
 
 class LiveLine:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.console_log import print_result
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.ranks import rank
@@ -32,7 +33,7 @@ def _importing() -> Iterator[None]:
 
     Searching takes a third of a short run, at the import and again at the end. What has come with it stays to the end.
     """
-    if "pytorch_lightning" in sys.modules or not gc.isenabled():
+    if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -227,8 +228,7 @@ def manage(options: argparse.Namespace) -> Report:
     folder = manage.newest(WorkDir(options.work_dir).root)
     if options.verb == "logs" and options.follow:
         for text in manage.follow(folder, options.rank):
-            sys.stdout.write(visible(text))
-            sys.stdout.flush()
+            print_result(visible(text), end="")
         return Report("", {"folder": folder})
     if options.verb == "logs":
         text = manage.logs(folder, options.rank)

@@ -485,3 +485,46 @@ print(json.dumps(found))
     assert first[3] > 100_000
     assert again[:3] == first[:3]
     assert 0 < again[3] <= first[3]
+
+
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "code", "said"),
+    [
+        ("2>&-", "config run.yaml", 0, ""),
+        (">&- 2>&- <&-", "config run.yaml", 0, ""),
+        ("2>/dev/full", "config run.yaml", 0, ""),
+        ("2>&-", "config run.yaml --model.n_layer=x", 2, ""),
+        ("2>/dev/full", "config run.yaml --model.n_layer=x", 2, ""),
+        (">/dev/full", "config run.yaml", 1, "its result cannot be written to stdout: No space left on device. Run"),
+        (">/dev/full", "--version", 1, "its result cannot be written to stdout: No space left on device. Run"),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirection: str, arguments: str, code: int, said: str) -> None:
+    Path("run.yaml").write_text("work_dir: w\n")
+    command = f"{sys.executable} -m rwkv_cluster {arguments} {redirection}"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert run.returncode == code
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.splitlines()) == (1 if said else 0)
+
+
+def test_no_file_takes_the_number_of_a_closed_stream() -> None:
+    script = "import os, sys; from rwkv_cluster.cli import main; main(['--version']); print(os.open('a', os.O_CREAT))"
+    command = f'{sys.executable} -c "{script}" 2>&- <&-'
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) > 2
+
+
+def test_training_needs_neither_matplotlib_nor_a_home_directory(tmp_path: Path) -> None:
+    """A notebook's MPLBACKEND ends the import of matplotlib, which Lightning's metrics would load to draw nothing."""
+    program = """if 1:
+    import sys
+    from rwkv_cluster import verbs
+    with verbs._importing():
+        import rwkv_cluster.train.run
+    print("matplotlib" in sys.modules)
+    """
+    environment = {"PATH": os.environ["PATH"], "MPLBACKEND": "module://nowhere"}
+    run = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, env=environment)
+    assert (run.stdout, run.stderr) == ("False\n", "")
