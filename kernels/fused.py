@@ -2,8 +2,9 @@
 
     plain     PyTorch's operators one by one (`plain`): the definition
     native    the CPU library (`fused_cpu`), for float32, bfloat16, float16 and widths that are multiples of 16
-    compile   the plain form under torch.compile, which needs Triton on a GPU and a C++ compiler on a CPU
-    auto      native on a CPU where it serves; compile on a GPU with Triton, in training; else plain
+    compile   the plain form under torch.compile, which needs Triton, a C compiler and Python's headers on a GPU, and a
+              C++ compiler on a CPU
+    auto      native on a CPU where it serves; compile on a GPU with what it needs, in training; else plain
 
 What a form does not serve goes the plain way. Legend: B batch, T time, H heads, N head size, C = H N.
 """
@@ -11,9 +12,13 @@ What a form does not serve goes the plain way. Legend: B batch, T time, H heads,
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +30,9 @@ from rwkv_cluster.kernels import fused_cpu, loader, plain
 CHOICES = ("auto", "plain", "native", "compile")
 """Accepted values of `choice`."""
 
+VARIANTS = 256
+"""Forms of one function that torch.compile may make in a process: one for each width, dtype and number of mixes."""
+
 
 def require(choice: str, device_type: str) -> None:
     """Raise KernelError for a choice that `device_type` ("cpu" or "cuda") cannot have here."""
@@ -34,8 +42,7 @@ def require(choice: str, device_type: str) -> None:
             raise KernelError('training.fused "native" is for CPUs, and this run is on a GPU; "auto" takes what fits.')
         if isinstance(found, loader.Missing):
             raise KernelError(f'{found.reason} training.fused "native" needs them; "auto" takes what there is.')
-    if choice == "compile" and not _can_compile(device_type):
-        missing = "Triton" if device_type == "cuda" else "a C++ compiler"
+    if choice == "compile" and (missing := missing_for_compile(device_type)):
         raise KernelError(f'training.fused "compile" needs {missing}, which is not here; "auto" takes what there is.')
 
 
@@ -125,14 +132,40 @@ def _form(choice: str, x: Tensor, size: int) -> str:
     if device_type == "cpu":
         return "native" if fused_cpu.serves(x, size) else "plain"
     # Sampling has a new length with every prompt, each of which would be compiled.
-    return "compile" if choice == "auto" and torch.is_grad_enabled() and _can_compile(device_type) else "plain"
+    if choice != "auto" or not torch.is_grad_enabled():
+        return "plain"
+    if missing := missing_for_compile(device_type):
+        _tell(missing)
+        return "plain"
+    return "compile"
 
 
 @cache
-def _can_compile(device_type: str) -> bool:
-    if device_type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+def missing_for_compile(device_type: str) -> str | None:
+    """What torch.compile lacks here for "cpu" or "cuda", e.g. "a C compiler"; None where it can compile.
+
+    Triton builds the driver stub of its kernels with a C compiler, against Python's headers, when the first one runs.
+    """
+    if device_type != "cuda":
+        return None if any(shutil.which(name) for name in ("c++", "g++", "clang++")) else "a C++ compiler"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton"
+    chosen = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([chosen] if chosen else ["gcc", "clang"])):
+        return "a C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h"
+    return None
+
+
+@cache
+def _tell(missing: str) -> None:
+    """Say once in a process why the passes are not compiled."""
+    logging.getLogger("rwkv_cluster").warning(
+        "torch.compile needs %s, which is not here. Until then what a block computes between its products runs in "
+        "plain PyTorch, more slowly.",
+        missing,
+    )
 
 
 def _plain(function: Callable[..., Any], form: str) -> Callable[..., Any]:
@@ -142,4 +175,8 @@ def _plain(function: Callable[..., Any], form: str) -> Callable[..., Any]:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    config = importlib.import_module("torch._dynamo.config")
+    for name in ("recompile_limit", "accumulated_recompile_limit"):  # with fullgraph, one more variant is an error
+        if hasattr(config, name):
+            setattr(config, name, max(getattr(config, name), VARIANTS))
     return torch.compile(function, fullgraph=True)

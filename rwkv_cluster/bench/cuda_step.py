@@ -1,21 +1,34 @@
 """Whole training steps on a GPU: tokens/s, memory and model FLOP utilisation of RWKV-7 at three widths, in bf16.
 
-`rwkv-cluster bench step --device cuda`. MFU counts 6 FLOPs for each parameter but the embedding's and token, and leaves
-the WKV operator out: its FLOPs in the recurrent form are given beside it (`flops`). Peaks: `gpus`.
+`rwkv-cluster bench step --device cuda`. Weights are plausible ones made on the device: the true initialisation of a
+large model takes minutes of a CPU, and no figure depends on them. Each case is written where --output says and told as
+soon as it is there; one that fails says why, and the others go on. MFU counts 6 FLOPs for each parameter but the
+embedding's and token, and leaves the WKV operator out: its FLOPs in the recurrent form are given beside it (`flops`).
+Peaks: `gpus`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rwkv_cluster.bench import results
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.gpus import gpu_of_device
 
-PRESETS = {"L12-D768": (12, 768, 16), "L24-D2048": (24, 2048, 4), "L32-D4096": (32, 4096, 1)}
-"""Layers, width and samples a step. The last is cut to as many layers as fit."""
+if TYPE_CHECKING:
+    from rwkv_cluster.model.rwkv import RWKV
+
+PRESETS = {
+    "L12-D768": (12, 768, 16),
+    "L24-D1024": (24, 1024, 8),
+    "L24-D2048": (24, 2048, 2),
+    "L32-D4096": (32, 4096, 1),
+}
+"""Layers, width and samples a step. What does not fit is cut to as many layers as do."""
 
 VOCAB_SIZE = 65536
 
@@ -31,15 +44,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     name = torch.cuda.get_device_name()
     gpu = gpu_of_device(name)
     peak = options.peak_tflops or (gpu.peak_tflops if gpu else None)
-    cases = {}
+    cases: dict[str, dict[str, Any]] = {}
+    settings = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "settings": vars(options)}
     for preset in options.presets:
         n_layer, n_embd, batch = PRESETS[preset]
         for grad_cp in (0, 1):
             found = _fitting(n_layer, n_embd, batch, grad_cp, options)
-            if found and peak:
+            if peak and "step_s" in found:
                 found["mfu"] = found["model_flops"] / found["step_s"] / (peak * 1e12)
-            cases[f"{preset}{' grad_cp' if grad_cp else ''}"] = found
-    return {"device": name, "torch": torch.__version__, "peak_tflops": peak, "settings": vars(options), "cases": cases}
+            case = f"{preset}{' grad_cp' if grad_cp else ''}"
+            cases[case] = found
+            results.keep(settings | {"cases": cases}, options.output, _line(case, found))
+    return settings | {"cases": cases}
 
 
 def format(result: dict[str, Any]) -> str:
@@ -50,29 +66,35 @@ def format(result: dict[str, Any]) -> str:
         f"{'':22}{'layers':>7}{'batch':>6}{'tokens/s':>11}{'ms/step':>9}{'min':>8}{'max':>8}{'MFU %':>7}"
         f"{'WKV TF':>8}{'GB':>7}",
     ]
-    for name, c in result["cases"].items():
-        if c is None:
-            lines.append(f"{name:22}  does not fit")
-            continue
-        mfu = f"{100 * c['mfu']:.1f}" if "mfu" in c else "-"
-        lines.append(
-            f"{name:22}{c['n_layer']:>7}{c['batch']:>6}{c['tokens_per_s']:>11,.0f}{1e3 * c['step_s']:>9.1f}"
-            f"{1e3 * c['step_s_min']:>8.1f}{1e3 * c['step_s_max']:>8.1f}{mfu:>7}{c['wkv_flops'] / 1e12:>8.2f}"
-            f"{c['peak_gb']:>7.1f}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_line(name, found) for name, found in result["cases"].items())])
 
 
-def _fitting(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argparse.Namespace) -> dict[str, Any] | None:
+def _line(name: str, c: dict[str, Any]) -> str:
+    if "error" in c:
+        return f"{name:22}  {c['error']}"
+    mfu = f"{100 * c['mfu']:.1f}" if "mfu" in c else "-"
+    return (
+        f"{name:22}{c['n_layer']:>7}{c['batch']:>6}{c['tokens_per_s']:>11,.0f}{1e3 * c['step_s']:>9.1f}"
+        f"{1e3 * c['step_s_min']:>8.1f}{1e3 * c['step_s_max']:>8.1f}{mfu:>7}{c['wkv_flops'] / 1e12:>8.2f}"
+        f"{c['peak_gb']:>7.1f}"
+    )
+
+
+def _fitting(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of as many layers as fit, or {"error": why there are none}."""
     import torch
 
     while n_layer:
         try:
             return _measure(n_layer, n_embd, batch, grad_cp, options)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
             n_layer //= 2
-    return None
+        except Exception as error:  # whatever it is, the other cases go on
+            return {"error": f"{type(error).__name__}: {f'{error} '.splitlines()[0][:160]}"}
+        finally:
+            gc.collect()  # the model is in circles with its gradients
+            torch.cuda.empty_cache()
+    return {"error": "does not fit"}
 
 
 def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +102,6 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
 
     from rwkv_cluster.config import ModelConfig, TrainingConfig
     from rwkv_cluster.flops import flops_per_token
-    from rwkv_cluster.model.init import initialize
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
     from rwkv_cluster.train.optimizer import build_optimizer
@@ -88,9 +109,9 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     config = ModelConfig(
         model_type="x070", n_layer=n_layer, n_embd=n_embd, ctx_len=options.gpu_ctx_len, vocab_size=VOCAB_SIZE
     )
-    model = RWKV(config, grad_cp=bool(grad_cp), wkv_backend=options.wkv_backend, fused=options.fused)
-    initialize(model, 0)
-    model = model.to(options.device)
+    with torch.device(options.device):
+        model = RWKV(config, grad_cp=bool(grad_cp), wkv_backend=options.wkv_backend, fused=options.fused)
+    _fill(model)
     model.compute_dtype = torch.bfloat16
     optimizer = build_optimizer(model, "x070", TrainingConfig())
     tokens = torch.randint(0, VOCAB_SIZE, (batch, options.gpu_ctx_len + 1), device=options.device)
@@ -123,3 +144,22 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
         "wkv_flops": 3 * flops.wkv * n_tokens,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
+
+
+def _fill(model: RWKV) -> None:
+    """Random matrices of a trained model's size, made where they are; vectors as `initialize` has them."""
+    import torch
+
+    from rwkv_cluster.model.init import initial_value, vectors_of_block
+
+    vectors = {
+        f"blocks.{layer}.{name}"
+        for layer in range(model.config.n_layer)
+        for name in vectors_of_block(model.config, layer)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in vectors or parameter.ndim == 1:
+                parameter.copy_(initial_value(model.config, name, parameter.shape, 0))
+            else:
+                parameter.normal_(std=0.5 / max(parameter.shape) ** 0.5)

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="models of --device cuda",
     )
     made.add_argument("--gpu-ctx-len", type=int, default=4096, help="context of --device cuda")
+    made.add_argument("--output", help="file that --device cuda writes after each case, as --json prints in the end")
     made.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, where it is not a known one")
     made.add_argument("--seed-package", help="folder that contains rwkv_trainer; default: the installed one")
     made.add_argument("--worker", choices=["ours", "rwkv-trainer"], help=argparse.SUPPRESS)

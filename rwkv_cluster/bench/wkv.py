@@ -51,7 +51,7 @@ def run(args: Sequence[str]) -> dict[str, Any]:
     options = _parser().parse_args(args)
     if options.device == "cuda":
         options.dtype = "bfloat16"
-        return {"options": vars(options)} | cuda_wkv.run(options, _inputs)
+        return cuda_wkv.run(options, _inputs)
     if options.width % options.head_size:
         raise ConfigError(f"--width {options.width} is not a multiple of --head-size {options.head_size}.")
     if reason := native.unavailable("cpu", getattr(torch, options.dtype), options.head_size):
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         default=list(cuda_wkv.SHAPES),
         help="of --device cuda, in bfloat16",
     )
+    parser.add_argument("--output", help="file that --device cuda writes after each case, as --json prints in the end")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--time", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)

@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 
 from rwkv_cluster import __version__
-from rwkv_cluster.doctor.rows import Row, note, ok, problem
+from rwkv_cluster.doctor.rows import Row, note, ok, problem, warning
 from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.errors import LaunchError
 
@@ -55,7 +55,7 @@ def packages(subject: Subject) -> list[Row]:
 
 
 def compilers(subject: Subject) -> list[Row]:
-    """What builds WKV libraries. Training compiles nothing but what training.fused compile asks for."""
+    """What builds WKV libraries; and what torch.compile needs, which training on a GPU uses where it can."""
     from rwkv_cluster.kernels import build
 
     rows = []
@@ -65,4 +65,21 @@ def compilers(subject: Subject) -> list[Row]:
             rows.append(ok(name, f"{compiler.version}, {compiler.command}"))
         except build.BuildError as error:
             rows.append(note(name, f"{error}".rstrip(".")))
-    return rows
+    return [*rows, *_torch_compile()]
+
+
+def _torch_compile() -> list[Row]:
+    """Of a machine with GPUs, whether training.fused auto compiles."""
+    if not has_torch():
+        return []
+    import torch
+
+    from rwkv_cluster.kernels import fused
+
+    if not torch.cuda.is_available():
+        return []
+    missing = fused.missing_for_compile("cuda")
+    if missing is None:
+        return [ok("torch.compile", "Triton finds a C compiler and Python's headers")]
+    text = f"it needs {missing}, which is not here: training.fused auto takes plain, which is slower"
+    return [warning("torch.compile", text, "Install it, on Debian with `apt-get install gcc python3-dev`")]

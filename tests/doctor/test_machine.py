@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_cluster import shared_memory
 from rwkv_cluster.config import Config
-from rwkv_cluster.doctor import deepspeed, environment, gpus, host, storage, tools
+from rwkv_cluster.doctor import deepspeed, environment, gpus, host, software, storage, tools
 from rwkv_cluster.doctor.rows import Row, refused
 from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.errors import LaunchError
@@ -140,6 +140,22 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
     (row,) = gpus.torch_cuda(Subject())
     assert row.state == "warning"
     assert row.text.startswith("nvidia-smi shows GPUs, but torch finds none (torch is ")
+
+
+def test_what_torch_compile_needs_on_a_gpu(monkeypatch: Any) -> None:
+    import torch
+
+    from rwkv_cluster.kernels import fused
+
+    names = [row.name for row in software.compilers(Subject())]
+    assert "torch.compile" not in names
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "a C compiler")
+    row = software.compilers(Subject())[-1]
+    assert (row.name, row.state) == ("torch.compile", "warning")
+    assert row.text.startswith("it needs a C compiler, which is not here")
+    monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: None)
+    assert software.compilers(Subject())[-1].state == "ok"
 
 
 @pytest.mark.gpu

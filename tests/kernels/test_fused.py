@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sysconfig
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch._dynamo
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
@@ -150,8 +157,72 @@ def test_a_choice_that_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
     with pytest.raises(KernelError, match=r'^Nothing here\. training\.fused "native" needs them'):
         fused.require("native", "cpu")
-    monkeypatch.setattr(fused, "_can_compile", lambda device_type: False)
+    monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "Triton")
     with pytest.raises(KernelError, match=r'^training\.fused "compile" needs Triton'):
         fused.require("compile", "cuda")
     for choice in ("auto", "plain"):
         fused.require(choice, "cuda")
+
+
+@pytest.fixture
+def triton_is_here(monkeypatch, tmp_path):
+    """As on a machine with Triton, a C compiler and Python's headers."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True if name == "triton" else find(name, *a))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    fused.missing_for_compile.cache_clear()
+    fused._tell.cache_clear()
+    yield
+    fused.missing_for_compile.cache_clear()
+    fused._tell.cache_clear()
+
+
+@pytest.mark.usefixtures("triton_is_here")
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [("triton", "Triton"), ("gcc", "a C compiler"), ("CC", "a C compiler"), ("Python.h", "Python.h")],
+)
+def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
+    missing, named, monkeypatch, caplog, tmp_path
+):
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert fused._form("auto", on_gpu, 64) == "compile"
+    assert not caplog.records
+    fused.missing_for_compile.cache_clear()
+    if missing == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif missing == "gcc":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    elif missing == "CC":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    else:
+        (tmp_path / "Python.h").unlink()
+    for _ in range(2):
+        assert fused._form("auto", on_gpu, 64) == "plain"
+    (record,) = caplog.records
+    assert f"torch.compile needs {named}" in record.getMessage()
+    with pytest.raises(KernelError, match=f'"compile" needs {named}'):
+        fused.require("compile", "cuda")
+
+
+def test_one_process_may_meet_more_variants_than_torch_compile_allows_by_itself(monkeypatch):
+    """Models of many widths, precisions and versions; parameters have static shapes, so each is a variant."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    fused._compiled.cache_clear()
+    torch._dynamo.config.recompile_limit = 8
+    try:
+        for width in range(16, 16 * 12, 16):
+            x, mix = torch.randn(1, 3, width), torch.nn.Parameter(torch.randn(1, 1, width))
+            (found,) = fused.mix(x, [mix], choice="compile")
+            assert torch.equal(found, fused.mix(x, [mix], choice="plain")[0])
+        torch._dynamo.config.recompile_limit = 1000
+        fused._compiled.cache_clear()
+        fused.mix(x, [mix], choice="compile")
+        assert torch._dynamo.config.recompile_limit == 1000
+    finally:
+        torch._dynamo.reset()
+        fused._compiled.cache_clear()
+        torch._dynamo.config.recompile_limit = 8
