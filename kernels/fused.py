@@ -179,4 +179,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     for name in ("recompile_limit", "accumulated_recompile_limit"):  # with fullgraph, one more variant is an error
         if hasattr(config, name):
             setattr(config, name, max(getattr(config, name), VARIANTS))
-    return torch.compile(function, fullgraph=True)
+    # On a GPU the sizes of reductions are else chosen by measuring, and each choice may add in another order: a run
+    # that goes on elsewhere, or with an emptied cache, would differ in the last bits.
+    exists = hasattr(importlib.import_module("torch._inductor.config"), "deterministic")
+    return torch.compile(function, fullgraph=True, options={"deterministic": True} if exists else None)

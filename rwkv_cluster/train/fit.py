@@ -31,7 +31,7 @@ from rwkv_cluster.train.loop import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
-from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, next_bytes, require_room
 from rwkv_cluster.train.sample import sample_text
@@ -92,7 +92,7 @@ def fit(
         keep_freed_memory()
     events = Events(session.work.events if rank() == 0 else None)
     alone = session.placement.world_size == 1 and not launched()
-    with unchanged_environment() if alone else nullcontext(), leaving(session.config.training):
+    with unchanged_environment() if alone else nullcontext(), leaving(session.config.training), sums_in_fp32():
         ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=True)
         while ended.spike is not None:
             session = rewound(session, ended.spike, events)

@@ -22,6 +22,16 @@ TOLERANCES = {
     ("exact", torch.float16): (2.5e-3, 2.5e-3),
     ("native", torch.bfloat16): (6e-3, 6e-3),
 }
+SAME_DECAY = 1.5e-5
+"""For RWKV-5 in fp32 over 512 steps and more, forward.
+
+Its decay d = exp(-exp(w)) is the same at every step, so an error of d is too, and what was written n steps ago carries
+n times its relative error; decays that change with the step err in both directions, and stay under 2e-6. CUDA's expf
+errs by up to 2 ulp, twice: with exp(w) two ulp too large and then d two too small in every channel, the recurrence in
+float64 differs by 8.7e-6 in y and 1.33e-5 in the state at T 512, by 1.13e-5 and 1.24e-5 at T 4096, and by 1.1e-6 and
+1.7e-6 at T 33. The sums' own rounding is 2e-7.
+"""
+
 KERNELS = pytest.mark.parametrize(("backend", "dtype"), list(TOLERANCES), ids=str)
 
 
@@ -62,8 +72,8 @@ def test_against_float64(version, shape, backend, dtype):
     found, wanted = run(version, backend, random_inputs(version, *shape, 64), dtype)
     errors = relative_errors(found, wanted)
     forward, backward = TOLERANCES[backend, dtype]
-    if shape[1] == 4096 and dtype == torch.float32:
-        forward = 2e-5  # a decay's own rounding adds up over 4096 steps
+    if version == "wkv5" and shape[1] >= 512 and dtype == torch.float32:
+        forward = SAME_DECAY
     assert max(errors[:2]) < forward, errors
     assert max(errors[2:]) < backward, errors
 
@@ -164,6 +174,6 @@ def test_compute_sanitizer_finds_nothing(tool, tmp_path):
         pytest.skip("compute-sanitizer is not installed")
     script = tmp_path / "all_kernels.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{SANITIZED}")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::", sys.executable]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=rwkv", sys.executable]
     run = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -18,8 +18,13 @@ from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import fla, ops
 
 
+def started(r, initial_state):
+    batch, _, heads, size = r.shape
+    return r.new_zeros(batch, heads, size, size) if initial_state is None else initial_state  # [B,H,key,value]
+
+
 def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
-    s, ys = initial_state, []  # [B,H,key,value]
+    s, ys = started(r, initial_state), []
     for t in range(r.shape[1]):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
         ys.append(torch.einsum("bhi,bhij->bhj", r[:, t] * scale, s + u[:, :, None] * kv))
@@ -28,7 +33,7 @@ def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_stat
 
 
 def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False):
-    s, ys = initial_state, []  # [B,H,key,value]
+    s, ys = started(r, initial_state), []
     for t in range(r.shape[1]):
         sa = torch.einsum("bhi,bhij->bhj", a[:, t], s)
         s = (
@@ -56,6 +61,22 @@ def test_decay_scale_and_state_are_given_as_it_wants_them(version, stand_in):
     wanted = values_and_gradients(partial(naive, version), inputs)
     found = values_and_gradients(getattr(fla, version), inputs, torch.float32)
     assert max(relative_errors(found, wanted)) < 5e-6
+
+
+def test_it_is_told_the_bound_of_the_decay_where_it_asks_and_no_state_where_there_is_none(stand_in, monkeypatch):
+    given = {}
+
+    def newer(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, lower_bound=None):
+        given.update(bound=lower_bound, state=initial_state)
+        assert lower_bound <= w.min()
+        return chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state)
+
+    monkeypatch.setattr(sys.modules["fla.ops.rwkv7"], "chunk_rwkv7", newer)
+    *inputs, _ = (x.float() for x in random_inputs("wkv7", 2, 12, 2, 8))
+    y, final = fla.wkv7(*inputs)
+    assert given == {"bound": pytest.approx(-0.60653066, abs=1e-7), "state": None}
+    wanted, wanted_final = naive("wkv7", *(x.double() for x in inputs), torch.zeros(2, 2, 8, 8, dtype=torch.float64))
+    assert max(relative_errors([y, final], [wanted, wanted_final])) < 5e-6
 
 
 def test_on_a_cpu_it_is_refused():

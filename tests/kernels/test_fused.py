@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sysconfig
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
@@ -210,7 +210,8 @@ def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
 
 def test_one_process_may_meet_more_variants_than_torch_compile_allows_by_itself(monkeypatch):
     """Models of many widths, precisions and versions; parameters have static shapes, so each is a variant."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function, fullgraph=True, backend="eager"))
     fused._compiled.cache_clear()
     torch._dynamo.config.recompile_limit = 8
     try:
@@ -226,3 +227,14 @@ def test_one_process_may_meet_more_variants_than_torch_compile_allows_by_itself(
         torch._dynamo.reset()
         fused._compiled.cache_clear()
         torch._dynamo.config.recompile_limit = 8
+
+
+def test_the_compiler_makes_no_choice_by_measuring(monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.update(options) or function)
+    fused._compiled.cache_clear()
+    fused.squared_relu(torch.zeros(1, 2, 16), choice="compile")
+    fused._compiled.cache_clear()
+    if not hasattr(torch._inductor.config, "deterministic"):
+        pytest.skip("this torch has no switch for it")
+    assert given["options"] == {"deterministic": True}

@@ -15,17 +15,23 @@ from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_an
 from tiny_run import fingerprint, losses, tiny_config, write_config
 
 from rwkv_cluster.errors import Preempted
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import native, ops
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.gpu
+SIZES = pytest.mark.parametrize(
+    "sizes",
+    [{"n_embd": 32, "head_size_a": 16}, {"n_embd": 128, "head_size_a": 64}],
+    ids=["chunked", "CUDA kernels"],  # which have heads of 64
+)
 
 
 @pytest.fixture(autouse=True)
 def _needs_cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
+    assert native.unavailable("cuda", torch.bfloat16, 64) is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -37,27 +43,31 @@ def test_operators_against_float64(version: str) -> None:
     assert max(relative_errors([x.cpu() for x in found], wanted)) < 5e-5
 
 
+@SIZES
 @pytest.mark.parametrize("model_type", ["x052", "x060", "x070"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_follows_the_cpu(model_type: str, precision: str, tmp_path: Path) -> None:
+def test_a_run_follows_the_cpu(model_type: str, precision: str, sizes: dict[str, int], tmp_path: Path) -> None:
     curves = {}
     for accelerator, its_precision in (("cpu", "fp32"), ("cuda", precision)):
         folder = tmp_path / accelerator
         folder.mkdir()
         training = {"accelerator": accelerator, "precision": its_precision, "lr_init": 3e-4}
-        train(tiny_config(folder, model={"model_type": model_type}, training=training))
+        train(tiny_config(folder, model={"model_type": model_type, **sizes}, training=training))
         curves[accelerator] = losses(folder / "work")
     tolerance = 1e-4 if precision == "fp32" else 3e-2
     assert curves["cuda"] == pytest.approx(curves["cpu"], rel=tolerance)
 
 
+@SIZES
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_continues_exactly(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continues_exactly(
+    precision: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = []
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
         training = {"accelerator": "cuda", "precision": precision}
-        configs.append(tiny_config(tmp_path / name, training=training))
+        configs.append(tiny_config(tmp_path / name, model=sizes, training=training))
     train(configs[0])
     monkeypatch.setenv(FAULT_VARIABLE, "train.step@3:signal=SIGUSR1")
     with pytest.raises(Preempted):
@@ -72,8 +82,9 @@ def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path
     for name, steps in (("plain", 0), ("profiled", 3)):
         (tmp_path / name).mkdir()
         training = {"accelerator": "cuda", "precision": "bf16", "grad_cp": 1}
+        model = {"n_embd": 128, "head_size_a": 64}
         logging = {"profile_steps": steps, "peak_tflops": 1000.0}
-        train(tiny_config(tmp_path / name, training=training, logging=logging))
+        train(tiny_config(tmp_path / name, model=model, training=training, logging=logging))
         results.append(fingerprint(tmp_path / name / "work"))
         logs = tmp_path / name / "work/logs"
         lines = [json.loads(line) for line in (logs / "events/rank-0.jsonl").read_text().splitlines()]

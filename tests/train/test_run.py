@@ -75,6 +75,24 @@ def test_files_of_a_finished_run(unbroken: Path) -> None:
     assert float(perplexity) > 1
 
 
+def test_a_gpu_would_add_up_in_fp32_while_training_and_as_before_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products, forward, seen = torch.backends.cuda.matmul, TrainingModule.forward, set()
+
+    def setting() -> tuple[bool, bool]:
+        return products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+
+    def look(module: TrainingModule, batch: torch.Tensor) -> torch.Tensor:
+        seen.add(setting())
+        return forward(module, batch)
+
+    monkeypatch.setattr(TrainingModule, "forward", look)
+    train(tiny_config(tmp_path, training={"max_steps": 1}))
+    assert seen == {(False, False)}
+    assert setting() == (True, True)
+
+
 def test_the_first_loss_is_that_of_a_uniform_guess(unbroken: Path) -> None:
     assert losses(unbroken / "work")[0] == pytest.approx(torch.log(torch.tensor(257.0)).item(), abs=0.15)
     assert losses(unbroken / "work")[-1] < losses(unbroken / "work")[0] - 0.5
