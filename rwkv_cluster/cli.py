@@ -22,6 +22,7 @@ from rwkv_cluster.console_log import log_to_stderr, print_result
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.interrupt import listening
 from rwkv_cluster.launched import log_to_agent, loses_exit_codes, tell_agent
+from rwkv_cluster.own_file import reason
 from rwkv_cluster.ranks import end_with_launcher, rank, shown
 from rwkv_cluster.text_safety import visible
 
@@ -120,6 +121,10 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
     except BrokenPipeError:  # `rwkv-cluster config x.yaml | head`
         return BROKEN_PIPE, ""
     except Exception as error:
+        if isinstance(error, PermissionError) and error.filename is not None:
+            message = f"{reason(error)}. Ask for access, or name another place"
+            _complain(f"error: {message}")
+            return ConfigError.exit_code, message
         with contextlib.suppress(OSError):
             sys.stderr.write(visible(traceback.format_exc()))
         _complain("this is a bug in rwkv-cluster: please report it with the text above")

@@ -28,6 +28,7 @@ from rwkv_cluster.data.readers import as_array
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.data.sources import source_at
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
+from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.paths import written_out
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import require_built_in
@@ -120,6 +121,8 @@ class RWKVTrainingPipeline:
         if model_config is not None or self.model_config.vocab_size is None:
             self.model_config.vocab_size = int(self.tokenizer.vocab_size)
         if stored is None:
+            if rank() == 0:
+                require_no_foreign_files(self._paths, None, self.training_config.init_from)
             self._write_config()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +131,7 @@ def _launch(root: Path) -> manage.Status | str | None:
     try:
         folder = manage.newest(root)
     except LaunchError as error:
-        folder = root / "launch"
-        return str(error) if folder.exists() and not os.access(folder, os.R_OK) else None
+        return str(error) if isinstance(error.__cause__, PermissionError) else None
     try:
         return manage.status(folder)
     except LaunchError as error:

@@ -19,7 +19,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "model.shapes": 2, "model.parameter_shapes": 2, "flops": 2, "gpus": 2,
     "data.dataset": 3, "kernels": 3,
     "model": 4,
-    "runlog": 3,
+    "runlog": 3, "foreign_files": 3,
     "train": 5, "launch": 5, "planning": 5,
     "cli": 6, "verbs": 6, "status": 6, "report": 6, "__main__": 6, "pipeline": 6, "bench": 6, "doctor": 6,
 }  # fmt: skip

@@ -487,7 +487,7 @@ def test_tokens_above_65535(run: Run) -> None:
 
 def test_a_stray_weights_file_is_not_taken_for_the_run(run: Run) -> None:
     assert run("train", "run.yaml", "--work_dir=clean")[0] == 0
-    Path("work/out").mkdir(parents=True)
+    assert run("prepare", "run.yaml")[0] == 0  # whose directory is no stranger's any more
     strays = [Path("work/out/rwkv-7.pth"), Path("work/out/rwkv-final.pth"), Path("work/out/model.pth")]
     save_pth(strays[0], {"emb.weight": torch.zeros(2, 2)})
     for path in strays[1:]:
@@ -583,3 +583,42 @@ def test_a_stored_launch_section_runs_nothing_unasked(run: Run, stored: Path) ->
     stored.write_text("launch: {setup: ['touch ran'], num_nodes: 1}\n")
     assert run("launch", "work", "--dry-run", "--launch.setup=[echo]")[0] == 0
     assert not Path("ran").exists()
+
+
+def test_files_of_another_program_are_left_alone(run: Run, tmp_path: Path) -> None:
+    for name in ("work/out/rwkv-final.pth", "work/logs/metrics.csv", "work/data/train.bin", "work/data/vocab.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("mine")
+    sentence = f"work_dir {tmp_path}/work holds files that no run of rwkv-cluster has made, and a run would overwrite them: logs/metrics.csv, out/rwkv-final.pth, data/train.bin. Choose another work_dir, or move them away"
+    refused(run, 2, sentence, "train", "run.yaml")
+
+
+def test_a_folder_or_a_link_where_a_file_belongs(run: Run, tmp_path: Path) -> None:
+    Path("work/STOP").mkdir(parents=True)
+    refused(
+        run,
+        2,
+        f"{tmp_path}/work/STOP is a folder, and a run has a regular file of that name. Remove it, or move it away",
+        "train",
+        "run.yaml",
+    )
+    Path("work/STOP").rmdir()
+    Path("victim").write_text("precious")
+    Path("work/logs").mkdir()
+    Path("work/logs/tensorboard").write_text("x")
+    refused(
+        run,
+        2,
+        f"{tmp_path}/work/logs/tensorboard is a file, and a run has a folder of that name. Remove it, or move it away",
+        "train",
+        "run.yaml",
+    )
+    Path("work/logs/tensorboard").unlink()
+    Path("work/.lock").symlink_to("../victim")
+    refused(
+        run,
+        2,
+        f"{tmp_path}/work/.lock is a symbolic link, and a run has a regular file of that name. Remove it, or move it away",
+        "train",
+        "run.yaml",
+    )

@@ -17,6 +17,7 @@ from rwkv_cluster.data.manifest import MANIFEST_NAME
 from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, prepared_before, reason_to_prepare
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
+from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.ranks import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
@@ -137,6 +138,7 @@ def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RollCall]:
         if rank() != 0:
             yield roll_call
             return
+        require_no_foreign_files(work, config.data.inputs, config.training.init_from)
         work.create()
         with work.lock():
             roll_call.forget_earlier_runs()

@@ -6,6 +6,9 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,53 @@ def test_a_users_own_settings_of_squeue_hide_no_job(tmp_path: Path, monkeypatch:
 def test_an_exit_code_reads_as_in_slurms_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'N/A|FAILED|0|19200|1:00|node1|NonZeroExitCode|'")
     assert "ExitCode 75:0" in manage.status(folder).detail
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The work directory `work`, with a launch that only its owner may see, and a folder that others cannot enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        monkeypatch.chdir(name)
+        os.chmod(name, 0o755)
+        Path("work/launch/1").mkdir(parents=True)
+        Path("work/launch/1/command.json").write_text('{"target": "local"}')
+        os.chmod("work/launch", 0o700)
+        os.mkdir("locked", 0o700)
+        write_config(Path("run.yaml"), tiny_config(Path(name)))
+        for command in (["status", "work"], ["launch", "run.yaml", "--dry-run"], ["inspect", "absent.pth"]):
+            cli.main(command)  # so that all is imported
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else takes root")
+def test_what_somebody_else_has_launched_is_told_with_the_owner(
+    theirs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    sentence = f"{theirs}/work/launch belongs to root, and only they may look into it"
+    with as_somebody_else():
+        for verb in ("logs", "cancel"):
+            assert cli.main([verb, "work"]) == 6
+            assert sentence in capfd.readouterr().err
+        assert cli.main(["status", "work"]) == 0
+        assert sentence in capfd.readouterr().out
+        assert cli.main(["launch", "run.yaml"]) == 6
+        denied = f"Operation not permitted at {theirs}/work/launch; {theirs}/work/launch belongs to root"
+        assert denied in capfd.readouterr().err
+        for command in (["status", "locked/w"], ["config", "locked/w"], ["inspect", "locked/x.pth"]):
+            assert cli.main(command) == 2
+            assert "locked belongs to root. Ask for access, or name another place" in capfd.readouterr().err
