@@ -25,6 +25,7 @@ from rwkv_cluster.cli import main
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.kernels import loader, ops
 from rwkv_cluster.model.state_dict import load_pth, save_pth
+from rwkv_cluster.tokenizer import create_vocab_file_from_tokens
 
 Run = Callable[..., tuple[int, list[str]]]
 INTEGER = "--data.tokenizer.type=integer"
@@ -342,13 +343,82 @@ def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Pat
     assert run("train", "run.yaml", "--training.max_steps=5", "--data.inputs=[]")[0] == 0
 
 
-def test_init_from_what_is_no_weights_file(run: Run) -> None:
-    Path("junk.pth").write_bytes(b"junk")
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: None, "no such weights file. Check the path"),
+        (lambda path: path.write_bytes(b"junk"), "not a weights file: starts with b'junk', wanted b'PK\\x03\\x04'"),
+        (lambda path: path.mkdir(), "a folder, not a weights file. Name the .pth that is in it"),
+        (lambda path: save_pth(path, {"a": torch.ones(2)}), "weights are not those of an RWKV: found a, expected emb.weight, blocks.0.*"),
+    ],
+)  # fmt: skip
+def test_init_from_what_is_no_weights_file(make: Callable[[Path], None], sentence: str, run: Run) -> None:
+    """Told before the data is prepared, which may take hours."""
+    make(Path("other.pth"))
     ending = "training.init_from names it, and model.* must have its shape"
-    refused(run, 4, f"no.pth cannot start this run: no such weights file. Check the path. {ending}",
-            "train", "run.yaml", "--training.init_from=no.pth", leaves=PREPARED)  # fmt: skip
-    refused(run, 4, "junk.pth cannot start this run: not a weights file: starts with b'junk', wanted b'PK\\x03\\x04'. "
-            f"{ending}", "train", "run.yaml", "--training.init_from=junk.pth")  # fmt: skip
+    for command in ("train", "doctor"):
+        if command == "train":
+            refused(run, 4, f"other.pth cannot start this run: {sentence}. {ending}",
+                    command, "run.yaml", "--training.init_from=other.pth")  # fmt: skip
+        else:
+            assert main([command, "run.yaml", "--training.init_from=other.pth"]) == 4
+    assert not Path("work/data/manifest.json").exists()
+
+
+def test_init_from_weights_with_more_rows_than_the_tokenizer_has_ids(run: Run) -> None:
+    run("init", "run.yaml", "--model.vocab_size=320", "--work_dir=big")
+    weights = "--training.init_from=big/out/rwkv-init.pth"
+    refused(run, 4, "big/out/rwkv-init.pth cannot start this run: it has 320 vocabulary rows, of which the tokenizer uses "
+            "257. Set model.vocab_size=320. training.init_from names it, and model.* must have its shape",
+            "train", "run.yaml", weights)  # fmt: skip
+    assert run("train", "run.yaml", weights, "--model.vocab_size=320")[0] == 0
+
+
+def test_the_same_initial_weights_under_another_name(run: Run, tmp_path: Path) -> None:
+    run("init", "run.yaml", "--work_dir=base", "--training.random_seed=7")
+    run("init", "run.yaml", "--work_dir=base2", "--training.random_seed=8")
+    shutil.copy("base/out/rwkv-init.pth", "b.pth")
+    assert run("train", "run.yaml", "--training.init_from=b.pth")[0] == 0
+    shutil.copy("b.pth", "copy.pth")
+    Path("link.pth").symlink_to("b.pth")
+    for number, name in enumerate([f"{tmp_path}/b.pth", "./b.pth", "link.pth", "copy.pth"]):
+        assert run("train", "run.yaml", f"--training.init_from={name}", f"--training.max_steps={number + 3}")[0] == 0
+    Path("b.pth").unlink()
+    assert run("train", "run.yaml", "--training.init_from=copy.pth", "--training.max_steps=8")[0] == 0
+    assert run("train", "run.yaml", "--training.init_from=copy.pth", "--training.max_steps=9")[0] == 0
+    code, lines = run("train", "run.yaml", "--training.init_from=base2/out/rwkv-init.pth", "--training.max_steps=9")
+    assert code == 2
+    assert "training.init_from: copy.pth -> base2/out/rwkv-init.pth" in lines[-1]
+
+
+def test_inspect_claims_nothing_that_is_not_in_the_file(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    run("init", "run.yaml")
+    assert main(["inspect", "work/out/rwkv-init.pth"]) == 0
+    assert "ctx_len" not in (said := capfd.readouterr().out)
+    assert "n_layer" in said
+
+
+def test_a_work_dir_stands_for_itself_without_its_vocabulary_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    characters = sorted(set(Path("text.jsonl").read_text() + "\u2028\"' \\#"))
+    create_vocab_file_from_tokens([c for c in characters if c != "\n"], "v.txt")
+    assert run("train", "run.yaml", *VOCABULARY)[0] == 0
+    command = ["generate", "../work", "--prompt", "we", "--tokens", "9", "--seed", "3"]
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    capfd.readouterr()
+    assert main(command) == 0
+    said = capfd.readouterr().out
+    monkeypatch.chdir("..")
+    assert main(["generate", "work", *command[2:]]) == 0
+    assert capfd.readouterr().out == said
+    Path("work/data/vocab.txt").write_text("1 'a' 1\n")  # another one: the manifest's digest tells, and v.txt is there
+    assert main(["generate", "work", *command[2:]]) == 0
+    assert capfd.readouterr().out == said
+    Path("v.txt").unlink()
+    code, lines = run("generate", "work", *command[2:])
+    assert (code, lines[-1]) == (3, "rwkv-cluster: error: vocabulary file v.txt does not exist. Check the path")
 
 
 def test_a_work_dir_that_is_a_file(run: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.rows import Row, note, ok, refused, warning
 from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.doctor.subject import Subject
-from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
+from rwkv_cluster.errors import DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.workdir import WorkDir
 
 ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
@@ -109,10 +109,11 @@ def _loggers(config: Config) -> str:
 def _resolved(config: Config, tokenizer: Any) -> str:
     """Precision, accelerator, DeepSpeed, kernels and batch, as training resolves them."""
     from rwkv_cluster.train.sample import require_sample_prompt
-    from rwkv_cluster.train.session import resolve
+    from rwkv_cluster.train.session import require_init_from, resolve
 
     require_sample_prompt(config.logging, tokenizer)
-    _, placement, accumulate = resolve(config, int(tokenizer.vocab_size))
+    resolved, placement, accumulate = resolve(config, int(tokenizer.vocab_size))
+    require_init_from(resolved, WorkDir(config.work_dir))
     training, stage = config.training, config.training.deepspeed_stage
     zero = "" if stage is None else f", ZeRO stage {stage}"
     batch = training.micro_bsz * placement.world_size * accumulate
@@ -121,11 +122,12 @@ def _resolved(config: Config, tokenizer: Any) -> str:
 
 
 def _initial_weights(config: Config) -> str:
+    from rwkv_cluster.model.recognise import require_weights_file
+
     path = config.training.init_from
     if path is None:
         return "made when training starts"
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"training.init_from {path} cannot be read. Correct the path")
+    require_weights_file(Path(path))
     return path
 
 

@@ -20,12 +20,14 @@ from torch import Tensor
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.disk import writing
-from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
+from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initial_value
+from rwkv_cluster.model.recognise import archive_fault, content_fault, names_fault, require_weights_file
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.workdir import atomic_writer
 
-WRAPPER_PREFIXES = ("_forward_module.", "model.")
+WRAPPER_PREFIXES = ("_forward_module.", "model.", "module.")
+WRAPPER_PARTS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 UNUSED_IN_BLOCK_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 LISTED_DIFFERENCES = 8
 TENSOR_BUILDERS = re.compile(
@@ -60,11 +62,22 @@ def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
             in it, or with pickled code.
     """
     path = Path(path)
-    if not path.exists():
-        raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
-    if not path.is_file() and not path.is_dir():  # a pipe would never end
-        raise CheckpointError(f"{path}: not a weights file, nor any regular file. Check the path")
+    require_weights_file(path)
     _check_archive(path)
+    return _load(path, mapped)
+
+
+def peek_pth(path: Path) -> dict[str, Tensor]:
+    """The same tensors without a look at their values: those are mapped, and no checksum of them is computed.
+
+    Costs milliseconds for any size. Raises MissingCheckpointError, CheckpointError as `load_pth`.
+    """
+    require_weights_file(path)
+    _check_archive(path, checksums=False)
+    return _load(path, mapped=True)
+
+
+def _load(path: Path, mapped: bool) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # hostile bytes make the unpickler raise anything
@@ -142,12 +155,20 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that Lightning and DeepSpeed wrappers leave."""
-    stripped = {}
+    """Names without what Lightning, DeepSpeed, DDP, FSDP and torch.compile put before and into them.
+
+    Raises CheckpointError where two tensors then have one name, or where they are no model's weights alone.
+    """
+    stripped: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
-        stripped[name] = tensor
+        bare = WRAPPER_PARTS.sub("", name)
+        while bare.startswith(WRAPPER_PREFIXES):
+            bare = bare.split(".", 1)[1]
+        if bare in stripped:
+            raise CheckpointError(f"weights have {bare!r:.80} twice, once with a wrapper's prefix. Keep one of the two")
+        stripped[bare] = tensor
+    if fault := names_fault(stripped):
+        raise CheckpointError(f"weights cannot be used: {fault}")
     return stripped
 
 
@@ -159,25 +180,18 @@ def check_finite(state_dict: Mapping[str, Tensor], what: str) -> None:
             raise CheckpointError(f"{what}: {name} has a NaN or infinite value. Use an earlier checkpoint")
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, *, checksums: bool = True) -> None:
     """Every record of the zip file is whole, and its pickle builds tensors. Raises CheckpointError."""
     try:
-        with open(path, "rb") as handle:
-            magic = handle.read(4)
-        if magic[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path}: refused: it has the pickle format from before torch 1.6, which cannot be verified. "
-                "Load it in an environment you trust and save it again with torch.save"
-            )
-        if magic != b"PK\x03\x04":
-            raise CheckpointError(f"{path}: not a weights file: starts with {magic!r}, wanted b'PK\\x03\\x04'")
         with zipfile.ZipFile(path) as archive:
+            if fault := archive_fault(archive):
+                raise CheckpointError(f"{path}: {fault}")
             records = archive.infolist()
             if len({record.filename for record in records}) < len(records):
                 raise CheckpointError(f"{path}: refused: two records of the archive have the same name")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise CheckpointError(f"{path}: refused: it is compressed, which torch.save never does")
-            bad = _damaged_record(archive, path)
+            bad = _damaged_record(archive, path) if checksums else None
             pickles = [record for record in records if record.filename.endswith("/data.pkl")]
             if bad is None and len(pickles) == 1:
                 _check_pickle(path, archive.read(pickles[0]))
@@ -217,16 +231,20 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
             name = ".".join(strings[-2:])
         else:
             continue
+        if name.startswith("torch._utils._rebuild_q"):
+            raise CheckpointError(f"{path}: its tensors are quantised. Use the weights that they were made from")
         if not TENSOR_BUILDERS.fullmatch(name):
             raise CheckpointError(
                 f"{path}: refused: it names the Python object {name!r:.80}, where only dense tensors may be. "
-                "Nothing of it was run"
+                "Nothing of it was run. Save the tensors alone: torch.save(model.state_dict(), path)"
             )
 
 
 def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a flat dict of tensors")
+    if fault := content_fault(content):
+        raise CheckpointError(f"{path}: {fault}")
     file_bytes = path.stat().st_size
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
@@ -234,6 +252,10 @@ def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: has the key {name!r:.60}, expected a tensor's name")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r:.80} is a {type(value).__name__}, expected a tensor")
+        if value.dtype in (torch.int8, torch.uint8):
+            raise CheckpointError(
+                f"{path}: {name!r:.80} is quantised to {value.dtype}. Use weights in bf16, fp16 or fp32"
+            )
         if not value.is_floating_point() or value.layout != torch.strided:
             raise CheckpointError(f"{path}: {name!r:.80} has dtype {value.dtype}, expected dense floats")
         if value.numel() * value.element_size() > file_bytes:

@@ -21,8 +21,8 @@ from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.token_bytes import token_bytes
-from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import distributed
+from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import WorkDir
 
@@ -139,7 +139,7 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
 def _sizes_of_run(config: Config) -> Tensor | None:
     """None with a word about it where the tokenizer cannot be had: without it the loss is known all the same."""
     try:
-        return sizes_of(build_tokenizer(config.data.tokenizer))
+        return sizes_of(tokenizer_of_run(config.data.tokenizer, WorkDir(config.work_dir).data))
     except (ConfigError, DataError) as error:
         log.warning("no bits per byte: %s", error)
         return None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.sampler import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
+from rwkv_cluster.model.state_dict import UNUSED_IN_BLOCK_0, load_pth, strip_prefixes
 from rwkv_cluster.train.checkpoint import Checkpoint
 
 log = logging.getLogger("rwkv_cluster")
@@ -51,17 +56,18 @@ def accumulation_of(found: Checkpoint, training: TrainingConfig, world_size: int
     )
 
 
-def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
+def require_same_run(found: Checkpoint, wanted: dict[str, Any], init_weights: Path) -> None:
     """Refuse to continue `found` with another model (ConfigError), batch (ConfigError) or data (DataError).
 
     Every difference is listed as `field: old -> new`. Other changes, a learning rate for instance, are logged.
+    init_weights: those that the run began with, by which training.init_from is known under another name.
     """
     old, new = found.state["config"], wanted["config"]
     shape = _differences("model", old["model"], new["model"])
     if found.state["global_batch_size"] != wanted["global_batch_size"]:
         shape.append(f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}")
     starts = (old["training"].get("init_from"), new["training"]["init_from"])
-    if starts[0] != starts[1]:
+    if starts[0] != starts[1] and not _is_same_start(*starts, init_weights):
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")
     data = [
         f"{label}: {found.state[key]} -> {wanted[key]}"
@@ -82,6 +88,23 @@ def require_same_run(found: Checkpoint, wanted: dict[str, Any]) -> None:
     ]
     for line in changed:
         log.warning("continuing step %d with a changed setting: %s", found.step, line)
+
+
+def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool:
+    """Whether two names of training.init_from mean one file, or the new one's weights are those of the beginning."""
+    if old is None or new is None:
+        return False
+    if os.path.realpath(old) == os.path.realpath(new):
+        return True
+    try:
+        began, named = strip_prefixes(load_pth(init_weights)), strip_prefixes(load_pth(Path(new), mapped=True))
+    except CheckpointError:
+        return False
+    return all(
+        name in named and named[name].shape == tensor.shape and torch.equal(named[name].to(tensor.dtype), tensor)
+        for name, tensor in began.items()
+        if name not in UNUSED_IN_BLOCK_0
+    )
 
 
 def require_unchanged_data(found: Checkpoint | None, reason: str) -> None:

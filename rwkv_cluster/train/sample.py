@@ -23,8 +23,9 @@ from rwkv_cluster.ranks import rank
 from rwkv_cluster.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.train.weights import load_model
-from rwkv_cluster.workdir import atomic_write
+from rwkv_cluster.workdir import WorkDir, atomic_write
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -132,12 +133,12 @@ def generate_text(
     tokenizer: default the work directory's own (of a .pth file: of the work directory that it lies in).
     Raises ConfigError when neither says which tokenizer the model was trained with.
     """
-    chosen = tokenizer or _tokenizer_of(source)
+    chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(source, device=device)
     return continue_text(
         model,
-        build_tokenizer(chosen),
+        chosen,
         prompt,
         n_tokens=n_tokens,
         temperature=temperature,
@@ -146,7 +147,7 @@ def generate_text(
     )
 
 
-def _tokenizer_of(source: Path) -> TokenizerConfig:
+def _tokenizer_of(source: Path) -> Any:
     if not source.exists():
         raise MissingCheckpointError(f"{source} does not exist. Name the work directory of a run, or a weights file")
     root = source if source.is_dir() else source.absolute().parent.parent
@@ -159,4 +160,4 @@ def _tokenizer_of(source: Path) -> TokenizerConfig:
     require_own(path)
     tokenizer = load_config(path).data.tokenizer
     require_built_in(tokenizer, path, shlex.join(tokenizer_options(tokenizer)))
-    return tokenizer
+    return tokenizer_of_run(tokenizer, WorkDir(root).data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,18 @@ from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.kernels import fused, ops
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
+from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
 from rwkv_cluster.ranks import rank
 from rwkv_cluster.train import resume
-from rwkv_cluster.train.checkpoint import Checkpoint, newest_verified
+from rwkv_cluster.train.checkpoint import Checkpoint, list_steps, newest_verified
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.guard import SpikeMemory
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.strategy import Placement, place
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
+
+INIT_FROM_REMEDY = "training.init_from names it, and model.* must have its shape"
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -125,7 +129,7 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     session = Session(config, work, manifest, placement, plan, end, accumulate, found, spikes, improvement)
     _require_validation(session)
     if found is not None:
-        resume.require_same_run(found, session.identity)
+        resume.require_same_run(found, session.identity, work.out / "rwkv-init.pth")
         resume.finished_beyond(found, end.total_steps)
     return session
 
@@ -191,8 +195,7 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
         log.info("initial weights: %s (already there)", path)
         return path
     if config.training.init_from is not None:
-        remedy = "training.init_from names it, and model.* must have its shape"
-        state = _fitting(Path(config.training.init_from), model, remedy)
+        state = _fitting(Path(config.training.init_from), model, INIT_FROM_REMEDY)
     else:
         initialize(model, max(config.training.random_seed, 0))
         state = model.state_dict()
@@ -200,17 +203,50 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
     return path
 
 
+def require_init_from(config: Config, work: WorkDir) -> None:
+    """A run that will begin with training.init_from finds weights of its model there. Costs milliseconds for any size.
+
+    Raises CheckpointError, before hours of preparation, for all but damaged values. config: with its vocabulary.
+    """
+    init_from = config.training.init_from
+    if init_from is None or list_steps(work.checkpoints):
+        return
+    path = Path(init_from)
+    with _cannot_start(path, INIT_FROM_REMEDY):
+        with torch.device("meta"):
+            model = RWKV(config.model)
+        _require_same_model(peek_pth(path), model)
+
+
 def _fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Tensor]:
     """Weights in a file as `model` wants them. remedy: what to do about a file that holds none."""
-    try:
+    with _cannot_start(path, remedy):
         weights = load_pth(path)
-        other = _differences(infer_model_config(weights), infer_model_config(model.state_dict()))
-        if other:
-            raise CheckpointError(f"it holds another model ({'; '.join(other)})")
+        _require_same_model(weights, model)
         return fit_state_dict(weights, model)
+
+
+@contextmanager
+def _cannot_start(path: Path, remedy: str) -> Iterator[None]:
+    """What is wrong with the weights in `path` is told as what keeps the run from starting."""
+    try:
+        yield
     except CheckpointError as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         raise type(error)(f"{path} cannot start this run: {reason}. {remedy}") from error
+
+
+def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
+    """Raises CheckpointError that lists what differs."""
+    found, wanted = infer_model_config(weights), infer_model_config(model.state_dict())
+    if not (other := _differences(found, wanted)):
+        return
+    rows, used = found.vocab_size or 0, wanted.vocab_size or 0
+    if len(other) == 1 and rows != used:
+        fewer = "which has more ids: use the tokenizer that the weights were trained with"
+        more = f"of which the tokenizer uses {used:,}. Set model.vocab_size={rows}"
+        raise CheckpointError(f"it has {rows:,} vocabulary rows, {more if rows > used else fewer}")
+    raise CheckpointError(f"it holds another model ({'; '.join(other)})")
 
 
 def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:

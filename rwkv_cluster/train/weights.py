@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.errors import MissingCheckpointError
+from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, newest_verified, verify
@@ -54,8 +54,13 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
 
 def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:
     """An fp32 RWKV from a .pth file or a work directory, its architecture inferred from the tensors."""
-    weights = newest_weights(WorkDir(source)) if source.is_dir() else load_pth(source)
-    return model_from_weights(weights, ctx_len=ctx_len, device=device)
+    if source.is_dir():
+        return model_from_weights(newest_weights(WorkDir(source)), ctx_len=ctx_len, device=device)
+    weights = load_pth(source)
+    try:
+        return model_from_weights(weights, ctx_len=ctx_len, device=device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def model_from_weights(

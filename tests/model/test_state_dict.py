@@ -139,14 +139,14 @@ def test_truncation_is_found(tmp_path, whole_file):
     content = whole_file.read_bytes()
     for i in range(20):
         (tmp_path / "m.pth").write_bytes(content[: len(content) * i // 20])
-        with pytest.raises(CheckpointError, match=r"m\.pth: (damaged or truncated|not a weights file)"):
+        with pytest.raises(CheckpointError, match=r"m\.pth: (damaged or truncated|not a weights file|it is empty)"):
             load_pth(tmp_path / "m.pth")
 
 
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(MissingCheckpointError, match="no such weights file"):
         load_pth(tmp_path / "absent.pth")
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="a folder, not a weights file"):
         load_pth(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_the_legacy_format_is_refused(tmp_path):
     [
         ([torch.ones(1)], "holds a list, expected a flat dict"),
         (torch.ones(1), "holds a Tensor, expected a flat dict"),
-        ({"model": {"emb.weight": torch.ones(1)}}, "'model' is a dict, expected a tensor"),
+        ({"model": {"emb.weight": torch.ones(1)}}, "a trainer's checkpoint, which has its weights under 'model'"),
         ({"epoch": 3}, "'epoch' is a int, expected a tensor"),
         ({7: torch.ones(1)}, "has the key 7, expected a tensor's name"),
         ({"step": torch.ones(1, dtype=torch.int64)}, r"'step' has dtype torch\.int64"),
