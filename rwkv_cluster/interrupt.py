@@ -161,9 +161,9 @@ def listening(on_end: Callable[[Interrupted], int] | None = None) -> Iterator[Li
     finally:
         _active = None
         signal.set_wakeup_fd(descriptor_before)
-        for number, handler in before.items():
+        for changed, handler in before.items():
             if not listener.ignores:
-                signal.signal(number, handler)
+                signal.signal(changed, handler)
         os.write(writer, bytes([_END]))
         thread.join()
         os.close(writer)

@@ -49,7 +49,7 @@ class LiveLine:
         self._quiet = quiet
         self._drawn_at = 0.0
         self._rich = _rich_progress()
-        self._task = self._rich.add_task(head, total=total, completed=done)
+        self._task = self._rich.add_task(head, total=total, completed=int(done))
         self._rich.start()  # sys.stderr is rich's own from here on
         self._rich.console.show_cursor(True)  # a killed run cannot give a hidden one back
         self._handlers = _handlers_to(self._terminal)
