@@ -57,10 +57,9 @@ def bad_json(text: str, end: int | None, error: json.JSONDecodeError) -> BadLine
         return BadLine(f'has a typographic quote {at[0]} at character {error.pos + 1}, and JSON wants "')
     if _PYTHON_WORD.match(at):
         return BadLine(f"is not JSON at character {error.pos + 1}, but what Python prints: write it with json.dumps")
-    if at and error.msg.startswith("Invalid control character"):
-        return BadLine(
-            f"is not JSON: a control character, U+{ord(at[0]):04X}, that is not escaped, at character {error.pos + 1}"
-        )
+    if at and not at[0].isprintable():
+        found = f"U+{ord(at[0]):04X} at character {error.pos + 1}"
+        return BadLine(f"is not JSON: a control character or one that cannot be seen, {found}")
     return _plain(error)
 
 

@@ -27,7 +27,8 @@ def without(files: Iterable[Path], folder: Path, left_out: list[Path]) -> list[P
         levels = range(top, len(parent.parts))
         return any(parent.parts[n] in _OF_A_RUN and _is_work_dir(Path(*parent.parts[:n])) for n in levels)
 
-    prepared, kept = cache(_prepared), []
+    prepared = cache(_prepared)
+    kept: list[Path] = []
     for file in files:
         is_own = of_a_run(file.parent) or file.name in prepared(file.parent)
         (left_out if is_own else kept).append(file)

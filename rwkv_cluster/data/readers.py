@@ -244,9 +244,10 @@ def as_array(data: Any, name: str) -> np.ndarray:
     except ValueError as error:
         raise DataError(f"{name} has rows of different lengths, which no array can hold. W{_ROWS[1:]}") from error
     except (TypeError, RuntimeError) as error:  # a tensor of a GPU, of bfloat16, or with gradients
+        reason = _first_line(error).rstrip(".")
         raise DataError(
-            f"{name}, a {type(data).__name__}, cannot be made a NumPy array: {_first_line(error)}. Give integers on "
-            "the CPU, as tensor.detach().cpu().int().numpy() makes"
+            f"{name}, a {type(data).__name__}, cannot be made a NumPy array: {reason}. Give integers on the CPU, as "
+            "tensor.detach().cpu().int().numpy() makes"
         ) from error
 
 

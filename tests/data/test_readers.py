@@ -44,7 +44,8 @@ def test_lines_that_are_documents(line, document):
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
         (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),  # a surrogate encoded on its own
         (b'{"text": "a\0b"}', r"zero byte \(NUL\) at byte 11"),
-        (b'{"text": "a\tb"}', r"control character, U\+0009, that is not escaped, at character 12"),
+        (b'{"text": "a\tb"}', r"control character or one that cannot be seen, U\+0009 at character 12"),
+        ('\u200b{"text": "a"}'.encode(), r"one that cannot be seen, U\+200B at character 1"),
         (b'\xef\xbb\xbf{"text": "a"}', r"byte order mark \(BOM\)"),
         (b'{"text": "a"}\r{"text": "b"}', r"carriage return \(CR\)"),
         (b'\x1e{"text": "a"}', "record separator"),
