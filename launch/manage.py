@@ -220,7 +220,7 @@ def _process(folder: Path) -> dict[str, Any]:
         facts = (record["host"], record["machine"], record["started"], record["launcher"]["started"])
     except FileNotFoundError:
         raise LaunchError(f"{folder}: no process was started from here") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LaunchError(f"{folder / PROCESS} cannot be read: it is not what a launch has left there") from error
     if not all(isinstance(pid, int) and pid > 1 for pid in pids) or not all(isinstance(f, str | None) for f in facts):
         raise LaunchError(f"{folder / PROCESS} does not say which process was started")

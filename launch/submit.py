@@ -217,7 +217,7 @@ def target_of(folder: Path) -> str:
         found = json.loads(read_own(folder / COMMAND))["target"]
     except WrongKindError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LaunchError(f"{folder / COMMAND} cannot be read: it is not what a launch has left there") from error
     if found not in get_args(Target):
         raise LaunchError(f"{folder / COMMAND} names {str(found)[:80]!r}, which is no launch.target")

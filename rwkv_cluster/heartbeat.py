@@ -134,7 +134,7 @@ def _read(path: Path) -> bytes:
 def _parse(content: bytes) -> dict[str, Any]:
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -158,7 +158,7 @@ def _sessions(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         missing.append(f"environment: {work.environment}: {error.strerror}")
         return []
-    except ValueError:
+    except (ValueError, RecursionError):
         missing.append(f"environment: {work.environment} is not JSON")
         return []
     sessions = content.get("sessions") if isinstance(content, dict) else None

@@ -44,7 +44,7 @@ def record(path: Path, placement: Placement, start_step: int) -> None:
 def _sessions(path: Path) -> list[dict[str, Any]]:
     try:
         return list(json.loads(read_own(path))["sessions"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

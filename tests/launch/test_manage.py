@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -16,6 +17,7 @@ from tiny_run import tiny_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.heartbeat import this_process
 from rwkv_cluster.launch import manage
 
 
@@ -185,3 +187,34 @@ def test_what_somebody_else_has_launched_is_told_with_the_owner(
         for command in (["status", "locked/w"], ["config", "locked/w"], ["inspect", "locked/x.pth"]):
             assert cli.main(command) == 2
             assert "locked belongs to root. Ask for access, or name another place" in capfd.readouterr().err
+
+
+DEEP = "[" * 100_000
+PROCESS = json.dumps({"launcher": this_process(), **this_process()})
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"command.json": DEEP}, "command.json cannot be read"),
+        ({"command.json": "[]"}, "command.json cannot be read"),
+        (
+            {"command.json": '{"target": "/tmp/evil"}', "process.json": PROCESS},
+            "names '/tmp/evil', which is no",
+        ),
+        ({"process.json": DEEP}, "process.json cannot be read"),
+        ({"process.json": PROCESS.replace('"pid": ', '"pid": -')}, "process.json does not say which process"),
+        ({"command.json": '{"target": "sbatch"}', "jobs": "--user=me"}, "jobs holds '--user=me', expected numbers"),
+        ({"command.json": '{"target": "sbatch"}', "jobs": ""}, "jobs holds '', expected numbers"),
+        ({"command.json": '{"target": "docker"}', "container.id": "--all", "process.json": PROCESS}, "holds '--all'"),
+    ],
+)
+def test_records_of_a_launch_name_no_other_program_job_or_process(
+    files: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "launch/1"
+    folder.mkdir(parents=True)
+    for name, content in {"command.json": '{"target": "local"}', **files}.items():
+        (folder / name).write_text(content)
+    assert cli.main(["cancel", str(tmp_path)]) == 6
+    assert said in capsys.readouterr().err
