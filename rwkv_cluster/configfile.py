@@ -1,6 +1,6 @@
 """A YAML file and overrides become a `Config`, and a `Config` becomes text again.
 
-Every fault is one line with its place: `tiny.yaml:12: model.n_layer is 'six', expected an integer >= 1`.
+Every fault is one line with its place: `tiny.yaml:12: model.n_layer is 'six', expected an integer >= 1 and <= 1024`.
 Types are strict, because YAML's text and numbers are easily confused: nothing is converted except an integer
 where a number is expected. `python -m rwkv_cluster.configfile` prints docs/configuration.md.
 """

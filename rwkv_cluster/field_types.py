@@ -26,7 +26,7 @@ _TRUTHS = {"yes": "true", "on": "true", "y": "true", "1": "true"} | dict.fromkey
 def convert(name: str, field: FieldInfo, node: Node) -> Any:
     """Python value of `node` for the field with dotted `name`. Ranges are left to the model.
 
-    Raises ConfigError: `file.yaml:12: model.n_layer is 'six', expected an integer >= 1`.
+    Raises ConfigError: `file.yaml:12: model.n_layer is 'six', expected an integer >= 1 and <= 1024`.
     """
     return _converted(name, field, field.annotation, node)
 

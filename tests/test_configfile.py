@@ -85,17 +85,17 @@ def test_scalars_in_a_file() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model:\n  n_layer: six", "run.yaml:2: model.n_layer is 'six', expected an integer >= 1"),
-        ("model:\n  n_layer: '6'", "run.yaml:2: model.n_layer is '6', expected an integer >= 1. Remove the quotes"),
-        ("model: {n_layer: 3.0}", "run.yaml:1: model.n_layer is 3.0, expected an integer >= 1. Write 3"),
-        ("model: {n_layer: 3.5}", "run.yaml:1: model.n_layer is 3.5, expected an integer >= 1"),
-        ("model: {n_layer: true}", "run.yaml:1: model.n_layer is true, expected an integer >= 1"),
-        ("model: {n_layer: null}", "run.yaml:1: model.n_layer is null, expected an integer >= 1"),
-        ("model:\n  n_layer:\n    - 1", "run.yaml:2: model.n_layer is a list, expected an integer >= 1"),
-        ("model: {n_layer: {a: 1}}", "run.yaml:1: model.n_layer is a section, expected an integer >= 1"),
-        ("model: {n_layer: 0}", "run.yaml:1: model.n_layer is 0, expected an integer >= 1"),
+        ("model:\n  n_layer: six", "run.yaml:2: model.n_layer is 'six', expected an integer >= 1 and <= 1024"),
+        ("model:\n  n_layer: '6'", "run.yaml:2: model.n_layer is '6', expected an integer >= 1 and <= 1024. Remove the quotes"),
+        ("model: {n_layer: 3.0}", "run.yaml:1: model.n_layer is 3.0, expected an integer >= 1 and <= 1024. Write 3"),
+        ("model: {n_layer: 3.5}", "run.yaml:1: model.n_layer is 3.5, expected an integer >= 1 and <= 1024"),
+        ("model: {n_layer: true}", "run.yaml:1: model.n_layer is true, expected an integer >= 1 and <= 1024"),
+        ("model: {n_layer: null}", "run.yaml:1: model.n_layer is null, expected an integer >= 1 and <= 1024"),
+        ("model:\n  n_layer:\n    - 1", "run.yaml:2: model.n_layer is a list, expected an integer >= 1 and <= 1024"),
+        ("model: {n_layer: {a: 1}}", "run.yaml:1: model.n_layer is a section, expected an integer >= 1 and <= 1024"),
+        ("model: {n_layer: 0}", "run.yaml:1: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
         ("model: {n_layer: 99999999999999999999}",
-         "run.yaml:1: model.n_layer is 99999999999999999999, expected an integer >= 1. The largest integer is 2^63 - 1"),
+         "run.yaml:1: model.n_layer is 99999999999999999999, expected an integer >= 1 and <= 1024. The largest integer is 2^63 - 1"),
         ("training:\n\n  beta1: 2", "run.yaml:3: training.beta1 is 2, expected a number >= 0 and < 1"),
         ("training: {lr_init: .nan}",
          "run.yaml:1: training.lr_init is .nan, expected a number >= 0. The number must be finite"),
@@ -164,9 +164,9 @@ def test_a_mistake_gets_one_exact_sentence(text: str, message: str) -> None:
 def test_every_fault_is_told_at_once() -> None:
     message = fault("model:\n  n_layer: six\n  n_embd: 100\n  vocab_size: 1\nwork: x\n")
     assert message.splitlines() == [
-        "run.yaml:2: model.n_layer is 'six', expected an integer >= 1",
+        "run.yaml:2: model.n_layer is 'six', expected an integer >= 1 and <= 1024",
         "run.yaml:5: the configuration has no field 'work'. Nearest valid name: work_dir",
-        "run.yaml:4: model.vocab_size is 1, expected an integer >= 2, or null",
+        "run.yaml:4: model.vocab_size is 1, expected an integer >= 2 and <= 8388608, or null",
     ]
 
 
@@ -318,14 +318,14 @@ def test_the_last_override_wins_and_a_mapping_leaves_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.n_layer=six", "--model.n_layer=six: model.n_layer is 'six', expected an integer >= 1"),
-        ("model.n_layer=0", "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1"),
+        ("model.n_layer=six", "--model.n_layer=six: model.n_layer is 'six', expected an integer >= 1 and <= 1024"),
+        ("model.n_layer=0", "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
         ("--model.n_lay=3", "--model.n_lay=3: model has no field 'n_lay'. Nearest valid name: model.n_layer"),
         ("work_dir=", "--work_dir=: work_dir is null, expected text that is not empty"),
         ("model.n_layer", "model.n_layer: an override is written --section.field=value"),
         ("model..n_layer=3", "model..n_layer=3: an override is written --section.field=value"),
         ("=3", "=3: an override is written --section.field=value"),
-        ("model.n_layer.deep=3", "run.yaml:2: model.n_layer is a section, expected an integer >= 1"),
+        ("model.n_layer.deep=3", "run.yaml:2: model.n_layer is a section, expected an integer >= 1 and <= 1024"),
         ("work_dir=a\x1bb", "--work_dir=a\\x1bb: character '\\x1b' is not allowed here. Remove it"),
         ("work_dir=\udcff", "--work_dir=\\udcff: character '\\udcff' is not allowed here. Remove it"),
         ("model.n_embd=100",
