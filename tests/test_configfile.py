@@ -358,7 +358,8 @@ def test_json_holds_every_field() -> None:
     assert Config(**values) == config
 
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+# without what a path has replaced
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0~$"), max_size=12)
 ODD_TEXT = st.sampled_from(
     ["no", "1e-3", "007", "0o7", "12:30", "~", "null", "true", "", " x ", "- a", "a: b", "#", "'", '"', "\\", "\n", "\t",
      "%x", "@a", "`", "*a", "&a", "!t", "|", ">", "\ufeff", "\u2028", "\x85", "\x7f", "🎉", "---", "...", "=", "<<", "?"]
