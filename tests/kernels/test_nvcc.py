@@ -66,6 +66,19 @@ def test_registers_and_spills_on_every_architecture(compiler: str, tmp_path: Pat
     assert wanted <= seen
 
 
+@pytest.mark.parametrize("source", ["wkv7_chunk.cu", "wkv6_chunk.cu"])
+def test_kernels_on_tensor_cores_divide_and_exponentiate_in_single_instructions(
+    compiler: str, source: str, tmp_path: Path
+) -> None:
+    """An IEEE division is a call in a branch, one for each warp that needs its slow path: 40 a chunk of RWKV-7's."""
+    ptx = tmp_path / "code.ptx"
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-ptx", "-o", str(ptx)]
+    subprocess.run([compiler, *flags, str(build.CSRC / "cuda" / source)], check=True, timeout=300)
+    text = ptx.read_text()
+    assert not re.findall(r"\b(?:div|rcp|sqrt)\.rn\S*", text)
+    assert "ex2.approx.ftz.f32" in text
+
+
 def test_the_whole_library_links_and_its_manifest_lists_what_is_in_it(compiler: str, tmp_path: Path) -> None:
     library = build.build("cuda", tmp_path, architectures=["80", "90"])
     manifest = build.manifest(tmp_path, "cuda")

@@ -2,6 +2,7 @@
 //
 //   bf16, half, to_float(x), from_float<io>(x)    element types; rounding to nearest even
 //   pack2(low, high)                              two bf16 in a register
+//   exp2_approx(x), reciprocal_approx(x)          one instruction each, within 2 ulp and 1; below 2^-126 the result is 0
 //   mma_16816(c, a, b)                            c += a b, [16,16] x [16,8] bf16, fp32 sums; layout: host/shim.hpp
 //   ldmatrix(to, row), ldmatrix_transposed        four 8 x 8 matrices from shared memory to fragments
 //   dynamic_memory<T>()                           the block's dynamic shared memory
@@ -41,6 +42,18 @@ __device__ __forceinline__ half to_half(float x) {
 
 __device__ __forceinline__ uint32_t pack2(bf16 low, bf16 high) {
     return __bfloat16_as_ushort(low) | static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -97,6 +110,12 @@ namespace rwkv {
 
 __device__ __forceinline__ float to_float(float x) {
     return x;
+}
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ float exp_approx(float x) {
+    return exp2_approx(x * LOG2_E);
 }
 
 // The float with these bits: a bf16's, shifted up by 16.

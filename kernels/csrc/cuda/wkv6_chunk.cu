@@ -97,12 +97,13 @@ __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Point
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (in.constant) w[i] = in.constant[blockIdx.x % heads * N + column + i];
-        f.log_decay[i] = is_step ? fmaxf(-expf(w[i]), LEAST_LOG_DECAY) : 0.0f;
+        const float log_decay = fmaxf(-expf(w[i]), LEAST_LOG_DECAY);
+        f.log_decay[i] = is_step ? log_decay : 0.0f;
         float leaf_up_to, leaf_after;
         scan_sums(fmaxf(f.log_decay[i], LEAF_BOUND), leaf_up_to, leaf_after);
         const float leaf_before = sum_before(leaf_up_to), own = fmaxf(f.log_decay[i], LEAF_BOUND);
-        f.leaf_read[i] = __expf(before_middle ? -(own + leaf_after) : leaf_before);
-        f.leaf_write[i] = __expf(before_middle ? leaf_after : -leaf_up_to);
+        f.leaf_read[i] = exp_approx(before_middle ? -(own + leaf_after) : leaf_before);
+        f.leaf_write[i] = exp_approx(before_middle ? leaf_after : -leaf_up_to);
         scan_sums(f.log_decay[i], up_to[i], after[i]);
         if (lane >= 24) x.log_decay[warp][column + i] = up_to[i];
         up_to[i] = sum_before(up_to[i]);
@@ -119,12 +120,12 @@ __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Point
             if (other < warp) earlier += sums[other];
             if (other > warp) later += sums[other];
         }
-        f.start[i] = __expf(earlier + up_to[i]);
-        f.end[i] = __expf(after[i] + later);
+        f.start[i] = exp_approx(earlier + up_to[i]);
+        f.end[i] = exp_approx(after[i] + later);
         const float to_row_8 = warp == 0 ? after[i] + sums[1] : after[i];
         const float from_row_8 = warp == 3 ? sums[2] + up_to[i] : up_to[i];
-        f.half[i] = __expf(warp < 2 ? to_row_8 : from_row_8);
-        if (threadIdx.x < 8) x.total[column + i] = __expf(sums[0] + sums[1] + sums[2] + sums[3]);
+        f.half[i] = exp_approx(warp < 2 ? to_row_8 : from_row_8);
+        if (threadIdx.x < 8) x.total[column + i] = exp_approx(sums[0] + sums[1] + sums[2] + sums[3]);
     }
 }
 

@@ -31,6 +31,7 @@ namespace rwkv {
 namespace {
 
 constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
+constexpr float LOG2_DECAY_SCALE = LOG_DECAY_SCALE * LOG2_E;
 
 enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that compute them
 
@@ -63,7 +64,7 @@ struct Pointers {
 };
 
 __device__ __forceinline__ float sigmoid(float x) {
-    return 1.0f / (1.0f + __expf(-x));
+    return reciprocal_approx(1.0f + exp_approx(-x));
 }
 
 __device__ __forceinline__ Inputs load_inputs(const Pointers &x, const Head &head, int64_t start) {
@@ -94,7 +95,10 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
     unpack(w, in.w);
     const bool is_step = start + row < head.time;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) inclusive[i] = is_step ? __expf(LOG_DECAY_SCALE * sigmoid(w[i])) : 1.0f;
+    for (int i = 0; i < 8; ++i) {
+        const float d = exp2_approx(LOG2_DECAY_SCALE * sigmoid(w[i]));
+        inclusive[i] = is_step ? d : 1.0f;
+    }
     scan_products(inclusive, exclusive);
     if (lane >= 24) {
 #pragma unroll
@@ -118,7 +122,7 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
     keep(x, inclusive, exclusive, w, row, column);
     float from[8], to[8], inverse[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) inverse[i] = 1.0f / inclusive[i];
+    for (int i = 0; i < 8; ++i) inverse[i] = reciprocal_approx(inclusive[i]);
     const auto put = [&](Steps &where, const auto &factor) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) to[i] = from[i] * factor(i);
@@ -256,6 +260,7 @@ __global__ void __launch_bounds__(THREADS)
         multiply_steps(x);
         __syncthreads();
         if (warp == 0) invert(x);
+        __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
         project(x, first);
         __syncthreads();
         solve<false>(x, x.u, x.rest, first);
@@ -308,7 +313,7 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = g + 8 * half, i = 2 * half + side;
-                const float inclusive = x.cumulative[row + 1][j], inverse = 1.0f / inclusive;
+                const float inclusive = x.cumulative[row + 1][j], inverse = reciprocal_approx(inclusive);
                 read_before[half] = daq[n][i] * to_float(x.aq[row][j]);
                 reads[half] = drq[n][i] * to_float(x.rq[row][j]) - dki[n][i] * to_float(x.ki[row][j]) -
                               dbi[n][i] * to_float(x.bi[row][j]) + read_before[half];
@@ -373,6 +378,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         multiply_steps(x);
         __syncthreads();
         if (warp == 0) invert(x);
+        __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
         project(x, first);
         float acc[2][4] = {};  // QB^T dY + be dS'^T
         multiply<L, true>(acc, operand(x.product[QB]), operand(x.dy, 0, first));

@@ -262,10 +262,6 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::received<T>(shim::exchange(value), shim::lane() ^ mask);
 }
 
-inline float __expf(float x) {
-    return expf(x);
-}
-
 inline float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof(x));
@@ -296,6 +292,25 @@ inline float to_float(bf16 x) {
 
 inline float to_float(half x) {
     return static_cast<float>(x);
+}
+
+// x off by as many units in its last place as the GPU's instruction may be, up or down by the bits of x; subnormals are 0.
+inline float off_by_ulps(float x, int ulps) {
+    if (x < 0x1p-126f || isinf(x)) return x < 0x1p-126f ? 0.0f : x;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const bool is_up = bits * 2654435761u >> 31;
+    bits += is_up ? ulps : -ulps;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+inline float exp2_approx(float x) {
+    return off_by_ulps(exp2f(x), 2);
+}
+
+inline float reciprocal_approx(float x) {
+    return off_by_ulps(1.0f / x, 1);
 }
 
 inline bf16 to_bf16(float x) {
