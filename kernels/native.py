@@ -26,6 +26,8 @@ EXACT, TENSOR_CORES = 0, 1
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST_CPU_SIZE = 128
 CUDA_SIZE = 64
+ALIGNMENT = 16
+"""Bytes: the CUDA kernels' pieces."""
 
 
 def wkv5(
@@ -150,7 +152,7 @@ def _has_constant_decay(inputs: Sequence[Tensor]) -> bool:
 
 def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, exact, save = arguments
-    *inputs, state = _made_contiguous(tensors)
+    *inputs, state = _as_read(tensors)
     y, final_state, saved = outputs = _empty_outputs(version, *arguments)
     _call(f"rwkv_wkv{version}_forward", exact, inputs, state, y, final_state, saved if save else None)
     return outputs
@@ -158,6 +160,11 @@ def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _made_contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _as_read(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Contiguous, and from addresses at which 16 bytes can be read at once: a view into a tensor may begin anywhere."""
+    return [x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in _made_contiguous(tensors)]
 
 
 def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +176,7 @@ def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 
 def _backward(version: int, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, exact = arguments
-    *inputs, saved, dy, dfinal_state = _made_contiguous(tensors)
+    *inputs, saved, dy, dfinal_state = _as_read(tensors)
     gradients = _empty_gradients(version, *arguments)
     _call(f"rwkv_wkv{version}_backward", exact, inputs, saved, dy, dfinal_state, *gradients)
     return gradients

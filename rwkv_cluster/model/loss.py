@@ -9,6 +9,7 @@ M rows (B * T), C width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from rwkv_cluster.model.layers import linear
 from rwkv_cluster.model.rwkv import RWKV
 
-CHUNK_ELEMENTS = 1 << 24  # logits in flight: 64 MiB of fp32
+CHUNK_ELEMENTS = 1 << 24  # logits in flight on a CPU: 64 MiB of fp32
+CUDA_CHUNK_ELEMENTS = 1 << 28  # on a GPU, where each chunk passes over the weight's gradient: 1 GiB
 
 
 def next_token_loss(model: RWKV, batch: Tensor, l2wrap: float = 0.0) -> Tensor:
@@ -38,12 +40,13 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, ch
         weight: [V, C], used in hidden's dtype.
         targets: int64 [M].
         l2wrap: weight of the extra gradient, 1e-4 in RWKV-LM; 0 for none.
-        chunk_rows: rows at a time; by default as many as have 2**24 logits.
+        chunk_rows: rows at a time; by default as many as have 2**24 logits, on a GPU 2**28.
 
     Returns:
         Scalar in fp32 (float64 for float64).
     """
-    rows = chunk_rows or max(16, CHUNK_ELEMENTS // weight.shape[0])
+    elements = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
+    rows = chunk_rows or max(16, elements // weight.shape[0])
     wanted = torch.is_grad_enabled()  # inside a Function it never is
     return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, wanted)
 
@@ -76,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad_logits, cast_weight.t())
             if grad_weight is not None:
-                grad_weight += linear(grad_logits.t(), hidden[part].t())
+                _add_product(grad_weight, grad_logits.t(), hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.n_rows, ctx.weight_dtype = hidden.shape[0], weight.dtype
         return total / hidden.shape[0]
@@ -91,6 +94,23 @@ class _HeadLoss(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a [V,m] times b [m,C] to total [V,C] in place, on a GPU in the product's own fp32 sums where torch can.
+
+    Else the product is rounded to the dtype of a and b first, and added in a pass of its own.
+    """
+    if a.is_cuda and a.dtype != total.dtype and _has_mixed_addmm():
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += linear(a, b.t())
+
+
+@cache
+def _has_mixed_addmm() -> bool:
+    """Whether addmm takes bf16 and fp16 products and an fp32 sum, as on NVIDIA's GPUs from torch 2.8 on."""
+    return torch.version.cuda is not None and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, l2wrap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

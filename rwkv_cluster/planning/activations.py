@@ -17,7 +17,7 @@ from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
 
 STEPS_BETWEEN_STATES = 16  # kernels.native
 CPU_SEGMENT_BYTES, CHUNK = 1 << 18, 16  # kernels.chunk_layout, chunked_wkv6, chunked_wkv7
-LOGITS_IN_FLIGHT = 1 << 24  # model.loss.CHUNK_ELEMENTS
+LOGITS_IN_FLIGHT = {"cpu": 1 << 24, "cuda": 1 << 28}  # model.loss: CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 
 _WIDE = {"x052": 12, "x060": 19, "x070": 24}
 """[B,T,C] tensors of a block. Norms, mixes and products save their inputs."""
@@ -107,7 +107,7 @@ def activations(
         inputs=float(tokens * C * item * (L + has_v_first)),
         outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
         workspace=_WORKSPACE * tokens * item * Widths.of(model).ffn + _chunked(model, kernels, micro_bsz),
-        head=_head_bytes(tokens, vocab_size, C, item, copies, on_cpu=kernels.device == "cpu"),
+        head=_head_bytes(tokens, vocab_size, C, item, copies, kernels.device),
         head_backward=float(vocab_size * C * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
     )
 
@@ -158,12 +158,12 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
     return float(_WORKSPACE_CHUNKED * FP32 * tokens * Widths.of(model).att)
 
 
-def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, *, on_cpu: bool) -> float:
+def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, device: str) -> float:
     """Of `model.loss.head_loss` at work.
 
     Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed; the
     chunk's product for the weight's gradient; the weight in the training precision.
     """
-    rows = min(tokens, max(16, LOGITS_IN_FLIGHT // V))
-    gradients = (0 if item == FP32 else item) + (item if on_cpu else 0)
+    rows = min(tokens, max(16, LOGITS_IN_FLIGHT[device] // V))
+    gradients = (0 if item == FP32 else item) + (item if device == "cpu" else 0)
     return float(rows * V * (item + FP32 + gradients) + V * C * (item + copies))

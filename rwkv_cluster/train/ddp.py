@@ -15,14 +15,17 @@ class SettledBuckets(Callback):
 
     DDP assigns the parameters to buckets anew after its first backward pass. From three ranks on the order in which
     the ranks' values are added depends on the place in a bucket, so a resumed run would differ in the last bits from
-    one that has long had its second assignment. Here a pass over two zero tokens comes first and is thrown away.
+    one that has long had its second assignment. Here a pass over two zero tokens comes first and is thrown away. It
+    compiles nothing: code for its shapes would never run again, and would make torch.compile take the next shapes for
+    changing ones.
     """
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             batch = torch.zeros(1, 3, dtype=torch.int64, device=module.device)
-            model(batch).backward()
+            with torch.compiler.set_stance("force_eager"):
+                model(batch).backward()
             module.zero_grad()
 
 

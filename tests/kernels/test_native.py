@@ -226,3 +226,21 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence():
     assert native.unavailable("meta", torch.float32, 64) == (
         'The compiled WKV kernels run on "cpu" and "cuda", not on "meta".'
     )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_kernels_get_addresses_they_can_read_16_bytes_at(version, monkeypatch):
+    """A view that begins anywhere is contiguous too."""
+    given = []
+    call = native._call
+    monkeypatch.setattr(native, "_call", lambda name, exact, *rest: given.append(rest) or call(name, exact, *rest))
+    *tensors, state = (x.float() for x in random_inputs(version, 1, 20, 2, 64))
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_() for x in tensors]
+    assert all(x.data_ptr() % 16 for x in shifted)
+    assert all(x.is_contiguous() for x in shifted)
+    y, final = operator(version, "native")(*shifted, state)
+    torch.autograd.grad((y, final), shifted, (torch.ones_like(y), torch.ones_like(final)))
+    assert len(given) == 2
+    for inputs, *others in given:
+        assert all(x.data_ptr() % 16 == 0 for x in (*inputs, *others) if x is not None)
+    assert torch.equal(y, operator(version, "native")(*tensors, state)[0])

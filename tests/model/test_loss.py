@@ -129,6 +129,41 @@ def test_a_large_vocabulary_is_cut_into_chunks(monkeypatch):
     assert rows == [20, 17]
 
 
+def test_on_a_gpu_the_weight_gradient_is_added_up_inside_the_product(monkeypatch):
+    """A stand-in for CUDA's addmm, which takes bf16 factors, an fp32 sum and the sum as its output."""
+    a, b = torch.randn(V, 8).bfloat16(), torch.randn(8, C).bfloat16()
+    total = torch.randn(V, C)
+    wanted = total.double() + a.double() @ b.double()
+    rounded = total.clone()
+    loss_module._add_product(rounded, a, b)
+    assert 1e-5 < relative_error(rounded.double(), wanted) < 4e-3
+
+    def mixed(summand, first, second, *, out_dtype, out):
+        assert (summand.dtype, first.dtype, second.dtype, out_dtype) == (
+            torch.float32,
+            *[torch.bfloat16] * 2,
+            torch.float32,
+        )
+        assert out is summand
+        return out.copy_(summand + first.float() @ second.float())
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch, "addmm", mixed)
+    monkeypatch.setattr(loss_module, "_has_mixed_addmm", lambda: True)
+    loss_module._add_product(total, a.as_subclass(OnGpu), b)
+    assert relative_error(total.double(), wanted) < 1e-6
+
+
+def test_this_torch_has_that_product_by_the_name_that_is_called():
+    if torch.__version__ < "2.8":
+        pytest.skip("it came with torch 2.8")
+    schema = torch.ops.aten.addmm.dtype_out._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+
+
 def test_only_the_hidden_gradient_is_asked_for():
     hidden, weight, targets = inputs(torch.float32)
     loss = head_loss(hidden, weight.detach(), targets, 1e-4)

@@ -56,7 +56,7 @@ def test_states_of_wkv_are_the_kernels(model_type: str, wkv: str, kernel: int) -
     version = 7 if model_type == "x070" else 6
     assert found.wkv == 3 * native.saved_bytes(version, (2, 100, 3, 64), kernel)
     assert planned.STEPS_BETWEEN_STATES == native.STEPS_BETWEEN_STATES
-    assert planned.LOGITS_IN_FLIGHT == loss.CHUNK_ELEMENTS
+    assert planned.LOGITS_IN_FLIGHT == {"cpu": loss.CHUNK_ELEMENTS, "cuda": loss.CUDA_CHUNK_ELEMENTS}
     assert planned.CPU_SEGMENT_BYTES == chunk_layout.SEGMENT_BYTES
     assert planned.CHUNK == chunked_wkv6.CHUNK == chunked_wkv7.CHUNK
 

@@ -157,7 +157,7 @@ def test_the_text_of_a_recipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "quickstart.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("model          x070, 4 layers, width 128, head size 32, vocabulary 257")
+    assert lines[0].startswith("model          x070, 4 layers, width 128, head size 64, vocabulary 257")
     assert lines[1].startswith("parameters     1,026,304: emb 32,896, head 32,896, time mix 268,288")
     assert lines[2].endswith("= 16 samples, 2,048 tokens a step")
     assert "500 steps, 1,024,000 tokens" in lines[3]
