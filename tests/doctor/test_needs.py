@@ -40,7 +40,7 @@ def first(folder: Path, **sections: dict[str, Any]) -> RWKVClusterError:
         ({"data": {"tokenizer": {"type": "generic", "vocab_file": "none.txt"}}}, 3, "none.txt"),
         ({"data": {"tokenizer": {"type": "no.such:Tokenizer"}}}, 2, "no.such:Tokenizer"),
         ({"model": {"vocab_size": 100}}, 2, "model.vocab_size is 100"),
-        ({"training": {"init_from": "none.pth"}}, 4, "training.init_from none.pth cannot be read"),
+        ({"training": {"init_from": "none.pth"}}, 4, "none.pth: no such weights file"),
         ({"launch": {"gpus_per_node": 2}}, 6, "has 0 GPUs, but launch.gpus_per_node is 2"),
         pytest.param({"training": {"accelerator": "cuda"}}, 2, "torch finds no CUDA device", marks=NO_CUDA),
         pytest.param({"training": {"precision": "fp16"}}, 2, "needs a CUDA device", marks=NO_CUDA),
