@@ -59,7 +59,8 @@ class Section(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         fields = [(name, field.annotation, _dataclass_field(field)) for name, field in cls.model_fields.items()]
-        cls.__dataclass_fields__ = dataclasses.make_dataclass(cls.__name__, fields).__dataclass_fields__
+        same: Any = dataclasses.make_dataclass(cls.__name__, fields)
+        cls.__dataclass_fields__ = same.__dataclass_fields__  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -54,11 +54,11 @@ def _without_matplotlib() -> Iterator[None]:
     from lightning_utilities.core.imports import RequirementCache
 
     is_met = RequirementCache.__bool__
-    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and is_met(self)
+    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and is_met(self)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        RequirementCache.__bool__ = is_met
+        RequirementCache.__bool__ = is_met  # type: ignore[method-assign]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +351,7 @@ def inspect(path: Path) -> Report:
     if "detection_error" in facts:
         raise CheckpointError(f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}")
     rows = {"file": facts["checkpoint_path"], "size": f"{facts['file_size_mb']:.1f} MB"}
-    del facts["detected_config"]["ctx_len"]  # a default: weights do not say what they were trained with
+    facts["detected_config"].pop("ctx_len", None)  # a default: weights do not say what they were trained with
     rows |= {"parameters": f"{facts['num_parameters']:,}"} | facts["detected_config"]
     width = max(len(name) for name in rows)
     return Report("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), facts)

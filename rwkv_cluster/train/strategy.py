@@ -97,6 +97,7 @@ class ReplicaStrategy(DDPStrategy):
 
     def setup_distributed(self) -> None:
         if self.world_size > 1:
+            assert self._timeout is not None
             join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
         super().setup_distributed()
 

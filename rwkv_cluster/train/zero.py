@@ -104,6 +104,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         if self.world_size > 1:
+            assert self._timeout is not None
             distributed.join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
         if self.root_device.type == "cuda":
             super().setup_distributed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def test_payloads_are_refused_or_arrive_literally(field: str, tmp_path: Path) ->
         folder.mkdir()
         texts = attempt(folder, FIELDS[field](payload), str(folder / "work"))
         if texts is not None:
-            assert any(payload in text for text in texts), payload
+            literal = (
+                os.path.expandvars(os.path.expanduser(payload)) if field == "hostfile" else payload
+            )  # it is a path on this machine
+            assert any(literal in text for text in texts), payload
             arrived += 1
     assert arrived == 0 or field in FREE_TEXT or arrived < 12
 

@@ -154,7 +154,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' $x_
 def test_hostile_text_is_text(work: Path, tmp_path: Path) -> None:
     place = work.rename(tmp_path / 'a<b onload="x">&$y_$')
     config = load_config(place / "configs" / "config.yaml")
-    changed = config.model_copy(update={"data": config.data.model_copy(update={"inputs": [HOSTILE]})})
+    changed = config.model_copy(update={"logging": config.logging.model_copy(update={"sample_prompt": HOSTILE})})
     (place / "configs" / "config.yaml").write_text(dump_yaml(changed))
     with open(place / "logs" / "events.jsonl", "a") as handle:
         handle.write(json.dumps({"time": 1.0, "step": 10, "kind": "stop", "reason": HOSTILE}) + "\n")
@@ -165,7 +165,6 @@ def test_hostile_text_is_text(work: Path, tmp_path: Path) -> None:
     page = report(place)
     assert not page.tags & {"img", "b"}
     assert len(page.scripts) == 1
-    assert page.text.count(HOSTILE) == 3  # host, reason and kind
-    assert json.dumps([HOSTILE]) in page.text
+    assert page.text.count(HOSTILE) == 5  # prompt as it is and as changed from its default, host, reason and kind
     assert page.numbers["runs"][0]["name"] == place.name
     assert page.numbers["runs"][0]["events"][-1]["kind"] == HOSTILE

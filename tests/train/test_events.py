@@ -26,19 +26,19 @@ def _last(folder: Path, kind: str) -> dict[str, Any]:
 
 def test_a_run_that_is_stopped_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, training={"val_interval_steps": 4})
-    monkeypatch.setenv(FAULT_VARIABLE, "train.step@4:signal=SIGUSR1")
+    monkeypatch.setenv(FAULT_VARIABLE, "train.step@5:signal=SIGUSR1")
     with pytest.raises(Preempted):
         train(config)
-    first = [(0, "start"), (4, "validation"), (4, "save"), (5, "save"), (5, "stop")]
+    first = [(0, "start"), (4, "validation"), (4, "save"), (6, "save"), (6, "stop")]
     assert _happened(tmp_path) == first
     stop = _last(tmp_path, "stop")
     assert stop["exit_code"] == 75
-    assert "SIGUSR1 after step 5" in stop["reason"]
+    assert "SIGUSR1 after step 6" in stop["reason"]
     monkeypatch.delenv(FAULT_VARIABLE)
     result = train(config)
     exports = [(8, "export")] * 2  # of the epoch and of the run
-    assert _happened(tmp_path) == [*first, (5, "resume"), (8, "validation"), *exports, (8, "save"), (8, "end")]
-    assert _last(tmp_path, "resume")["from_step"] == 5
+    assert _happened(tmp_path) == [*first, (6, "resume"), (8, "validation"), *exports, (8, "save"), (8, "end")]
+    assert _last(tmp_path, "resume")["from_step"] == 6
     assert _last(tmp_path, "validation")["loss"] == _last(tmp_path, "end")["val_loss"] == result.val_loss
     times = [event["time"] for event in read_events(WorkDir(config.work_dir).events)]
     assert times == sorted(times)

@@ -77,10 +77,13 @@ def test_bits_per_byte_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         result["loss"] * result["n_tokens"] / result["n_bytes"] / math.log(2)
     )
     (tmp_path / "vocab.txt").unlink()
-    assert cli.main(["eval", str(run_yaml)]) == 0  # the loss needs no tokenizer
+    assert cli.main(["eval", str(run_yaml)]) == 0  # the work directory has a vocabulary of its own
+    assert "bits per byte" in capsys.readouterr().out
+    absent = "--data.tokenizer.type=absent:Absent"
+    assert cli.main(["eval", str(run_yaml), absent]) == 0  # the loss needs no tokenizer
     found = capsys.readouterr()
     assert "bits per byte" not in found.out
-    assert "no bits per byte: vocabulary file" in found.err
+    assert "no bits per byte: tokenizer type is 'absent:Absent'" in found.err
 
 
 def test_bytes_are_their_own_bits_and_integers_have_none(tmp_path: Path) -> None:
