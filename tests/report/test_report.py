@@ -165,6 +165,6 @@ def test_hostile_text_is_text(work: Path, tmp_path: Path) -> None:
     page = report(place)
     assert not page.tags & {"img", "b"}
     assert len(page.scripts) == 1
-    assert page.text.count(HOSTILE) == 5  # prompt as it is and as changed from its default, host, reason and kind
+    assert page.text.count(HOSTILE) == 5  # prompt, also as no default; host, reason and kind
     assert page.numbers["runs"][0]["name"] == place.name
     assert page.numbers["runs"][0]["events"][-1]["kind"] == HOSTILE
