@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,19 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.heartbeat import machine
+from rwkv_cluster.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
 CACHE_NAME = "verified.json"
 BLOCK_BYTES = 4 << 20
 SAMPLED_BLOCKS = 16
 _MOST_MACHINES = 64
-_PROGRESS_S = 5.0
 _LISTED_RANGES = 3
-
-log = logging.getLogger("rwkv_cluster")
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,7 @@ def _stat(path: Path) -> list[int]:
 def _read_cache(out_dir: Path) -> dict[str, _Known]:
     path = out_dir / CACHE_NAME
     try:
-        if path.is_symlink() or not path.is_file():
-            return {}
-        return {str(name): _Known(**entry) for name, entry in json.loads(path.read_bytes()).items() if _is_known(entry)}
+        return {str(name): _Known(**entry) for name, entry in json.loads(read_own(path)).items() if _is_known(entry)}
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
 
@@ -159,19 +154,15 @@ def _sample_fits(path: Path, size: int, blocks: list[int]) -> bool:
 
 def _read_whole(path: Path) -> _Content:
     digest, blocks, n_bytes = hashlib.sha256(), [], 0
-    began = told = time.monotonic()
-    with open(path, "rb", buffering=0) as handle:
-        total = os.fstat(handle.fileno()).st_size
+    total = path.stat().st_size
+    with open(path, "rb", buffering=0) as handle, bytes_left(f"verifying {path.name}", total) as left:
         buffer = memoryview(bytearray(min(BLOCK_BYTES, max(total, 1))))
         while size := _fill(handle.fileno(), buffer, n_bytes):
             block = buffer[:size]
             digest.update(block)
             blocks.append(zlib.crc32(block))
             n_bytes += size
-            if (now := time.monotonic()) - told >= _PROGRESS_S:
-                told, rate = now, n_bytes / (now - began)
-                done, left = f"{n_bytes / 1e9:,.1f} of {total / 1e9:,.1f} GB", max(total - n_bytes, 0) / rate
-                log.info(f"verifying {path}: {done}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")
+            left.advance(size)
     return _Content(n_bytes, digest.hexdigest(), blocks)
 
 
