@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class WheelOfAnyPython(bdist_wheel):
-    """`bdist_wheel` of plain C libraries, which belong to a platform and to no version of Python."""
+    """`bdist_wheel`, tagged py3-none-PLATFORM: plain C libraries belong to a platform and to no version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.ranks import unchanged_environment
 from rwkv_cluster.report.charts import MARKED, PART_COLORS, PART_NAMES, Chart, Curve
 
 if TYPE_CHECKING:
@@ -53,7 +55,9 @@ _STYLED = Theme("#010100", "#010101", "#010102", "#010103", tuple(f"#0102{number
 def require_matplotlib() -> None:
     """Raises ConfigError where it is not installed."""
     try:
-        import matplotlib  # noqa: F401
+        with unchanged_environment():
+            os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its commands inherit, may name one that is not here
+            import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "report draws with the package matplotlib, which is not installed. "

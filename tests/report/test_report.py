@@ -168,3 +168,11 @@ def test_hostile_text_is_text(work: Path, tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) == 5  # prompt, also as no default; host, reason and kind
     assert page.numbers["runs"][0]["name"] == place.name
     assert page.numbers["runs"][0]["events"][-1]["kind"] == HOSTILE
+
+
+def test_a_notebooks_backend_that_is_not_here_is_not_asked_for(work: Path, tmp_path: Path) -> None:
+    """A command in a notebook inherits MPLBACKEND, and matplotlib's import fails by one that it does not know."""
+    command = [sys.executable, "-m", "rwkv_cluster", "report", str(work), "--output", str(tmp_path / "page")]
+    environment = os.environ | {"MPLBACKEND": "module://nowhere"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=100)
+    assert (tmp_path / "page" / "index.html").exists()
