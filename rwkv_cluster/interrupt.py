@@ -11,6 +11,7 @@ them until the ranks have ended.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import select
@@ -50,6 +51,7 @@ class Listener:
         self._ignores = False
         self._insisted = False
         self._raised = False
+        self.is_forking = False
         self._pressed_at: float | None = None
         self._due: list[tuple[float, Callable[[], None]]] = []
 
@@ -75,6 +77,8 @@ class Listener:
         if self._ignores:
             return
         self.reason = self.reason or signal.Signals(number).name
+        if self.is_forking:  # raised in a hook of fork it would be lost, and with it the lock that the hook releases
+            return
         if not self._raised and (self._insisted or self._answer is None):
             self._raised = True  # what is cleaned up on the way out is left in peace
             raise Interrupted(number, insisted=self._insisted)
@@ -113,8 +117,13 @@ class Listener:
             more = ". Press again to end now" if number == signal.SIGINT else ""
             _say(f"{number.name} received: {self._answer}{more}")
         elif self.count == 1:
-            self._after(ANSWER_S, lambda: _say(f"{number.name} received: ending"))
+            self._after(ANSWER_S, lambda: self._remind(number))
             self._after(GRACE_S, lambda: self._end(number))
+
+    def _remind(self, number: signal.Signals) -> None:
+        _say(f"{number.name} received: ending")
+        if not self._raised:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _is_second_press(self, number: signal.Signals) -> bool:
         if number not in PRESSES:
@@ -136,6 +145,18 @@ class Listener:
 _active: Listener | None = None
 
 
+@functools.cache
+def _watch_forks() -> None:
+    """Tell the listener while this process forks. The hooks are called around those of what was imported before."""
+
+    def tell(is_forking: bool) -> None:
+        if _active is not None:
+            _active.is_forking = is_forking
+
+    after = functools.partial(tell, False)
+    os.register_at_fork(before=functools.partial(tell, True), after_in_parent=after, after_in_child=after)
+
+
 @contextmanager
 def listening(on_end: Callable[[Interrupted], int] | None = None) -> Iterator[Listener]:
     """Signals are heard inside the block; the handlers from before come back after it. Inside another, that one's.
@@ -147,6 +168,7 @@ def listening(on_end: Callable[[Interrupted], int] | None = None) -> Iterator[Li
         yield _active or Listener()
         return
     listener = _active = Listener(on_end)
+    _watch_forks()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

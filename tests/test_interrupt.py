@@ -174,3 +174,24 @@ def test_the_first_moment_has_no_traceback(number: signal.Signals, first_moment:
     _, said = first_moment.communicate(timeout=30)
     assert said.decode() == f"rwkv-cluster: interrupted by {number.name}\n"
     assert first_moment.returncode == 128 + number
+
+
+def test_a_signal_while_the_process_forks_is_not_lost() -> None:
+    """What a handler raises in a hook of fork is ignored, and a hook of logging would keep its lock for ever."""
+    script = """if 1:
+    import os, signal, time
+    from rwkv_cluster.errors import Interrupted
+    from rwkv_cluster.interrupt import listening
+    os.register_at_fork(before=lambda: signal.raise_signal(signal.SIGUSR1))
+    try:
+        with listening():
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+            time.sleep(60)
+    except Interrupted as error:
+        print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert run.stdout == "interrupted by SIGUSR1\n", run.stderr
+    assert "ignored" not in run.stderr
