@@ -12,7 +12,7 @@ from rwkv_cluster import cli, ranks
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.rank_environment import RankEnvironment
-from rwkv_cluster.train.strategy import place
+from rwkv_cluster.train.strategy import place, require_script
 
 LAUNCHED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -76,8 +76,10 @@ def test_several_devices_where_no_script_can_be_run_again(environment: pytest.Mo
     """A notebook's main module has no file."""
     environment.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
     with pytest.raises(ConfigError, match=r"training\.devices is 2, and a notebook"):
-        place(TrainingConfig(precision="fp32", accelerator="cpu", devices=2))
-    assert place(TrainingConfig(precision="fp32", accelerator="cpu")).world_size == 1
+        require_script(TrainingConfig(precision="fp32", accelerator="cpu", devices=2))
+    require_script(TrainingConfig(precision="fp32", accelerator="cpu"))
+    launch(environment)
+    require_script(TrainingConfig(precision="fp32", accelerator="cpu", devices=2))
 
 
 def test_lightning_is_told_of_the_launcher_and_nothing_else(environment: pytest.MonkeyPatch) -> None:

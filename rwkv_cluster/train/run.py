@@ -31,6 +31,7 @@ from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, require_init_from, resolve
 from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.train.strategy import require_script
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir, remove_temporaries
 
@@ -104,6 +105,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     tokenizer = _chosen(tokenizer, config)
     require_packages(config.logging)
     require_sample_prompt(config.logging, tokenizer)
+    require_script(config.training)
     resolved, _, _ = resolve(config, int(tokenizer.vocab_size))  # refuses at once what would be refused after the data
     with _holding(config, work, "train") as roll_call:
         if rank() == 0:

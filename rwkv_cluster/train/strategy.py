@@ -48,8 +48,8 @@ class ScaledFp16(MixedPrecision):
 def place(training: TrainingConfig) -> Placement:
     """Ranks and devices from the launcher's environment, else from the configuration.
 
-    Raises ConfigError for a precision or accelerator that this machine does not have, and for several ranks where
-    nothing can start them.
+    Raises ConfigError for a precision or accelerator that this machine does not have, and for variables of a launcher
+    that contradict each other.
     """
     cuda = torch.cuda.is_available()
     if training.accelerator == "cuda" and not cuda:
@@ -70,13 +70,16 @@ def place(training: TrainingConfig) -> Placement:
             f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
             f"Use training.devices {torch.cuda.device_count()}"
         )
-    if world_size > 1:
-        ranks.require_meeting_point() if ranks.launched() else _require_script(training.devices)
+    if world_size > 1 and ranks.launched():
+        ranks.require_meeting_point()
     return Placement(accelerator, world_size, devices, world_size // devices)
 
 
-def _require_script(devices: int) -> None:
-    """Raises ConfigError where the other ranks cannot be started: each runs this process's script from its start."""
+def require_script(training: TrainingConfig) -> None:
+    """Raises ConfigError where this process cannot start the other ranks: each runs its script from the beginning."""
+    devices = training.devices
+    if devices == 1 or ranks.launched():
+        return
     if getattr(sys.modules.get("__main__"), "__file__", None) is None:
         raise ConfigError(
             f"training.devices is {devices}, and a notebook, an interactive session or `python -c` has no script that "
