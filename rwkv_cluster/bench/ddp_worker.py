@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     end_with_launcher()
     config = load_config(config_path)
     work = WorkDir(config.work_dir)
-    session = open_session(config, work, load_manifest(work.data))
+    # These ranks have no rank 0 that tells them the name of their process group: all of one turn meet under one name.
+    session = replace(open_session(config, work, load_manifest(work.data)), group="bench")
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     if session.placement.accelerator == "cpu":
