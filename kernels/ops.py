@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import chunked, native, reference
+from rwkv_cluster.kernels import native, reference
+from rwkv_cluster.kernels.chunked import wkv as chunked
 
 BACKENDS = ("auto", "reference", "chunked", "native", "exact", "fla")
 """Accepted values of `backend`."""

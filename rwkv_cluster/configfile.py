@@ -26,15 +26,7 @@ from rwkv_cluster.field_types import (
     mismatch,
     unknown_field,
 )
-from rwkv_cluster.yaml_nodes import (
-    MAX_BYTES,
-    MAX_DEPTH,
-    Node,
-    parse_argument,
-    parse_scalar,
-    parse_yaml,
-    shown,
-)
+from rwkv_cluster.yaml_nodes import MAX_BYTES, MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
 
 DEFAULT = "default"
 MAX_FAULTS = 20  # told at once

@@ -1,6 +1,6 @@
 """RWKV-7's operator in plain differentiable PyTorch, in chunks of 32, for torch.compile: the fastest rival without C++.
 
-The algebra of `rwkv_cluster.kernels.chunked_wkv7`, left to autograd and the compiler. For float32, decays as models
+The algebra of `rwkv_cluster.kernels.chunked.wkv7`, left to autograd and the compiler. For float32, decays as models
 have them, and times that are a multiple of the chunk.
 """
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from rwkv_cluster.bench import compiled_chunk, cuda_wkv
 from rwkv_cluster.errors import ConfigError, KernelError
-from rwkv_cluster.kernels import chunked, native, reference
+from rwkv_cluster.kernels import native, reference
+from rwkv_cluster.kernels.chunked import wkv as chunked
 
 OURS = "native"
 _VERSIONS = ("wkv7", "wkv6", "wkv5")

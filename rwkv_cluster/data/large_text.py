@@ -16,13 +16,7 @@ import numpy as np
 
 from rwkv_cluster.data.readers import not_utf8
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.tokenizer import (
-    ByteTokenizer,
-    GenericTokenizer,
-    IntegerTokenizer,
-    TokenizationError,
-    encode_to_array,
-)
+from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer, TokenizationError, encode_to_array
 
 Encode = Callable[[str, bool], tuple[np.ndarray, str]]  # (text, is the last) -> ids, the text left over
 

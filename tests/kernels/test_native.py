@@ -12,7 +12,8 @@ import torch
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import chunked, loader, native, ops, reference
+from rwkv_cluster.kernels import loader, native, ops, reference
+from rwkv_cluster.kernels.chunked import wkv as chunked
 from rwkv_cluster.kernels.signatures import Problem
 
 

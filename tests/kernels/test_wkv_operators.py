@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import chunk_layout, chunked_wkv6, chunked_wkv7, ops
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels.chunked import layout as chunk_layout
+from rwkv_cluster.kernels.chunked import wkv6 as chunked_wkv6
+from rwkv_cluster.kernels.chunked import wkv7 as chunked_wkv7
 
 SHAPES = [(2, 1, 2, 4), (1, 15, 1, 8), (2, 16, 3, 4), (1, 33, 2, 16), (2, 77, 1, 8)]
 

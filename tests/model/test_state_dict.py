@@ -20,13 +20,7 @@ from rwkv_cluster.errors import CheckpointError, MissingCheckpointError, RWKVClu
 from rwkv_cluster.model import state_dict
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.shapes import Widths
-from rwkv_cluster.model.state_dict import (
-    expected_shapes,
-    fit_state_dict,
-    infer_model_config,
-    load_pth,
-    save_pth,
-)
+from rwkv_cluster.model.state_dict import expected_shapes, fit_state_dict, infer_model_config, load_pth, save_pth
 
 
 def assert_equal(found, wanted):

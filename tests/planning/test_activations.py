@@ -12,7 +12,10 @@ from tiny_models import VERSIONS
 from tiny_run import tiny_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.kernels import chunk_layout, chunked_wkv6, chunked_wkv7, loader, native
+from rwkv_cluster.kernels import loader, native
+from rwkv_cluster.kernels.chunked import layout as chunk_layout
+from rwkv_cluster.kernels.chunked import wkv6 as chunked_wkv6
+from rwkv_cluster.kernels.chunked import wkv7 as chunked_wkv7
 from rwkv_cluster.model import loss
 from rwkv_cluster.planning import activations as planned
 from rwkv_cluster.planning.activations import Kernels, activations

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_cluster.kernels import chunk_layout as layout
+from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import initial_state
 
 CHUNK = 16

@@ -1,0 +1,1 @@
+"""The WKV operators in chunked matrix form, in PyTorch, with backward passes of their own."""
