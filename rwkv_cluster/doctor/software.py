@@ -74,7 +74,7 @@ def _torch_compile() -> list[Row]:
         return []
     import torch
 
-    from rwkv_cluster.kernels import fused
+    from rwkv_cluster.kernels.fused import ops as fused
 
     if not torch.cuda.is_available():
         return []

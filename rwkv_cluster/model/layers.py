@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_cluster.kernels import fused
+from rwkv_cluster.kernels.fused import ops as fused
 
 LAYER_NORM_EPS = 1e-5
 

@@ -70,7 +70,7 @@ class RWKV(nn.Module):
         config: architecture; `vocab_size` must be set.
         grad_cp: recompute each block in the backward pass instead of keeping its activations.
         wkv_backend: which WKV operator, see `rwkv_cluster.kernels.ops`.
-        fused: compiled or plain token shift, key preparation and reading, see `rwkv_cluster.kernels.fused`.
+        fused: compiled or plain token shift, key preparation and reading, see `rwkv_cluster.kernels.fused.ops`.
 
     Raises:
         ConfigError: `vocab_size` is not set.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import fused, ops
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, uninitialized
 from rwkv_cluster.model.shapes import Widths
 

@@ -18,7 +18,8 @@ from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.kernels import fused, ops
+from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth

@@ -145,7 +145,7 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
 def test_what_torch_compile_needs_on_a_gpu(monkeypatch: Any) -> None:
     import torch
 
-    from rwkv_cluster.kernels import fused
+    from rwkv_cluster.kernels.fused import ops as fused
 
     names = [row.name for row in software.compilers(Subject())]
     assert "torch.compile" not in names

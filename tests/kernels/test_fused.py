@@ -14,7 +14,9 @@ import torch._inductor.config
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import fused, fused_cpu, loader
+from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels.fused import cpu as fused_cpu
+from rwkv_cluster.kernels.fused import ops as fused
 
 NATIVE = ["mix", "squared_relu", "keys", "read"]
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]  # B, T, H, N

@@ -8,7 +8,7 @@ from tiny_models import VERSIONS, relative_error, some_tokens, tiny_config, tiny
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.kernels import plain
+from rwkv_cluster.kernels.fused import reference as plain
 from rwkv_cluster.model import layers
 from rwkv_cluster.model.layers import linear
 from rwkv_cluster.model.loss import head_loss

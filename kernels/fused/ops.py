@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import fused_cpu, loader, plain
+from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels.fused import cpu as fused_cpu
+from rwkv_cluster.kernels.fused import reference as plain
 
 CHOICES = ("auto", "plain", "native", "compile")
 """Accepted values of `choice`."""
