@@ -14,7 +14,7 @@ from rwkv_cluster.data.commit import in_words, progress
 from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
 from rwkv_cluster.data.verify import check_every_byte
 from rwkv_cluster.errors import ConfigError, DataError, LaunchError
-from rwkv_cluster.launch import manage
+from rwkv_cluster.launch import jobs
 from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.lock import Holder
 from rwkv_cluster.runlog import number
@@ -73,7 +73,7 @@ class RunStatus:
     event: dict[str, Any] | None
     data: DataManifest | None
     preparation: dict[str, Any] | None
-    launch: manage.Status | str | None
+    launch: jobs.Status | str | None
 
 
 def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
@@ -127,13 +127,13 @@ def _state(work: WorkDir, holder: Holder | None, training: Training | None, prep
     return "complete" if training.step == training.total_steps and work.final_weights.exists() else "stopped"
 
 
-def _launch(root: Path) -> manage.Status | str | None:
+def _launch(root: Path) -> jobs.Status | str | None:
     try:
-        folder = manage.newest(root)
+        folder = jobs.newest(root)
     except LaunchError as error:
         return str(error) if isinstance(error.__cause__, PermissionError) else None
     try:
-        return manage.status(folder)
+        return jobs.status(folder)
     except LaunchError as error:
         return f"{error} to know the state of {folder}"
 
@@ -213,7 +213,7 @@ def rows(status: RunStatus) -> dict[str, str]:
     found["checkpoint"] = _checkpoint_text(status.checkpoint)
     found |= {"damaged": "; ".join(status.faults)} if status.faults else {}
     found |= {"last event": _event_text(status.event)} if status.event else {}
-    if isinstance(status.launch, manage.Status):
+    if isinstance(status.launch, jobs.Status):
         found["launch"] = f"{status.launch.state}  {status.launch.target}, {status.launch.detail}"
         found["in"] = str(status.launch.folder)
     elif status.launch:

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
     if options.verb == "report":
         return report([WorkDir(one) for one in options.work_dirs], Path(options.output) if options.output else None)
     if options.verb in ("logs", "cancel"):
-        return manage(options)
+        return jobs(options)
     if options.verb == "launch" and options.target:
         overrides = [*overrides, f"--launch.target={options.target}"]
     if options.verb == "train" and options.profile is not None:
@@ -223,17 +223,17 @@ CANCEL_GRACE_S = 120.0  # for a checkpoint
 
 def manage(options: argparse.Namespace) -> Report:
     """logs and cancel of the newest launch in a work directory."""
-    from rwkv_cluster.launch import manage
+    from rwkv_cluster.launch import jobs
 
-    folder = manage.newest(WorkDir(options.work_dir).root)
+    folder = jobs.newest(WorkDir(options.work_dir).root)
     if options.verb == "logs" and options.follow:
-        for text in manage.follow(folder, options.rank):
+        for text in jobs.follow(folder, options.rank):
             print_result(visible(text), end="")
         return Report("", {"folder": folder})
     if options.verb == "logs":
-        text = manage.logs(folder, options.rank)
+        text = jobs.logs(folder, options.rank)
         return Report(text, {"folder": folder, "text": text})
-    found = manage.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
+    found = jobs.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
     text = f"{found.state}  {found.target}, {found.detail}\nlaunch {found.folder}"
     return Report(text, dataclasses.asdict(found))
 

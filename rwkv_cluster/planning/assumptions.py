@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.gpus import Gpu, find_gpu
-from rwkv_cluster.launch.torchrun import ranks_per_node
+from rwkv_cluster.launch.launchers import ranks_per_node
 
 MOST_RANKS = 1_000_000
 

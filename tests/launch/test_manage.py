@@ -18,7 +18,7 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster import cli
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import this_process
-from rwkv_cluster.launch import manage
+from rwkv_cluster.launch import jobs
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -102,16 +102,16 @@ def slurm_that_says(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str) 
 @pytest.mark.parametrize("reason", ["None", "a|b JobState=COMPLETED|"])
 def test_what_a_user_writes_is_no_state_of_a_job(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, f"echo 'N/A|RUNNING|2|0|1:00|node1|{reason}|'")
-    found = manage.status(folder)
+    found = jobs.status(folder)
     assert (found.state, found.has_ended) == ("RUNNING", False)
     assert "Restarts 2" in found.detail
 
 
 def test_a_job_that_goes_on_is_not_called_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'N/A|COMPLETING|0|0|1:00|node1|None|'")
-    monkeypatch.setattr(manage, "END_S", 0.0)
+    monkeypatch.setattr(jobs, "END_S", 0.0)
     with pytest.raises(LaunchError, match="it is COMPLETING still"):
-        manage.cancel(folder, grace_s=0)
+        jobs.cancel(folder, grace_s=0)
     assert "scancel 7" in (tmp_path / "calls").read_text()
 
 
@@ -120,23 +120,23 @@ def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
 ) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(LaunchError, match="squeue failed: Unable to contact slurm controller"):
-        manage.status(folder)
+        jobs.status(folder)
 
 
 def test_a_job_that_slurm_no_longer_knows_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'error: Invalid job id specified' >&2; exit 1")
-    assert manage.status(folder).has_ended
+    assert jobs.status(folder).has_ended
 
 
 def test_a_users_own_settings_of_squeue_hide_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
     squeue = 'test -z "$SQUEUE_PARTITION" && echo "N/A|RUNNING|0|0|1:00|node1|None|"'
-    assert manage.status(slurm_that_says(tmp_path, monkeypatch, squeue)).state == "RUNNING"
+    assert jobs.status(slurm_that_says(tmp_path, monkeypatch, squeue)).state == "RUNNING"
 
 
 def test_an_exit_code_reads_as_in_slurms_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'N/A|FAILED|0|19200|1:00|node1|NonZeroExitCode|'")
-    assert "ExitCode 75:0" in manage.status(folder).detail
+    assert "ExitCode 75:0" in jobs.status(folder).detail
 
 
 NOBODY = 65534

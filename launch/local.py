@@ -9,7 +9,7 @@ from __future__ import annotations
 from rwkv_cluster.config import Config
 from rwkv_cluster.launch import container
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.launch.torchrun import start
+from rwkv_cluster.launch.launchers import start
 
 HEAD = "# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml."
 CONFIG = '"$PWD/config.yaml"'

@@ -11,8 +11,8 @@ import sys
 from rwkv_cluster.config import Config
 from rwkv_cluster.launch import container
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.launch.script import CONFIG, HEAD, environment
-from rwkv_cluster.launch.torchrun import python, ranks_per_node, start
+from rwkv_cluster.launch.launchers import python, ranks_per_node, start
+from rwkv_cluster.launch.local import CONFIG, HEAD, environment
 
 # The trainer needs these of the caller's environment; all other variables stay behind, unless launch.pass_env says so.
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
