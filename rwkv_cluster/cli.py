@@ -151,9 +151,9 @@ def _run(argv: list[str]) -> int:
     if rank() > 0 and options.verb not in RANK_VERBS:
         logging.getLogger("rwkv_cluster").info("%s is rank 0's alone: nothing to do here", options.verb)
         return 0
-    from rwkv_cluster import verbs
+    from rwkv_cluster import commands
 
-    report = verbs.run(options, overrides, extra)
+    report = commands.run(options, overrides, extra)
     if rank() == 0 and (report.text or options.json):
         text = visible(report.text.rstrip("\n"))
         print_result(json.dumps(report.data, indent=2, default=str) if options.json else text)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from rwkv_cluster import verbs
+from rwkv_cluster import commands
 from rwkv_cluster.cli import main
 from rwkv_cluster.config import Config, LoggingConfig
 from rwkv_cluster.errors import ConfigError
@@ -42,21 +42,21 @@ def test_what_commands_a_terminal_is_written_out(text: str, shown: str) -> None:
     assert visible(shown) == shown
 
 
-Answer = Callable[[verbs.Report | Exception], None]
+Answer = Callable[[commands.Report | Exception], None]
 
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
     """Make every command answer so."""
 
-    def choose(result: verbs.Report | Exception) -> None:
-        def run(*arguments: object) -> verbs.Report:
-            verbs.logger.warning("heard: %s", TITLE)
+    def choose(result: commands.Report | Exception) -> None:
+        def run(*arguments: object) -> commands.Report:
+            commands.logger.warning("heard: %s", TITLE)
             if isinstance(result, Exception):
                 raise result
             return result
 
-        monkeypatch.setattr(verbs, "run", run)
+        monkeypatch.setattr(commands, "run", run)
 
     return choose
 
@@ -64,7 +64,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
 def test_a_result_a_log_line_and_an_error_reach_the_person_visibly(
     answer: Answer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer(verbs.Report(f"{TITLE}\n", {"text": TITLE}))
+    answer(commands.Report(f"{TITLE}\n", {"text": TITLE}))
     assert main(["status", "w"]) == 0
     assert capsys.readouterr() == (f"{SHOWN}\n", f"heard: {SHOWN}\n")
     assert main(["status", "w", "--json"]) == 0
