@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_cluster.config.launch import BATCH_TARGETS
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, end_here, stop_here, target_of
-from rwkv_cluster.launch_config import BATCH_TARGETS
 from rwkv_cluster.launched import rank_log
 from rwkv_cluster.own_file import open_own, owner, read_own, require_folder
 

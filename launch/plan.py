@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rwkv_cluster import __version__
 from rwkv_cluster.config import Config
-from rwkv_cluster.configfile import dump_yaml, parse_config
+from rwkv_cluster.config.launch import PrepareJobConfig
+from rwkv_cluster.config.loader import dump_yaml, parse_config
 from rwkv_cluster.launch.command import Command, refuse_control_characters
 from rwkv_cluster.launch.launchers import HOSTFILE, hostfile
 from rwkv_cluster.launch.local import local_script
 from rwkv_cluster.launch.slurm import array_script, batch_script, node_command, prepare_script
-from rwkv_cluster.launch_config import PrepareJobConfig
 from rwkv_cluster.workdir import WorkDir
 
 PREPARE_JOB = "PREPARE_JOB"  # stands for the number of the prepare job, known once it is submitted

@@ -19,7 +19,7 @@ _HOME = {
     "DataConfig": "rwkv_cluster.config",
     "CheckpointConfig": "rwkv_cluster.config",
     "LoggingConfig": "rwkv_cluster.config",
-    "load_config": "rwkv_cluster.configfile",
+    "load_config": "rwkv_cluster.config.loader",
     "inspect_rwkv_checkpoint": "rwkv_cluster.model.compatibility",
     "load_checkpoint_for_training": "rwkv_cluster.model.compatibility",
     "validate_checkpoint_compatibility": "rwkv_cluster.model.compatibility",

@@ -270,7 +270,7 @@ def _unknown_option(argument: str, verb: str) -> str:
     name = argument.removeprefix("--").partition("=")[0]
     if verb in CONFIG_VERBS and argument.startswith("--"):
         from rwkv_cluster.config import Config
-        from rwkv_cluster.field_types import unknown_field
+        from rwkv_cluster.config.field_types import unknown_field
 
         sentence = unknown_field(Config, "", name.replace("-", "_")).partition(". ")[2]
         return f"{argument} is not an option of {verb}. {sentence}"

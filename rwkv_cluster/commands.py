@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.config import Config, TokenizerConfig
-from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.config.recipes import FoundConfig, find_config, tokenizer_options
 from rwkv_cluster.console_log import print_result
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.ranks import rank
-from rwkv_cluster.recipes import FoundConfig, find_config, tokenizer_options
 from rwkv_cluster.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 

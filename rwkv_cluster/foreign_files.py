@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from rwkv_cluster.configfile import load_config
+from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.manifest import parse_manifest
 from rwkv_cluster.errors import ConfigError, RWKVClusterError
 from rwkv_cluster.own_file import read_own

@@ -20,7 +20,8 @@ from rwkv_cluster.config import (
     Section,
     TrainingConfig,
 )
-from rwkv_cluster.configfile import dump_json, dump_yaml, load_config
+from rwkv_cluster.config.loader import dump_json, dump_yaml, load_config
+from rwkv_cluster.config.recipes import require_built_in
 from rwkv_cluster.console_log import log_to_stderr_by_default
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.prepare import DataManifest, load_manifest
@@ -31,7 +32,6 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, Missing
 from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.paths import written_out
 from rwkv_cluster.ranks import rank
-from rwkv_cluster.recipes import require_built_in
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,

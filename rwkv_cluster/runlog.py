@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.configfile import load_config
+from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, horizon, require_magic_prime
 from rwkv_cluster.errors import RWKVClusterError

@@ -19,10 +19,10 @@ import pytest
 from rwkv_cluster import errors
 from rwkv_cluster.cli import CONFIG_VERBS, TOP_LEVEL_FIELDS, VERBS, main, rank, split_overrides
 from rwkv_cluster.config import Config, TokenizerConfig
-from rwkv_cluster.configfile import load_config, parse_config
+from rwkv_cluster.config.field_types import is_section
+from rwkv_cluster.config.loader import load_config, parse_config
+from rwkv_cluster.config.recipes import find_config, shipped_recipes
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Preempted, RWKVClusterError
-from rwkv_cluster.field_types import is_section
-from rwkv_cluster.recipes import find_config, shipped_recipes
 
 Install = Callable[..., None]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.config import Config, DataConfig, ModelConfig, Section, TokenizerConfig, TrainingConfig
-from rwkv_cluster.configfile import parse_config
+from rwkv_cluster.config.field_types import describe_type, iterate_fields
+from rwkv_cluster.config.loader import parse_config
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.field_types import describe_type, iterate_fields
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:

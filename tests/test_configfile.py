@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from rwkv_cluster.config import Config, Section
-from rwkv_cluster.configfile import (
+from rwkv_cluster.config.field_types import is_section, iterate_fields
+from rwkv_cluster.config.launch import ContainerConfig, LaunchConfig
+from rwkv_cluster.config.loader import (
     DEFAULT,
     MAX_FAULTS,
     dump_json,
@@ -24,11 +26,9 @@ from rwkv_cluster.configfile import (
     parse_config,
     resolve_config,
 )
+from rwkv_cluster.config.yaml_reader import MAX_BYTES, parse_scalar
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.field_types import is_section, iterate_fields
-from rwkv_cluster.launch_config import ContainerConfig, LaunchConfig
 from rwkv_cluster.plain_text import hidden_character
-from rwkv_cluster.yaml_nodes import MAX_BYTES, parse_scalar
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -490,7 +490,7 @@ def test_any_override_gives_a_config_or_a_config_error(name: str, value: str) ->
 def test_the_documentation_has_every_field_as_it_is() -> None:
     table = field_table()
     assert all(f"| `{name}` |" in table for name, _ in iterate_fields(Config))
-    renew = "renew it with: python -m rwkv_cluster.configfile > docs/configuration.md"
+    renew = "renew it with: python -m rwkv_cluster.config.loader > docs/configuration.md"
     assert DOCUMENTATION.read_text() == table, f"docs/configuration.md differs from config.py; {renew}"
 
 

@@ -28,7 +28,7 @@ from rwkv_cluster import (
 )
 from rwkv_cluster.cli import main
 from rwkv_cluster.config import CheckpointConfig, Config, LoggingConfig
-from rwkv_cluster.configfile import dump_yaml, load_config
+from rwkv_cluster.config.loader import dump_yaml, load_config
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.state_dict import load_pth, save_pth

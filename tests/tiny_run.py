@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.configfile import dump_yaml
+from rwkv_cluster.config.loader import dump_yaml
 
 WORDS = [
     "the",

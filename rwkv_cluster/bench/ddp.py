@@ -22,7 +22,7 @@ import numpy as np
 
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.config import Config
-from rwkv_cluster.configfile import dump_yaml, parse_config, yaml_text
+from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.planning.model_states import theory
 

@@ -6,9 +6,9 @@ import os
 import socket
 from collections.abc import Mapping
 
+from rwkv_cluster.config.launch import looks_secret
 from rwkv_cluster.doctor.rows import Row, ok, warning
 from rwkv_cluster.doctor.subject import Subject
-from rwkv_cluster.launch_config import looks_secret
 
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_", "KMP_", "GOMP_", "MKL_", "PYTORCH_", "RWKV_CLUSTER_")
 NAMES = (

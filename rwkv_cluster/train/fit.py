@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback
 
-from rwkv_cluster import configfile
+from rwkv_cluster.config import loader
 from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Interrupted, Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
@@ -235,7 +235,7 @@ def _tell_begin(session: Session, events: Events) -> None:
 def _write_config(session: Session) -> None:
     """Leave the resolved configuration where `eval`, `generate` and people look for it."""
     if rank() == 0:
-        for name, dump in (("config.yaml", configfile.dump_yaml), ("config.json", configfile.dump_json)):
+        for name, dump in (("config.yaml", loader.dump_yaml), ("config.json", loader.dump_json)):
             content = dump(session.config).encode()
             with writing(session.work.configs / name, len(content)):
                 atomic_write(session.work.configs / name, content)

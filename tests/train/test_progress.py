@@ -20,7 +20,7 @@ from tiny_run import tiny_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.config import LoggingConfig
-from rwkv_cluster.configfile import dump_yaml
+from rwkv_cluster.config.loader import dump_yaml
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.records import StepRecord
 

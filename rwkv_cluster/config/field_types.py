@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rwkv_cluster.config import Config, Section
+from rwkv_cluster.config.schema import Config, Section
+from rwkv_cluster.config.yaml_reader import Node, parse_scalar, shown
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.yaml_nodes import Node, parse_scalar, shown
 
 _LARGEST_INTEGER = 2**63 - 1
 _LONGEST_NAME = 80  # that is compared with the valid ones

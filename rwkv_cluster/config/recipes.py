@@ -10,11 +10,11 @@ from functools import reduce
 from importlib import resources
 from pathlib import Path
 
-from rwkv_cluster.config import TOKENIZER_TYPES, TokenizerConfig
-from rwkv_cluster.configfile import ResolvedConfig, parse_config, resolve_config, yaml_text
+from rwkv_cluster.config.loader import ResolvedConfig, parse_config, resolve_config, yaml_text
+from rwkv_cluster.config.schema import TOKENIZER_TYPES, TokenizerConfig
+from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.own_file import require_own
-from rwkv_cluster.yaml_nodes import shown
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
 _DECIDE_WHAT_RUNS = (

@@ -2,7 +2,7 @@
 
 Field names follow RWKV-LM's scripts where they have a word for it (`n_embd`, `micro_bsz`, `lr_init`, ...) and
 the field's standard term otherwise. Every field carries its description; the README's table is made from them.
-Reading YAML and applying overrides lives in `rwkv_cluster.configfile`.
+Reading YAML and applying overrides lives in `rwkv_cluster.config.loader`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rwkv_cluster.launch_config import LaunchConfig
-from rwkv_cluster.section import InvalidFields, Section, path_text
+from rwkv_cluster.config.launch import LaunchConfig
+from rwkv_cluster.config.section import InvalidFields, Section, path_text
 
 __all__ = ["Config", "InvalidFields", "Section"]
 

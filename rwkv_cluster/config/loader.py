@@ -2,7 +2,7 @@
 
 Every fault is one line with its place: `tiny.yaml:12: model.n_layer is 'six', expected an integer >= 1 and <= 1024`.
 Types are strict, because YAML's text and numbers are easily confused: nothing is converted except an integer
-where a number is expected. `python -m rwkv_cluster.configfile` prints docs/configuration.md.
+where a number is expected. `python -m rwkv_cluster.config.loader` prints docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.config import Config, InvalidFields, Section
-from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.field_types import (
+from rwkv_cluster.config.field_types import (
     convert,
     describe_type,
     found_text,
@@ -26,7 +24,9 @@ from rwkv_cluster.field_types import (
     mismatch,
     unknown_field,
 )
-from rwkv_cluster.yaml_nodes import MAX_BYTES, MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
+from rwkv_cluster.config.schema import Config, InvalidFields, Section
+from rwkv_cluster.config.yaml_reader import MAX_BYTES, MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
+from rwkv_cluster.errors import ConfigError
 
 DEFAULT = "default"
 MAX_FAULTS = 20  # told at once
@@ -237,7 +237,7 @@ def field_table() -> str:
         "`training.init_from` and `launch.hostfile`, `~` and variables such as `$SCRATCH` are replaced when the file\n"
         "is read. The other fields of `launch` are for the nodes and are left as they are.\n"
         "`rwkv-cluster config CONFIG` shows every value and its source.\n",
-        "This page is generated from `rwkv_cluster/config.py`: `python -m rwkv_cluster.configfile > "
+        "This page is generated from `rwkv_cluster/config/schema.py`: `python -m rwkv_cluster.config.loader > "
         "docs/configuration.md`.\n",
     ]
     parts += _section_tables(Config, "", "Top level")
