@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.inputs.sources import find_sources
 from rwkv_cluster.data.prepare import prepare
-from rwkv_cluster.data.sources import find_sources
 from rwkv_cluster.tokenizer import GenericTokenizer, IntegerTokenizer
 
 _ROW = 1024

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.data.readers import not_utf8
+from rwkv_cluster.data.inputs.readers import not_utf8
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer, TokenizationError, encode_to_array
 

@@ -36,6 +36,8 @@ from rwkv_cluster.data.freshness import (
     write_cache,
 )
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
+from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
+from rwkv_cluster.data.inputs.sources import Source, find_sources
 from rwkv_cluster.data.manifest import (
     MANIFEST_NAME,
     VERSION,
@@ -46,8 +48,6 @@ from rwkv_cluster.data.manifest import (
     load_manifest,
 )
 from rwkv_cluster.data.order import below, everything, not_below, split_threshold, write_documents
-from rwkv_cluster.data.readers import as_array, refuse_by_name
-from rwkv_cluster.data.sources import Source, find_sources
 from rwkv_cluster.data.spool import Spool
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError

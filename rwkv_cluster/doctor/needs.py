@@ -61,10 +61,10 @@ def _tokenizer(config: Config) -> Any:
 
 def _data(config: Config) -> str:
     """What data.inputs names is there and can be read, or prepared data is; prepared data is undamaged."""
+    from rwkv_cluster.data.inputs.readers import refuse_by_name
+    from rwkv_cluster.data.inputs.sources import find_sources
     from rwkv_cluster.data.manifest import MANIFEST_NAME, load_manifest
     from rwkv_cluster.data.prepare import prepared_before
-    from rwkv_cluster.data.readers import refuse_by_name
-    from rwkv_cluster.data.sources import find_sources
     from rwkv_cluster.data.verify import check_files
     from rwkv_cluster.tokenizer import build_tokenizer
 

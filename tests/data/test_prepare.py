@@ -654,7 +654,7 @@ def test_many_processes_at_once_all_get_the_same_data(tmp_path):
 
 
 def test_write_pair_writes_only_the_pair(tmp_path):
-    from rwkv_cluster.data.sources import source_at
+    from rwkv_cluster.data.inputs.sources import source_at
 
     source = source_at(write_lines(tmp_path / "a.jsonl", ["x", "y"]))
     write_pair([source], encode.DocumentEncoder(BYTES), tmp_path / "sub" / "p", passes=2, seed=None)

@@ -10,9 +10,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_cluster.data import readers
-from rwkv_cluster.data.readers import BadLine, array_values, as_array, line_blocks, npy_values, parse_line
-from rwkv_cluster.data.sources import source_at
+from rwkv_cluster.data.inputs import readers
+from rwkv_cluster.data.inputs.readers import BadLine, array_values, as_array, line_blocks, npy_values, parse_line
+from rwkv_cluster.data.inputs.sources import source_at
 from rwkv_cluster.errors import DataError
 
 

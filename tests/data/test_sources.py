@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.inputs.sources import content_digest, find_sources, source_at
 from rwkv_cluster.data.prepare import prepare
-from rwkv_cluster.data.sources import content_digest, find_sources, source_at
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import ByteTokenizer
 from rwkv_cluster.workdir import WorkDir

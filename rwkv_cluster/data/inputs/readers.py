@@ -31,9 +31,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from rwkv_cluster.data.bad_lines import ONE_A_LINE, SPLIT_ARRAY, BadLine, bad_bytes, bad_json
-from rwkv_cluster.data.formats import HEAD_BYTES, format_error, named_format, refuse_format
-from rwkv_cluster.data.sources import Source, read_blocks
+from rwkv_cluster.data.inputs.bad_lines import ONE_A_LINE, SPLIT_ARRAY, BadLine, bad_bytes, bad_json
+from rwkv_cluster.data.inputs.file_kinds import HEAD_BYTES, format_error, named_format, refuse_format
+from rwkv_cluster.data.inputs.sources import Source, read_blocks
 from rwkv_cluster.errors import DataError
 
 MAX_LINE_BYTES = 32 << 20

@@ -36,9 +36,9 @@ import zstandard
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.countdown import bytes_left
-from rwkv_cluster.data import own_files
 from rwkv_cluster.data.binidx import bin_path, idx_path
-from rwkv_cluster.data.formats import HEAD_BYTES, refuse_format
+from rwkv_cluster.data.inputs import own_outputs
+from rwkv_cluster.data.inputs.file_kinds import HEAD_BYTES, refuse_format
 from rwkv_cluster.errors import DataError, MissingDataError
 
 Kind = Literal["array", "jsonl", "text", "tokens"]
@@ -97,13 +97,13 @@ def _expand(entry: str, pattern: str, left_out: list[Path]) -> list[Source]:
         raise DataError(f"data.inputs: {entry!r} is not a path. Name a file, a folder or a pattern")
     path = Path(entry).expanduser()
     if path.is_dir():
-        return _sources(own_files.without(_walk(path, pattern), path, left_out))
+        return _sources(own_outputs.without(_walk(path, pattern), path, left_out))
     if path.exists():
         return [source_at(path)]
     if bin_path(path).exists() or idx_path(path).exists():
         return [_token_source(path)]
     if matches := _glob(path):
-        return _sources(own_files.without(sorted(matches, key=os.fsencode), _fixed_part(path), left_out))
+        return _sources(own_outputs.without(sorted(matches, key=os.fsencode), _fixed_part(path), left_out))
     raise MissingDataError(
         f"data.inputs: '{entry}' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from "
         f"{Path.cwd()}). Correct the entry"

@@ -1,0 +1,1 @@
+"""Input files: which ones `data.inputs` means, what kind each is, and its documents."""
