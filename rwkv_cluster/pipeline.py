@@ -26,7 +26,7 @@ from rwkv_cluster.console_log import log_to_stderr_by_default
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.inputs.readers import as_array
 from rwkv_cluster.data.inputs.sources import source_at
-from rwkv_cluster.data.prepare import DataManifest, load_manifest
+from rwkv_cluster.data.preparation.prepare import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
 from rwkv_cluster.foreign_files import require_no_foreign_files

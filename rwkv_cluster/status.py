@@ -10,8 +10,8 @@ from typing import Any
 
 from rwkv_cluster import lock, runlog
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.commit import in_words, progress
 from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
+from rwkv_cluster.data.preparation.publish import in_words, progress
 from rwkv_cluster.data.verify import check_every_byte
 from rwkv_cluster.errors import ConfigError, DataError, LaunchError
 from rwkv_cluster.launch import jobs

@@ -28,7 +28,7 @@ import numpy as np
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.inputs.sources import find_sources
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.tokenizer import GenericTokenizer, IntegerTokenizer
 
 _ROW = 1024

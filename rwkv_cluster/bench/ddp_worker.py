@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv_cluster.bench.ddp_memory import held
 from rwkv_cluster.config.loader import load_config
-from rwkv_cluster.data.prepare import load_manifest
+from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.ranks import end_with_launcher, rank
 from rwkv_cluster.train.ddp import SettledBuckets
 from rwkv_cluster.train.distributed import leaving_group

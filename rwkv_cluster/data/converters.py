@@ -16,11 +16,11 @@ import numpy as np
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import open_tokens
-from rwkv_cluster.data.encode import DocumentEncoder, text_line, values_line
 from rwkv_cluster.data.inputs.readers import Values, array_values, as_array, npy_values
 from rwkv_cluster.data.inputs.sources import read_blocks, source_at
 from rwkv_cluster.data.manifest import DataManifest, check_name
-from rwkv_cluster.data.prepare import prepare, write_pair
+from rwkv_cluster.data.preparation.encode import DocumentEncoder, text_line, values_line
+from rwkv_cluster.data.preparation.prepare import prepare, write_pair
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.tokenizer import IntegerTokenizer, as_tokenizer

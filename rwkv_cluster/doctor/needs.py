@@ -64,7 +64,7 @@ def _data(config: Config) -> str:
     from rwkv_cluster.data.inputs.readers import refuse_by_name
     from rwkv_cluster.data.inputs.sources import find_sources
     from rwkv_cluster.data.manifest import MANIFEST_NAME, load_manifest
-    from rwkv_cluster.data.prepare import prepared_before
+    from rwkv_cluster.data.preparation.prepare import prepared_before
     from rwkv_cluster.data.verify import check_files
     from rwkv_cluster.tokenizer import build_tokenizer
 

@@ -14,7 +14,13 @@ import numpy as np
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import MANIFEST_NAME
-from rwkv_cluster.data.prepare import DataManifest, load_manifest, prepare, prepared_before, reason_to_prepare
+from rwkv_cluster.data.preparation.prepare import (
+    DataManifest,
+    load_manifest,
+    prepare,
+    prepared_before,
+    reason_to_prepare,
+)
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.foreign_files import require_no_foreign_files

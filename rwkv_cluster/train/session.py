@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_cluster.config import Config, ModelConfig
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
-from rwkv_cluster.data.prepare import DataManifest
+from rwkv_cluster.data.preparation.prepare import DataManifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.kernels import ops

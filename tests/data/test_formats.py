@@ -18,7 +18,7 @@ import zstandard
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import open_tokens
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import ByteTokenizer
 

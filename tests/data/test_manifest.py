@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.manifest import DataManifest, load_manifest, parse_manifest
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import IntegerTokenizer
 

@@ -14,10 +14,10 @@ import pytest
 import zstandard
 
 from rwkv_cluster.config import DataConfig
-from rwkv_cluster.data import encode, fill, freshness, order, spool
 from rwkv_cluster.data.binidx import TokenFileWriter, open_tokens
 from rwkv_cluster.data.manifest import load_manifest
-from rwkv_cluster.data.prepare import adopt, prepare, reason_to_prepare, write_pair
+from rwkv_cluster.data.preparation import encode, shuffle_split, staleness, token_store, tokenize
+from rwkv_cluster.data.preparation.prepare import adopt, prepare, reason_to_prepare, write_pair
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import (
     AngleTokenizer,
@@ -268,11 +268,11 @@ def test_memory_limits_do_not_show_in_the_result(tmp_path, monkeypatch, fraction
     path = write_lines(tmp_path / "a.jsonl", values)
     options = config(path, n_epochs_duplication=2, shuffle=shuffle, validation_fraction=fraction)
     prepare(options, IntegerTokenizer(), tmp_path / "whole")
-    monkeypatch.setattr(spool, "_HELD_BYTES", 500)
-    monkeypatch.setattr(spool, "_BLOCK_BYTES", 80)  # documents of more than 40 tokens count as large
-    monkeypatch.setattr(spool, "_BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(order, "REGION_BYTES", 1500)
-    monkeypatch.setattr(order, "_OUTPUT_BYTES", 200)
+    monkeypatch.setattr(token_store, "_HELD_BYTES", 500)
+    monkeypatch.setattr(token_store, "_BLOCK_BYTES", 80)  # documents of more than 40 tokens count as large
+    monkeypatch.setattr(token_store, "_BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(shuffle_split, "REGION_BYTES", 1500)
+    monkeypatch.setattr(shuffle_split, "_OUTPUT_BYTES", 200)
     prepare(options, IntegerTokenizer(), tmp_path / "parts")
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     source = Counter(tuple([*(v + 1 for v in document), 0]) for document in values)
@@ -293,7 +293,7 @@ def test_large_text_is_encoded_in_pieces_into_the_same_ids(tmp_path, monkeypatch
         prepare(options, tokenizer, tmp_path / "whole")
         with monkeypatch.context() as patch:
             patch.setattr(encode, "LARGE_TEXT_BYTES", 100)
-            patch.setattr(fill, "read_blocks", lambda source, digest: feed(pieces, digest))
+            patch.setattr(tokenize, "read_blocks", lambda source, digest: feed(pieces, digest))
             prepare(options, tokenizer, tmp_path / "pieces")
         assert content(tmp_path / "pieces") == content(tmp_path / "whole")
     monkeypatch.setattr(encode, "LARGE_TEXT_BYTES", 100)
@@ -448,9 +448,9 @@ def test_touching_or_moving_an_input_changes_nothing(tmp_path):
 
 def test_an_unchanged_large_input_is_not_read_again(tmp_path, monkeypatch):
     path, out = write_lines(tmp_path / "a.jsonl", ["one"]), tmp_path / "out"
-    monkeypatch.setattr(freshness, "_RECENT_NS", -(10**12))
+    monkeypatch.setattr(staleness, "_RECENT_NS", -(10**12))
     prepare(config(path), BYTES, out)
-    monkeypatch.setattr(freshness, "content_digest", lambda source: pytest.fail("read again"))
+    monkeypatch.setattr(staleness, "content_digest", lambda source: pytest.fail("read again"))
     assert reason_to_prepare(config(path), BYTES, out) is None
 
 
@@ -573,7 +573,7 @@ def test_same_bytes_for_any_directory_locale_hash_seed_and_number_of_processes(t
 
 
 def test_errors_come_in_order_from_worker_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill, "_BYTES_WORTH_WORKERS", 0)
+    monkeypatch.setattr(tokenize, "_BYTES_WORTH_WORKERS", 0)
     for number in range(8):
         write_lines(tmp_path / f"{number}.jsonl", ["fine", 5 if number in (3, 6) else "x"])
     with pytest.raises(DataError, match=r"3\.jsonl:2: "):
@@ -586,7 +586,7 @@ class DyingTokenizer(ByteTokenizer):
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr(fill, "_BYTES_WORTH_WORKERS", 0)
+    monkeypatch.setattr(tokenize, "_BYTES_WORTH_WORKERS", 0)
     monkeypatch.setattr(DyingTokenizer, "encode_to_array", DyingTokenizer.encode)
     path = write_lines(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(DataError, match="tokenizer process was killed"):

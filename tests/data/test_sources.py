@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.inputs.sources import content_digest, find_sources, source_at
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import ByteTokenizer
 from rwkv_cluster.workdir import WorkDir

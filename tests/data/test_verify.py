@@ -10,7 +10,7 @@ import pytest
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data import verify
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.data.prepare import adopt, prepare
+from rwkv_cluster.data.preparation.prepare import adopt, prepare
 from rwkv_cluster.data.verify import DamagedFileError, check_every_byte, check_files
 from rwkv_cluster.tokenizer import IntegerTokenizer
 
@@ -161,6 +161,6 @@ def test_a_damaged_pair_of_somebody_else_is_not_taken_for_a_new_one(data, tmp_pa
     entry = json.loads((out / "verified.json").read_bytes())["train.bin"]
     flip(data / "val.bin", 300)
     monkeypatch.setattr(verify, "_stat", lambda path: entry["machines"][verify.machine()])
-    monkeypatch.setattr("rwkv_cluster.data.prepare.why_stale", lambda *_, **__: None)
+    monkeypatch.setattr("rwkv_cluster.data.preparation.prepare.why_stale", lambda *_, **__: None)
     with pytest.raises(DamagedFileError, match=r"val\.bin is damaged.*in bytes 256 to .*Put back a good copy"):
         adopt(prefix, IntegerTokenizer(), out)

@@ -11,7 +11,7 @@ import torch
 from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.cli import main
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.doctor import needs, tools
 from rwkv_cluster.doctor.rows import first_problem
 from rwkv_cluster.doctor.subject import Subject

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.data.adopt import token_documents
-from rwkv_cluster.data.commit import PROGRESS_NAME
-from rwkv_cluster.data.encode import DocumentEncoder, Encoded, FileBlock, Large, text_line
-from rwkv_cluster.data.freshness import new_array_digest
 from rwkv_cluster.data.hashed_file import HashedFile
 from rwkv_cluster.data.inputs.readers import LineBlock, Values, array_values, line_blocks, npy_values
 from rwkv_cluster.data.inputs.sources import Source, content_digest, read_blocks
-from rwkv_cluster.data.large_text import encode_large_text
-from rwkv_cluster.data.spool import Spool
-from rwkv_cluster.data.workers import Inline, available_cores, ordered_map
+from rwkv_cluster.data.preparation.encode import DocumentEncoder, Encoded, FileBlock, Large, text_line
+from rwkv_cluster.data.preparation.encode_large_file import encode_large_text
+from rwkv_cluster.data.preparation.external_tokens import token_documents
+from rwkv_cluster.data.preparation.publish import PROGRESS_NAME
+from rwkv_cluster.data.preparation.staleness import new_array_digest
+from rwkv_cluster.data.preparation.token_store import Spool
+from rwkv_cluster.data.preparation.workers import Inline, available_cores, ordered_map
 from rwkv_cluster.heartbeat import write_record
 from rwkv_cluster.live_line import clock_time
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import DataConfig
-from rwkv_cluster.data.encode import DocumentEncoder
 from rwkv_cluster.data.inputs.readers import array_values
 from rwkv_cluster.data.inputs.sources import STDLIB, Source, content_digest
 from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
+from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 

@@ -20,21 +20,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import DataConfig
-from rwkv_cluster.data.adopt import check_pair
 from rwkv_cluster.data.binidx import TokenFileWriter
-from rwkv_cluster.data.commit import commit, disk_errors, only_one, temporary_folder
-from rwkv_cluster.data.encode import DocumentEncoder
-from rwkv_cluster.data.fill import Filled, Filler, Progress
-from rwkv_cluster.data.freshness import (
-    array_digest,
-    content_options,
-    named_inputs,
-    read_cache,
-    source_digest,
-    source_stat,
-    why_stale,
-    write_cache,
-)
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
@@ -47,8 +33,22 @@ from rwkv_cluster.data.manifest import (
     check_name,
     load_manifest,
 )
-from rwkv_cluster.data.order import below, everything, not_below, split_threshold, write_documents
-from rwkv_cluster.data.spool import Spool
+from rwkv_cluster.data.preparation.encode import DocumentEncoder
+from rwkv_cluster.data.preparation.external_tokens import check_pair
+from rwkv_cluster.data.preparation.publish import commit, disk_errors, only_one, temporary_folder
+from rwkv_cluster.data.preparation.shuffle_split import below, everything, not_below, split_threshold, write_documents
+from rwkv_cluster.data.preparation.staleness import (
+    array_digest,
+    content_options,
+    named_inputs,
+    read_cache,
+    source_digest,
+    source_stat,
+    why_stale,
+    write_cache,
+)
+from rwkv_cluster.data.preparation.token_store import Spool
+from rwkv_cluster.data.preparation.tokenize import Filled, Filler, Progress
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity

@@ -22,7 +22,7 @@ import numpy as np
 
 from rwkv_cluster.data.binidx import TokenFileWriter
 from rwkv_cluster.data.hashed_file import as_bytes
-from rwkv_cluster.data.spool import Block, Spool
+from rwkv_cluster.data.preparation.token_store import Block, Spool
 from rwkv_cluster.errors import DataError
 
 REGION_BYTES = 64 << 20

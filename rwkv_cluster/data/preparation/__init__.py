@@ -1,0 +1,1 @@
+"""Inputs to token files: tokenize, shuffle, split, publish. Start at prepare.py."""
