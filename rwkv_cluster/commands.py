@@ -125,8 +125,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
 
 def doctor(config: Config | None) -> Report:
     """What this machine, or the job that this rank is part of, has for training."""
-    from rwkv_cluster.doctor import rows
-    from rwkv_cluster.doctor.examination import examine
+    from rwkv_cluster.doctor import results as rows
+    from rwkv_cluster.doctor.run_checks import examine
 
     found = examine(config)
     problem = None if found.problem is None else str(found.problem)

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from datetime import timedelta
 
 from rwkv_cluster import ranks, shared_memory
+from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.meeting import Meeting
 from rwkv_cluster.doctor.merge import Report, merged
-from rwkv_cluster.doctor.rows import Row, ok, problem, refused
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.results import Row, ok, problem, refused
 from rwkv_cluster.errors import LaunchError
 
 EXCHANGE_S = 60.0  # for one exchange; the first makes the connections

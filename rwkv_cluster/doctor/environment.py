@@ -7,8 +7,8 @@ import socket
 from collections.abc import Mapping
 
 from rwkv_cluster.config.launch import looks_secret
-from rwkv_cluster.doctor.rows import Row, ok, warning
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, ok, warning
 
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_", "KMP_", "GOMP_", "MKL_", "PYTORCH_", "RWKV_CLUSTER_")
 NAMES = (

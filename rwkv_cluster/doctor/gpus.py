@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_cluster.doctor.programs import output_of
-from rwkv_cluster.doctor.rows import Row, note, ok, warning
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, note, ok, warning
 from rwkv_cluster.doctor.software import has_torch
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.subprocesses import output_of
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits")
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from rwkv_cluster.doctor.rows import Row, ok, warning
-from rwkv_cluster.doctor.subject import IMAGE_VARIABLE, Subject
+from rwkv_cluster.doctor.context import IMAGE_VARIABLE, Subject
+from rwkv_cluster.doctor.results import Row, ok, warning
 
 
 def image(subject: Subject) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rwkv_cluster.doctor.host import numbers
-from rwkv_cluster.doctor.rows import Row
+from rwkv_cluster.doctor.results import Row
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rwkv_cluster.doctor.meeting import Meeting
 from rwkv_cluster.doctor.merge import Report, who
-from rwkv_cluster.doctor.rows import Row, note, ok, problem
+from rwkv_cluster.doctor.results import Row, note, ok, problem
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.preflight import write_facts
 from rwkv_cluster.workdir import TEMPORARY_PREFIX

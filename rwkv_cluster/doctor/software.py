@@ -8,8 +8,8 @@ import platform
 from importlib import metadata
 
 from rwkv_cluster import __version__
-from rwkv_cluster.doctor.rows import Row, note, ok, problem, warning
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
 from rwkv_cluster.errors import LaunchError
 
 INSTALL = "Install it in this environment: `pip install rwkv-cluster` brings what training needs"

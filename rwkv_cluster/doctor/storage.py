@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from rwkv_cluster.disk import writing
-from rwkv_cluster.doctor.rows import Row, note, ok, problem, refused, warning
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, note, ok, problem, refused, warning
 from rwkv_cluster.errors import CheckpointError, ConfigError, LaunchError
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, WorkDir, atomic_write
 

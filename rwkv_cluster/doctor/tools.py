@@ -7,9 +7,9 @@ import re
 import shutil
 
 from rwkv_cluster import ranks
-from rwkv_cluster.doctor.programs import output_of
-from rwkv_cluster.doctor.rows import Row, note, ok, problem, warning
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
+from rwkv_cluster.doctor.subprocesses import output_of
 from rwkv_cluster.errors import LaunchError
 
 ENGINES = ("docker", "podman", "apptainer", "enroot")

@@ -17,8 +17,8 @@ import pytest
 from rwkv_cluster import shared_memory
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor import deepspeed, environment, gpus, host, software, storage, tools
-from rwkv_cluster.doctor.rows import Row, refused
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row, refused
 from rwkv_cluster.errors import LaunchError
 
 TWO_GPUS = "NVIDIA H100 80GB HBM3, 81559, 4, 570.86.15\nNVIDIA H100 80GB HBM3, 81559, 71000, 570.86.15"
@@ -167,7 +167,7 @@ def test_the_real_driver_and_torch_agree() -> None:
 
 
 def test_an_nvidia_smi_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("rwkv_cluster.doctor.programs.PATIENCE_S", 0.2)
+    monkeypatch.setattr("rwkv_cluster.doctor.subprocesses.PATIENCE_S", 0.2)
     program(tmp_path, "nvidia-smi", "exec sleep 30", monkeypatch)
     assert gpus.listed() == ()
 

@@ -13,8 +13,8 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.doctor import needs, tools
-from rwkv_cluster.doctor.rows import first_problem
-from rwkv_cluster.doctor.subject import Subject
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import first_problem
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.tokenizer import ByteTokenizer

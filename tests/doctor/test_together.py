@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rwkv_cluster.doctor import shared, together
 from rwkv_cluster.doctor.meeting import Meeting, meet
 from rwkv_cluster.doctor.merge import Report, merged, who
-from rwkv_cluster.doctor.rows import Row, ok, warning
+from rwkv_cluster.doctor.results import Row, ok, warning
 from rwkv_cluster.errors import LaunchError
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
-from rwkv_cluster.doctor import deepspeed, environment, gpus, host, image, needs, rows, software, storage, tools, wkv
-from rwkv_cluster.doctor.rows import Row
+from rwkv_cluster.doctor import deepspeed, environment, gpus, host, image, needs, software, storage, tools, wkv
+from rwkv_cluster.doctor import results as rows
+from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.doctor.software import has_torch
-from rwkv_cluster.doctor.subject import Subject
 from rwkv_cluster.doctor.together import examined_together
 from rwkv_cluster.errors import RWKVClusterError
 
