@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rwkv_cluster.doctor.host import numbers
+from rwkv_cluster.doctor.checks.host import numbers
 from rwkv_cluster.doctor.results import Row
 
 

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
-from rwkv_cluster.doctor import deepspeed, environment, gpus, host, image, needs, software, storage, tools, wkv
 from rwkv_cluster.doctor import results as rows
+from rwkv_cluster.doctor.checks import (
+    deepspeed,
+    environment,
+    gpus,
+    host,
+    image,
+    run_requirements,
+    software,
+    storage,
+    tools,
+    wkv,
+)
+from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row
-from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.doctor.together import examined_together
 from rwkv_cluster.errors import RWKVClusterError
 
@@ -36,7 +47,7 @@ CHECKS: tuple[Check, ...] = (  # in the order in which faults are best mended
     tools.containers,
     tools.launch_tools,
     storage.storage,
-    needs.run_needs,
+    run_requirements.run_needs,
 )
 OF_EACH_RANK = {
     software.versions,
@@ -47,7 +58,7 @@ OF_EACH_RANK = {
     host.processors,
     host.limits,
     environment.variables,
-    needs.run_needs,
+    run_requirements.run_needs,
 }
 """The other checks tell the same to all ranks of a machine, of which the first one asks."""
 

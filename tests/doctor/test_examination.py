@@ -15,11 +15,11 @@ import torch
 from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.doctor.checks.image import image
+from rwkv_cluster.doctor.checks.wkv import libraries, self_test
 from rwkv_cluster.doctor.context import IMAGE_VARIABLE, Subject
-from rwkv_cluster.doctor.image import image
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.doctor.run_checks import CHECKS, OF_EACH_RANK
-from rwkv_cluster.doctor.wkv import libraries, self_test
 from rwkv_cluster.kernels import build, loader
 from rwkv_cluster.kernels import self_test as kernels_self_test
 

@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_cluster import shared_memory
 from rwkv_cluster.config import Config
-from rwkv_cluster.doctor import deepspeed, environment, gpus, host, software, storage, tools
+from rwkv_cluster.doctor.checks import deepspeed, environment, gpus, host, software, storage, tools
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, refused
 from rwkv_cluster.errors import LaunchError

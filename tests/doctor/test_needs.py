@@ -12,7 +12,7 @@ from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.preparation.prepare import prepare
-from rwkv_cluster.doctor import needs, tools
+from rwkv_cluster.doctor.checks import run_requirements, tools
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import first_problem
 from rwkv_cluster.errors import RWKVClusterError
@@ -27,7 +27,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def first(folder: Path, **sections: dict[str, Any]) -> RWKVClusterError:
     """The first problem of a run with these changes."""
     subject = Subject(tiny_config(folder, **sections))
-    found = first_problem([*tools.launch_tools(subject), *needs.run_needs(subject)])
+    found = first_problem([*tools.launch_tools(subject), *run_requirements.run_needs(subject)])
     assert found is not None
     return found
 
@@ -90,11 +90,11 @@ def test_a_program_that_the_launch_needs(target: str, tmp_path: Path, monkeypatc
 
 def test_what_runs_elsewhere_is_not_asked_of_this_machine(tmp_path: Path, monkeypatch: Any) -> None:
     config = tiny_config(tmp_path, training={"accelerator": "cuda"}, launch={"target": "sbatch", "gpus_per_node": 8})
-    rows = needs.run_needs(Subject(config))
+    rows = run_requirements.run_needs(Subject(config))
     assert [row.state for row in rows] == ["ok", "ok", "note"]
     assert "--doctor" in rows[-1].remedy
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # now this is where the ranks run
-    assert first_problem(needs.run_needs(Subject(config))) is not None
+    assert first_problem(run_requirements.run_needs(Subject(config))) is not None
     assert tools.launch_tools(Subject(config)) == []
 
 
@@ -113,7 +113,7 @@ def test_inputs_that_are_gone_after_they_were_prepared(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     n_tokens = prepare(config.data, ByteTokenizer(), WorkDir(config.work_dir).data).n_tokens
     (tmp_path / "text.jsonl").unlink()
-    assert needs._data(config) == f"prepared: {n_tokens:,} tokens, from inputs that are gone"
+    assert run_requirements._data(config) == f"prepared: {n_tokens:,} tokens, from inputs that are gone"
 
 
 def test_an_input_of_another_format(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
+from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, refused, warning
-from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.errors import DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.workdir import WorkDir
 

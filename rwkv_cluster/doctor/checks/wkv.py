@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from rwkv_cluster import ranks
+from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, ok, problem, warning
-from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.errors import KernelError
 
 INSTEAD = "The chunked PyTorch form serves instead, more slowly"

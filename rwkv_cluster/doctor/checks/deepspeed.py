@@ -8,9 +8,9 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from rwkv_cluster.doctor.checks.software import INSTALL
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok
-from rwkv_cluster.doctor.software import INSTALL
 
 
 def deepspeed(subject: Subject) -> list[Row]:

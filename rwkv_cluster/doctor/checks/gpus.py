@@ -7,9 +7,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, warning
-from rwkv_cluster.doctor.software import has_torch
 from rwkv_cluster.doctor.subprocesses import output_of
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits")

@@ -1,0 +1,1 @@
+"""Checks of one machine: each module looks at one thing and returns its rows."""
