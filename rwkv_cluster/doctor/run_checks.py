@@ -22,8 +22,8 @@ from rwkv_cluster.doctor.checks import (
 )
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.distributed.checks import examined_together
 from rwkv_cluster.doctor.results import Row
-from rwkv_cluster.doctor.together import examined_together
 from rwkv_cluster.errors import RWKVClusterError
 
 Check = Callable[[Subject], list[Row]]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from rwkv_cluster.doctor import shared, together
-from rwkv_cluster.doctor.meeting import Meeting, meet
-from rwkv_cluster.doctor.merge import Report, merged, who
+from rwkv_cluster.doctor.distributed import checks, shared_folder
+from rwkv_cluster.doctor.distributed.merge import Report, merged, who
+from rwkv_cluster.doctor.distributed.rank_store import Meeting, meet
 from rwkv_cluster.doctor.results import Row, ok, warning
 from rwkv_cluster.errors import LaunchError
 
@@ -87,8 +87,8 @@ def test_ranks_are_named_by_range_and_host() -> None:
 
 def test_clocks_apart() -> None:
     there = reports(*[ok("x", "")] * 3)
-    assert together._clocks({0: 1000.0, 1: 1004.0, 2: 999.0}, there).text == "at most 4.0 s apart"
-    row = together._clocks({0: 1000.0, 1: 1004.0, 2: 700.0}, there)
+    assert checks._clocks({0: 1000.0, 1: 1004.0, 2: 999.0}, there).text == "at most 4.0 s apart"
+    row = checks._clocks({0: 1000.0, 1: 1004.0, 2: 700.0}, there)
     assert row.state == "warning"
     assert row.text.startswith("that of rank 2 on node2 is 300 s behind rank 0's")
 
@@ -99,38 +99,38 @@ def test_ranks_that_run_something_else() -> None:
         0: {"installation": mine},
         1: {"installation": {**mine, "packages": {"python": "3.11", "torch": "2.12"}}},
     }
-    row = together._alike(arrived, reports(ok("x", ""), ok("x", "")))
+    row = checks._alike(arrived, reports(ok("x", ""), ok("x", "")))
     assert (row.state, row.exit_code) == ("problem", 6)
     assert row.text == "rank 1 on node1 has other packages than rank 0 on node0: torch 2.12, there 2.13"
 
 
 def test_absent_ranks_are_a_problem() -> None:
-    row = together._attendance(reports(ok("x", "")), 4)
+    row = checks._attendance(reports(ok("x", "")), 4)
     assert (row.state, row.exit_code) == ("problem", 6)
     assert row.text == "3 of 4 ranks have not come within 120 s: 1-3"
 
 
 def test_ranks_see_what_rank_0_renames_and_its_lock(tmp_path: Path) -> None:
     there = reports(ok("x", ""), ok("x", ""))
-    rows, others = in_threads(2, lambda meeting: shared.shared_directory(meeting, tmp_path, [0, 1], there))
+    rows, others = in_threads(2, lambda meeting: shared_folder.shared_directory(meeting, tmp_path, [0, 1], there))
     assert [(row.name, row.state) for row in rows] == [("shared directory", "ok"), ("shared locks", "ok")]
     assert others == []
     assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_sees_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "SEEN_S", 0.2)
-    look = shared._look
-    monkeypatch.setattr(shared, "_look", lambda made: look(tmp_path / "elsewhere" / made.name))
+    monkeypatch.setattr(shared_folder, "SEEN_S", 0.2)
+    look = shared_folder._look
+    monkeypatch.setattr(shared_folder, "_look", lambda made: look(tmp_path / "elsewhere" / made.name))
     there = reports(ok("x", ""), ok("x", ""))
-    (row,), _ = in_threads(2, lambda meeting: shared.shared_directory(meeting, tmp_path, [0, 1], there))
+    (row,), _ = in_threads(2, lambda meeting: shared_folder.shared_directory(meeting, tmp_path, [0, 1], there))
     assert (row.state, row.exit_code) == ("problem", 6)
     assert row.text == f"rank 1 on node1 does not see in {tmp_path} what rank 0 writes there"
 
 
 def test_locks_that_do_not_reach_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared.fcntl, "flock", lambda descriptor, kind: None)
+    monkeypatch.setattr(shared_folder.fcntl, "flock", lambda descriptor, kind: None)
     there = reports(ok("x", ""), ok("x", ""))
-    rows, _ = in_threads(2, lambda meeting: shared.shared_directory(meeting, tmp_path, [0, 1], there))
+    rows, _ = in_threads(2, lambda meeting: shared_folder.shared_directory(meeting, tmp_path, [0, 1], there))
     assert [row.state for row in rows] == ["ok", "note"]
     assert rows[1].text.startswith("rank 0's lock does not count for rank 1 on node1: the heartbeat")

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from typing import Any
 
 from rwkv_cluster import ranks
-from rwkv_cluster.doctor.all_reduce import all_reduce, device_kind
 from rwkv_cluster.doctor.checks.host import numbers
 from rwkv_cluster.doctor.checks.storage import SKEW_S
 from rwkv_cluster.doctor.context import Subject
-from rwkv_cluster.doctor.meeting import meet
-from rwkv_cluster.doctor.merge import Report, merged, who
+from rwkv_cluster.doctor.distributed.all_reduce import all_reduce, device_kind
+from rwkv_cluster.doctor.distributed.merge import Report, merged, who
+from rwkv_cluster.doctor.distributed.rank_store import meet
+from rwkv_cluster.doctor.distributed.shared_folder import shared_directory
 from rwkv_cluster.doctor.results import Row, ok, problem, refused, warning
-from rwkv_cluster.doctor.shared import shared_directory
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.preflight import BadNode, installation, patience_s, require_alike
 

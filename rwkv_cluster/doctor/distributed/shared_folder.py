@@ -11,8 +11,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.doctor.meeting import Meeting
-from rwkv_cluster.doctor.merge import Report, who
+from rwkv_cluster.doctor.distributed.merge import Report, who
+from rwkv_cluster.doctor.distributed.rank_store import Meeting
 from rwkv_cluster.doctor.results import Row, note, ok, problem
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.preflight import write_facts

@@ -11,8 +11,8 @@ from datetime import timedelta
 
 from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.doctor.context import Subject
-from rwkv_cluster.doctor.meeting import Meeting
-from rwkv_cluster.doctor.merge import Report, merged
+from rwkv_cluster.doctor.distributed.merge import Report, merged
+from rwkv_cluster.doctor.distributed.rank_store import Meeting
 from rwkv_cluster.doctor.results import Row, ok, problem, refused
 from rwkv_cluster.errors import LaunchError
 
