@@ -345,7 +345,7 @@ def consolidate(config: Config, step: int | None) -> Report:
 def inspect(path: Path) -> Report:
     """Architecture of a weights file. Raises CheckpointError where it is none."""
     with _importing():
-        from rwkv_cluster.model.compatibility import inspect_rwkv_checkpoint
+        from rwkv_cluster.model.checkpoint_info import inspect_rwkv_checkpoint
 
     facts = inspect_rwkv_checkpoint(path)
     if "detection_error" in facts:

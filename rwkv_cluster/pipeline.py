@@ -360,7 +360,7 @@ class RWKVTrainingPipeline:
 
     def inspect_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Architecture and size of a weights file, see `inspect_rwkv_checkpoint`."""
-        from rwkv_cluster.model.compatibility import inspect_rwkv_checkpoint
+        from rwkv_cluster.model.checkpoint_info import inspect_rwkv_checkpoint
 
         return inspect_rwkv_checkpoint(path)
 

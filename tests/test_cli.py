@@ -468,7 +468,7 @@ def test_nothing_looks_for_garbage_while_torch_is_imported(tmp_path: Path) -> No
     program = """
 import gc, json, sys
 from rwkv_cluster.cli import main
-ours = lambda: sys.modules.get("rwkv_cluster.model.compatibility")
+ours = lambda: sys.modules.get("rwkv_cluster.model.checkpoint_info")
 importing = lambda: "torch" in sys.modules and not hasattr(ours(), "inspect_rwkv_checkpoint")
 searches = []
 gc.callbacks.append(lambda phase, info: searches.append(phase) if importing() else None)

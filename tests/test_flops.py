@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.flops import WKV_PER_STATE_ELEMENT, flops_per_token
 from rwkv_cluster.gpus import GPUS, find_gpu, gpu_of_device
+from rwkv_cluster.model.flops import WKV_PER_STATE_ELEMENT, flops_per_token
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV

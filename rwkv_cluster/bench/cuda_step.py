@@ -101,7 +101,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     import torch
 
     from rwkv_cluster.config import ModelConfig, TrainingConfig
-    from rwkv_cluster.flops import flops_per_token
+    from rwkv_cluster.model.flops import flops_per_token
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
     from rwkv_cluster.train.optimizer import build_optimizer

@@ -8,7 +8,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import MissingDataError
-from rwkv_cluster.flops import FlopsPerToken, flops_per_token
+from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
 from rwkv_cluster.model.parameter_shapes import Shapes, by_part, count, parameter_shapes, trained
 from rwkv_cluster.planning.activations import Kernels
 from rwkv_cluster.planning.assumptions import Assumptions

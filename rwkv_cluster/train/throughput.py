@@ -5,7 +5,7 @@
 
 MFU, model FLOPs utilization, is of Chowdhery et al., "PaLM", 2022, appendix B, here with the estimate 6 N for a token's
 FLOPs; HFU, hardware FLOPs utilization, counts WKV, the head and what activation checkpointing computes again. Both
-counts are `rwkv_cluster.flops`.
+counts are `rwkv_cluster.model.flops`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.flops import flops_per_token
 from rwkv_cluster.gpus import gpu_of_device
+from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train.strategy import Placement
 
 

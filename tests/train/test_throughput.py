@@ -10,7 +10,7 @@ import torch
 from tiny_run import tiny_config
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.flops import flops_per_token
+from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train import evaluate as evaluation
 from rwkv_cluster.train.run import train
 from rwkv_cluster.train.saving import Saver
