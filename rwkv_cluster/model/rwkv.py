@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.model import rwkv5, rwkv6, rwkv7
 from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
 from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.versions import rwkv5, rwkv6, rwkv7
 
 VERSIONS: dict[str, ModuleType] = {"x052": rwkv5, "x060": rwkv6, "x070": rwkv7}
 

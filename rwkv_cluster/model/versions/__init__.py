@@ -1,0 +1,1 @@
+"""The blocks of each RWKV version, a file a version."""
