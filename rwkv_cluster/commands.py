@@ -136,14 +136,14 @@ def doctor(config: Config | None) -> Report:
 
 def plan(config: Config, options: argparse.Namespace) -> Report:
     """What the run will be, from the configuration alone."""
-    from rwkv_cluster.planning import show
-    from rwkv_cluster.planning.assumptions import Assumptions
+    from rwkv_cluster.planning import formatting
+    from rwkv_cluster.planning.options import Assumptions
     from rwkv_cluster.planning.run_plan import plan_run
 
     names = ("ranks", "tokens_per_s", "mfu", "peak_tflops", "gpu", "gpu_memory_gb")
     assumptions = Assumptions.of(config, **{name: getattr(options, name) for name in names})
     planned = plan_run(config, assumptions)
-    return Report(show.text(planned), show.data(planned))
+    return Report(formatting.text(planned), formatting.data(planned))
 
 
 def prepare(config: Config) -> Report:

@@ -11,11 +11,11 @@ from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
 from rwkv_cluster.model.parameter_shapes import Shapes, by_part, count, parameter_shapes, trained
 from rwkv_cluster.planning.activations import Kernels
-from rwkv_cluster.planning.assumptions import Assumptions
-from rwkv_cluster.planning.fitting import change, needed, shardings
-from rwkv_cluster.planning.length import Length, learning_rates, length
 from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
 from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES, Sharding
+from rwkv_cluster.planning.options import Assumptions
+from rwkv_cluster.planning.recommend import change, needed, shardings
+from rwkv_cluster.planning.run_length import Length, learning_rates, length
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.room import checkpoint_bytes, weights_bytes
 from rwkv_cluster.train.vocabulary_size import with_vocabulary

@@ -19,9 +19,9 @@ from rwkv_cluster.kernels.chunked import wkv7 as chunked_wkv7
 from rwkv_cluster.model import loss
 from rwkv_cluster.planning import activations as planned
 from rwkv_cluster.planning.activations import Kernels, activations
-from rwkv_cluster.planning.assumptions import Assumptions
 from rwkv_cluster.planning.memory import MemoryModel, Setting
 from rwkv_cluster.planning.model_states import Sharding
+from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.run_plan import plan_run
 from rwkv_cluster.train.run import train
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rwkv_cluster.model.parameter_shapes import count, trained
-from rwkv_cluster.planning.fitting import ALLOWANCE, needed
-from rwkv_cluster.planning.length import UNKNOWN
 from rwkv_cluster.planning.memory import Setting
 from rwkv_cluster.planning.model_states import Sharding
+from rwkv_cluster.planning.recommend import ALLOWANCE, needed
+from rwkv_cluster.planning.run_length import UNKNOWN
 from rwkv_cluster.planning.run_plan import Row, RunPlan
 
 _NAME, _CELL = 38, 10  # columns
