@@ -240,7 +240,7 @@ def manage(options: argparse.Namespace) -> Report:
 
 def status(work: WorkDir, *, verify: bool) -> Report:
     """What a run is doing."""
-    from rwkv_cluster import status
+    from rwkv_cluster.report import status
 
     found = status.look(work, verify=verify)
     data = dataclasses.asdict(found) | {"data": found.data and found.data.model_dump(mode="json")}

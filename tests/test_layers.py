@@ -26,7 +26,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config", "configfile")}
 LIGHT = """
     rwkv_cluster rwkv_cluster.config rwkv_cluster.config.loader rwkv_cluster.config.recipes rwkv_cluster.workdir
-    rwkv_cluster.commands rwkv_cluster.status rwkv_cluster.report.write
+    rwkv_cluster.commands rwkv_cluster.report.status rwkv_cluster.report.write
     rwkv_cluster.launch.command rwkv_cluster.launch.agent
     rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.preparation.prepare rwkv_cluster.data.inputs.readers rwkv_cluster.data.binidx rwkv_cluster.data.converters

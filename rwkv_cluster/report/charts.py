@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rwkv_cluster.report import series
-from rwkv_cluster.report.read import Run
+from rwkv_cluster.report.run_data import Run
 
 Style = Literal["raw", "line", "dashed"]
 PART_NAMES = {"data_s": "data", "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",

@@ -13,8 +13,8 @@ from rwkv_cluster.report import draw, tables
 from rwkv_cluster.report.charts import Chart, Curve, Marks
 from rwkv_cluster.report.draw import Theme, short
 from rwkv_cluster.report.markup import columns, embedded, escape, section
-from rwkv_cluster.report.read import Run
-from rwkv_cluster.runlog import moment
+from rwkv_cluster.report.run_data import Run
+from rwkv_cluster.report.run_files import moment
 
 # What a name in a configuration may contain, the browser still neither loads nor runs.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

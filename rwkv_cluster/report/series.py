@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster import runlog
+from rwkv_cluster.report import run_files
 
 Columns = dict[str, np.ndarray]
 """Equally long arrays of float64 by field, in order of "step", each step once. NaN: not a number, or not there."""
@@ -53,7 +53,7 @@ def read_columns(path: Path, names: Sequence[str], *, most_bytes: int | None = N
 
     most_bytes: as for `runlog.json_lines`.
     """
-    lines = runlog.json_lines(path, most_bytes=most_bytes)
+    lines = run_files.json_lines(path, most_bytes=most_bytes)
     blocks = [{name: _column(block, name) for name in ("step", *names)} for block in lines]
     columns = {name: np.concatenate([np.empty(0), *(block[name] for block in blocks)]) for name in ("step", *names)}
     step = columns["step"]
@@ -73,7 +73,7 @@ def _column(block: list[dict[str, Any]], name: str) -> np.ndarray:
 
 def _float(record: dict[str, Any], name: str) -> float:
     try:
-        value = runlog.number(record, name)
+        value = run_files.number(record, name)
         return float("nan") if value is None else float(value)
     except OverflowError:
         return float("nan")

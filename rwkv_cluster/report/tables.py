@@ -13,8 +13,8 @@ from rwkv_cluster.report import series
 from rwkv_cluster.report.charts import PART_NAMES
 from rwkv_cluster.report.draw import short
 from rwkv_cluster.report.markup import details, escape, section, table
-from rwkv_cluster.report.read import Run
-from rwkv_cluster.runlog import moment
+from rwkv_cluster.report.run_data import Run
+from rwkv_cluster.report.run_files import moment
 
 MOST_EVENTS = 200
 NONE = "–"

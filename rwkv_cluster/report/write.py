@@ -10,7 +10,7 @@ from pathlib import Path
 from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.report import charts, draw, page
-from rwkv_cluster.report.read import Run, read_runs
+from rwkv_cluster.report.run_data import Run, read_runs
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 

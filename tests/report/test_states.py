@@ -16,7 +16,7 @@ from report_page import Page, records
 from tiny_run import tiny_config
 
 from rwkv_cluster import cli
-from rwkv_cluster.report import draw, read, series
+from rwkv_cluster.report import draw, run_data, series
 from rwkv_cluster.report.draw import short, tick_labels
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
@@ -151,9 +151,9 @@ def test_long_files_of_step_times_are_sampled(tmp_path: Path, monkeypatch: pytes
     (work / "logs" / "events").mkdir()
     text = "".join(json.dumps({"step": step, "forward_s": 0.5}) + "\n" for step in range(1, 10_001))
     (work / "logs" / "events" / "rank-0.jsonl").write_text(text)
-    monkeypatch.setattr(read, "MOST_BYTES", len(text) // 4)
-    monkeypatch.setattr("rwkv_cluster.runlog.PIECE_BYTES", len(text) // 40)
-    (run,) = read.read_runs([WorkDir(work)])
+    monkeypatch.setattr(run_data, "MOST_BYTES", len(text) // 4)
+    monkeypatch.setattr("rwkv_cluster.report.run_files.PIECE_BYTES", len(text) // 40)
+    (run,) = run_data.read_runs([WorkDir(work)])
     assert "sums are estimates" in run.missing[1]
     assert 2_000 < len(run.parts["step"]) < 3_000
     assert run.parts["step"][-1] > 9_000

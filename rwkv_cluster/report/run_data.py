@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster import runlog
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.own_file import read_own
-from rwkv_cluster.report import series
+from rwkv_cluster.report import run_files, series
 from rwkv_cluster.report.series import Columns
 from rwkv_cluster.train.checkpoint_files import CheckpointFiles, check, checkpoint_path, list_steps
 from rwkv_cluster.workdir import WorkDir
@@ -54,7 +53,7 @@ class Run:
 def read_runs(works: Sequence[WorkDir]) -> list[Run]:
     """Every run. Raises ConfigError for a directory that is none, or that is named twice."""
     for work in works:
-        if not runlog.is_work_dir(work) and not (work.logs / "metrics.jsonl").exists():
+        if not run_files.is_work_dir(work) and not (work.logs / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{work.root}: there is no run to report on: it has no logs/metrics.jsonl and no configs/config.yaml. "
                 "Name the work directory of a run"
@@ -79,7 +78,7 @@ def _read(work: WorkDir, name: str) -> Run:
     run = Run(name, work, _metrics(work, missing), {}, missing=missing)
     run.parts, run.rank_totals = _step_times(work, missing)
     run.events = _events(work, missing)
-    config, manifest = runlog.read_config(work), runlog.read_manifest(work)
+    config, manifest = run_files.read_config(work), run_files.read_manifest(work)
     run.config = config if isinstance(config, Config) else None
     run.manifest = manifest if isinstance(manifest, DataManifest) else None
     missing += [
@@ -89,7 +88,7 @@ def _read(work: WorkDir, name: str) -> Run:
     run.checkpoints = _checkpoints(work, missing)
     if run.config and run.manifest and len(run.metrics["step"]):
         last = {key: float(run.metrics[key][-1]) for key in ("step", "tokens")}
-        end = runlog.end_of_run(run.config, run.manifest, last)
+        end = run_files.end_of_run(run.config, run.manifest, last)
         run.total_steps = end.total_steps if end else None
     return run
 
@@ -146,7 +145,7 @@ def _mean(by_rank: Sequence[Columns]) -> Columns:
 
 def _events(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
     try:
-        return runlog.events(work.events)
+        return run_files.events(work.events)
     except OSError as error:
         missing.append(f"resumes and other events: {work.events}: {error.strerror}")
         return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster import lock, runlog
+from rwkv_cluster import lock
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
 from rwkv_cluster.data.preparation.publish import in_words, progress
@@ -17,7 +17,8 @@ from rwkv_cluster.errors import ConfigError, DataError, LaunchError
 from rwkv_cluster.launch import jobs
 from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.lock import Holder
-from rwkv_cluster.runlog import number
+from rwkv_cluster.report import run_files
+from rwkv_cluster.report.run_files import number
 from rwkv_cluster.train.checkpoint_files import newest_good
 from rwkv_cluster.workdir import WorkDir
 
@@ -82,26 +83,26 @@ def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
     verify: read every byte of the checkpoint and of the data. Takes seconds where the lock is held by another machine,
     whose heartbeat has to be watched.
     """
-    if not runlog.is_work_dir(work):
+    if not run_files.is_work_dir(work):
         raise ConfigError(
             f"{work.root}: there is no run: it has no configs/config.yaml, prepared data, lock or launch. "
             "Name the work directory of a run"
         )
     work.require_kinds()
     holder = lock.holder(work.lock_file)
-    config, data = runlog.read_config(work), runlog.read_manifest(work)
+    config, data = run_files.read_config(work), run_files.read_manifest(work)
     found, faults = newest_good(work.checkpoints, checksums=verify)
     faults += _data_faults(work, data, verify)
     saved = SavedState(found.path, found.step, found.n_bytes, verify) if found else None
     known = (config if isinstance(config, Config) else None, data if isinstance(data, DataManifest) else None)
     training = _training(work, *known) or (_training_saved(found.state, *known) if found else None)
     preparation = progress(work.data) if holder is not None and holder.alive else None
-    events = runlog.last_json_lines(work.events)
+    events = run_files.last_json_lines(work.events)
     event = events[-1] if events else None
     if holder is not None and not holder.alive and event is not None and event.get("kind") in ENDS:
         holder = None  # it has ended in order, by an exception, which leaves its name in the lock
     state = _state(work, holder, training, preparation)
-    events = runlog.last_json_lines(work.events)
+    events = run_files.last_json_lines(work.events)
     event = events[-1] if events else None
     return RunStatus(
         work.root, state, holder, training, saved, faults, event, known[1], preparation, _launch(work.root)
@@ -141,12 +142,12 @@ def _launch(root: Path) -> jobs.Status | str | None:
 def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -> Training | None:
     path = work.logs / "metrics.jsonl"
     needed = ("step", "loss", "tokens")
-    records = [one for one in runlog.last_json_lines(path) if all(number(one, name) is not None for name in needed)]
+    records = [one for one in run_files.last_json_lines(path) if all(number(one, name) is not None for name in needed)]
     if not records:
         return None
     last = records[-1]
-    end = runlog.end_of_run(config, data, last) if config and data else None
-    evaluated = runlog.last_with(path, "val_loss") or {}
+    end = run_files.end_of_run(config, data, last) if config and data else None
+    evaluated = run_files.last_with(path, "val_loss") or {}
     rate, with_pauses = _rate(work, records)
     tokens_left = (end.total_steps - last["step"]) * last["tokens"] / last["step"] if end else None
     return Training(
@@ -168,7 +169,7 @@ def _training_saved(state: dict[str, Any], config: Config | None, data: DataMani
     step, tokens, loss = (number(state, name) for name in ("step", "tokens_seen", "loss"))
     if step is None or tokens is None or loss is None:
         return None
-    end = runlog.end_of_run(config, data, {"step": step, "tokens": tokens}) if config and data else None
+    end = run_files.end_of_run(config, data, {"step": step, "tokens": tokens}) if config and data else None
     val_loss = number(state, "val_loss")
     return Training(
         step=int(step),
@@ -194,7 +195,7 @@ def _smoothed(values: Sequence[float]) -> float:
 
 def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, bool]:
     """Tokens per second of the last steps, and whether pauses count: they do where rank 0 has recorded its time."""
-    timed = runlog.last_json_lines(work.rank_events / "rank-0.jsonl")
+    timed = run_files.last_json_lines(work.rank_events / "rank-0.jsonl")
     seconds = [sum(value for name in one if name.endswith("_s") and (value := number(one, name))) for one in timed]
     if sum(seconds) > 0:
         return records[-1]["tokens"] / records[-1]["step"] * len(seconds) / sum(seconds), True
@@ -248,7 +249,7 @@ def _training_rows(training: Training) -> dict[str, str]:
 def _event_text(event: dict[str, Any]) -> str:
     """`stop at step 190, 2026-11-26 14:03:11 UTC: stopped by SIGTERM ...`"""
     reason = f": {event['reason']}" if "reason" in event else ""
-    return f"{event.get('kind')} at step {event.get('step')}, {runlog.moment(number(event, 'time') or 0)}{reason}"
+    return f"{event.get('kind')} at step {event.get('step')}, {run_files.moment(number(event, 'time') or 0)}{reason}"
 
 
 def _checkpoint_text(saved: SavedState | None) -> str:
