@@ -28,8 +28,8 @@ from types import FrameType
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
-from rwkv_cluster.launched import LAUNCH_VARIABLE, STATE_VARIABLE, repeated_rank, told
-from rwkv_cluster.ranks import end_with_parent
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, repeated_rank, told
+from rwkv_cluster.runtime.rank_env import end_with_parent
 
 ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
 NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order

@@ -15,11 +15,11 @@ from typing import Any
 
 from rwkv_cluster.config.launch import BATCH_TARGETS
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.heartbeat import machine, start_tick
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.submit import EXIT, JOBS, MEMBERS, PROCESS, end_here, stop_here, target_of
-from rwkv_cluster.launched import rank_log
-from rwkv_cluster.own_file import open_own, owner, read_own, require_folder
+from rwkv_cluster.runtime.exit_report import rank_log
+from rwkv_cluster.runtime.heartbeat import machine, start_tick
+from rwkv_cluster.runtime.own_file import open_own, owner, read_own, require_folder
 
 POLL_S = 0.2
 END_S = 60.0  # for a job to end that Slurm is told to end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.own_file import open_own
 
 
 class Tail:

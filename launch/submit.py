@@ -18,12 +18,12 @@ from typing import get_args
 
 from rwkv_cluster.config.launch import Target
 from rwkv_cluster.errors import Interrupted, LaunchError
-from rwkv_cluster.heartbeat import start_tick, this_process
-from rwkv_cluster.interrupt import Listener, listening
 from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.plan import PREPARE_JOB, Plan
-from rwkv_cluster.launched import rank_log
-from rwkv_cluster.own_file import WrongKindError, read_own, reason, require_folder
+from rwkv_cluster.runtime.exit_report import rank_log
+from rwkv_cluster.runtime.heartbeat import start_tick, this_process
+from rwkv_cluster.runtime.interrupt import Listener, listening
+from rwkv_cluster.runtime.own_file import WrongKindError, read_own, reason, require_folder
 from rwkv_cluster.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 

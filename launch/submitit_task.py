@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.launch.agent import ATTEMPT_VARIABLE, state_of
-from rwkv_cluster.launched import LAUNCH_VARIABLE
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission

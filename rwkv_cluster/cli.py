@@ -20,10 +20,10 @@ from typing import TextIO
 
 from rwkv_cluster.console_log import log_to_stderr, print_result
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
-from rwkv_cluster.interrupt import listening
-from rwkv_cluster.launched import log_to_agent, loses_exit_codes, tell_agent
-from rwkv_cluster.own_file import reason
-from rwkv_cluster.ranks import end_with_launcher, rank, shown
+from rwkv_cluster.runtime.exit_report import log_to_agent, loses_exit_codes, tell_agent
+from rwkv_cluster.runtime.interrupt import listening
+from rwkv_cluster.runtime.own_file import reason
+from rwkv_cluster.runtime.rank_env import end_with_launcher, rank, shown
 from rwkv_cluster.text_safety import visible
 
 VERBS: dict[str, str] = {

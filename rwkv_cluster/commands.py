@@ -20,7 +20,7 @@ from rwkv_cluster.config.recipes import FoundConfig, find_config, tokenizer_opti
 from rwkv_cluster.console_log import print_result
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 

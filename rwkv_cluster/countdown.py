@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 
 from rwkv_cluster.live_line import LiveLine, can_draw, clock_time
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.rank_env import rank
 
 log = logging.getLogger("rwkv_cluster")
 

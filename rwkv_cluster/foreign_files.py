@@ -15,7 +15,7 @@ from pathlib import Path
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.manifest import parse_manifest
 from rwkv_cluster.errors import ConfigError, RWKVClusterError
-from rwkv_cluster.own_file import read_own
+from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.workdir import WorkDir
 
 _OVERWRITTEN = (

@@ -30,8 +30,8 @@ from rwkv_cluster.data.preparation.prepare import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
 from rwkv_cluster.foreign_files import require_no_foreign_files
-from rwkv_cluster.paths import written_out
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.paths import written_out
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,

@@ -22,10 +22,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from rwkv_cluster import lock
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.own_file import WrongKindError, reason, require_folder, require_own
-from rwkv_cluster.paths import written_out
+from rwkv_cluster.runtime import lock
+from rwkv_cluster.runtime.own_file import WrongKindError, reason, require_folder, require_own
+from rwkv_cluster.runtime.paths import written_out
 
 TEMPORARY_PREFIX = ".tmp-"
 _FOLDERS = (
@@ -213,7 +213,7 @@ class WorkDir:
     def lock(self) -> Iterator[None]:
         """Hold the work directory for this process. Raises LaunchError when another run holds it.
 
-        A run that was killed, or whose machine is gone, does not hold it: see `rwkv_cluster.lock`.
+        A run that was killed, or whose machine is gone, does not hold it: see `rwkv_cluster.runtime.lock`.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)

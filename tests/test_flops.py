@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.gpus import GPUS, find_gpu, gpu_of_device
 from rwkv_cluster.model.flops import WKV_PER_STATE_ELEMENT, flops_per_token
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.runtime.gpu_specs import GPUS, find_gpu, gpu_of_device
 
 BATCH, TIME = 2, 8
 BY_PRODUCTS = {"x052": 2, "x060": 2, "x070": 4}  # of WKV_PER_STATE_ELEMENT, what the time loop does with bmm

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config, write_config
 
-from rwkv_cluster import interrupt
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import Interrupted
-from rwkv_cluster.interrupt import PRESSES, STOP_SIGNALS, Listener, listening
+from rwkv_cluster.runtime import interrupt
+from rwkv_cluster.runtime.interrupt import PRESSES, STOP_SIGNALS, Listener, listening
 
 
 def send(number: int) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_cluster import heartbeat, lock
 from rwkv_cluster.errors import LaunchError, Preempted
-from rwkv_cluster.heartbeat import TEXT_LIMIT, Watch, every, read_record, write_record
-from rwkv_cluster.lock import hold
+from rwkv_cluster.runtime import heartbeat, lock
+from rwkv_cluster.runtime.heartbeat import TEXT_LIMIT, Watch, every, read_record, write_record
+from rwkv_cluster.runtime.lock import hold
 
 THEIRS = {"host": "node-7", "machine": "another kernel", "pid": 4711, "job": "77", "claim": "x", "since": "yesterday"}
 
@@ -73,7 +73,7 @@ def test_without_flock_a_living_holder_of_this_machine_is_respected(tmp_path: Pa
 
 
 def test_a_holder_that_was_displaced_ends_at_once(tmp_path: Path) -> None:
-    code = "import sys, time, pathlib; from rwkv_cluster.lock import hold\n"
+    code = "import sys, time, pathlib; from rwkv_cluster.runtime.lock import hold\n"
     code += "with hold(pathlib.Path(sys.argv[1]), 'it'): print('held', flush=True); time.sleep(60)"
     path = tmp_path / ".lock"
     command = [sys.executable, "-c", code, str(path)]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config, write_config
 
-from rwkv_cluster import own_file
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.own_file import WrongKindError, open_own, read_own, reason, require_folder
+from rwkv_cluster.runtime import own_file
+from rwkv_cluster.runtime.own_file import WrongKindError, open_own, read_own, reason, require_folder
 from rwkv_cluster.train.checkpoint_files import newest_good
 from rwkv_cluster.workdir import _FILES, _FOLDERS, _PRIVATE_FOLDERS, WorkDir
 

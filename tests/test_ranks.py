@@ -8,9 +8,10 @@ import types
 
 import pytest
 
-from rwkv_cluster import cli, ranks
+from rwkv_cluster import cli
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.runtime import rank_env
 from rwkv_cluster.train.rank_environment import RankEnvironment
 from rwkv_cluster.train.strategy import place, require_script
 
@@ -33,17 +34,27 @@ def launch(environment: pytest.MonkeyPatch, **changes: str | None) -> None:
 
 def test_a_launched_process(environment: pytest.MonkeyPatch) -> None:
     launch(environment)
-    assert (ranks.launched(), ranks.rank(), ranks.local_rank(), ranks.launched_world_size()) == (True, 3, 1, 4)
-    assert ranks.shown() == "rank 3: "
+    assert (rank_env.launched(), rank_env.rank(), rank_env.local_rank(), rank_env.launched_world_size()) == (
+        True,
+        3,
+        1,
+        4,
+    )
+    assert rank_env.shown() == "rank 3: "
 
 
 def test_a_process_that_lightning_has_started_has_a_local_rank_only(environment: pytest.MonkeyPatch) -> None:
     launch(environment, RANK=None)
-    assert (ranks.launched(), ranks.rank(), ranks.shown()) == (True, 1, "rank 1: ")
+    assert (rank_env.launched(), rank_env.rank(), rank_env.shown()) == (True, 1, "rank 1: ")
 
 
 def test_a_plain_process(environment: pytest.MonkeyPatch) -> None:
-    assert (ranks.launched(), ranks.rank(), ranks.launched_world_size(), ranks.shown()) == (False, 0, None, "")
+    assert (rank_env.launched(), rank_env.rank(), rank_env.launched_world_size(), rank_env.shown()) == (
+        False,
+        0,
+        None,
+        "",
+    )
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"])
@@ -97,19 +108,19 @@ def test_lightning_is_told_of_the_launcher_and_nothing_else(environment: pytest.
 
 def test_the_environment_is_left_as_it_was(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("KEPT", "before")
-    with ranks.unchanged_environment():
+    with rank_env.unchanged_environment():
         os.environ.update(LAUNCHED | {"KEPT": "after"})
-    assert not ranks.launched()
+    assert not rank_env.launched()
     assert os.environ["KEPT"] == "before"
 
 
 def test_ranks_that_rank_0_starts_know_its_start_by_the_same_name(environment: pytest.MonkeyPatch) -> None:
-    with ranks.unchanged_environment():
-        ranks.start_others()
-        name = ranks.attempt()
+    with rank_env.unchanged_environment():
+        rank_env.start_others()
+        name = rank_env.attempt()
         launch(environment)  # as Lightning and DeepSpeed set them in rank 0 later on
-        ranks.start_others()
-        assert ranks.attempt() == name
+        rank_env.start_others()
+        assert rank_env.attempt() == name
 
 
 def test_a_verb_that_is_no_work_of_ranks_is_done_by_rank_0_alone(

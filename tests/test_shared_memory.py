@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_cluster import shared_memory
 from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.runtime import shared_memory
 from rwkv_cluster.train.strategy import Placement, trainer_arguments
 
 SWITCH = "NCCL_SHM_DISABLE"

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config
 
-from rwkv_cluster import cli, lock
+from rwkv_cluster import cli
 from rwkv_cluster.data.preparation.publish import temporary_folder
 from rwkv_cluster.data.preparation.tokenize import Progress
-from rwkv_cluster.heartbeat import this_process, write_record
 from rwkv_cluster.report import status
+from rwkv_cluster.runtime import lock
+from rwkv_cluster.runtime.heartbeat import this_process, write_record
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 

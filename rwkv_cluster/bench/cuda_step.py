@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_cluster.bench import results
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.gpus import gpu_of_device
+from rwkv_cluster.runtime.gpu_specs import gpu_of_device
 
 if TYPE_CHECKING:
     from rwkv_cluster.model.rwkv import RWKV

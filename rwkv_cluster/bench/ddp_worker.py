@@ -20,11 +20,11 @@ from torch import Tensor
 from rwkv_cluster.bench.ddp_memory import held
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.preparation.prepare import load_manifest
-from rwkv_cluster.ranks import end_with_launcher, rank
+from rwkv_cluster.runtime.malloc import keep_freed_memory, peak_memory_mb
+from rwkv_cluster.runtime.rank_env import end_with_launcher, rank
 from rwkv_cluster.train.ddp import SettledBuckets
 from rwkv_cluster.train.distributed import leaving_group
 from rwkv_cluster.train.loop import data_of, trainer_of
-from rwkv_cluster.train.memory import keep_freed_memory, peak_memory_mb
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.session import build_model, open_session
 from rwkv_cluster.workdir import WorkDir

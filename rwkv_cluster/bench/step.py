@@ -161,7 +161,7 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
     from rwkv_cluster.model.init import initialize
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
-    from rwkv_cluster.train.memory import keep_freed_memory
+    from rwkv_cluster.runtime.malloc import keep_freed_memory
     from rwkv_cluster.train.optimizer import build_optimizer
     from rwkv_cluster.train.precision import DTYPES
 

@@ -14,7 +14,7 @@ from rwkv_cluster.config.loader import ResolvedConfig, parse_config, resolve_con
 from rwkv_cluster.config.schema import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.own_file import require_own
+from rwkv_cluster.runtime.own_file import require_own
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
 _DECIDE_WHAT_RUNS = (

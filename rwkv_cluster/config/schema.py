@@ -382,7 +382,7 @@ class LoggingConfig(Section):
         None,
         gt=0,
         description="peak of each rank's device in 10^12 operations per second, for MFU and HFU; default: of GPUs in "
-        "rwkv_cluster/gpus.py in 16 bits, none elsewhere",
+        "rwkv_cluster/runtime/gpu_specs.py in 16 bits, none elsewhere",
     )
     profile_steps: int = Field(
         0,

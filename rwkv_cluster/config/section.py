@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.paths import written_out
+from rwkv_cluster.runtime.paths import written_out
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rwkv_cluster.errors import DataError, MissingDataError
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.workdir import sha256_file
 
 MANIFEST_NAME = "manifest.json"

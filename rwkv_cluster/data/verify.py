@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.heartbeat import machine
-from rwkv_cluster.own_file import read_own
+from rwkv_cluster.runtime.heartbeat import machine
+from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
 CACHE_NAME = "verified.json"

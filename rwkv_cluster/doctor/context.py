@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
-from rwkv_cluster.launched import LAUNCH_VARIABLE
+from rwkv_cluster.runtime import rank_env
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE
 from rwkv_cluster.workdir import WorkDir
 
 IMAGE_VARIABLE = "RWKV_CLUSTER_IMAGE"  # in a container image: the file that says what is in it
@@ -31,7 +31,7 @@ class Subject:
     @property
     def is_inside(self) -> bool:
         """Whether a launcher, an image or a Slurm job has brought this process to where ranks run."""
-        return ranks.launched() or bool({LAUNCH_VARIABLE, IMAGE_VARIABLE, "SLURM_JOB_ID"} & os.environ.keys())
+        return rank_env.launched() or bool({LAUNCH_VARIABLE, IMAGE_VARIABLE, "SLURM_JOB_ID"} & os.environ.keys())
 
     @property
     def runs_here(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor import results as rows
 from rwkv_cluster.doctor.checks import (
@@ -25,6 +24,7 @@ from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.distributed.checks import examined_together
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.errors import RWKVClusterError
+from rwkv_cluster.runtime import rank_env
 
 Check = Callable[[Subject], list[Row]]
 CHECKS: tuple[Check, ...] = (  # in the order in which faults are best mended
@@ -77,9 +77,9 @@ def examine(config: Config | None) -> Examination:
     On ranks other than 0 it is empty: rank 0 speaks for all. Raises LaunchError where a rank cannot reach rank 0.
     """
     subject = Subject(config)
-    checks = CHECKS if ranks.local_rank() == 0 else [check for check in CHECKS if check in OF_EACH_RANK]
+    checks = CHECKS if rank_env.local_rank() == 0 else [check for check in CHECKS if check in OF_EACH_RANK]
     found = [row for check in checks for row in check(subject)]
-    world_size = ranks.launched_world_size() or 1
+    world_size = rank_env.launched_world_size() or 1
     if world_size > 1 and has_torch():
         found = examined_together(found, subject, world_size)
     return Examination(found, rows.first_problem(found))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
 from rwkv_cluster.model.parameter_shapes import Shapes, by_part, count, parameter_shapes, trained
@@ -16,6 +15,7 @@ from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES, Sharding
 from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.recommend import change, needed, shardings
 from rwkv_cluster.planning.run_length import Length, learning_rates, length
+from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.room import checkpoint_bytes, weights_bytes
 from rwkv_cluster.train.vocabulary_size import with_vocabulary

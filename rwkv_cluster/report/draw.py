@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.ranks import unchanged_environment
 from rwkv_cluster.report.charts import MARKED, PART_COLORS, PART_NAMES, Chart, Curve
+from rwkv_cluster.runtime.rank_env import unchanged_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

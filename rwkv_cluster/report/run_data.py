@@ -14,9 +14,9 @@ import numpy as np
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.own_file import read_own
 from rwkv_cluster.report import run_files, series
 from rwkv_cluster.report.series import Columns
+from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.train.checkpoint_files import CheckpointFiles, check, checkpoint_path, list_steps
 from rwkv_cluster.workdir import WorkDir
 

@@ -14,7 +14,7 @@ from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import Horizon, SamplePlan, horizon, require_magic_prime
 from rwkv_cluster.errors import RWKVClusterError
-from rwkv_cluster.own_file import open_own, require_own
+from rwkv_cluster.runtime.own_file import open_own, require_own
 from rwkv_cluster.workdir import WorkDir
 
 BLOCK_BYTES = 4 << 20

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rwkv_cluster.config import Config, GuardConfig
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean
 from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.events import Events

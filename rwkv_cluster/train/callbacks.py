@@ -19,14 +19,14 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.malloc import peak_memory_mb
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train import distributed, random_state
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeGuard
 from rwkv_cluster.train.loggers import log_metrics
-from rwkv_cluster.train.memory import peak_memory_mb
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.profile import StepProfile

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.ranks import launched_world_size, rank
+from rwkv_cluster.runtime.rank_env import launched_world_size, rank
 
 log = logging.getLogger("rwkv_cluster")
 

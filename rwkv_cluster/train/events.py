@@ -30,9 +30,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import CheckpointError, Interrupted
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.own_file import open_own
 
 Kind = Literal[
     "start", "resume", "save", "export", "validation", "sample",

@@ -15,10 +15,11 @@ import torch
 from pytorch_lightning import Callback
 
 from rwkv_cluster.config import loader
-from rwkv_cluster.disk import writing
 from rwkv_cluster.errors import Interrupted, Preempted
 from rwkv_cluster.model.state_dict import expected_shapes
-from rwkv_cluster.ranks import launched, rank, unchanged_environment
+from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.malloc import keep_freed_memory
+from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
 from rwkv_cluster.train import environment
 from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
 from rwkv_cluster.train.callbacks import Bookkeeping
@@ -28,7 +29,6 @@ from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
 from rwkv_cluster.train.loggers import finishing
 from rwkv_cluster.train.loop import data_of, quiet_lightning, trainer_of
-from rwkv_cluster.train.memory import keep_freed_memory
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from rwkv_cluster.errors import Interrupted
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.text_safety import VisibleFormatter
 
 log = logging.getLogger("rwkv_cluster")

@@ -19,8 +19,8 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rwkv_cluster.config import LoggingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.own_file import read_own
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.own_file import read_own
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch import profiler
 
-from rwkv_cluster.disk import writing
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.trace import Breakdown, break_down, read_trace
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write
 

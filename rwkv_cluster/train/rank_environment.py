@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from rwkv_cluster import ranks
+from rwkv_cluster.runtime import rank_env
 
 
 class RankEnvironment(LightningEnvironment):
-    """The ranks of `rwkv_cluster.ranks`; without a launcher Lightning starts those beyond the first on this machine.
+    """The ranks of `rwkv_cluster.runtime.rank_env`; without a launcher Lightning starts those beyond the first on this machine.
 
     world_size: ranks of the run. devices: of them on each machine.
     """
@@ -25,16 +25,16 @@ class RankEnvironment(LightningEnvironment):
     @property
     def creates_processes_externally(self) -> bool:
         """Whether nothing is left to start; Lightning would also set a launcher's variables for a run of one rank."""
-        return ranks.launched() or self.world_size() == 1
+        return rank_env.launched() or self.world_size() == 1
 
     def global_rank(self) -> int:
-        return ranks.rank()
+        return rank_env.rank()
 
     def local_rank(self) -> int:
-        return ranks.local_rank()
+        return rank_env.local_rank()
 
     def node_rank(self) -> int:
-        return ranks.rank() // self._devices
+        return rank_env.rank() // self._devices
 
     def teardown(self) -> None:
         """Leaves WORLD_SIZE in the environment, where the parent removes it: a process may train again."""

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rwkv_cluster.disk import writing
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.train.records import keep_lines
 from rwkv_cluster.train.step_timer import Lap
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
-from rwkv_cluster.disk import writing
-from rwkv_cluster.own_file import open_own, read_own
+from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.own_file import open_own, read_own
 from rwkv_cluster.workdir import WorkDir, atomic_write, atomic_writer
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from rwkv_cluster.errors import CheckpointError, TrainingError
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train import checkpoint, distributed
 from rwkv_cluster.train.checkpoint import Checkpoint, checkpoint_path, list_steps
 from rwkv_cluster.train.early_stop import Improvement

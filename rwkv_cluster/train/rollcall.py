@@ -3,7 +3,7 @@
 torch's collectives say that something took too long, not who was missing, and before the process group exists they say
 nothing. Here every rank renews a record once a second: where it runs, its last finished step, what it is doing, and at
 the end how it failed. The others wait for rank 0's preparation by it, end when a rank has failed, and name who is
-silent. A record is judged by whether it changes (see `rwkv_cluster.heartbeat`), so that what an earlier run has left
+silent. A record is judged by whether it changes (see `rwkv_cluster.runtime.heartbeat`), so that what an earlier run has left
 says nothing about this one.
 """
 
@@ -21,9 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster import errors, ranks
+from rwkv_cluster import errors
 from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
-from rwkv_cluster.heartbeat import (
+from rwkv_cluster.live_line import clock_time
+from rwkv_cluster.runtime import rank_env
+from rwkv_cluster.runtime.exit_report import repeated_rank, tell_agent
+from rwkv_cluster.runtime.heartbeat import (
     BEAT_S,
     Watch,
     every,
@@ -34,8 +37,6 @@ from rwkv_cluster.heartbeat import (
     this_process,
     write_record,
 )
-from rwkv_cluster.launched import repeated_rank, tell_agent
-from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.train.distributed import is_collective_failure
 from rwkv_cluster.train.stall import Stall
 from rwkv_cluster.train.whereabouts import busy, death, name, name_and_step, silence
@@ -64,8 +65,8 @@ class RollCall:
     def __init__(
         self, work: WorkDir, world_size: int, timeout_s: float, hang_timeout_s: float, session: str = "train 1"
     ) -> None:
-        self.rank = ranks.rank()
-        self.folder = work.ranks / hashlib.sha256(ranks.attempt().encode()).hexdigest()[:12]
+        self.rank = rank_env.rank()
+        self.folder = work.ranks / hashlib.sha256(rank_env.attempt().encode()).hexdigest()[:12]
         self.timeout_s = timeout_s
         self._record: dict[str, Any] = {**this_process(), "id": uuid.uuid4().hex, "rank": self.rank, "step": None}
         self._record |= {"state": "running", "doing": "starting", "beats": 0, "session": session}
@@ -164,7 +165,7 @@ class RollCall:
 
     def _let_others_see(self) -> None:
         """Let rank 0's record change on for a while: a failure that stands still may be one of an earlier run."""
-        if self.rank != 0 or "begins" in self._record or not ranks.launched():  # else it launches the others itself
+        if self.rank != 0 or "begins" in self._record or not rank_env.launched():  # else it launches the others itself
             return
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.runtime.disk_errors import free_bytes
 
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
 _TENSOR = 300  # torch's format beside the values of a tensor: two zip headers, its name, its place in the pickle

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_cluster.disk import Refusal
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.disk_errors import Refusal
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train import checkpoint, distributed
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.room import require_room

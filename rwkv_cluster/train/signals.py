@@ -9,8 +9,8 @@ from pathlib import Path
 from pytorch_lightning import Trainer
 
 from rwkv_cluster.errors import Preempted
-from rwkv_cluster.interrupt import Listener, listening
-from rwkv_cluster.ranks import launched
+from rwkv_cluster.runtime.interrupt import Listener, listening
+from rwkv_cluster.runtime.rank_env import launched
 
 
 class StopRequest:

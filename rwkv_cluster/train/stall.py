@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.heartbeat import BEAT_S
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.heartbeat import BEAT_S
+from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.train.whereabouts import name_and_step
 
 log = logging.getLogger("rwkv_cluster")

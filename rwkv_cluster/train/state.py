@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import Checkpoint
 from rwkv_cluster.train.optimizer import named_parameters, optimizer_tensors, restore_optimizer, update_count
 

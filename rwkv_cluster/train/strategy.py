@@ -16,9 +16,9 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
-from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.runtime import rank_env, shared_memory
 from rwkv_cluster.train.distributed import join_group, leaving_group
 from rwkv_cluster.train.rank_environment import RankEnvironment
 from rwkv_cluster.train.state import Replica, TrainState
@@ -63,22 +63,22 @@ def place(training: TrainingConfig) -> Placement:
             "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"
         )
     require_deepspeed(training, accelerator)
-    world_size = ranks.launched_world_size() or training.devices
-    devices = ranks.launched_local_world_size() or min(training.devices, world_size)
+    world_size = rank_env.launched_world_size() or training.devices
+    devices = rank_env.launched_local_world_size() or min(training.devices, world_size)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(
             f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
             f"Use training.devices {torch.cuda.device_count()}"
         )
-    if world_size > 1 and ranks.launched():
-        ranks.require_meeting_point()
+    if world_size > 1 and rank_env.launched():
+        rank_env.require_meeting_point()
     return Placement(accelerator, world_size, devices, world_size // devices)
 
 
 def require_script(training: TrainingConfig) -> None:
     """Raises ConfigError where this process cannot start the other ranks: each runs its script from the beginning."""
     devices = training.devices
-    if devices == 1 or ranks.launched():
+    if devices == 1 or rank_env.launched():
         return
     if getattr(sys.modules.get("__main__"), "__file__", None) is None:
         raise ConfigError(
@@ -112,7 +112,7 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
     """
     if placement.accelerator == "cuda" and placement.devices > 1:
         told = shared_memory.let_nccl_do_without()
-        if told and ranks.local_rank() == 0:
+        if told and rank_env.local_rank() == 0:
             log.warning(told)
     arguments: dict[str, Any] = {
         "accelerator": placement.accelerator,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rwkv_cluster.heartbeat import Watch
+from rwkv_cluster.runtime.heartbeat import Watch
 
 
 def name(record: dict[str, Any]) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from rwkv_cluster import shared_memory
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.checks import deepspeed, environment, gpus, host, software, storage, tools
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, refused
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.runtime import shared_memory
 
 TWO_GPUS = "NVIDIA H100 80GB HBM3, 81559, 4, 570.86.15\nNVIDIA H100 80GB HBM3, 81559, 71000, 570.86.15"
 

@@ -17,8 +17,8 @@ from tiny_run import tiny_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.heartbeat import this_process
 from rwkv_cluster.launch import jobs
+from rwkv_cluster.runtime.heartbeat import this_process
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from rwkv_cluster.launch import submitit_task
 from rwkv_cluster.launch.submitit_task import NodeTask
-from rwkv_cluster.launched import LAUNCH_VARIABLE
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE
 
 
 @pytest.fixture

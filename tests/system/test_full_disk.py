@@ -16,9 +16,9 @@ import torch
 from system.processes import PAUSE, Job, Watched
 from tiny_run import losses, state_of, tiny_config, write_config
 
-from rwkv_cluster.disk import free_bytes
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth, save_pth
+from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.train import checkpoint
 from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.workdir import TEMPORARY_PREFIX

@@ -20,8 +20,8 @@ from tiny_run import tiny_config, write_config, write_text
 
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.errors import LaunchError, MissingDataError
-from rwkv_cluster.heartbeat import BEAT_S, every, write_record
-from rwkv_cluster.lock import TAKEOVER_S
+from rwkv_cluster.runtime.heartbeat import BEAT_S, every, write_record
+from rwkv_cluster.runtime.lock import TAKEOVER_S
 
 pytestmark = pytest.mark.system
 

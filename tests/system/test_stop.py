@@ -15,8 +15,8 @@ from pytorch_lightning import LightningModule, Trainer
 from system.processes import Job, Watched, stopped_steps, wait_until
 from tiny_run import tiny_config, write_config
 
-from rwkv_cluster import interrupt
 from rwkv_cluster.errors import Preempted
+from rwkv_cluster.runtime import interrupt
 from rwkv_cluster.train.ddp import SettledBuckets
 from rwkv_cluster.train.run import train
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rwkv_cluster.errors import TrainingError
-from rwkv_cluster.heartbeat import Watch, write_record
+from rwkv_cluster.runtime.heartbeat import Watch, write_record
 from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.workdir import WorkDir
 

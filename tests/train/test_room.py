@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_run import losses, tiny_config
 
-from rwkv_cluster.disk import Refusal, free_bytes, writing
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.runtime.disk_errors import Refusal, free_bytes, writing
 from rwkv_cluster.train import room
 from rwkv_cluster.train.checkpoint import list_steps
 from rwkv_cluster.train.run import train

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.errors import Preempted
-from rwkv_cluster.interrupt import STOP_SIGNALS
+from rwkv_cluster.runtime.interrupt import STOP_SIGNALS
 from rwkv_cluster.train.signals import StopRequest
 
 

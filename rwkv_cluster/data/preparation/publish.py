@@ -15,8 +15,8 @@ from typing import Any
 
 from rwkv_cluster.data.manifest import CACHE_NAME, MANIFEST_NAME, DataManifest
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.heartbeat import read_record
-from rwkv_cluster.own_file import open_own
+from rwkv_cluster.runtime.heartbeat import read_record
+from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 log = logging.getLogger("rwkv_cluster")

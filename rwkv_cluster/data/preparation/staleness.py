@@ -22,7 +22,7 @@ from rwkv_cluster.data.inputs.readers import array_values
 from rwkv_cluster.data.inputs.sources import STDLIB, Source, content_digest
 from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
-from rwkv_cluster.own_file import read_own
+from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
 FORMAT = 1  # raise when the same input and options give other bytes than before

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.interrupt import leave_to_parent
-from rwkv_cluster.ranks import end_with_parent
+from rwkv_cluster.runtime.interrupt import leave_to_parent
+from rwkv_cluster.runtime.rank_env import end_with_parent
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import os
 import resource
 from pathlib import Path
 
-from rwkv_cluster import ranks
-from rwkv_cluster import shared_memory as shm
 from rwkv_cluster.doctor.checks.gpus import listed
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, warning
+from rwkv_cluster.runtime import rank_env
+from rwkv_cluster.runtime import shared_memory as shm
 
 OPEN_FILES = 1024  # what Linux gives by default; each rank has sockets to others, libraries and the data's files
 LOCKED_BYTES = 64 * 2**20  # far below what an InfiniBand adapter registers
@@ -29,7 +29,7 @@ def processors(subject: Subject) -> list[Row]:
     import torch
 
     threads = (subject.config.training.num_threads if subject.config else None) or torch.get_num_threads()
-    n_ranks = ranks.launched_local_world_size() or 1
+    n_ranks = rank_env.launched_local_world_size() or 1
     room = min(total, quota)
     if threads > len(own) or threads * n_ranks > room:
         text += (

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster import ranks
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, refused, warning
 from rwkv_cluster.errors import DataError, MissingDataError, RWKVClusterError
+from rwkv_cluster.runtime import rank_env
 from rwkv_cluster.workdir import WorkDir
 
 ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
@@ -26,7 +26,7 @@ def run_needs(subject: Subject) -> list[Row]:
     config = subject.config
     if config is None:
         return []
-    is_rank_0, made = ranks.rank() == 0, _tokenizer(config)
+    is_rank_0, made = rank_env.rank() == 0, _tokenizer(config)
     rows = [made if isinstance(made, Row) else ok("tokenizer", f"{int(made.vocab_size):,} ids")]
     rows += [_asked("data", partial(_data, config))] if is_rank_0 else []
     if not subject.runs_here:
@@ -141,7 +141,7 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
 
     try:
         shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)
-        world_size = ranks.launched_world_size() or config.training.devices
+        world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
         first = room.next_bytes(shapes, item_bytes, world_size, begins=begins)

@@ -9,10 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from rwkv_cluster.disk import writing
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, problem, refused, warning
 from rwkv_cluster.errors import CheckpointError, ConfigError, LaunchError
+from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, WorkDir, atomic_write
 
 BLOCK_BYTES = 4 * 2**20

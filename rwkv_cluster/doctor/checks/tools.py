@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 
-from rwkv_cluster import ranks
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
 from rwkv_cluster.doctor.subprocesses import output_of
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.runtime import rank_env
 
 ENGINES = ("docker", "podman", "apptainer", "enroot")
 
@@ -26,7 +26,7 @@ def slurm(subject: Subject) -> list[Row]:
     submits = "" if shutil.which("sbatch") else ", without sbatch"
     pyxis = "with" if _has_pyxis() else "without"
     tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "SLURM_PROCID" in os.environ and tasks != "1" and not ranks.launched():
+    if "SLURM_PROCID" in os.environ and tasks != "1" and not rank_env.launched():
         text = f"srun started {tasks} tasks, which do not know each other: each examines its node alone"
         return [warning("Slurm", f"{version}; {text}", "Use `rwkv-cluster launch CONFIG --target sbatch --doctor`")]
     return [ok("Slurm", f"{version}{submits}, srun {pyxis} containers")]

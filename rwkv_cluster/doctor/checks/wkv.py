@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from rwkv_cluster import ranks
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.results import Row, ok, problem, warning
 from rwkv_cluster.errors import KernelError
+from rwkv_cluster.runtime import rank_env
 
 INSTEAD = "The chunked PyTorch form serves instead, more slowly"
 
@@ -64,7 +64,7 @@ def _devices() -> list[str]:
     import torch
 
     every = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    cpu = ["cpu"] if ranks.local_rank() == 0 else []
-    if not ranks.launched():
+    cpu = ["cpu"] if rank_env.local_rank() == 0 else []
+    if not rank_env.launched():
         return [*cpu, *every]
-    return [*cpu, *every[ranks.local_rank() :][:1]]
+    return [*cpu, *every[rank_env.local_rank() :][:1]]

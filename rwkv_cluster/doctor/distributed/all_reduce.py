@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 
-from rwkv_cluster import ranks, shared_memory
 from rwkv_cluster.doctor.context import Subject
 from rwkv_cluster.doctor.distributed.merge import Report, merged
 from rwkv_cluster.doctor.distributed.rank_store import Meeting
 from rwkv_cluster.doctor.results import Row, ok, problem, refused
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.runtime import rank_env, shared_memory
 
 EXCHANGE_S = 60.0  # for one exchange; the first makes the connections
 WHOLE_S = 120.0
@@ -26,7 +26,7 @@ def device_kind(subject: Subject) -> str:
     import torch
 
     wants_cpu = subject.config is not None and subject.config.training.accelerator == "cpu"
-    has_gpu = torch.cuda.is_available() and ranks.local_rank() < torch.cuda.device_count()
+    has_gpu = torch.cuda.is_available() and rank_env.local_rank() < torch.cuda.device_count()
     return "cuda" if has_gpu and not wants_cpu else "cpu"
 
 
@@ -60,7 +60,7 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a late exchange raises, and aborts no process
     if backend == "nccl":
         shared_memory.let_nccl_do_without()  # as training does; the row of shared memory tells it
-    place = torch.device(device, ranks.local_rank()) if device == "cuda" else torch.device(device)
+    place = torch.device(device, rank_env.local_rank()) if device == "cuda" else torch.device(device)
     try:
         with leaving_group():
             dist.init_process_group(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rwkv_cluster import ranks
 from rwkv_cluster.doctor.checks.host import numbers
 from rwkv_cluster.doctor.checks.storage import SKEW_S
 from rwkv_cluster.doctor.context import Subject
@@ -20,6 +19,7 @@ from rwkv_cluster.doctor.distributed.shared_folder import shared_directory
 from rwkv_cluster.doctor.results import Row, ok, problem, refused, warning
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.preflight import BadNode, installation, patience_s, require_alike
+from rwkv_cluster.runtime import rank_env
 
 
 def examined_together(own: list[Row], subject: Subject, world_size: int) -> list[Row]:
@@ -28,9 +28,9 @@ def examined_together(own: list[Row], subject: Subject, world_size: int) -> list
     own: what this rank has found. Raises LaunchError on a rank that cannot reach rank 0.
     """
     try:
-        meeting = meet(world_size, ranks.rank(), patience_s())
+        meeting = meet(world_size, rank_env.rank(), patience_s())
     except LaunchError as error:
-        if ranks.rank() != 0:
+        if rank_env.rank() != 0:
             raise
         return [*own, refused("ranks", error)]
     mine: dict[str, Any] = {

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.own_file import open_own, read_own
-from rwkv_cluster.ranks import rank
+from rwkv_cluster.runtime.own_file import open_own, read_own
+from rwkv_cluster.runtime.rank_env import rank
 
 LAUNCH_VARIABLE = "RWKV_CLUSTER_LAUNCH"  # the launch directory, where logs are
 STATE_VARIABLE = "RWKV_CLUSTER_STATE"  # a folder for each start of the job

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.errors import Interrupted, LaunchError, Preempted
-from rwkv_cluster.heartbeat import BEAT_S, Watch, every, machine, read_record, this_process, write_record
-from rwkv_cluster.own_file import WrongKindError, open_own
-from rwkv_cluster.ranks import slurm_job
+from rwkv_cluster.runtime.heartbeat import BEAT_S, Watch, every, machine, read_record, this_process, write_record
+from rwkv_cluster.runtime.own_file import WrongKindError, open_own
+from rwkv_cluster.runtime.rank_env import slurm_job
 
 TAKEOVER_S = 60.0
 GLANCE_S = 3.0

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from rwkv_cluster.errors import Interrupted
-from rwkv_cluster.ranks import launched, rank
+from rwkv_cluster.runtime.rank_env import launched, rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PRESSES = (signal.SIGTERM, signal.SIGINT)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.own_file import open_own, read_own
+from rwkv_cluster.runtime.own_file import open_own, read_own
 
 BEAT_S = 1.0
 TEXT_LIMIT = 500  # characters of a text in a record

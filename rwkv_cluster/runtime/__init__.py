@@ -1,0 +1,1 @@
+"""This process and its machine: ranks, signals, locks, heartbeats, disk errors, memory."""
