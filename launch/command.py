@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.plain_text import hidden_character
+from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
 # Before the name of a file, in an argument: the launch directory, which is known where the agent runs.
 IN_LAUNCH_FOLDER = "@launch/"

@@ -24,7 +24,7 @@ from rwkv_cluster.runtime.exit_report import rank_log
 from rwkv_cluster.runtime.heartbeat import start_tick, this_process
 from rwkv_cluster.runtime.interrupt import Listener, listening
 from rwkv_cluster.runtime.own_file import WrongKindError, read_own, reason, require_folder
-from rwkv_cluster.text_safety import visible
+from rwkv_cluster.runtime.terminal.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 JOBS, PROCESS, EXIT, MEMBERS, SUBMISSION = "jobs", "process.json", "exit", "members", "submission.pkl"

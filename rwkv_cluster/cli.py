@@ -18,13 +18,13 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
-from rwkv_cluster.console_log import log_to_stderr, print_result
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.runtime.exit_report import log_to_agent, loses_exit_codes, tell_agent
 from rwkv_cluster.runtime.interrupt import listening
 from rwkv_cluster.runtime.own_file import reason
 from rwkv_cluster.runtime.rank_env import end_with_launcher, rank, shown
-from rwkv_cluster.text_safety import visible
+from rwkv_cluster.runtime.terminal.console import log_to_stderr, print_result
+from rwkv_cluster.runtime.terminal.text_safety import visible
 
 VERBS: dict[str, str] = {
     "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",

@@ -17,11 +17,11 @@ from typing import Any
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.config.recipes import FoundConfig, find_config, tokenizer_options
-from rwkv_cluster.console_log import print_result
 from rwkv_cluster.errors import CheckpointError, ConfigError, RWKVClusterError
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.text_safety import visible
+from rwkv_cluster.runtime.terminal.console import print_result
+from rwkv_cluster.runtime.terminal.text_safety import visible
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 logger = logging.getLogger("rwkv_cluster")

@@ -22,7 +22,6 @@ from rwkv_cluster.config import (
 )
 from rwkv_cluster.config.loader import dump_json, dump_yaml, load_config
 from rwkv_cluster.config.recipes import require_built_in
-from rwkv_cluster.console_log import log_to_stderr_by_default
 from rwkv_cluster.data.converters import DataPipeline
 from rwkv_cluster.data.inputs.readers import as_array
 from rwkv_cluster.data.inputs.sources import source_at
@@ -32,6 +31,7 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, Missing
 from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.runtime.paths import written_out
 from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.runtime.terminal.console import log_to_stderr_by_default
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,

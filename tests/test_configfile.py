@@ -28,7 +28,7 @@ from rwkv_cluster.config.loader import (
 )
 from rwkv_cluster.config.yaml_reader import MAX_BYTES, parse_scalar
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.plain_text import hidden_character
+from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
 

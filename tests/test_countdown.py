@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config, write_config
 
-from rwkv_cluster import cli, countdown
-from rwkv_cluster.countdown import Countdown, bytes_left
-from rwkv_cluster.live_line import clock_time
+from rwkv_cluster import cli
+from rwkv_cluster.runtime.terminal import time_left
+from rwkv_cluster.runtime.terminal.live_line import clock_time
+from rwkv_cluster.runtime.terminal.time_left import Countdown, bytes_left
 from rwkv_cluster.train.run import train
 
 
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(countdown, "FIRST_S", -1.0)
-    monkeypatch.setattr(countdown, "EVERY_S", -1.0)
+    monkeypatch.setattr(time_left, "FIRST_S", -1.0)
+    monkeypatch.setattr(time_left, "EVERY_S", -1.0)
 
 
 def test_hours_minutes_and_seconds() -> None:

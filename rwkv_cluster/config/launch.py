@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rwkv_cluster.config.section import Section, path_text
-from rwkv_cluster.plain_text import hidden_character
+from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
 Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
 BATCH_TARGETS = ("slurm", "sbatch")

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.heartbeat import machine
 from rwkv_cluster.runtime.own_file import read_own
+from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.workdir import atomic_write
 
 CACHE_NAME = "verified.json"

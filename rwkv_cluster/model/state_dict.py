@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initial_value
 from rwkv_cluster.model.recognise import archive_fault, content_fault, names_fault, require_weights_file
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
+from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.workdir import atomic_writer
 
 WRAPPER_PREFIXES = ("_forward_module.", "model.", "module.")

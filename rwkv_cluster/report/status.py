@@ -14,11 +14,11 @@ from rwkv_cluster.data.preparation.publish import in_words, progress
 from rwkv_cluster.data.verify import check_every_byte
 from rwkv_cluster.errors import ConfigError, DataError, LaunchError
 from rwkv_cluster.launch import jobs
-from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.report import run_files
 from rwkv_cluster.report.run_files import number
 from rwkv_cluster.runtime import lock
 from rwkv_cluster.runtime.lock import Holder
+from rwkv_cluster.runtime.terminal.live_line import clock_time
 from rwkv_cluster.train.checkpoint_files import newest_good
 from rwkv_cluster.workdir import WorkDir
 

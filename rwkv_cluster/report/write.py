@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.report import charts, draw, page
 from rwkv_cluster.report.run_data import Run, read_runs
+from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.own_file import read_own, require_own
+from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.workdir import sha256_file
 
 FORMAT = 1

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
+from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.token_bytes import token_bytes
 from rwkv_cluster.train import distributed
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_cluster.errors import Interrupted
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.text_safety import VisibleFormatter
+from rwkv_cluster.runtime.terminal.text_safety import VisibleFormatter
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -12,7 +12,7 @@ import logging
 import time
 
 from rwkv_cluster.config import LoggingConfig
-from rwkv_cluster.live_line import LiveLine, can_draw, clock_time
+from rwkv_cluster.runtime.terminal.live_line import LiveLine, can_draw, clock_time
 from rwkv_cluster.train.records import StepRecord
 
 interval_log = logging.getLogger("rwkv_cluster.progress")

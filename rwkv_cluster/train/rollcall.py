@@ -23,7 +23,6 @@ from typing import Any
 
 from rwkv_cluster import errors
 from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
-from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.runtime import rank_env
 from rwkv_cluster.runtime.exit_report import repeated_rank, tell_agent
 from rwkv_cluster.runtime.heartbeat import (
@@ -37,6 +36,7 @@ from rwkv_cluster.runtime.heartbeat import (
     this_process,
     write_record,
 )
+from rwkv_cluster.runtime.terminal.live_line import clock_time
 from rwkv_cluster.train.distributed import is_collective_failure
 from rwkv_cluster.train.stall import Stall
 from rwkv_cluster.train.whereabouts import busy, death, name, name_and_step, silence

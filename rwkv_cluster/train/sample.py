@@ -14,13 +14,13 @@ import torch
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
-from rwkv_cluster.countdown import Countdown
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run

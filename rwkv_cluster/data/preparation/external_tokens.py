@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_cluster.countdown import bytes_left
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.manifest import FileRecord
 from rwkv_cluster.errors import DataError
+from rwkv_cluster.runtime.terminal.time_left import bytes_left
 
 _BLOCK_TOKENS = 1 << 20
 

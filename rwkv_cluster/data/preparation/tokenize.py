@@ -23,8 +23,8 @@ from rwkv_cluster.data.preparation.publish import PROGRESS_NAME
 from rwkv_cluster.data.preparation.staleness import new_array_digest
 from rwkv_cluster.data.preparation.token_store import Spool
 from rwkv_cluster.data.preparation.workers import Inline, available_cores, ordered_map
-from rwkv_cluster.live_line import clock_time
 from rwkv_cluster.runtime.heartbeat import write_record
+from rwkv_cluster.runtime.terminal.live_line import clock_time
 
 log = logging.getLogger("rwkv_cluster")
 

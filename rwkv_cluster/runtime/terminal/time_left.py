@@ -9,8 +9,8 @@ import logging
 import time
 from types import TracebackType
 
-from rwkv_cluster.live_line import LiveLine, can_draw, clock_time
 from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.runtime.terminal.live_line import LiveLine, can_draw, clock_time
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rwkv_cluster.errors import RWKVClusterError
-from rwkv_cluster.text_safety import VisibleFormatter
+from rwkv_cluster.runtime.terminal.text_safety import VisibleFormatter
 
 _LOGGER = logging.getLogger("rwkv_cluster")
 
