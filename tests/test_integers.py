@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_fixtures import compiled_library, implementation
 
-from rwkv_cluster import integers
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.tokenizer import AngleTokenizer, IntegerTokenizer, TokenizationError
+from rwkv_cluster.tokenizer import integer as integers
 
 
 def test_documented_examples(implementation):

@@ -83,7 +83,7 @@ def test_one_wheel_serves_every_python(wheel: Path) -> None:
 def test_it_imports_from_another_directory(installed: Path) -> None:
     script = (
         "import importlib.util, sys, rwkv_cluster\n"
-        "from rwkv_cluster.greedy import library\n"
+        "from rwkv_cluster.tokenizer.trie_matcher import library\n"
         "import rwkv_cluster.kernels.ops, rwkv_cluster.launch.command\n"
         "print(rwkv_cluster.__file__, rwkv_cluster.kernels.ops.__file__, library() is not None)\n"
         "print([name for name in ('kernels', 'launch', 'configs', 'tests') if importlib.util.find_spec(name)])\n"

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_fixtures import compile_library, compiled_library, implementation, world_file
 
-from rwkv_cluster import greedy
 from rwkv_cluster.config import TokenizerConfig
 from rwkv_cluster.errors import ConfigError, MissingDataError
 from rwkv_cluster.tokenizer import (
@@ -35,6 +34,7 @@ from rwkv_cluster.tokenizer import (
     encode_to_array,
     save_vocab,
     tokenizer_identity,
+    trie_matcher,
 )
 
 WORLD_VECTORS = [
@@ -58,7 +58,7 @@ def generic(tmp_path: Path, tokens: list[str | bytes]) -> GenericTokenizer:
 
 
 def matchers(tokens: dict[int, bytes]):
-    return greedy.NativeMatcher(tokens, compiled_library()), greedy.PythonMatcher(tokens)
+    return trie_matcher.NativeMatcher(tokens, compiled_library()), trie_matcher.PythonMatcher(tokens)
 
 
 def longest_match(tokens: dict[int, bytes], data: bytes) -> tuple[list[int], int]:
@@ -221,19 +221,19 @@ def test_print_tokens(tmp_path: Path, capsys):
 
 
 def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch, caplog):
-    library = tmp_path / greedy.LIBRARY
+    library = tmp_path / trie_matcher.LIBRARY
     compile_library(library)
-    monkeypatch.setattr(greedy, "__file__", str(tmp_path / "greedy.py"))
-    assert greedy.library.__wrapped__() is not None
-    monkeypatch.setattr(greedy, "VERSION", -1)
-    assert greedy.library.__wrapped__() is None
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
+    assert trie_matcher.library.__wrapped__() is not None
+    monkeypatch.setattr(trie_matcher, "VERSION", -1)
+    assert trie_matcher.library.__wrapped__() is None
     assert f"{library} belongs to another version" in caplog.text
 
 
 def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch, caplog):
-    (tmp_path / greedy.LIBRARY).write_bytes(b"\x7fELF not really")
-    monkeypatch.setattr(greedy, "__file__", str(tmp_path / "greedy.py"))
-    assert greedy.library.__wrapped__() is None
+    (tmp_path / trie_matcher.LIBRARY).write_bytes(b"\x7fELF not really")
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
+    assert trie_matcher.library.__wrapped__() is None
     assert "no native tokenizer" in caplog.text
 
 
@@ -399,7 +399,7 @@ def test_build_tokenizer(tmp_path: Path, monkeypatch):
         ("subprocess:Popen", "has no encode and no decode"),
         ("os:environ", "which is a _Environ and no class"),
         (".relative:Tokenizer", "cannot be imported: TypeError"),
-        ("rwkv_cluster.base_tokenizer:BaseTokenizer", "cannot be made without an argument: TypeError"),
+        ("rwkv_cluster.tokenizer.base:BaseTokenizer", "cannot be made without an argument: TypeError"),
     ],
 )
 def test_a_users_class_that_cannot_be_had_is_a_configuration_error(reference: str, message: str):
@@ -438,7 +438,7 @@ def test_a_class_that_fails_or_sets_its_vocab_size_itself(monkeypatch):
 
 
 def test_the_fallback_says_so(tmp_path: Path, monkeypatch, caplog):
-    monkeypatch.setattr(greedy, "__file__", str(tmp_path / "greedy.py"))
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
     with caplog.at_level("WARNING", "rwkv_cluster"):
-        assert greedy.library.__wrapped__() is None
+        assert trie_matcher.library.__wrapped__() is None
     assert "no native tokenizer: it was not built" in caplog.text

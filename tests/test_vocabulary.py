@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizer_fixtures import world_file
 
 from rwkv_cluster.errors import DataError, MissingDataError
-from rwkv_cluster.vocabulary import (
+from rwkv_cluster.tokenizer.vocabulary import (
     MAX_TOKEN_BYTES,
     MAX_TOKEN_ID,
     VocabularyError,

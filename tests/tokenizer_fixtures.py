@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_cluster import greedy, integers
+from rwkv_cluster.tokenizer import integer, trie_matcher
 
 
 def compile_library(target: Path) -> None:
@@ -22,7 +22,7 @@ def compile_library(target: Path) -> None:
     if compiler is None:
         pytest.skip("no C compiler")
     flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    source = Path(greedy.__file__).with_name("greedy.c")
+    source = Path(trie_matcher.__file__).with_name("greedy.c")
     subprocess.run([compiler, *flags, "-o", str(target), str(source)], check=True)
 
 
@@ -31,7 +31,7 @@ def compiled_library() -> ctypes.CDLL:
     """The library of greedy.c; it stays loaded when its file is gone."""
     with tempfile.TemporaryDirectory() as folder:
         compile_library(Path(folder) / "greedy.so")
-        library = greedy.load_library(Path(folder) / "greedy.so")
+        library = trie_matcher.load_library(Path(folder) / "greedy.so")
     assert library is not None, "greedy.c and greedy.py disagree about VERSION"
     return library
 
@@ -40,7 +40,7 @@ def compiled_library() -> ctypes.CDLL:
 def implementation(request, monkeypatch):
     """Runs a test once with the C library and once as on a machine without a compiler."""
     library = compiled_library() if request.param == "native" else None
-    for module in (greedy, integers):
+    for module in (trie_matcher, integer):
         monkeypatch.setattr(module, "library", lambda: library)
     return request.param
 

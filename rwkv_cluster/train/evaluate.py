@@ -20,7 +20,7 @@ from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.runtime.terminal.time_left import Countdown
-from rwkv_cluster.token_bytes import token_bytes
+from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train import distributed
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.train.weights import load_model

@@ -17,8 +17,8 @@ from rwkv_cluster import cli
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.errors import ConfigError, Preempted, TrainingError
-from rwkv_cluster.token_bytes import token_bytes
 from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer
+from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint import list_steps
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.train.early_stop import Improvement

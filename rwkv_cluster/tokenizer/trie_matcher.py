@@ -1,7 +1,7 @@
 """Greedy longest match: in C when `greedy.c` was compiled at installation, otherwise in Python, same ids.
 
 Both forms take bytes and return token ids, or the position of the first byte that no token fits; wording the
-error is the caller's part. The library also parses integers, for `rwkv_cluster.integers`.
+error is the caller's part. The library also parses integers, for `rwkv_cluster.tokenizer.integer`.
 """
 
 from __future__ import annotations

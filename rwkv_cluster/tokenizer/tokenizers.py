@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.base_tokenizer import BaseTokenizer, class_name, identity_of, utf8, write_tokens
 from rwkv_cluster.config import TokenizerConfig
 from rwkv_cluster.errors import ConfigError, RWKVClusterError
-from rwkv_cluster.greedy import build_matcher, id_dtype
-from rwkv_cluster.integers import AngleTokenizer, IntegerTokenizer
-from rwkv_cluster.vocabulary import (
+from rwkv_cluster.tokenizer.base import BaseTokenizer, class_name, identity_of, utf8, write_tokens
+from rwkv_cluster.tokenizer.integer import AngleTokenizer, IntegerTokenizer
+from rwkv_cluster.tokenizer.trie_matcher import build_matcher, id_dtype
+from rwkv_cluster.tokenizer.vocabulary import (
     TokenizationError,
     VocabularyError,
     create_vocab_file_from_tokens,

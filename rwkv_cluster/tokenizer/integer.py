@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.base_tokenizer import BaseTokenizer, identity_of, utf8, write_tokens
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.greedy import Encoded, IdType, address_of, id_dtype, library
-from rwkv_cluster.vocabulary import (
+from rwkv_cluster.tokenizer.base import BaseTokenizer, identity_of, utf8, write_tokens
+from rwkv_cluster.tokenizer.trie_matcher import Encoded, IdType, address_of, id_dtype, library
+from rwkv_cluster.tokenizer.vocabulary import (
     MAX_TOKEN_ID,
     TokenizationError,
     VocabularyError,

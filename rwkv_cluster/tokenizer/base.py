@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.vocabulary import TokenizationError
+from rwkv_cluster.tokenizer.vocabulary import TokenizationError
 from rwkv_cluster.workdir import atomic_write
 
 
