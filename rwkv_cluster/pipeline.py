@@ -28,7 +28,6 @@ from rwkv_cluster.data.inputs.sources import source_at
 from rwkv_cluster.data.preparation.prepare import DataManifest, load_manifest
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, MissingDataError
-from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.runtime.paths import written_out
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.console import log_to_stderr_by_default
@@ -40,6 +39,7 @@ from rwkv_cluster.tokenizer import (
     describe_tokenizer,
     tokenizer_identity,
 )
+from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster import RWKVTrainingPipeline
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.foreign_files import _OVERWRITTEN, _TOKEN_FILES, require_no_foreign_files
+from rwkv_cluster.train.foreign_files import _OVERWRITTEN, _TOKEN_FILES, require_no_foreign_files
 from rwkv_cluster.workdir import WorkDir
 
 NAMES = [*(name.replace("[0-9]*", "0") for name in _OVERWRITTEN), *_TOKEN_FILES]

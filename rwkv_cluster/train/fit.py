@@ -28,7 +28,6 @@ from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
 from rwkv_cluster.train.loggers import finishing
-from rwkv_cluster.train.loop import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
@@ -39,6 +38,7 @@ from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import leaving
+from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 

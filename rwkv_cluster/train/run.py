@@ -23,13 +23,13 @@ from rwkv_cluster.data.preparation.prepare import (
 )
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
-from rwkv_cluster.foreign_files import require_no_foreign_files
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.rank_env import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
 from rwkv_cluster.train.attendance import Attendance
 from rwkv_cluster.train.fit import TrainResult, fit
+from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.log_file import log_file
 from rwkv_cluster.train.loggers import require_packages
 from rwkv_cluster.train.precision import DTYPES
