@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train.callbacks import Bookkeeping, EpochMean
+from rwkv_cluster.train.callbacks.after_step import Bookkeeping, EpochMean
 from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import SpikeGuard

@@ -22,14 +22,14 @@ from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
 from rwkv_cluster.train import environment
 from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
-from rwkv_cluster.train.callbacks import Bookkeeping
-from rwkv_cluster.train.ddp import OrderlyEnd, SettledBuckets
+from rwkv_cluster.train.callbacks.after_step import Bookkeeping
+from rwkv_cluster.train.callbacks.ddp_fixes import OrderlyEnd, SettledBuckets
+from rwkv_cluster.train.callbacks.network_check import NetworkCheck
 from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
 from rwkv_cluster.train.loggers import finishing
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.network import NetworkCheck
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.room import Shapes, next_bytes, require_room

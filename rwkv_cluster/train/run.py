@@ -27,7 +27,7 @@ from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.rank_env import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train import checkpoint, distributed, resume
-from rwkv_cluster.train.attendance import Attendance
+from rwkv_cluster.train.callbacks.rank_status import Attendance
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.log_file import log_file

@@ -17,7 +17,7 @@ from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.runtime import interrupt
-from rwkv_cluster.train.ddp import SettledBuckets
+from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
 from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.system

@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_cluster.train.ddp import SettledBuckets
+from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
 
 
 def test_the_pass_that_is_thrown_away_compiles_nothing_and_leaves_no_gradient(tmp_path: Path) -> None:

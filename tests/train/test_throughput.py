@@ -79,8 +79,8 @@ def test_pauses_do_not_lower_the_throughput(tmp_path: Path, monkeypatch: pytest.
         return slower
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + skipped[0])
-    monkeypatch.setattr("rwkv_cluster.train.callbacks.evaluate", slow(evaluation.evaluate))
-    monkeypatch.setattr("rwkv_cluster.train.callbacks.save_pth", slow(lambda *args: None))
+    monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.evaluate", slow(evaluation.evaluate))
+    monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.save_pth", slow(lambda *args: None))
     monkeypatch.setattr(Saver, "begin", slow(Saver.begin))
     monkeypatch.setattr("rwkv_cluster.train.fit.sample_text", lambda *args: None)
     training = {"val_interval_steps": 2, "samples_per_epoch": 8}

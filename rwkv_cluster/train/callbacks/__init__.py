@@ -1,0 +1,1 @@
+"""Lightning callbacks. after_step.py says what happens after each optimizer step, in order."""
