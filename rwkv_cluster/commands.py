@@ -335,7 +335,7 @@ def evaluate(config: Config, weights: Path | None) -> Report:
 def consolidate(config: Config, step: int | None) -> Report:
     """One weights file, in the training precision, of a checkpoint."""
     with _importing():
-        from rwkv_cluster.train import weights
+        from rwkv_cluster.train.checkpoint import weights
         from rwkv_cluster.train.precision import DTYPES
 
     path = weights.consolidate(WorkDir(config.work_dir), step=step, dtype=DTYPES[config.training.precision])

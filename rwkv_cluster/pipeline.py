@@ -309,7 +309,7 @@ class RWKVTrainingPipeline:
         default training_config's bounds, or one. continue_training: refuse to start from the beginning.
         random_seed: of the initial weights; -1: training_config's.
         """
-        from rwkv_cluster.train.checkpoint import list_steps
+        from rwkv_cluster.train.checkpoint.save_load import list_steps
         from rwkv_cluster.train.run import train
 
         if data is not None:
@@ -375,7 +375,7 @@ class RWKVTrainingPipeline:
         return trained[-1] if trained else None
 
     def _prepare(self, arrays: Sequence[np.ndarray], inputs: Sequence[str], data_name: str) -> dict[str, Any]:
-        from rwkv_cluster.train.checkpoint import list_steps
+        from rwkv_cluster.train.checkpoint.save_load import list_steps
         from rwkv_cluster.train.run import prepare_data
 
         self.data_config = _changed(self.data_config, inputs=list(inputs))

@@ -15,7 +15,7 @@ from rwkv_cluster.cli import main
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import own_file
 from rwkv_cluster.runtime.own_file import WrongKindError, open_own, read_own, reason, require_folder
-from rwkv_cluster.train.checkpoint_files import newest_good
+from rwkv_cluster.train.checkpoint.files import newest_good
 from rwkv_cluster.workdir import _FILES, _FOLDERS, _PRIVATE_FOLDERS, WorkDir
 
 

@@ -17,7 +17,7 @@ from rwkv_cluster.planning.recommend import change, needed, shardings
 from rwkv_cluster.planning.run_length import Length, learning_rates, length
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train.room import checkpoint_bytes, weights_bytes
+from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes, weights_bytes
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 

@@ -17,7 +17,7 @@ from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.report import run_files, series
 from rwkv_cluster.report.series import Columns
 from rwkv_cluster.runtime.own_file import read_own
-from rwkv_cluster.train.checkpoint_files import CheckpointFiles, check, checkpoint_path, list_steps
+from rwkv_cluster.train.checkpoint.files import CheckpointFiles, check, checkpoint_path, list_steps
 from rwkv_cluster.workdir import WorkDir
 
 MOST_RANKS = 16  # whose step times are read: the files of a large run would take minutes

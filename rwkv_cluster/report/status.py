@@ -19,7 +19,7 @@ from rwkv_cluster.report.run_files import number
 from rwkv_cluster.runtime import lock
 from rwkv_cluster.runtime.lock import Holder
 from rwkv_cluster.runtime.terminal.live_line import clock_time
-from rwkv_cluster.train.checkpoint_files import newest_good
+from rwkv_cluster.train.checkpoint.files import newest_good
 from rwkv_cluster.workdir import WorkDir
 
 RATE_STEPS = 100  # of which the speed is the median

@@ -8,6 +8,8 @@ from typing import Any
 from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.callbacks.after_step import Bookkeeping, EpochMean
+from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.disk_space import Shapes, checkpoint_bytes
 from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import SpikeGuard
@@ -15,9 +17,7 @@ from rwkv_cluster.train.profile import StepProfile
 from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
 from rwkv_cluster.train.records import Records, StepRecord
-from rwkv_cluster.train.room import Shapes, checkpoint_bytes
 from rwkv_cluster.train.sample import Sampler
-from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.session import Session
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer

@@ -22,8 +22,8 @@ from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
-from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")

@@ -25,6 +25,8 @@ from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
 from rwkv_cluster.train.callbacks.after_step import Bookkeeping
 from rwkv_cluster.train.callbacks.ddp_fixes import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.callbacks.network_check import NetworkCheck
+from rwkv_cluster.train.checkpoint.disk_space import Shapes, next_bytes, require_room
+from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed import fault_point
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
@@ -32,14 +34,12 @@ from rwkv_cluster.train.loggers import finishing
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.rollback import rewound
-from rwkv_cluster.train.room import Shapes, next_bytes, require_room
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import leaving
 from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of
-from rwkv_cluster.train.weights import load_model
 from rwkv_cluster.workdir import atomic_write
 
 log = logging.getLogger("rwkv_cluster")

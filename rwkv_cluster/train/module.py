@@ -17,7 +17,7 @@ from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train import distributed, strategy
-from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate

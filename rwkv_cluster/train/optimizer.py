@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train.pieces import Pieces
+from rwkv_cluster.train.checkpoint.shards import Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

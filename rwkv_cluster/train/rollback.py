@@ -11,8 +11,9 @@ import torch
 
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import checkpoint, distributed
-from rwkv_cluster.train.checkpoint import Checkpoint, checkpoint_path, list_steps
+from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint import save_load
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeMemory
@@ -33,7 +34,7 @@ def rewound(session: Session, spike: Spike, events: Events) -> Session:
         step, first_skipped = distributed.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
         if rank() == 0:
             _forget_after(session, step or 0)
-        found = checkpoint.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None
+        found = save_load.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None
     state = found.state if found else {}
     spikes = replace(SpikeMemory.of(state), rollbacks=session.spikes.rollbacks + 1)
     plan = session.plan.without(first_skipped, spike.last_step)
@@ -83,7 +84,7 @@ def _choose(session: Session, spike: Spike) -> tuple[int | None, int]:
 def _first_whole(session: Session, steps: Iterable[int]) -> Checkpoint | None:
     for step in steps:
         try:
-            return checkpoint.verify(checkpoint_path(session.work.checkpoints, step))
+            return save_load.verify(checkpoint_path(session.work.checkpoints, step))
         except CheckpointError as error:
             log.warning("damaged checkpoint passed over: %s", error)
     return None
@@ -93,7 +94,7 @@ def _forget_after(session: Session, step: int) -> None:
     """Newer checkpoints would be continued in place of the one that was chosen."""
     for later in list_steps(session.work.checkpoints):
         if later > step:
-            checkpoint.remove(checkpoint_path(session.work.checkpoints, later))
+            save_load.remove(checkpoint_path(session.work.checkpoints, later))
 
 
 def _release_memory() -> None:

@@ -26,8 +26,9 @@ from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RW
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.rank_env import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train import checkpoint, distributed, resume
+from rwkv_cluster.train import distributed
 from rwkv_cluster.train.callbacks.rank_status import Attendance
+from rwkv_cluster.train.checkpoint import resume, save_load
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.log_file import log_file
@@ -167,14 +168,14 @@ def _session_of_rank_0(config: Config, work: WorkDir, roll_call: RollCall) -> Se
         return work.final_weights.exists() and open_session(config, work, load_manifest(work.data)).is_complete
 
     what = "the preparation of the data"
-    is_there = _once_each(lambda: checkpoint.list_steps(work.checkpoints), is_complete)
+    is_there = _once_each(lambda: save_load.list_steps(work.checkpoints), is_complete)
     begins = roll_call.wait_for_rank_0("begins", what=what, is_there=is_there)
     if begins is None:
         return open_session(config, work, load_manifest(work.data))
     manifest, step = _manifest_seen_here(work, begins["data"]), begins["step"]
 
     def look() -> bool | None:
-        return step == 0 or step in checkpoint.list_steps(work.checkpoints) or None
+        return step == 0 or step in save_load.list_steps(work.checkpoints) or None
 
     what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
     distributed.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
@@ -237,7 +238,7 @@ def _prepared(
         return _without_inputs(config, work, tokenizer, name, error)
     fingerprint = None
     if change is not None:  # otherwise no checkpoint has to be read and hashed for this
-        found = checkpoint.newest_verified(work.checkpoints)
+        found = save_load.newest_verified(work.checkpoints)
         if _is_prepared(work):
             resume.require_unchanged_data(found, change)
         elif found is not None:

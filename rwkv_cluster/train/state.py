@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.optimizer import named_parameters, optimizer_tensors, restore_optimizer, update_count
 
 Files = dict[str, Mapping[str, Tensor]]

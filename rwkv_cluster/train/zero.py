@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train import distributed
-from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint
+from rwkv_cluster.train.checkpoint.shards import piece_name
 from rwkv_cluster.train.optimizer import MOMENTS
-from rwkv_cluster.train.pieces import piece_name
 from rwkv_cluster.train.state import Files
 
 MASTER = "master"

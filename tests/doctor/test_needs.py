@@ -18,7 +18,7 @@ from rwkv_cluster.doctor.results import first_problem
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.tokenizer import ByteTokenizer
-from rwkv_cluster.train import room
+from rwkv_cluster.train.checkpoint import disk_space
 from rwkv_cluster.workdir import WorkDir
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -104,7 +104,7 @@ def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeyp
     table = capsys.readouterr().out
     assert "warning  room" in table
     assert "later checkpoints will not fit" in table
-    monkeypatch.setattr(room, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 1000)
     assert main(["doctor", str(config)]) == 4
     assert "there is no room for the next checkpoint and the weights beside it: it needs" in capsys.readouterr().err
 

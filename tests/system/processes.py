@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tiny_run import fingerprint
 
-from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, verify
+from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.workdir import WorkDir
 

@@ -14,7 +14,7 @@ import pytest
 from system.processes import Job, Watched, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
-from rwkv_cluster.train import checkpoint
+from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.events import read_events
 
 pytestmark = pytest.mark.system
@@ -36,16 +36,16 @@ def _kinds(run: Watched) -> list[str]:
 
 def _with_state(path: Path, **changes: Any) -> None:
     """Change what a checkpoint's state.json says."""
-    found = checkpoint.verify(path)
+    found = save_load.verify(path)
     entries = json.loads((path / "manifest.json").read_text().rpartition("}")[0] + "}")["files"]
     copy = path.with_name("copy")
     shutil.copytree(path, copy)
     files = {name: entry for name, entry in entries.items() if name != "state.json"}
-    checkpoint.commit(copy, path, found.step, state=found.state | changes, files=files)
+    save_load.commit(copy, path, found.step, state=found.state | changes, files=files)
 
 
 def _final_tensors(run: Watched) -> dict[str, bytes]:
-    path = checkpoint.checkpoint_path(run.work.checkpoints, run.newest_checkpoint())
+    path = save_load.checkpoint_path(run.work.checkpoints, run.newest_checkpoint())
     return {file.name: file.read_bytes() for file in (*path.glob("*.pth"), run.work.final_weights)}
 
 
@@ -74,11 +74,11 @@ def test_killed_after_a_rollback_it_ends_as_if_it_had_never_had_the_samples(
 
     shutil.copytree(run.folder, tmp_path / "never had them")
     other = Watched(tmp_path / "never had them")
-    newest = checkpoint.checkpoint_path(other.work.checkpoints, 8)
+    newest = save_load.checkpoint_path(other.work.checkpoints, 8)
     assert run.newest_checkpoint() == 8
     text = (other.folder / "run.yaml").read_text().replace(str(run.folder), str(other.folder))
     (other.folder / "run.yaml").write_text(text)
-    state = checkpoint.verify(newest).state
+    state = save_load.verify(newest).state
     _with_state(newest, skipped=[[11, 16]], spikes=state["spikes"] | {"rollbacks": 1})
 
     again = start(run.folder, ranks=ranks, fault=SPIKE)

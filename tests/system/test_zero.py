@@ -15,7 +15,7 @@ from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.model.state_dict import load_pth
-from rwkv_cluster.train.checkpoint import checkpoint_path, list_steps, verify
+from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
 
 pytestmark = pytest.mark.system
 

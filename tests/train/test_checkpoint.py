@@ -21,17 +21,17 @@ import torch
 from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train import checkpoint, random_state
-from rwkv_cluster.train.checkpoint_files import UnfinishedStep
+from rwkv_cluster.train.checkpoint import rng_state, save_load
+from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.files import UnfinishedStep
 from rwkv_cluster.train.records import COLUMNS
-from rwkv_cluster.train.saving import Saver
 
 
 def _save(directory: Path, step: int, value: float = 1.0) -> Path:
     weights = {"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)}
     files = {"weights.pth": weights, "optimizer.pth": {"exp_avg/emb.weight": torch.full((3, 4), value)}}
     Saver(directory, keep_last=100, background=False, n_bytes=0).save(step, files, state_of(step))
-    return checkpoint.checkpoint_path(directory, step)
+    return save_load.checkpoint_path(directory, step)
 
 
 @pytest.fixture
@@ -42,22 +42,22 @@ def directory(tmp_path: Path) -> Path:
 
 def test_round_trip(directory: Path) -> None:
     _save(directory, 7, 0.1)
-    found = checkpoint.newest_verified(directory)
+    found = save_load.newest_verified(directory)
     assert (found.step, found.state) == (7, state_of(7))
     assert torch.equal(found.weights()["emb.weight"], torch.full((3, 4), 0.1))
     assert torch.equal(found.optimizer()["exp_avg/emb.weight"], torch.full((3, 4), 0.1))
 
 
 def test_no_checkpoint_is_none(directory: Path, tmp_path: Path) -> None:
-    assert checkpoint.newest_verified(directory) is None
-    assert checkpoint.newest_verified(tmp_path / "absent") is None
+    assert save_load.newest_verified(directory) is None
+    assert save_load.newest_verified(tmp_path / "absent") is None
 
 
 def test_newest_is_by_number_not_by_name_or_time(directory: Path) -> None:
     for step in (999_999_99, 10, 9, 100_000_000):
         _save(directory, step)
-    assert checkpoint.list_steps(directory) == [9, 10, 99_999_999, 100_000_000]
-    assert checkpoint.newest_verified(directory).step == 100_000_000
+    assert save_load.list_steps(directory) == [9, 10, 99_999_999, 100_000_000]
+    assert save_load.newest_verified(directory).step == 100_000_000
 
 
 def test_every_truncation_is_found_and_the_previous_is_used(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,13 +68,13 @@ def test_every_truncation_is_found_and_the_previous_is_used(directory: Path, cap
         for cut in {len(whole) * part // 20 for part in range(20)}:
             file.write_bytes(whole[:cut])
             caplog.clear()
-            assert checkpoint.newest_verified(directory).step == 1
+            assert save_load.newest_verified(directory).step == 1
             assert file.name in caplog.text
             assert "Step 1 is used instead" in caplog.text
             if file.name != "manifest.json":
                 assert f"{cut} bytes, expected {len(whole)}" in caplog.text
         file.write_bytes(whole)
-    assert checkpoint.newest_verified(directory).step == 2
+    assert save_load.newest_verified(directory).step == 2
 
 
 def test_300_of_300_flipped_bits_are_found(directory: Path) -> None:
@@ -88,9 +88,9 @@ def test_300_of_300_flipped_bits_are_found(directory: Path) -> None:
         altered[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         file.write_bytes(altered)
         with pytest.raises(CheckpointError, match=file.name):
-            checkpoint.verify(path)
+            save_load.verify(path)
         file.write_bytes(whole)
-    checkpoint.verify(path)
+    save_load.verify(path)
 
 
 def test_missing_and_foreign_and_left_over(directory: Path) -> None:
@@ -98,12 +98,12 @@ def test_missing_and_foreign_and_left_over(directory: Path) -> None:
     for name in ("weights.pth", "optimizer.pth", "state.json"):
         newest = _save(directory, 2)
         (newest / name).unlink()
-        assert checkpoint.newest_verified(directory).step == 1
+        assert save_load.newest_verified(directory).step == 1
     (directory / ".tmp-step-00000009-abc").mkdir()
     (directory / "step-abc").mkdir()
     (directory / "step-00000011").write_text("a file")
     (directory / "rwkv-99.pth").write_text("stray")
-    assert checkpoint.list_steps(directory) == [1, 2]
+    assert save_load.list_steps(directory) == [1, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null\n", b'{"format": 1}\n' + b"0" * 64 + b"\n"])
@@ -111,16 +111,16 @@ def test_a_foreign_manifest_is_refused(directory: Path, content: bytes) -> None:
     path = _save(directory, 1)
     (path / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        checkpoint.verify(path)
+        save_load.verify(path)
 
 
 def test_another_version_is_refused(directory: Path) -> None:
     path = _save(directory, 1)
     text = (path / "manifest.json").read_bytes().rpartition(b"}")[0] + b"}"
     body = {**json.loads(text), "format": 99}
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(body))
+    (path / "manifest.json").write_bytes(save_load.manifest_bytes(body))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
-        checkpoint.verify(path)
+        save_load.verify(path)
 
 
 def _sign(path: Path, body: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_manifest_of_another_shape_is_refused(directory: Path, body: Any) -> N
     path = _save(directory, 1)
     _sign(path, body)
     with pytest.raises(CheckpointError, match=r"manifest\.json: format None, this version reads 1"):
-        checkpoint.verify(path)
+        save_load.verify(path)
 
 
 def test_a_manifest_with_any_field_spoilt_is_refused_and_the_step_before_is_used(directory: Path) -> None:
@@ -173,14 +173,14 @@ def test_a_manifest_with_any_field_spoilt_is_refused_and_the_step_before_is_used
     body, n_spoilt = _body(path), 0
     for how, spoilt in _spoilt(body):
         _sign(path, spoilt)
-        assert checkpoint.newest_verified(directory).step == 1, how
+        assert save_load.newest_verified(directory).step == 1, how
         n_spoilt += 1
     for added in ({**body, "codec": "zstd"}, {**body, "format": True}, {**body, "format": 1.5}):
         _sign(path, added)
-        assert checkpoint.newest_verified(directory).step == 1
+        assert save_load.newest_verified(directory).step == 1
     assert n_spoilt > 60
     _sign(path, body)
-    assert checkpoint.newest_verified(directory).step == 2
+    assert save_load.newest_verified(directory).step == 2
 
 
 @pytest.mark.parametrize("left_out", [("weights.pth",), ("state.json",), ("optimizer.pth", "weights.pth")])
@@ -192,8 +192,8 @@ def test_a_manifest_that_does_not_list_all_files_is_refused(directory: Path, lef
         del body["files"][name]
     _sign(path, body)
     with pytest.raises(CheckpointError, match=rf"it does not list {left_out[0]}, without which"):
-        checkpoint.verify(path)
-    assert checkpoint.newest_verified(directory).step == 1
+        save_load.verify(path)
+    assert save_load.newest_verified(directory).step == 1
 
 
 def test_a_manifest_that_lists_a_strange_file_is_refused(directory: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_manifest_that_lists_a_strange_file_is_refused(directory: Path) -> Non
     for name in ("more.pth", "../weights.pth", "weights-00000-of-00001.pth", "/etc/passwd"):
         _sign(path, {**body, "files": {**body["files"], name: body["files"]["weights.pth"]}})
         with pytest.raises(CheckpointError, match=r"manifest\.json: it (lists|does not list) "):
-            checkpoint.verify(path)
+            save_load.verify(path)
 
 
 NUMBERS = {"-1", "1.5"}
@@ -235,37 +235,37 @@ def test_a_state_with_any_field_spoilt_is_refused_and_the_step_before_is_used(di
             continue
         (path / "state.json").write_text(json.dumps(spoilt))
         _forge_manifest(path)
-        assert checkpoint.newest_verified(directory).step == 1, how
+        assert save_load.newest_verified(directory).step == 1, how
         n_refused += 1
     assert n_refused > 120
     (path / "state.json").write_text(json.dumps(state))
     _forge_manifest(path)
-    assert checkpoint.newest_verified(directory).step == 2
+    assert save_load.newest_verified(directory).step == 2
 
 
 def test_random_states_that_are_none_are_refused() -> None:
-    whole = random_state.capture()
+    whole = rng_state.capture()
     for name, value in itertools.product(
         whole, ([], [1], "zz", "00", None, [3, [1], None], ["MT19937", [1], 2, 3, 4.0])
     ):
         if name == "cuda" and value is None:
             continue
         with pytest.raises(CheckpointError, match="random states of rank 0 in the checkpoint are damaged"):
-            random_state.restore([whole | {name: value}], 0)
-    random_state.restore([whole], 0)
+            rng_state.restore([whole | {name: value}], 0)
+    rng_state.restore([whole], 0)
 
 
 def test_a_renamed_checkpoint_is_refused(directory: Path) -> None:
     _save(directory, 1).rename(directory / "step-00000005")
     with pytest.raises(CheckpointError, match="belongs to step 1"):
-        checkpoint.verify(directory / "step-00000005")
+        save_load.verify(directory / "step-00000005")
 
 
 def test_all_bad_is_an_error_that_lists_each(directory: Path) -> None:
     for step in (1, 2):
         (_save(directory, step) / "weights.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints") as caught:
-        checkpoint.newest_verified(directory)
+        save_load.newest_verified(directory)
     assert "step-00000001/weights.pth" in str(caught.value)
     assert "step-00000002/weights.pth" in str(caught.value)
     assert caught.value.exit_code == 4
@@ -291,19 +291,19 @@ def test_a_save_that_fails_leaves_nothing(directory: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match=r"No space left on device\. It needs about .* free on .*Make room"):
         _save(directory, 2)
     assert [entry.name for entry in directory.iterdir()] == ["step-00000001"]
-    assert checkpoint.newest_verified(directory).step == 1
+    assert save_load.newest_verified(directory).step == 1
 
 
 def test_prune_keeps_the_newest(directory: Path) -> None:
     for step in (3, 10, 9, 200):
         _save(directory, step)
-    checkpoint.prune(directory, 2)
-    assert checkpoint.list_steps(directory) == [10, 200]
+    save_load.prune(directory, 2)
+    assert save_load.list_steps(directory) == [10, 200]
     assert len(list(directory.iterdir())) == 2
-    checkpoint.prune(directory, 1)
-    assert checkpoint.list_steps(directory) == [200]
-    checkpoint.prune(directory, 1)
-    assert checkpoint.list_steps(directory) == [200]
+    save_load.prune(directory, 1)
+    assert save_load.list_steps(directory) == [200]
+    save_load.prune(directory, 1)
+    assert save_load.list_steps(directory) == [200]
 
 
 DELETING = ("os.rename", "os.remove", "os.rmdir")  # audit events of the interpreter, each before its system call
@@ -320,7 +320,7 @@ def _prune_until(directory: Path, point: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(kill_at_point)
-        checkpoint.prune(directory, 1)
+        save_load.prune(directory, 1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -334,9 +334,9 @@ def test_killed_while_it_prunes_leaves_the_newest_and_no_half(directory: Path, t
         copy = tmp_path / f"killed-{points}"
         shutil.copytree(directory, copy)
         killed = _prune_until(copy, points)
-        for step in checkpoint.list_steps(copy):
-            checkpoint.verify(checkpoint.checkpoint_path(copy, step))
-        assert checkpoint.newest_verified(copy).step == 5
+        for step in save_load.list_steps(copy):
+            save_load.verify(save_load.checkpoint_path(copy, step))
+        assert save_load.newest_verified(copy).step == 5
         if not killed:
             break
         points += 1
@@ -347,7 +347,7 @@ def test_killed_while_it_prunes_leaves_the_newest_and_no_half(directory: Path, t
 def test_replaces_a_damaged_one_of_the_same_step(directory: Path) -> None:
     (_save(directory, 4, 1.0) / "weights.pth").write_bytes(b"")
     _save(directory, 4, 2.0)
-    assert checkpoint.newest_verified(directory).weights()["emb.weight"][0, 0] == 2.0
+    assert save_load.newest_verified(directory).weights()["emb.weight"][0, 0] == 2.0
 
 
 class _Bomb:
@@ -362,8 +362,8 @@ def _forge_manifest(path: Path) -> None:
     text, _, _ = (path / "manifest.json").read_bytes().rstrip(b"\n").rpartition(b"\n")
     body = json.loads(text)
     for name in body["files"]:
-        body["files"][name] = checkpoint.entry_of(path / name)
-    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(body))
+        body["files"][name] = save_load.entry_of(path / name)
+    (path / "manifest.json").write_bytes(save_load.manifest_bytes(body))
 
 
 def test_code_in_a_checkpoint_does_not_run(directory: Path, tmp_path: Path) -> None:
@@ -373,18 +373,18 @@ def test_code_in_a_checkpoint_does_not_run(directory: Path, tmp_path: Path) -> N
     torch.save({"emb.weight": torch.ones(1), "x": _Bomb(canary)}, path / "weights.pth")
     _forge_manifest(path)
     with pytest.raises(CheckpointError, match=r"weights\.pth"):
-        checkpoint.newest_verified(directory).weights()
+        save_load.newest_verified(directory).weights()
     (path / "optimizer.pth").write_bytes(pickle.dumps(_Bomb(canary)))
     _forge_manifest(path)
     with pytest.raises(CheckpointError, match=r"optimizer\.pth"):
-        checkpoint.newest_verified(directory).optimizer()
+        save_load.newest_verified(directory).optimizer()
     assert not canary.exists()
 
 
 def test_a_checkpoint_copied_elsewhere_is_whole(directory: Path, tmp_path: Path) -> None:
     _save(directory, 12)
     shutil.copytree(directory, tmp_path / "copy")
-    assert checkpoint.newest_verified(tmp_path / "copy").step == 12
+    assert save_load.newest_verified(tmp_path / "copy").step == 12
 
 
 def test_an_unfinished_step_has_the_fields_of_a_record() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train.pieces import Pieces, piece_name
+from rwkv_cluster.train.checkpoint.shards import Pieces, piece_name
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3)
 

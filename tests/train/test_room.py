@@ -12,10 +12,10 @@ from tiny_run import losses, tiny_config
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
 from rwkv_cluster.runtime.disk_errors import Refusal, free_bytes, writing
-from rwkv_cluster.train import room
-from rwkv_cluster.train.checkpoint import list_steps
+from rwkv_cluster.train.checkpoint import disk_space
+from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.save_load import list_steps
 from rwkv_cluster.train.run import train
-from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -28,16 +28,16 @@ def test_sizes_are_those_of_what_is_written(model_type: str, precision: str, tmp
     shapes = {name: list(tensor.shape) for name, tensor in load_pth(result.final_path).items()}
     folder = WorkDir(result.work_dir).checkpoints / "step-00000001"
     written = sum(file.stat().st_size for file in folder.iterdir())
-    assert room.checkpoint_bytes(shapes, 1) == pytest.approx(written, rel=0.1)
+    assert disk_space.checkpoint_bytes(shapes, 1) == pytest.approx(written, rel=0.1)
     item_bytes = {"fp32": 4, "bf16": 2}[precision]
-    assert room.weights_bytes(shapes, item_bytes) == pytest.approx(result.final_path.stat().st_size, rel=0.1)
+    assert disk_space.weights_bytes(shapes, item_bytes) == pytest.approx(result.final_path.stat().st_size, rel=0.1)
 
 
 def test_a_large_model_is_its_values() -> None:
     shapes = {"emb.weight": [65536, 4096], "blocks.0.ffn.key.weight": [16384, 4096]}
     parameters = (65536 + 16384) * 4096
-    assert room.checkpoint_bytes(shapes, 64) == pytest.approx(12 * parameters, rel=0.01)
-    assert room.weights_bytes(shapes, 2) == pytest.approx(2 * parameters, rel=0.01)
+    assert disk_space.checkpoint_bytes(shapes, 64) == pytest.approx(12 * parameters, rel=0.01)
+    assert disk_space.weights_bytes(shapes, 2) == pytest.approx(2 * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.05])
@@ -46,13 +46,13 @@ def test_a_run_without_room_is_refused_before_it_starts(
 ) -> None:
     """What would just fit is refused too: a tenth is kept to spare."""
     asked: list[int] = []
-    monkeypatch.setattr(room, "free_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 1 << 40)
     monkeypatch.setattr("rwkv_cluster.train.fit.require_room", lambda folder, n_bytes, what: asked.append(n_bytes))
     train(tiny_config(tmp_path, training={"max_steps": 1}))
     monkeypatch.undo()
     other = tmp_path / "other"
     other.mkdir()
-    monkeypatch.setattr(room, "free_bytes", lambda folder: int(factor * asked[0]))
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: int(factor * asked[0]))
     with pytest.raises(CheckpointError) as caught:
         train(tiny_config(other))
     checkpoints = WorkDir(other / "work").checkpoints
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_while_it_trains_is_found_before_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frees = iter([1 << 40, 1 << 40, 1000])  # at the start, at the save of step 4, at that of step 8
-    monkeypatch.setattr(room, "free_bytes", lambda folder: next(frees))
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: next(frees))
     config = tiny_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"no room for the checkpoint of step 8: it needs [\d,]+ bytes and 1,000"):
         train(config)
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_while_it_trains_is_found_before_the_save(
 def test_a_complete_run_on_a_full_disk_still_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, training={"max_steps": 1})
     train(config)
-    monkeypatch.setattr(room, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 0)
     assert train(config).already_complete
 
 

@@ -17,10 +17,10 @@ from tiny_run import fingerprint, losses, tiny_config, write_text
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchError, Preempted, TrainingError
 from rwkv_cluster.model.state_dict import load_pth
-from rwkv_cluster.train.checkpoint import list_steps, newest_verified
+from rwkv_cluster.train.checkpoint.resume import accumulation_of
+from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
 from rwkv_cluster.train.distributed import FAULT_VARIABLE
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.resume import accumulation_of
 from rwkv_cluster.train.run import initialize, train
 from rwkv_cluster.train.strategy import Placement
 from rwkv_cluster.workdir import WorkDir
@@ -157,7 +157,7 @@ def test_noise_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             monkeypatch.delenv(FAULT_VARIABLE)
             _seed_all(2)  # as another process has them
         if name == "noise lost":
-            monkeypatch.setattr("rwkv_cluster.train.random_state.restore", lambda states, rank: None)
+            monkeypatch.setattr("rwkv_cluster.train.checkpoint.rng_state.restore", lambda states, rank: None)
         train(config)
         fingerprints.append(fingerprint(config.work_dir))
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -18,8 +18,8 @@ from torch import Tensor
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
-from rwkv_cluster.train import checkpoint
-from rwkv_cluster.train.pieces import piece_name
+from rwkv_cluster.train.checkpoint import save_load
+from rwkv_cluster.train.checkpoint.shards import piece_name
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
@@ -41,22 +41,22 @@ def _shards(kind: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor
 
 def _cut_up(path: Path) -> None:
     """Write the checkpoint in `path` again, as ranks with a part each would have written it."""
-    found = checkpoint.verify(path)
+    found = save_load.verify(path)
     weights, moments = dict(found.weights()), dict(found.optimizer())
     temporary = path.with_name(".tmp-cut")
     temporary.mkdir()
     files = {**_shards("weights", weights), **_shards("optimizer", moments)}
-    entries = {name: checkpoint.write_tensors(temporary / name, pieces) for name, pieces in files.items()}
+    entries = {name: save_load.write_tensors(temporary / name, pieces) for name, pieces in files.items()}
     state = {**found.state, "shapes": {name: list(tensor.shape) for name, tensor in weights.items()}}
-    checkpoint.commit(temporary, path, found.step, state=state, files=entries)
+    save_load.commit(temporary, path, found.step, state=state, files=entries)
 
 
 def _forge(path: Path, name: str, content: Any) -> None:
     """Put `content` into a file of a checkpoint, and a right checksum of it into the manifest."""
     torch.save(content, path / name)
-    body = json.loads((path / checkpoint.MANIFEST).read_bytes().rstrip(b"\n").rpartition(b"\n")[0])
-    body["files"][name] = checkpoint.entry_of(path / name)
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint.manifest_bytes(body))
+    body = json.loads((path / save_load.MANIFEST).read_bytes().rstrip(b"\n").rpartition(b"\n")[0])
+    body["files"][name] = save_load.entry_of(path / name)
+    (path / save_load.MANIFEST).write_bytes(save_load.manifest_bytes(body))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(folder)
     train(config)
     for step in (4, 8):
-        _cut_up(checkpoint.checkpoint_path(WorkDir(config.work_dir).checkpoints, step))
+        _cut_up(save_load.checkpoint_path(WorkDir(config.work_dir).checkpoints, step))
     return folder
 
 
@@ -78,7 +78,7 @@ def run(sharded: Path, tmp_path: Path) -> WorkDir:
 
 
 def _newest(run: WorkDir) -> Path:
-    return checkpoint.checkpoint_path(run.checkpoints, 8)
+    return save_load.checkpoint_path(run.checkpoints, 8)
 
 
 def test_goes_on_from_pieces_as_from_whole_tensors(run: WorkDir, tmp_path: Path) -> None:
@@ -100,12 +100,12 @@ def test_every_truncation_is_found_and_the_previous_is_used(run: WorkDir, caplog
         for cut in {len(whole) * part // 20 for part in range(20)}:
             file.write_bytes(whole[:cut])
             caplog.clear()
-            assert checkpoint.newest_verified(run.checkpoints).step == 4
+            assert save_load.newest_verified(run.checkpoints).step == 4
             assert f"{file.name}: " in caplog.text
             assert "Step 4 is used instead" in caplog.text
             assert file.name == "manifest.json" or f"{cut} bytes, expected {len(whole)}" in caplog.text
         file.write_bytes(whole)
-    assert checkpoint.newest_verified(run.checkpoints).step == 8
+    assert save_load.newest_verified(run.checkpoints).step == 8
 
 
 def test_300_of_300_flipped_bits_are_found(run: WorkDir) -> None:
@@ -121,11 +121,11 @@ def test_300_of_300_flipped_bits_are_found(run: WorkDir) -> None:
             handle.seek(at)
             handle.write(bytes([value ^ bit]))
         with pytest.raises(CheckpointError, match=file.name):
-            checkpoint.verify(path)
+            save_load.verify(path)
         with open(file, "r+b") as handle:
             handle.seek(at)
             handle.write(bytes([value]))
-    checkpoint.verify(path)
+    save_load.verify(path)
 
 
 @pytest.mark.parametrize("name", SHARDS)
@@ -133,29 +133,29 @@ def test_a_missing_shard_is_found_and_a_foreign_file_is_not_read(name: str, run:
     """Row B3."""
     path = _newest(run)
     torch.save({"emb.weight@0": torch.ones(3)}, path / "weights-00002-of-00003.pth")  # in no manifest
-    wanted = checkpoint.verify(checkpoint.checkpoint_path(run.checkpoints, 8)).weights()
+    wanted = save_load.verify(save_load.checkpoint_path(run.checkpoints, 8)).weights()
     assert torch.equal(wanted["emb.weight"], load_pth(run.final_weights)["emb.weight"])
     (path / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{name}: No such file"):
-        checkpoint.verify(path)
-    assert checkpoint.newest_verified(run.checkpoints).step == 4
+        save_load.verify(path)
+    assert save_load.newest_verified(run.checkpoints).step == 4
 
 
 def test_a_shard_of_another_step_or_rank_is_found(run: WorkDir) -> None:
     """Row B3: every byte of it is good, but it is not this checkpoint's."""
-    path, earlier = _newest(run), checkpoint.checkpoint_path(run.checkpoints, 4)
+    path, earlier = _newest(run), save_load.checkpoint_path(run.checkpoints, 4)
     for source, target in ((earlier / SHARDS[0], path / SHARDS[0]), (path / SHARDS[1], path / SHARDS[0])):
         whole = target.read_bytes()
         shutil.copyfile(source, target)
-        assert checkpoint.newest_verified(run.checkpoints).step == 4
+        assert save_load.newest_verified(run.checkpoints).step == 4
         target.write_bytes(whole)
-    assert checkpoint.newest_verified(run.checkpoints).step == 8
+    assert save_load.newest_verified(run.checkpoints).step == 8
 
 
 def test_a_run_with_damaged_shards_only_never_starts_anew(run: WorkDir, tmp_path: Path) -> None:
     """Row B4."""
     for step in (4, 8):
-        (checkpoint.checkpoint_path(run.checkpoints, step) / SHARDS[-1]).write_bytes(b"")
+        (save_load.checkpoint_path(run.checkpoints, step) / SHARDS[-1]).write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as caught:
         train(tiny_config(tmp_path, training={"max_steps": 10}))
     assert str(caught.value).count(f"{SHARDS[-1]}: 0 bytes, expected") == 2
@@ -205,7 +205,7 @@ def test_a_value_that_is_not_finite_in_whole_tensors_too(kind: str, tmp_path: Pa
     """Row G2, without pieces."""
     config = tiny_config(tmp_path)
     train(config)
-    path = checkpoint.checkpoint_path(WorkDir(config.work_dir).checkpoints, 8)
+    path = save_load.checkpoint_path(WorkDir(config.work_dir).checkpoints, 8)
     tensors = load_pth(path / f"{kind}.pth")
     name = next(name for name in tensors if "ffn.key.weight" in name)
     tensors[name][0, 0] = math.nan
@@ -218,7 +218,7 @@ def test_a_value_that_is_not_finite_in_whole_tensors_too(kind: str, tmp_path: Pa
 def test_a_value_that_is_not_finite_is_not_saved(kind: str, tmp_path: Path) -> None:
     name = f"{kind}-00001-of-00002.pth"
     with pytest.raises(CheckpointError, match=rf"{name} is not written: a@2 has a NaN"):
-        checkpoint.write_tensors(tmp_path / name, {"a@2": torch.tensor([1.0, math.nan])})
+        save_load.write_tensors(tmp_path / name, {"a@2": torch.tensor([1.0, math.nan])})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,9 +227,9 @@ def test_newest_is_the_highest_step_whatever_the_clocks_say(seconds: int, run: W
     """Row A11: step 4 saved by a machine whose clock is five minutes ahead of, or behind, that of step 8's."""
     then = _newest(run).stat().st_mtime
     for step, shift in ((4, seconds), (8, 0)):
-        path = checkpoint.checkpoint_path(run.checkpoints, step)
+        path = save_load.checkpoint_path(run.checkpoints, step)
         for entry in (*path.iterdir(), path):
             os.utime(entry, (then + shift, then + shift))
-    assert checkpoint.newest_verified(run.checkpoints).step == 8
-    checkpoint.prune(run.checkpoints, 1)
-    assert checkpoint.list_steps(run.checkpoints) == [8]
+    assert save_load.newest_verified(run.checkpoints).step == 8
+    save_load.prune(run.checkpoints, 1)
+    assert save_load.list_steps(run.checkpoints) == [8]

@@ -134,8 +134,8 @@ def _initial_weights(config: Config) -> str:
 def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
     from rwkv_cluster.model.state_dict import expected_shapes
-    from rwkv_cluster.train import room
-    from rwkv_cluster.train.checkpoint import list_steps
+    from rwkv_cluster.train.checkpoint import disk_space
+    from rwkv_cluster.train.checkpoint.save_load import list_steps
     from rwkv_cluster.train.precision import DTYPES
     from rwkv_cluster.train.vocabulary_size import with_vocabulary
 
@@ -144,15 +144,15 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
         world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
-        first = room.next_bytes(shapes, item_bytes, world_size, begins=begins)
-        room.require_room(folder, first, "the next checkpoint and the weights beside it")
+        first = disk_space.next_bytes(shapes, item_bytes, world_size, begins=begins)
+        disk_space.require_room(folder, first, "the next checkpoint and the weights beside it")
     except RWKVClusterError as error:
         return [refused("room", error)]
-    one, there = room.checkpoint_bytes(shapes, world_size), len(list_steps(work.checkpoints))
+    one, there = disk_space.checkpoint_bytes(shapes, world_size), len(list_steps(work.checkpoints))
     kept = max(0, config.checkpoint.keep_last + 1 - there) * one + first - one  # the oldest goes after the newest came
     free = shutil.disk_usage(folder).free
     text = f"{one / 1e9:,.3g} GB a checkpoint, {kept / 1e9:,.3g} GB for all still to be kept, {free / 1e9:,.3g} GB free"
-    if kept * room.SPARE > free:
+    if kept * disk_space.SPARE > free:
         remedy = "Make room, keep fewer (checkpoint.keep_last), or choose another work_dir"
         return [warning("room", f"{text}: later checkpoints will not fit", remedy)]
     return [ok("room", text)]

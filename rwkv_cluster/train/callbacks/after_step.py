@@ -21,7 +21,9 @@ from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.malloc import peak_memory_mb
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import distributed, random_state
+from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint import rng_state
+from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
@@ -34,7 +36,6 @@ from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.rank_events import RankEvents
 from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.sample import Sampler
-from rwkv_cluster.train.saving import Saver
 from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import Phase, StepTimer
 from rwkv_cluster.train.throughput import Utilization
@@ -150,7 +151,7 @@ class Bookkeeping(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         if self._random_states is not None:
-            random_state.restore(self._random_states, rank())
+            rng_state.restore(self._random_states, rank())
         if self._profile is not None:
             self._profile.begin(module.step)
         distributed.fault_point("train.step", step=module.step)
@@ -326,7 +327,7 @@ class Bookkeeping(Callback):
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         self._do("saving a checkpoint")
-        random_states = distributed.gather_objects(random_state.capture())
+        random_states = distributed.gather_objects(rng_state.capture())
         self._saver.begin(module.step, module.state.files(), self._state(module, random_states))
         if at_once:
             self._saver.finish()

@@ -23,9 +23,10 @@ from torch import Tensor
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import Refusal
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import checkpoint, distributed
+from rwkv_cluster.train import distributed
+from rwkv_cluster.train.checkpoint import save_load
+from rwkv_cluster.train.checkpoint.disk_space import require_room
 from rwkv_cluster.train.events import Events
-from rwkv_cluster.train.room import require_room
 from rwkv_cluster.train.state import Files
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
 
@@ -125,7 +126,7 @@ class Saver:
         self.committed_step = part.step
         if rank() == 0:
             log.info("checkpoint of step %d is saved; training waited %.2f s for it", part.step, part.waited_s)
-            path = checkpoint.checkpoint_path(self._directory, part.step)
+            path = save_load.checkpoint_path(self._directory, part.step)
             self._events.add("save", part.step, path=path, waited_s=part.waited_s)
 
     def _count_wait(self, part: _Part, began: float) -> None:
@@ -174,9 +175,9 @@ class Saver:
         try:
             if not refusals:
                 files = {name: entry for entries, _ in parts for name, entry in entries.items()}
-                path = checkpoint.checkpoint_path(self._directory, part.step)
-                checkpoint.commit(part.temporary, path, part.step, state=part.state, files=files)
-                checkpoint.prune(self._directory, self._keep_last, self._reach_steps)
+                path = save_load.checkpoint_path(self._directory, part.step)
+                save_load.commit(part.temporary, path, part.step, state=part.state, files=files)
+                save_load.prune(self._directory, self._keep_last, self._reach_steps)
         except OSError as error:
             refusals = [Refusal.of(error)]
         if refusals:
@@ -187,14 +188,14 @@ class Saver:
     def _sentence(self, step: int, *refusals: Refusal) -> str:
         """The free bytes in it are those that it finds after a failed attempt has been removed."""
         whole = replace(refusals[0], reason="; ".join(refusal.reason for refusal in refusals))
-        return f"checkpoint {whole.sentence(checkpoint.checkpoint_path(self._directory, step), self._n_bytes)}"
+        return f"checkpoint {whole.sentence(save_load.checkpoint_path(self._directory, step), self._n_bytes)}"
 
 
 def _write(part: _Part, files: Files) -> None:
     """Write this rank's files; a refusal is kept for `Saver.finish`, which all ranks reach."""
     try:
         for name, tensors in files.items():
-            part.entries[name] = checkpoint.write_tensors(part.temporary / name, tensors)
+            part.entries[name] = save_load.write_tensors(part.temporary / name, tensors)
             distributed.fault_point(f"checkpoint.after_{name.partition('.')[0].partition('-')[0]}", step=part.step)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.refusal = Refusal.of(error)

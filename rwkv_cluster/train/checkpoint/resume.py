@@ -13,7 +13,7 @@ from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.sampler import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.state_dict import UNUSED_IN_BLOCK_0, load_pth, strip_prefixes
-from rwkv_cluster.train.checkpoint import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import check_finite, load_pth
-from rwkv_cluster.train.checkpoint_files import (
+from rwkv_cluster.train.checkpoint.files import (
     FORMAT,
     MANIFEST,
     STATE,
@@ -39,8 +39,8 @@ from rwkv_cluster.train.checkpoint_files import (
     manifest_bytes,
     newest_good,
 )
+from rwkv_cluster.train.checkpoint.shards import Pieces
 from rwkv_cluster.train.distributed import fault_point
-from rwkv_cluster.train.pieces import Pieces
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 
 __all__ = ["MANIFEST", "Checkpoint", "checkpoint_path", "list_steps", "newest_verified", "verify"]
