@@ -197,7 +197,7 @@ class WorkDir:
 
     @property
     def hang(self) -> Path:
-        """Stacks of ranks that did not go on, see `rwkv_cluster.train.stall`."""
+        """Stacks of ranks that did not go on, see `rwkv_cluster.train.distributed.hang_detector`."""
         return self.logs / "hang"
 
     @property

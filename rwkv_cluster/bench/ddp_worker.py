@@ -23,7 +23,7 @@ from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.runtime.malloc import keep_freed_memory, peak_memory_mb
 from rwkv_cluster.runtime.rank_env import end_with_launcher, rank
 from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
-from rwkv_cluster.train.distributed import leaving_group
+from rwkv_cluster.train.distributed.collectives import leaving_group
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.session import build_model, open_session
 from rwkv_cluster.train.trainer import data_of, trainer_of

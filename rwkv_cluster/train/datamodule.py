@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.sampler import SamplePlan
-from rwkv_cluster.train import distributed
+from rwkv_cluster.train.distributed import collectives
 
 
 class TokenDataModule(LightningDataModule):
@@ -44,5 +44,5 @@ class TokenDataModule(LightningDataModule):
 
     def _as_given(self, batch: Any) -> Any:
         assert isinstance(self.trainer, Trainer)
-        distributed.fault_point("data.batch", step=self._start_step + self.trainer.global_step)
+        collectives.fault_point("data.batch", step=self._start_step + self.trainer.global_step)
         return batch

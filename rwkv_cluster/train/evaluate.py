@@ -21,8 +21,8 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.checkpoint.weights import load_model
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.workdir import WorkDir
 
@@ -68,7 +68,7 @@ def evaluate(
     Collective: every rank must call it, and takes its share of the batches. loss_of: a batch [b, T + 1] of int64 on
     `device` -> the mean loss of predicting each next token. token_sizes: bytes [V] by token id, int64 on the CPU.
     """
-    rank, world_size = distributed.position()
+    rank, world_size = collectives.position()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     batches = validation_batches(
         tokens,
@@ -85,7 +85,7 @@ def evaluate(
             n_bytes = 0 if token_sizes is None else int(token_sizes[targets].sum())
             counts = torch.tensor([targets.numel(), n_bytes], dtype=torch.float64, device=device)
             sums += torch.cat([loss.double()[None] * targets.numel(), counts])
-    total, n_tokens, n_bytes = distributed.sum_over_ranks(sums).tolist()
+    total, n_tokens, n_bytes = collectives.sum_over_ranks(sums).tolist()
     return EvalResult(total / n_tokens, int(n_tokens), None if token_sizes is None else int(n_bytes))
 
 

@@ -27,7 +27,7 @@ from rwkv_cluster.train.callbacks.ddp_fixes import OrderlyEnd, SettledBuckets
 from rwkv_cluster.train.callbacks.network_check import NetworkCheck
 from rwkv_cluster.train.checkpoint.disk_space import Shapes, next_bytes, require_room
 from rwkv_cluster.train.checkpoint.weights import load_model
-from rwkv_cluster.train.distributed import fault_point
+from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike
 from rwkv_cluster.train.loggers import finishing

@@ -16,8 +16,9 @@ from rwkv_cluster.data.sampler import Horizon, SamplePlan
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.train import distributed, strategy
+from rwkv_cluster.train import strategy
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate
@@ -126,11 +127,11 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """batch [b, T + 1] int64 -> scalar fp32 loss of this micro batch."""
         loss = self.forward(batch)
-        if distributed.fault_point("train.loss", step=self.step):
+        if collectives.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
-        if distributed.fault_point("train.spike", step=self.plan.batch(self.step)):
+        if collectives.fault_point("train.spike", step=self.plan.batch(self.step)):
             loss = loss * SPIKE
-        if distributed.fault_point("train.gradient", step=self.step):
+        if collectives.fault_point("train.gradient", step=self.step):
             loss.register_hook(lambda gradient: gradient * math.nan)
         self._micro_losses.append(loss.detach())
         return loss
@@ -163,7 +164,7 @@ class TrainingModule(LightningModule):
         self._micro_losses.clear()
         ballot = torch.tensor([0.0, 1.0, *self._votes()], dtype=torch.float64, device=local_loss.device)
         ballot[0] = local_loss
-        total, ranks, stop, save, written = distributed.sum_over_ranks(ballot).tolist()
+        total, ranks, stop, save, written = collectives.sum_over_ranks(ballot).tolist()
         self._local_loss, self._loss = float(local_loss), total / ranks
         self.should_stop, self.should_save, self.all_written = stop > 0, save > 0, written == ranks
         limit = self.training_config.gradient_clip_val or math.inf
@@ -186,8 +187,8 @@ class TrainingModule(LightningModule):
         may_skip = self.scaler is not None and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
         if math.isfinite(self._loss) and (math.isfinite(grad_norm) or may_skip):
             return
-        losses = distributed.all_gather_floats(self._local_loss, self.device)
-        gradients = distributed.all_gather_floats(float(self._gradient_sum), self.device)
+        losses = collectives.all_gather_floats(self._local_loss, self.device)
+        gradients = collectives.all_gather_floats(float(self._gradient_sum), self.device)
         what, values = ("gradient", gradients) if all(map(math.isfinite, losses)) else ("loss", losses)
         bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
         samples = self.plan.samples(self.step)

@@ -11,9 +11,9 @@ import torch
 
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guard import Spike, SpikeMemory
@@ -31,7 +31,7 @@ def rewound(session: Session, spike: Spike, events: Events) -> Session:
     events.add("spike", spike.last_step + 1, **vars(spike))
     with events.telling_the_end(lambda: spike.last_step + 1):
         _require_allowed(session, spike)
-        step, first_skipped = distributed.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
+        step, first_skipped = collectives.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
         if rank() == 0:
             _forget_after(session, step or 0)
         found = save_load.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None

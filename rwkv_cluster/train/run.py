@@ -26,15 +26,15 @@ from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RW
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.rank_env import end_with_launcher, launched, launched_world_size, rank, start_others
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.callbacks.rank_status import Attendance
 from rwkv_cluster.train.checkpoint import resume, save_load
+from rwkv_cluster.train.distributed import collectives
+from rwkv_cluster.train.distributed.rank_monitor import RollCall
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.log_file import log_file
 from rwkv_cluster.train.loggers import require_packages
 from rwkv_cluster.train.precision import DTYPES
-from rwkv_cluster.train.rollcall import RollCall
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, require_init_from, resolve
 from rwkv_cluster.train.signals import StopRequest
@@ -178,7 +178,7 @@ def _session_of_rank_0(config: Config, work: WorkDir, roll_call: RollCall) -> Se
         return step == 0 or step in save_load.list_steps(work.checkpoints) or None
 
     what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
-    distributed.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
+    collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
     session = open_session(config, work, manifest)
     if session.start_step != step:
         raise CheckpointError(
@@ -283,7 +283,7 @@ def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
         return found if found.fingerprint == fingerprint else None
 
     what = f"the data that rank 0 has prepared to be seen in {work.data} on this machine"
-    return distributed.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
+    return collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
 
 
 def _already_complete(session: Session) -> TrainResult:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.checkpoint.shards import piece_name
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.optimizer import MOMENTS
 from rwkv_cluster.train.state import Files
 
@@ -105,7 +105,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         if self.world_size > 1:
             assert self._timeout is not None
-            distributed.join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
+            collectives.join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:  # the parent validates indices, which CPUs do not have
@@ -181,7 +181,7 @@ class Shards:
             for moment in MOMENTS:
                 moments[piece_name(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
         weights |= self._frozen()
-        rank, world_size = distributed.position()
+        rank, world_size = collectives.position()
         suffix = f"{rank:05d}-of-{world_size:05d}.pth"
         return {f"weights-{suffix}": weights, f"optimizer-{suffix}": moments}
 
@@ -197,7 +197,7 @@ class Shards:
                 target.copy_(whole.flatten()[fragment.start : fragment.start + target.numel()])
 
     def weights(self) -> dict[str, Tensor] | None:
-        rank, _ = distributed.position()
+        rank, _ = collectives.position()
         gathered = {}
         for name, parameter in self._model.named_parameters():
             whole = self._gathered(parameter)
@@ -233,7 +233,7 @@ class Shards:
                 continue
             if self._is_stage_3:
                 group, at, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                start = size * distributed.position()[0]
+                start = size * collectives.position()[0]
                 size = min(size, parameter.ds_numel - start)  # the rest is padding
             elif (held := parameter._hp_mapping) is not None:
                 group, start = held.param_group_index, held.lp_fragment_address.start
@@ -250,7 +250,7 @@ class Shards:
         """Parameters that are not trained and so have no master, as fp32 pieces; on rank 0. Collective."""
         frozen = ((name, p) for name, p in self._model.named_parameters() if not p.requires_grad)
         whole = {piece_name(name, 0): self._gathered(p).float().flatten() for name, p in frozen}
-        return whole if distributed.position()[0] == 0 else {}
+        return whole if collectives.position()[0] == 0 else {}
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
         """The whole of one parameter. Collective in stage 3, where it is a copy in the host's memory."""

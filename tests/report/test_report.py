@@ -18,7 +18,7 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster import cli
 from rwkv_cluster.config.loader import dump_yaml, load_config
 from rwkv_cluster.errors import Preempted
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
 

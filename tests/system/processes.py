@@ -17,7 +17,7 @@ from pathlib import Path
 from tiny_run import fingerprint
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.workdir import WorkDir
 
 LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")

@@ -18,7 +18,7 @@ import pytest
 from system.processes import END_S, Job, Watched, by_hand, free_port, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
-from rwkv_cluster.train.rollcall import SILENT_S
+from rwkv_cluster.train.distributed.rank_monitor import SILENT_S
 
 pytestmark = pytest.mark.system
 

@@ -25,7 +25,7 @@ from system.slurm_runs import (
 )
 from tiny_run import fingerprint, losses
 
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 
 STEPS = 300
 SLURM_LOOKS_S = 30  # at the time limits, with as much between two looks

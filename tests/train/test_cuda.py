@@ -16,7 +16,7 @@ from tiny_run import fingerprint, losses, tiny_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.kernels import native, ops
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rwkv_cluster.train.distributed import is_collective_failure, leaving_group
+from rwkv_cluster.train.distributed.collectives import is_collective_failure, leaving_group
 
 
 def _thread_names() -> set[str]:

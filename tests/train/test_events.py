@@ -10,7 +10,7 @@ import pytest
 from tiny_run import tiny_config
 
 from rwkv_cluster.errors import CheckpointError, Preempted, TrainingError
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.events import Events, read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir

@@ -14,7 +14,7 @@ from rwkv_cluster.data.sampler import SamplePlan
 from rwkv_cluster.errors import Preempted, TrainingError
 from rwkv_cluster.train import run
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified, prune
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.events import read_events
 from rwkv_cluster.train.guard import Spike, SpikeGuard, SpikeMemory
 from rwkv_cluster.workdir import WorkDir

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import tiny_config
 
 from rwkv_cluster.errors import TrainingError
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.log_file import log_file
 from rwkv_cluster.train.run import train
 

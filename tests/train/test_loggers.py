@@ -15,7 +15,7 @@ from tiny_run import losses, tiny_config
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import ConfigError, TrainingError
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.runtime.heartbeat import Watch, write_record
-from rwkv_cluster.train.rollcall import RollCall
+from rwkv_cluster.train.distributed.rank_monitor import RollCall
 from rwkv_cluster.workdir import WorkDir
 
 

@@ -19,7 +19,7 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchE
 from rwkv_cluster.model.state_dict import load_pth
 from rwkv_cluster.train.checkpoint.resume import accumulation_of
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.run import initialize, train
 from rwkv_cluster.train.strategy import Placement

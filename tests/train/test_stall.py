@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tiny_run import tiny_config
 
-from rwkv_cluster.train import stall
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
-from rwkv_cluster.train.rollcall import RollCall
+from rwkv_cluster.train.distributed import hang_detector
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.hang_detector import Stall
+from rwkv_cluster.train.distributed.rank_monitor import RollCall
 from rwkv_cluster.train.run import train
-from rwkv_cluster.train.stall import Stall
 
 COMPUTING = {"rank": 3, "host": "node", "pid": 17, "step": 41, "doing": "computing"}
 
@@ -22,7 +22,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(stall.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(hang_detector.time, "monotonic", lambda: self.now)
 
     def pass_s(self, seconds: int, watched: Stall, record: dict[str, Any] = COMPUTING) -> None:
         for _ in range(seconds):

@@ -12,7 +12,7 @@ import torch
 from tiny_run import tiny_config
 
 from rwkv_cluster.errors import Preempted
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.rank_events import RankEvents, StepParts, rewind_absent
 from rwkv_cluster.train.run import train
 from rwkv_cluster.train.step_timer import StepTimer

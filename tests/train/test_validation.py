@@ -20,7 +20,7 @@ from rwkv_cluster.errors import ConfigError, Preempted, TrainingError
 from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.save_load import list_steps
-from rwkv_cluster.train.distributed import FAULT_VARIABLE
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.events import read_events
 from rwkv_cluster.train.run import train

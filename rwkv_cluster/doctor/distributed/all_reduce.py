@@ -54,8 +54,8 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
     import torch
     import torch.distributed as dist
 
-    from rwkv_cluster.train.all_reduce import measure_all_reduce
-    from rwkv_cluster.train.distributed import leaving_group
+    from rwkv_cluster.train.distributed.all_reduce_check import measure_all_reduce
+    from rwkv_cluster.train.distributed.collectives import leaving_group
 
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a late exchange raises, and aborts no process
     if backend == "nccl":

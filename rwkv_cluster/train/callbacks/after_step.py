@@ -21,9 +21,9 @@ from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.malloc import peak_memory_mb
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
@@ -154,7 +154,7 @@ class Bookkeeping(Callback):
             rng_state.restore(self._random_states, rank())
         if self._profile is not None:
             self._profile.begin(module.step)
-        distributed.fault_point("train.step", step=module.step)
+        collectives.fault_point("train.step", step=module.step)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         assert isinstance(module, TrainingModule)
@@ -172,7 +172,7 @@ class Bookkeeping(Callback):
             return
         result, module.result = module.result, None
         module.step += 1
-        distributed.fault_point("train.step", step=module.step)
+        collectives.fault_point("train.step", step=module.step)
         with self._timer.phase("other"):
             if module.all_written:
                 with self._pause("save", "saving a checkpoint"):
@@ -274,8 +274,8 @@ class Bookkeeping(Callback):
 
     def _check_for_stop(self, module: TrainingModule) -> None:
         """Collective. Raises _CutShort on every rank when one of them is asked to stop."""
-        distributed.fault_point("train.aside", step=module.step)
-        if distributed.any_rank(self._stop_request.requested(), module.device):
+        collectives.fault_point("train.aside", step=module.step)
+        if collectives.any_rank(self._stop_request.requested(), module.device):
             raise _CutShort
 
     def _measured(self, module: TrainingModule, result: StepResult) -> StepRecord:
@@ -327,7 +327,7 @@ class Bookkeeping(Callback):
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         self._do("saving a checkpoint")
-        random_states = distributed.gather_objects(rng_state.capture())
+        random_states = collectives.gather_objects(rng_state.capture())
         self._saver.begin(module.step, module.state.files(), self._state(module, random_states))
         if at_once:
             self._saver.finish()

@@ -6,8 +6,8 @@ import logging
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from rwkv_cluster.train.all_reduce import measure_all_reduce
-from rwkv_cluster.train.distributed import is_distributed
+from rwkv_cluster.train.distributed.all_reduce_check import measure_all_reduce
+from rwkv_cluster.train.distributed.collectives import is_distributed
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -7,8 +7,8 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from rwkv_cluster.train.distributed.rank_monitor import RollCall
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.rollcall import RollCall
 
 
 class Attendance(Callback):

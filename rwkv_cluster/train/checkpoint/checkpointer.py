@@ -23,9 +23,9 @@ from torch import Tensor
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import Refusal
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train import distributed
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.disk_space import require_room
+from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.state import Files
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
@@ -117,9 +117,9 @@ class Saver:
         began = time.perf_counter()
         if part.thread is not None:
             part.thread.join()
-        parts = distributed.gather_objects((part.entries, part.refusal))
+        parts = collectives.gather_objects((part.entries, part.refusal))
         fault = None if parts is None else self._complete(part, parts)
-        fault = distributed.broadcast_object(fault)
+        fault = collectives.broadcast_object(fault)
         if fault is not None:
             raise CheckpointError(fault)
         self._count_wait(part, began)
@@ -160,7 +160,7 @@ class Saver:
                 fault = str(error)
             except OSError as error:
                 fault = self._sentence(step, Refusal.of(error))
-        path, fault = distributed.broadcast_object((path, fault))
+        path, fault = collectives.broadcast_object((path, fault))
         if fault is not None:
             raise CheckpointError(fault)
         return Path(path)
@@ -196,7 +196,7 @@ def _write(part: _Part, files: Files) -> None:
     try:
         for name, tensors in files.items():
             part.entries[name] = save_load.write_tensors(part.temporary / name, tensors)
-            distributed.fault_point(f"checkpoint.after_{name.partition('.')[0].partition('-')[0]}", step=part.step)
+            collectives.fault_point(f"checkpoint.after_{name.partition('.')[0].partition('-')[0]}", step=part.step)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.refusal = Refusal.of(error)
     finally:

@@ -40,7 +40,7 @@ from rwkv_cluster.train.checkpoint.files import (
     newest_good,
 )
 from rwkv_cluster.train.checkpoint.shards import Pieces
-from rwkv_cluster.train.distributed import fault_point
+from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 
 __all__ = ["MANIFEST", "Checkpoint", "checkpoint_path", "list_steps", "newest_verified", "verify"]

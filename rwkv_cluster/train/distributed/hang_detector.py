@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkv_cluster.runtime.heartbeat import BEAT_S
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.train.whereabouts import name_and_step
+from rwkv_cluster.train.distributed.rank_record import name_and_step
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -37,9 +37,9 @@ from rwkv_cluster.runtime.heartbeat import (
     write_record,
 )
 from rwkv_cluster.runtime.terminal.live_line import clock_time
-from rwkv_cluster.train.distributed import is_collective_failure
-from rwkv_cluster.train.stall import Stall
-from rwkv_cluster.train.whereabouts import busy, death, name, name_and_step, silence
+from rwkv_cluster.train.distributed.collectives import is_collective_failure
+from rwkv_cluster.train.distributed.hang_detector import Stall
+from rwkv_cluster.train.distributed.rank_record import busy, death, name, name_and_step, silence
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")

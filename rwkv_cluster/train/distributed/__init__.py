@@ -1,0 +1,1 @@
+"""Ranks of one run: collectives, heartbeats, detection of ranks that died or hang."""
