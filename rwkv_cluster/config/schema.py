@@ -336,7 +336,7 @@ class GuardConfig(Section):
     """What watches over a run. A loss or gradient that is not finite always ends it, before the update.
 
     128 steps and 6 deviations are those with which OLMo-core's SkipStepOptimizer leaves out single updates; it takes
-    the mean and the standard deviation, which one outlier moves. See `rwkv_cluster.train.guard`.
+    the mean and the standard deviation, which one outlier moves. See `rwkv_cluster.train.guards.spike_guard`.
     """
 
     on_spike: Literal["ignore", "stop", "rollback"] = Field(

@@ -29,14 +29,14 @@ from rwkv_cluster.train.checkpoint.disk_space import Shapes, next_bytes, require
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.train.events import Events
-from rwkv_cluster.train.guard import Spike
+from rwkv_cluster.train.guards.spike_guard import Spike
+from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.loggers import finishing
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import leaving
 from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of

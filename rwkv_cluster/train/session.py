@@ -26,8 +26,8 @@ from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, lo
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import resume
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified
-from rwkv_cluster.train.early_stop import Improvement
-from rwkv_cluster.train.guard import SpikeMemory
+from rwkv_cluster.train.guards.early_stop import Improvement
+from rwkv_cluster.train.guards.spike_guard import SpikeMemory
 from rwkv_cluster.train.precision import DTYPES
 from rwkv_cluster.train.strategy import Placement, place
 from rwkv_cluster.train.vocabulary_size import with_vocabulary

@@ -11,9 +11,9 @@ from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster.train import strategy
 from rwkv_cluster.train.datamodule import TokenDataModule
+from rwkv_cluster.train.guards.stop_request import keep_lightning_out
 from rwkv_cluster.train.loggers import loggers
 from rwkv_cluster.train.session import Session
-from rwkv_cluster.train.signals import keep_lightning_out
 
 
 def trainer_of(session: Session, callbacks: list[Callback]) -> Trainer:

@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.runtime.interrupt import STOP_SIGNALS
-from rwkv_cluster.train.signals import StopRequest
+from rwkv_cluster.train.guards.stop_request import StopRequest
 
 
 @pytest.fixture(autouse=True)

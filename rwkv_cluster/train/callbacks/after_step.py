@@ -24,10 +24,11 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.early_stop import Improvement
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
 from rwkv_cluster.train.events import Events
-from rwkv_cluster.train.guard import Spike, SpikeGuard
+from rwkv_cluster.train.guards.early_stop import Improvement
+from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard
+from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.loggers import log_metrics
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
@@ -36,7 +37,6 @@ from rwkv_cluster.train.progress import Progress
 from rwkv_cluster.train.rank_events import RankEvents
 from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.sample import Sampler
-from rwkv_cluster.train.signals import StopRequest
 from rwkv_cluster.train.step_timer import Phase, StepTimer
 from rwkv_cluster.train.throughput import Utilization
 from rwkv_cluster.workdir import WorkDir
