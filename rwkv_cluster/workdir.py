@@ -167,22 +167,22 @@ class WorkDir:
 
     @property
     def environment(self) -> Path:
-        """What the sessions ran on, see `rwkv_cluster.train.environment`."""
+        """What the sessions ran on, see `rwkv_cluster.train.metrics.environment`."""
         return self.logs / "environment.json"
 
     @property
     def events(self) -> Path:
-        """History of the run, see `rwkv_cluster.train.events`."""
+        """History of the run, see `rwkv_cluster.train.metrics.events`."""
         return self.logs / "events.jsonl"
 
     @property
     def rank_events(self) -> Path:
-        """Where each rank's time goes, see `rwkv_cluster.train.rank_events`."""
+        """Where each rank's time goes, see `rwkv_cluster.train.metrics.step_times`."""
         return self.logs / "events"
 
     @property
     def profile(self) -> Path:
-        """Traces of torch's profiler and their tables, see `rwkv_cluster.train.profile`."""
+        """Traces of torch's profiler and their tables, see `rwkv_cluster.train.metrics.profiler`."""
         return self.logs / "profile"
 
     @property

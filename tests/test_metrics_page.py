@@ -6,9 +6,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from rwkv_cluster.train.rank_events import StepParts
-from rwkv_cluster.train.records import COLUMNS
-from rwkv_cluster.train.trace import PARTS
+from rwkv_cluster.train.metrics.metrics_file import COLUMNS
+from rwkv_cluster.train.metrics.profile_breakdown import PARTS
+from rwkv_cluster.train.metrics.step_times import StepParts
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 

@@ -19,7 +19,7 @@ from rwkv_cluster.launch import submit
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.launch.plan import Plan
 from rwkv_cluster.runtime.terminal.text_safety import visible
-from rwkv_cluster.train.log_file import log_file
+from rwkv_cluster.train.metrics.console_log import log_file
 
 TITLE = "\x1b]0;owned\x07"
 SHOWN = r"\x1b]0;owned\x07"

@@ -11,18 +11,18 @@ from rwkv_cluster.train.callbacks.after_step import Bookkeeping, EpochMean
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.checkpoint.disk_space import Shapes, checkpoint_bytes
 from rwkv_cluster.train.evaluate import sizes_of
-from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guards.spike_guard import SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest
-from rwkv_cluster.train.profile import StepProfile
-from rwkv_cluster.train.progress import Progress
-from rwkv_cluster.train.rank_events import RankEvents, rewind_absent
-from rwkv_cluster.train.records import Records, StepRecord
+from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.metrics.metrics_file import Records, StepRecord
+from rwkv_cluster.train.metrics.profiler import StepProfile
+from rwkv_cluster.train.metrics.progress import Progress
+from rwkv_cluster.train.metrics.step_timer import StepTimer
+from rwkv_cluster.train.metrics.step_times import RankEvents, rewind_absent
+from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.session import Session
-from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import Placement
-from rwkv_cluster.train.throughput import utilization
 
 
 def bookkeeping_of(

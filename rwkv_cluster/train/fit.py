@@ -20,7 +20,6 @@ from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
-from rwkv_cluster.train import environment
 from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
 from rwkv_cluster.train.callbacks.after_step import Bookkeeping
 from rwkv_cluster.train.callbacks.ddp_fixes import OrderlyEnd, SettledBuckets
@@ -28,16 +27,17 @@ from rwkv_cluster.train.callbacks.network_check import NetworkCheck
 from rwkv_cluster.train.checkpoint.disk_space import Shapes, next_bytes, require_room
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed.collectives import fault_point
-from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guards.spike_guard import Spike
 from rwkv_cluster.train.guards.stop_request import StopRequest
-from rwkv_cluster.train.loggers import finishing
+from rwkv_cluster.train.metrics import environment
+from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.metrics.loggers import finishing
+from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.step_timer import StepTimer
 from rwkv_cluster.train.strategy import leaving
 from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.workdir import atomic_write

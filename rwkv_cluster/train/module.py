@@ -19,7 +19,7 @@ from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train import strategy
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.schedule import learning_rate
 from rwkv_cluster.train.state import TrainState

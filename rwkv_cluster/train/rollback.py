@@ -14,9 +14,9 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guards.early_stop import Improvement
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeMemory
+from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.session import Session
 
 log = logging.getLogger("rwkv_cluster")

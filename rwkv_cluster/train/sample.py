@@ -23,7 +23,7 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.checkpoint.weights import load_model
-from rwkv_cluster.train.events import Events
+from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.workdir import WorkDir, atomic_write
 

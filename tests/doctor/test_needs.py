@@ -58,7 +58,7 @@ def test_what_the_run_asks_for(
 
 
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("rwkv_cluster.train.loggers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rwkv_cluster.train.metrics.loggers.importlib.util.find_spec", lambda name: None)
     error = first(tmp_path, logging={"wandb_project": "x"})
     assert error.exit_code == 2
     assert "the package wandb is not installed" in str(error)

@@ -15,7 +15,7 @@ from system.processes import Job, Watched, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.events import read_events
+from rwkv_cluster.train.metrics.events import read_events
 
 pytestmark = pytest.mark.system
 

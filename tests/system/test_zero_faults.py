@@ -14,7 +14,7 @@ from system.processes import Job, Watched, wait_for_end, wait_until
 from tiny_run import losses, tiny_config, write_config
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified
-from rwkv_cluster.train.events import read_events
+from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.workdir import sha256_file
 
 pytestmark = pytest.mark.system

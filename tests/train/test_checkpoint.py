@@ -24,7 +24,7 @@ from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint import rng_state, save_load
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.checkpoint.files import UnfinishedStep
-from rwkv_cluster.train.records import COLUMNS
+from rwkv_cluster.train.metrics.metrics_file import COLUMNS
 
 
 def _save(directory: Path, step: int, value: float = 1.0) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_cluster.train import environment
+from rwkv_cluster.train.metrics import environment
 from rwkv_cluster.train.strategy import Placement
 
 

@@ -11,7 +11,7 @@ from tiny_run import tiny_config
 
 from rwkv_cluster.errors import CheckpointError, Preempted, TrainingError
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.events import Events, read_events
+from rwkv_cluster.train.metrics.events import Events, read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
@@ -73,7 +73,7 @@ def test_other_ranks_write_nothing_and_a_missing_file_is_empty(tmp_path: Path) -
 
 
 def test_a_full_disk_is_told_by_the_error_that_it_caused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rwkv_cluster.train.events.open_own", os.open)  # which would not open a device
+    monkeypatch.setattr("rwkv_cluster.train.metrics.events.open_own", os.open)  # which would not open a device
     events = Events(Path("/dev/full"))
     with pytest.raises(CheckpointError, match=r"/dev/full cannot be written: No space left"):
         events.add("save", 4)

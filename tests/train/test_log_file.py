@@ -11,7 +11,7 @@ from tiny_run import tiny_config
 
 from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.log_file import log_file
+from rwkv_cluster.train.metrics.console_log import log_file
 from rwkv_cluster.train.run import train
 
 log = logging.getLogger("rwkv_cluster")
@@ -38,7 +38,7 @@ def test_a_run_appends_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_full_disk_is_left_to_the_records(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_cluster.train.log_file.open_own", os.open)  # which would not open a device
+    monkeypatch.setattr("rwkv_cluster.train.metrics.console_log.open_own", os.open)  # which would not open a device
     with log_file(Path("/dev/full")):
         log.info("no room for this")
     assert capsys.readouterr().err == ""

@@ -11,8 +11,8 @@ import pytest
 from tiny_run import fingerprint, tiny_config, write_config
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.train.metrics.profile_breakdown import PARTS, break_down, read_trace
 from rwkv_cluster.train.run import train
-from rwkv_cluster.train.trace import PARTS, break_down, read_trace
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from tiny_run import tiny_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.config import LoggingConfig
 from rwkv_cluster.config.loader import dump_yaml
-from rwkv_cluster.train.progress import Progress
-from rwkv_cluster.train.records import StepRecord
+from rwkv_cluster.train.metrics.metrics_file import StepRecord
+from rwkv_cluster.train.metrics.progress import Progress
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -13,9 +13,9 @@ from tiny_run import tiny_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.rank_events import RankEvents, StepParts, rewind_absent
+from rwkv_cluster.train.metrics.step_timer import StepTimer
+from rwkv_cluster.train.metrics.step_times import RankEvents, StepParts, rewind_absent
 from rwkv_cluster.train.run import train
-from rwkv_cluster.train.step_timer import StepTimer
 
 FIELDS = ["step", "data_s", "forward_s", "backward_s", "optimizer_s", "save_s", "eval_s"]
 NOTHING: Any = None  # in place of Lightning's objects, which the timer does not look at

@@ -13,9 +13,9 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train import evaluate as evaluation
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.run import train
 from rwkv_cluster.train.strategy import Placement
-from rwkv_cluster.train.throughput import utilization
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_cluster.train.trace import PARTS, PHASE, break_down, part_of
+from rwkv_cluster.train.metrics.profile_breakdown import PARTS, PHASE, break_down, part_of
 
 BACKWARD = "autograd::engine::evaluate_function: "
 

@@ -21,8 +21,8 @@ from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerToken
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.save_load import list_steps
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.events import read_events
 from rwkv_cluster.train.guards.early_stop import Improvement
+from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 

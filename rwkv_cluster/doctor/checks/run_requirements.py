@@ -99,7 +99,7 @@ def _gpus(config: Config) -> str:
 
 
 def _loggers(config: Config) -> str:
-    from rwkv_cluster.train.loggers import require_packages
+    from rwkv_cluster.train.metrics.loggers import require_packages
 
     require_packages(config.logging)
     asked = {"TensorBoard": config.logging.tensorboard, "Weights & Biases": config.logging.wandb_project}

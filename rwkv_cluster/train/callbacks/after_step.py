@@ -25,20 +25,20 @@ from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
-from rwkv_cluster.train.events import Events
 from rwkv_cluster.train.guards.early_stop import Improvement
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest
-from rwkv_cluster.train.loggers import log_metrics
+from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.metrics.loggers import log_metrics
+from rwkv_cluster.train.metrics.metrics_file import Records, StepRecord
+from rwkv_cluster.train.metrics.profiler import StepProfile
+from rwkv_cluster.train.metrics.progress import Progress
+from rwkv_cluster.train.metrics.step_timer import Phase, StepTimer
+from rwkv_cluster.train.metrics.step_times import RankEvents
+from rwkv_cluster.train.metrics.throughput import Utilization
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.precision import DTYPES
-from rwkv_cluster.train.profile import StepProfile
-from rwkv_cluster.train.progress import Progress
-from rwkv_cluster.train.rank_events import RankEvents
-from rwkv_cluster.train.records import Records, StepRecord
 from rwkv_cluster.train.sample import Sampler
-from rwkv_cluster.train.step_timer import Phase, StepTimer
-from rwkv_cluster.train.throughput import Utilization
 from rwkv_cluster.workdir import WorkDir
 
 

@@ -1,7 +1,7 @@
 """Where each rank's time goes, step by step: `logs/events/rank-<N>.jsonl`, written by every rank for itself.
 
 A rank that waits for another, for its data or for the disk is seen by comparing these files. What the numbers mean is
-in `rwkv_cluster.train.step_timer`. A resumed run drops the lines of steps that it repeats, as from `metrics.jsonl`.
+in `rwkv_cluster.train.metrics.step_timer`. A resumed run drops the lines of steps that it repeats, as from `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.train.records import keep_lines
-from rwkv_cluster.train.step_timer import Lap
+from rwkv_cluster.train.metrics.metrics_file import keep_lines
+from rwkv_cluster.train.metrics.step_timer import Lap
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`train --profile`: a trace of a few steps by torch's profiler, and a table of where their time goes, on each rank.
 
 `logs/profile/rank-<N>.trace.json.gz` opens in https://ui.perfetto.dev and in chrome://tracing; `rank-<N>.json` and
-`rank-<N>.txt` are what `rwkv_cluster.train.trace` finds in it. The profiler watches and changes nothing: the weights
+`rank-<N>.txt` are what `rwkv_cluster.train.metrics.profile_breakdown` finds in it. The profiler watches and changes nothing: the weights
 are the same to the bit. Steps under it are slower, by what it costs to note every operation.
 """
 
@@ -16,7 +16,7 @@ from torch import profiler
 
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train.trace import Breakdown, break_down, read_trace
+from rwkv_cluster.train.metrics.profile_breakdown import Breakdown, break_down, read_trace
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write
 
 log = logging.getLogger("rwkv_cluster")

@@ -7,7 +7,7 @@ done, and counted, in the backward pass:
     matmul         matrix products anywhere else, the head's included
     communication  collectives between ranks
     loss           the head's loss and its gradient, without the products
-    data, forward, backward, optimizer     the rest of each phase, see `rwkv_cluster.train.step_timer`
+    data, forward, backward, optimizer     the rest of each phase, see `rwkv_cluster.train.metrics.step_timer`
     other          the rest: records, validation, saving
 
 On a CPU the whole is the wall time of the profiled steps, and a moment goes to the innermost call on the main thread

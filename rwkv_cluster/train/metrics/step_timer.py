@@ -31,7 +31,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rwkv_cluster.train.trace import PHASE
+from rwkv_cluster.train.metrics.profile_breakdown import PHASE
 
 Phase = Literal["data", "forward", "backward", "optimizer", "eval", "save", "profile", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -13,7 +13,7 @@ import time
 
 from rwkv_cluster.config import LoggingConfig
 from rwkv_cluster.runtime.terminal.live_line import LiveLine, can_draw, clock_time
-from rwkv_cluster.train.records import StepRecord
+from rwkv_cluster.train.metrics.metrics_file import StepRecord
 
 interval_log = logging.getLogger("rwkv_cluster.progress")
 

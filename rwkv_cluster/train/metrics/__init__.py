@@ -1,0 +1,1 @@
+"""Everything that a run records: metrics, events, timings, logs, profiles."""
