@@ -336,7 +336,7 @@ def consolidate(config: Config, step: int | None) -> Report:
     """One weights file, in the training precision, of a checkpoint."""
     with _importing():
         from rwkv_cluster.train.checkpoint import weights
-        from rwkv_cluster.train.precision import DTYPES
+        from rwkv_cluster.train.parallel.precision import DTYPES
 
     path = weights.consolidate(WorkDir(config.work_dir), step=step, dtype=DTYPES[config.training.precision])
     return Report(str(path), {"path": str(path)})

@@ -12,8 +12,8 @@ from rwkv_cluster import cli
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import rank_env
-from rwkv_cluster.train.rank_environment import RankEnvironment
-from rwkv_cluster.train.strategy import place, require_script
+from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
+from rwkv_cluster.train.parallel.strategy import place, require_script
 
 LAUNCHED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 

@@ -132,8 +132,8 @@ def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> 
 
 def _prepare(configs: dict[Contender, Config], options: argparse.Namespace) -> None:
     """Data and initial weights for all, and whatever can be refused before the first contender starts."""
+    from rwkv_cluster.train.parallel.strategy import place
     from rwkv_cluster.train.run import initialize, prepare_data
-    from rwkv_cluster.train.strategy import place
 
     for config in configs.values():
         place(config.training)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.optimizer import optimizer_tensors
-from rwkv_cluster.train.zero import Shards, ZeroStrategy
+from rwkv_cluster.train.parallel.zero import Shards, ZeroStrategy
 
 KINDS = ("weights", "whole", "gradients", "masters", "moments", "buckets", "other")
 

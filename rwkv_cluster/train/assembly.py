@@ -20,9 +20,9 @@ from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.metrics.step_times import RankEvents, rewind_absent
 from rwkv_cluster.train.metrics.throughput import utilization
+from rwkv_cluster.train.parallel.strategy import Placement
 from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.session import Session
-from rwkv_cluster.train.strategy import Placement
 
 
 def bookkeeping_of(

@@ -34,11 +34,11 @@ from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import finishing
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.precision import DTYPES, sums_in_fp32
+from rwkv_cluster.train.parallel.precision import DTYPES, sums_in_fp32
+from rwkv_cluster.train.parallel.strategy import leaving
 from rwkv_cluster.train.rollback import rewound
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.strategy import leaving
 from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of
 from rwkv_cluster.workdir import atomic_write
 

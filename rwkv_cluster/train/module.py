@@ -16,13 +16,13 @@ from rwkv_cluster.data.sampler import Horizon, SamplePlan
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.train import strategy
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
+from rwkv_cluster.train.parallel import strategy
+from rwkv_cluster.train.parallel.state import TrainState
 from rwkv_cluster.train.schedule import learning_rate
-from rwkv_cluster.train.state import TrainState
 
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
 MOST_POSITIONS = 8  # in a message

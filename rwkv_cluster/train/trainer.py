@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from pytorch_lightning import Callback, Trainer
 
-from rwkv_cluster.train import strategy
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.guards.stop_request import keep_lightning_out
 from rwkv_cluster.train.metrics.loggers import loggers
+from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.session import Session
 
 

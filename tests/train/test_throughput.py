@@ -14,8 +14,8 @@ from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train import evaluate as evaluation
 from rwkv_cluster.train.checkpoint.checkpointer import Saver
 from rwkv_cluster.train.metrics.throughput import utilization
+from rwkv_cluster.train.parallel.strategy import Placement
 from rwkv_cluster.train.run import train
-from rwkv_cluster.train.strategy import Placement
 
 H100 = "NVIDIA H100 80GB HBM3"
 

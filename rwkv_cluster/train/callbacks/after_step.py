@@ -37,7 +37,7 @@ from rwkv_cluster.train.metrics.step_timer import Phase, StepTimer
 from rwkv_cluster.train.metrics.step_times import RankEvents
 from rwkv_cluster.train.metrics.throughput import Utilization
 from rwkv_cluster.train.module import StepResult, TrainingModule
-from rwkv_cluster.train.precision import DTYPES
+from rwkv_cluster.train.parallel.precision import DTYPES
 from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.workdir import WorkDir
 

@@ -27,7 +27,7 @@ from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.disk_space import require_room
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.state import Files
+from rwkv_cluster.train.parallel.state import Files
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
 
 log = logging.getLogger("rwkv_cluster")

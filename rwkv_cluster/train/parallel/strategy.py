@@ -20,9 +20,9 @@ from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import rank_env, shared_memory
 from rwkv_cluster.train.distributed.collectives import join_group, leaving_group
-from rwkv_cluster.train.rank_environment import RankEnvironment
-from rwkv_cluster.train.state import Replica, TrainState
-from rwkv_cluster.train.zero import Shards, ZeroStrategy, leave_group, require_deepspeed, zero_strategy
+from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
+from rwkv_cluster.train.parallel.state import Replica, TrainState
+from rwkv_cluster.train.parallel.zero import Shards, ZeroStrategy, leave_group, require_deepspeed, zero_strategy
 
 log = logging.getLogger("rwkv_cluster")
 

@@ -27,7 +27,7 @@ from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.checkpoint.shards import piece_name
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.optimizer import MOMENTS
-from rwkv_cluster.train.state import Files
+from rwkv_cluster.train.parallel.state import Files
 
 MASTER = "master"
 
