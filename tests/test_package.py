@@ -69,10 +69,10 @@ def test_the_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
     assert {"rwkv_cluster/configs/quickstart.yaml", "rwkv_cluster/kernels/csrc/cpu/wkv.cpp"} <= expected
     built = {name for name in names if name.endswith(".so") or "/kernels/lib/" in name}
     assert names - built == expected
-    greedy = built & {"rwkv_cluster/_greedy.so"}
-    assert len(greedy) == (1 if shutil.which(os.environ.get("CC", "cc")) else 0)
+    matcher = built & {"rwkv_cluster/tokenizer/_trie_matcher.so"}
+    assert len(matcher) == (1 if shutil.which(os.environ.get("CC", "cc")) else 0)
     kernels = {f"rwkv_cluster/kernels/lib/{name}" for name in ("libwkv_cpu.so", "wkv_cpu.json")}
-    assert built - greedy == (kernels if shutil.which(os.environ.get("CXX", "c++")) else set())
+    assert built - matcher == (kernels if shutil.which(os.environ.get("CXX", "c++")) else set())
     assert (headers["Name"], headers["Version"]) == ("rwkv-cluster", rwkv_cluster.__version__)
 
 
@@ -94,7 +94,7 @@ def test_it_imports_from_another_directory(installed: Path) -> None:
     package, kernels, has_library = where.split()
     assert package == str(installed / "rwkv_cluster/__init__.py")
     assert kernels == str(installed / "rwkv_cluster/kernels/ops.py")
-    assert has_library == str(bool(list(installed.glob("rwkv_cluster/_greedy*.so"))))
+    assert has_library == str(bool(list(installed.glob("rwkv_cluster/tokenizer/_trie_matcher*.so"))))
     assert others == "[]"
 
 

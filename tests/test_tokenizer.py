@@ -223,7 +223,7 @@ def test_print_tokens(tmp_path: Path, capsys):
 def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch, caplog):
     library = tmp_path / trie_matcher.LIBRARY
     compile_library(library)
-    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "trie_matcher.py"))
     assert trie_matcher.library.__wrapped__() is not None
     monkeypatch.setattr(trie_matcher, "VERSION", -1)
     assert trie_matcher.library.__wrapped__() is None
@@ -232,7 +232,7 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch, c
 
 def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch, caplog):
     (tmp_path / trie_matcher.LIBRARY).write_bytes(b"\x7fELF not really")
-    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "trie_matcher.py"))
     assert trie_matcher.library.__wrapped__() is None
     assert "no native tokenizer" in caplog.text
 
@@ -438,7 +438,7 @@ def test_a_class_that_fails_or_sets_its_vocab_size_itself(monkeypatch):
 
 
 def test_the_fallback_says_so(tmp_path: Path, monkeypatch, caplog):
-    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "greedy.py"))
+    monkeypatch.setattr(trie_matcher, "__file__", str(tmp_path / "trie_matcher.py"))
     with caplog.at_level("WARNING", "rwkv_cluster"):
         assert trie_matcher.library.__wrapped__() is None
     assert "no native tokenizer: it was not built" in caplog.text

@@ -17,22 +17,22 @@ from rwkv_cluster.tokenizer import integer, trie_matcher
 
 
 def compile_library(target: Path) -> None:
-    """Compile greedy.c with every warning an error; skips the test where there is no compiler."""
+    """Compile trie_matcher.c with every warning an error; skips the test where there is no compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("no C compiler")
     flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    source = Path(trie_matcher.__file__).with_name("greedy.c")
+    source = Path(trie_matcher.__file__).with_name("trie_matcher.c")
     subprocess.run([compiler, *flags, "-o", str(target), str(source)], check=True)
 
 
 @functools.cache
 def compiled_library() -> ctypes.CDLL:
-    """The library of greedy.c; it stays loaded when its file is gone."""
+    """The library of trie_matcher.c; it stays loaded when its file is gone."""
     with tempfile.TemporaryDirectory() as folder:
         compile_library(Path(folder) / "greedy.so")
         library = trie_matcher.load_library(Path(folder) / "greedy.so")
-    assert library is not None, "greedy.c and greedy.py disagree about VERSION"
+    assert library is not None, "trie_matcher.c and trie_matcher.py disagree about VERSION"
     return library
 
 

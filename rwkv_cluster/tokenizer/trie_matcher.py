@@ -1,4 +1,4 @@
-"""Greedy longest match: in C when `greedy.c` was compiled at installation, otherwise in Python, same ids.
+"""Greedy longest match: in C when `trie_matcher.c` was compiled at installation, otherwise in Python, same ids.
 
 Both forms take bytes and return token ids, or the position of the first byte that no token fits; wording the
 error is the caller's part. The library also parses integers, for `rwkv_cluster.tokenizer.integer`.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 VERSION = 2  # of the C interface; equals rwkv_text_version() of a library that fits
-LIBRARY = "_greedy.so"  # of any Python: see BuildWithKernels
+LIBRARY = "_trie_matcher.so"  # of any Python: see BuildWithKernels
 CELLS_TOO_FEW = -2
 MOST_CELLS = 2**31 - 512
 
@@ -26,7 +26,7 @@ Encoded = tuple[np.ndarray, int]  # ids [n_tokens], and -1 or the position of th
 
 
 def load_library(path: Path) -> ctypes.CDLL | None:
-    """The compiled `greedy.c` at `path` with its signatures; None when it is of another version."""
+    """The compiled `trie_matcher.c` at `path` with its signatures; None when it is of another version."""
     library = ctypes.CDLL(str(path))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     signatures = {
