@@ -28,8 +28,8 @@ from types import FrameType
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
-from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, repeated_rank, told
-from rwkv_cluster.runtime.rank_env import end_with_parent
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, quoted_rank, read_exit_report
+from rwkv_cluster.runtime.rank_env import die_with_parent
 
 ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
 NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order
@@ -138,7 +138,7 @@ def run(
     reader.start()
     wait_for_end(node, ranks)
     reader.join(5)
-    code = judge(node, ranks)
+    code = classify_exit(node, ranks)
     if code == PREEMPTED and node.is_numbered:
         wait_for_other_nodes(node)
     return code
@@ -152,7 +152,7 @@ def wait_for_end(node: Node, ranks: Ranks) -> None:
         if ranks.stop_signal and now >= next_signal:
             ranks.tell(signal.SIGUSR1)
             next_signal = now + REPEAT_S
-        if all_told is None and None not in ends_of(node).values():
+        if all_told is None and None not in exit_reports(node).values():
             all_told = now
         if all_told is not None and now > all_told + LEAVE_S:
             ranks.process.kill()
@@ -162,46 +162,48 @@ def wait_for_end(node: Node, ranks: Ranks) -> None:
 def wait_for_other_nodes(node: Node) -> None:
     """The first node to end makes srun kill the others, which may still be writing the checkpoint."""
     deadline = time.monotonic() + LEAVE_S
-    while time.monotonic() < deadline and not all(told(node.state, rank) for rank in range(node.world_size)):
+    while time.monotonic() < deadline and not all(
+        read_exit_report(node.state, rank) for rank in range(node.world_size)
+    ):
         time.sleep(POLL_S)
 
 
-def ends_of(node: Node) -> dict[int, dict[str, object] | None]:
+def exit_reports(node: Node) -> dict[int, dict[str, object] | None]:
     """What each rank of this node said of its end; None where it has said nothing."""
     if node.is_numbered:
-        return {rank: told(node.state, rank) for rank in node.ranks}
+        return {rank: read_exit_report(node.state, rank) for rank in node.ranks}
     numbers = [int(path.name.removeprefix("rank-")) for path in node.state.glob("rank-*") if path.suffix != ".tmp"]
     silent = [rank for rank in node.ranks if rank not in numbers][: len(node.ranks) - len(numbers)]
-    return {rank: told(node.state, rank) for rank in (*numbers, *silent)}
+    return {rank: read_exit_report(node.state, rank) for rank in (*numbers, *silent)}
 
 
-def judge(node: Node, ranks: Ranks) -> int:
+def classify_exit(node: Node, ranks: Ranks) -> int:
     """How this node's ranks ended, as an exit code; the first node to fail or to be stopped leaves word for the job."""
-    ends = ends_of(node)
+    ends = exit_reports(node)
     codes = {end["code"] for end in ends.values() if end is not None}
     if codes == {0} and None not in ends.values():
         return 0
     if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in ends.values():
         reason = f"after {ranks.stop_signal}" if ranks.stop_signal else "by a STOP file"
-        _leave_word(node, "preempted" if ranks.stop_signal else "stopped", PREEMPTED, f"stopped {reason}")
+        _write_outcome(node, "preempted" if ranks.stop_signal else "stopped", PREEMPTED, f"stopped {reason}")
         return PREEMPTED
-    code, message = _cause(node, ranks, {rank: end or {} for rank, end in ends.items()})
+    code, message = _first_failure(node, ranks, {rank: end or {} for rank, end in ends.items()})
     sys.stderr.write(f"rwkv-cluster: {message}\n")
-    _leave_word(node, "failed", code, message)
+    _write_outcome(node, "failed", code, message)
     return code
 
 
-def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
+def _first_failure(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
     """Exit code and sentence of the rank that failed first, as far as this node can tell."""
     failed = [end for end in ends.values() if end.get("code") not in (None, 0, PREEMPTED)]
     own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]  # not of another rank
     # A rank that quotes another may be the first to end, and its launcher then ends the other before that can speak.
-    quotes = [end for end in failed if repeated_rank(str(end["message"])) is not None]
+    quotes = [end for end in failed if quoted_rank(str(end["message"])) is not None]
     silent = [rank for rank, end in ends.items() if not end]
     if own or quotes or (failed and not silent):
         end = (own or quotes or failed)[0]
         code, message, number = int(str(end["code"])), str(end["message"]), int(str(end["rank"]))
-        if (other := repeated_rank(message)) is not None:
+        if (other := quoted_rank(message)) is not None:
             number, message = other, message.partition(": ")[2]
         meaning = EXIT_CODES.get(code, f"exit code {code}")
         return code, f"rank {number} on {_host_of(node, number)} failed ({meaning}): {message}".strip(": ")
@@ -214,7 +216,7 @@ def _cause(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tupl
 def _host_of(node: Node, rank: int) -> str:
     """Name of the node that rank is on; ranks are numbered node by node."""
     if not node.is_numbered:
-        end = told(node.state, rank)
+        end = read_exit_report(node.state, rank)
         return str(end["host"]) if end else "another node"
     if rank in node.ranks:
         return node.host
@@ -222,7 +224,7 @@ def _host_of(node: Node, rank: int) -> str:
     return node.names[rank // per_node]
 
 
-def _leave_word(node: Node, how: str, code: int, message: str) -> None:
+def _write_outcome(node: Node, how: str, code: int, message: str) -> None:
     """For the batch script: one line, by whoever is first."""
     with suppress(OSError), open(node.state / "outcome", "x") as handle:
         handle.write(f"{how} {code} {' '.join(message.split())}\n")
@@ -238,7 +240,7 @@ def _for_deepspeed(node: Node, environment: Mapping[str, str], names: str) -> Pa
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     def prepare() -> None:
-        end_with_parent()
+        die_with_parent()
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # inherited until a rank listens itself; torchrun would die
             signal.signal(number, signal.SIG_IGN)
 
@@ -323,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")
         if node is not None:
-            _leave_word(node, "failed", error.exit_code, str(error))
+            _write_outcome(node, "failed", error.exit_code, str(error))
         return error.exit_code
 
 

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
-from rwkv_cluster.runtime.exit_report import log_to_agent, loses_exit_codes, tell_agent
+from rwkv_cluster.runtime.exit_report import loses_exit_codes, redirect_output_to_rank_log, report_exit
 from rwkv_cluster.runtime.interrupt import listening
 from rwkv_cluster.runtime.own_file import reason
-from rwkv_cluster.runtime.rank_env import end_with_launcher, rank, shown
+from rwkv_cluster.runtime.rank_env import die_with_launcher, message_prefix, rank
 from rwkv_cluster.runtime.terminal.console import log_to_stderr, print_result
 from rwkv_cluster.runtime.terminal.text_safety import visible
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def on_end(error: Interrupted) -> int:
         code, message = _interrupted(error, arguments)
-        tell_agent(code, message)
+        report_exit(code, message)
         return code
 
     try:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = _guarded(arguments)
     except Interrupted as error:
         code, message = _interrupted(error, arguments)
-    tell_agent(code, message)
+    report_exit(code, message)
     for stream in (sys.stdout, sys.stderr):
         _settle(stream)
     return code
@@ -103,9 +103,9 @@ def _open_closed_streams() -> None:
 def _guarded(argv: list[str]) -> tuple[int, str]:
     """Exit code, and for an error of ours its sentence."""
     try:
-        end_with_launcher()
+        die_with_launcher()
         if argv[:1] and argv[0] in RANK_VERBS:
-            log_to_agent()
+            redirect_output_to_rank_log()
         with log_to_stderr():
             return _run(argv), ""
     except SystemExit as error:  # argparse: --help or a malformed command line
@@ -279,7 +279,7 @@ def _unknown_option(argument: str, verb: str) -> str:
 
 def _complain(message: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads stderr any more: the exit code still tells
-        print(f"rwkv-cluster: {visible(shown() + message)}", file=sys.stderr, flush=True)
+        print(f"rwkv-cluster: {visible(message_prefix() + message)}", file=sys.stderr, flush=True)
 
 
 def _settle(stream: TextIO) -> None:

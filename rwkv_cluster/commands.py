@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str], extra: Sequence[s
     if options.verb == "report":
         return report([WorkDir(one) for one in options.work_dirs], Path(options.output) if options.output else None)
     if options.verb in ("logs", "cancel"):
-        return jobs(options)
+        return manage(options)
     if options.verb == "launch" and options.target:
         overrides = [*overrides, f"--launch.target={options.target}"]
     if options.verb == "train" and options.profile is not None:
@@ -242,7 +242,7 @@ def status(work: WorkDir, *, verify: bool) -> Report:
     """What a run is doing."""
     from rwkv_cluster.report import status
 
-    found = status.look(work, verify=verify)
+    found = status.read_status(work, verify=verify)
     data = dataclasses.asdict(found) | {"data": found.data and found.data.model_dump(mode="json")}
     return Report(status.format(found), data)
 

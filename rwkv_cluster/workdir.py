@@ -176,7 +176,7 @@ class WorkDir:
         return self.logs / "events.jsonl"
 
     @property
-    def rank_events(self) -> Path:
+    def step_times(self) -> Path:
         """Where each rank's time goes, see `rwkv_cluster.train.metrics.step_times`."""
         return self.logs / "events"
 
@@ -217,7 +217,7 @@ class WorkDir:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            holding = lock.hold(self.lock_file, f"work_dir {self.root}")
+            holding = lock.acquire(self.lock_file, f"work_dir {self.root}")
             holding.__enter__()
         except WrongKindError:
             raise

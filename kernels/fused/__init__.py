@@ -1,1 +1,1 @@
-"""Everything that a block computes beside matrix products and WKV: token shift, norms, gates, in few passes over memory."""
+"""The passes of a block beside matrix products and WKV: token shift, norms and gates, each in one reading of memory."""

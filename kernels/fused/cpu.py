@@ -43,15 +43,17 @@ def squared_relu(x: Tensor) -> Tensor:
     return result
 
 
-def keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.keys`."""
+def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fused.prepare_keys`."""
     parameters = _parameter(k_k, k), _parameter(k_a, k)
     result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(k.contiguous(), a.contiguous(), *parameters, size)
     return result
 
 
-def read(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `fused.read`."""
+def gated_readout(
+    y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """See `fused.gated_readout`."""
     tensors = (x.contiguous() for x in (y, r, k, v, gate))
     result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
     return result

@@ -78,7 +78,7 @@ def squared_relu(x: Tensor, *, choice: str = "auto") -> Tensor:
     return result
 
 
-def keys(
+def prepare_keys(
     k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int, *, choice: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RWKV-7's key preparation: k (1 + (a - 1) k_a), -kappa, kappa a, with kappa the per-head unit vector along k k_k.
@@ -87,12 +87,12 @@ def keys(
     """
     form = _form(choice, k, size)
     if form == "native":
-        return fused_cpu.keys(k, a, k_k, k_a, size)
-    result: tuple[Tensor, Tensor, Tensor] = _plain(plain.keys, form)(k, a, k_k, k_a, size)
+        return fused_cpu.prepare_keys(k, a, k_k, k_a, size)
+    result: tuple[Tensor, Tensor, Tensor] = _plain(plain.prepare_keys, form)(k, a, k_k, k_a, size)
     return result
 
 
-def read(
+def gated_readout(
     y: Tensor,
     r: Tensor,
     k: Tensor,
@@ -110,8 +110,8 @@ def read(
     """
     form = _form(choice, gate, y.shape[-1])
     if form == "native":
-        return fused_cpu.read(y, r, k, v, gate, r_k, weight, bias)
-    result: Tensor = _plain(plain.read, form)(y, r, k, v, gate, r_k, weight, bias)
+        return fused_cpu.gated_readout(y, r, k, v, gate, r_k, weight, bias)
+    result: Tensor = _plain(plain.gated_readout, form)(y, r, k, v, gate, r_k, weight, bias)
     return result
 
 

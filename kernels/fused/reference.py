@@ -33,8 +33,8 @@ def squared_relu(x: Tensor) -> Tensor:
     return result
 
 
-def keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.keys`."""
+def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fused.prepare_keys`."""
     q = (k * k_k.to(k.dtype)).unflatten(-1, (-1, size))
     accurate = torch.promote_types(q.dtype, torch.float32)
     kappa = F.normalize(q.to(accurate), dim=-1, eps=KAPPA_EPS).to(k.dtype).flatten(-2)
@@ -51,8 +51,10 @@ def head_norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype))
 
 
-def read(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `fused.read`."""
+def gated_readout(
+    y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """See `fused.gated_readout`."""
     z = head_norm(y, weight, bias)
     accurate = torch.promote_types(r.dtype, torch.float32)
     bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True, dtype=accurate)  # [B,T,H,1]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.optimizer import optimizer_tensors
-from rwkv_cluster.train.parallel.zero import Shards, ZeroStrategy
+from rwkv_cluster.train.parallel.zero import ZeroShardedState, ZeroStrategy
 
 KINDS = ("weights", "whole", "gradients", "masters", "moments", "buckets", "other")
 
@@ -33,7 +33,7 @@ def held(module: TrainingModule) -> dict[str, int]:
     counted: set[tuple[torch.device, int]] = set()
     parameters = list(module.model.parameters())
     state = module.state
-    if isinstance(state, Shards):
+    if isinstance(state, ZeroShardedState):
         masters, moments = (list(tensors.values()) for tensors in state.files().values())
     else:
         masters, moments = [], list(optimizer_tensors(module.optimizer).values())

@@ -21,12 +21,12 @@ from rwkv_cluster.bench.ddp_memory import held
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.runtime.malloc import keep_freed_memory, peak_memory_mb
-from rwkv_cluster.runtime.rank_env import end_with_launcher, rank
-from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
+from rwkv_cluster.runtime.rank_env import die_with_launcher, rank
+from rwkv_cluster.train.callbacks.ddp_fixes import StableBuckets
 from rwkv_cluster.train.distributed.collectives import leaving_group
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.session import build_model, open_session
-from rwkv_cluster.train.trainer import data_of, trainer_of
+from rwkv_cluster.train.trainer import build_datamodule, build_trainer
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -61,7 +61,7 @@ class Meter(Callback):
 
 def main(config_path: Path, results: Path, warmup: int) -> None:
     """Train as the configuration says, without checkpoints, and write results/<rank>.json."""
-    end_with_launcher()
+    die_with_launcher()
     config = load_config(config_path)
     work = WorkDir(config.work_dir)
     # These ranks have no rank 0 that tells them the name of their process group: all of one turn meet under one name.
@@ -75,7 +75,7 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     meter = Meter(session.horizon.total_steps)
     module = TrainingModule(model, config.training, session.plan, session.horizon)
     with leaving_group():
-        trainer_of(session, [SettledBuckets(), meter]).fit(module, datamodule=data_of(session))
+        build_trainer(session, [StableBuckets(), meter]).fit(module, datamodule=build_datamodule(session))
         kept = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]
     steps = [after - before for before, after in zip(meter.ends, meter.ends[1:], strict=False)]
     figures = {

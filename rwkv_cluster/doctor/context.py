@@ -15,7 +15,7 @@ IMAGE_VARIABLE = "RWKV_CLUSTER_IMAGE"  # in a container image: the file that say
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckContext:
     """config: of the run; None where only the machine is asked about."""
 
     config: Config | None = None

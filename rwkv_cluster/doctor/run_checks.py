@@ -20,13 +20,13 @@ from rwkv_cluster.doctor.checks import (
     wkv,
 )
 from rwkv_cluster.doctor.checks.software import has_torch
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.distributed.checks import examined_together
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.runtime import rank_env
 
-Check = Callable[[Subject], list[Row]]
+Check = Callable[[CheckContext], list[Row]]
 CHECKS: tuple[Check, ...] = (  # in the order in which faults are best mended
     software.versions,
     software.torch_itself,
@@ -76,10 +76,10 @@ def examine(config: Config | None) -> Examination:
 
     On ranks other than 0 it is empty: rank 0 speaks for all. Raises LaunchError where a rank cannot reach rank 0.
     """
-    subject = Subject(config)
+    context = CheckContext(config)
     checks = CHECKS if rank_env.local_rank() == 0 else [check for check in CHECKS if check in OF_EACH_RANK]
-    found = [row for check in checks for row in check(subject)]
+    found = [row for check in checks for row in check(context)]
     world_size = rank_env.launched_world_size() or 1
     if world_size > 1 and has_torch():
-        found = examined_together(found, subject, world_size)
+        found = examined_together(found, context, world_size)
     return Examination(found, rows.first_problem(found))

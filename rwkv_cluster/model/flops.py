@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 
 WKV_PER_STATE_ELEMENT = {"x052": 5, "x060": 5, "x070": 9}
 """Operations of the recurrence for each of the N^2 elements of a head's state (kernels/reference.py).
@@ -63,7 +63,7 @@ def flops_per_token(model: ModelConfig, *, vocab_size: int | None = None) -> Flo
     V = vocab_size or model.vocab_size
     if V is None:
         raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
-    widths = Widths.of(model)
+    widths = ModelDims.of(model)
     n_emb = V * widths.embd
     wkv = WKV_PER_STATE_ELEMENT[model.model_type] * widths.n_head * widths.head_size**2
     return FlopsPerToken(
@@ -74,7 +74,7 @@ def flops_per_token(model: ModelConfig, *, vocab_size: int | None = None) -> Flo
     )
 
 
-def _multiplied(model_type: str, widths: Widths, layer: int) -> int:
+def _multiplied(model_type: str, widths: ModelDims, layer: int) -> int:
     """Elements of the matrices that a block multiplies a token with."""
     C, A, F = widths.embd, widths.att, widths.ffn
     if model_type == "x070":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 
 ZERO_MATRICES = ("att.output.weight", "ffn.value.weight", "ffn.receptance.weight")
 SMALL_MATRICES = (
@@ -51,7 +51,7 @@ def initial_value(config: ModelConfig, name: str, shape: Sequence[int], seed: in
 
 def vectors_of_block(config: ModelConfig, layer: int) -> dict[str, Tensor]:
     """The deterministic tensors of one block, flattened, in float64, by name below `blocks.<layer>.`."""
-    widths = Widths.of(config)
+    widths = ModelDims.of(config)
     version = {"x052": _vectors_x052, "x060": _vectors_x060, "x070": _vectors_x070}[config.model_type]
     rho = layer / (config.n_layer - 1) if config.n_layer > 1 else 0.0
     phi = 1 - layer / config.n_layer
@@ -107,7 +107,7 @@ def _decay_and_bonus(att: int, rho: float) -> dict[str, Tensor]:
     }
 
 
-def _vectors_x052(widths: Widths, rho: float, phi: float) -> dict[str, Tensor]:
+def _vectors_x052(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
     delta = _delta(widths.embd)
     return {
         "att.time_mix_k": delta**phi,
@@ -120,7 +120,7 @@ def _vectors_x052(widths: Widths, rho: float, phi: float) -> dict[str, Tensor]:
     }
 
 
-def _vectors_x060(widths: Widths, rho: float, phi: float) -> dict[str, Tensor]:
+def _vectors_x060(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
     delta = _delta(widths.embd)
     return {
         "att.time_maa_x": 1 - delta**phi,
@@ -135,7 +135,7 @@ def _vectors_x060(widths: Widths, rho: float, phi: float) -> dict[str, Tensor]:
     }
 
 
-def _vectors_x070(widths: Widths, rho: float, phi: float) -> dict[str, Tensor]:
+def _vectors_x070(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
     C, N = widths.embd, widths.head_size
     delta = _delta(C)
     linear = _fraction(C) - 0.5

@@ -131,7 +131,7 @@ class LayerNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Weight and bias [A] of RWKV-LM's `ln_x`, the norm of each head, which `fused.read` and `gated_norm` apply."""
+    """Weight and bias [A] of RWKV-LM's `ln_x`, the norm of each head, in `fused.gated_readout` and `gated_norm`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

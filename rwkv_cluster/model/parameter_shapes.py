@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of parameters, by name."""
@@ -79,19 +79,19 @@ def _norms(layer: int, C: int) -> dict[str, tuple[int, ...]]:
 
 def _time_mix(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     version = {"x052": _time_mix_x052, "x060": _time_mix_x060, "x070": _time_mix_x070}[config.model_type]
-    widths = Widths.of(config)
+    widths = ModelDims.of(config)
     has_value_residual = layer > 0 or config.block0_value_residual
     shapes = version(widths, has_value_residual) | {"ln_x.weight": (widths.att,), "ln_x.bias": (widths.att,)}
     return {f"att.{name}": shape for name, shape in shapes.items()}
 
 
-def _time_mix_x052(widths: Widths, _: bool) -> dict[str, tuple[int, ...]]:
+def _time_mix_x052(widths: ModelDims, _: bool) -> dict[str, tuple[int, ...]]:
     vectors = {f"time_mix_{name}": (1, 1, widths.embd) for name in "kvrg"}
     per_head = dict.fromkeys(("time_decay", "time_faaaa"), (widths.n_head, widths.head_size))
     return {**vectors, **per_head, **_matrices(widths, ("receptance", "key", "value", "gate"))}
 
 
-def _time_mix_x060(widths: Widths, _: bool) -> dict[str, tuple[int, ...]]:
+def _time_mix_x060(widths: ModelDims, _: bool) -> dict[str, tuple[int, ...]]:
     C, A, M, Dw = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
     return {
         **{f"time_maa_{name}": (1, 1, C) for name in "xwkvrg"},
@@ -105,7 +105,7 @@ def _time_mix_x060(widths: Widths, _: bool) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _time_mix_x070(widths: Widths, has_value_residual: bool) -> dict[str, tuple[int, ...]]:
+def _time_mix_x070(widths: ModelDims, has_value_residual: bool) -> dict[str, tuple[int, ...]]:
     C = widths.embd
     ranks = {"w": widths.decay_rank, "a": widths.a_rank, "g": widths.gate_rank}
     ranks |= {"v": widths.v_rank} if has_value_residual else {}
@@ -119,13 +119,13 @@ def _time_mix_x070(widths: Widths, has_value_residual: bool) -> dict[str, tuple[
     }
 
 
-def _matrices(widths: Widths, inputs: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _matrices(widths: ModelDims, inputs: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     into = {f"{name}.weight": (widths.att, widths.embd) for name in inputs}
     return {**into, "output.weight": (widths.embd, widths.att)}
 
 
 def _channel_mix(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    widths = Widths.of(config)
+    widths = ModelDims.of(config)
     C, F = widths.embd, widths.ffn
     mixes = {"x052": ("time_mix_k", "time_mix_r"), "x060": ("time_maa_k", "time_maa_r"), "x070": ("x_k",)}
     shapes: dict[str, tuple[int, ...]] = {name: (1, 1, C) for name in mixes[config.model_type]}

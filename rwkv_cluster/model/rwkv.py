@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 from rwkv_cluster.model.versions import rwkv5, rwkv6, rwkv7
 
 VERSIONS: dict[str, ModuleType] = {"x052": rwkv5, "x060": rwkv6, "x070": rwkv7}
@@ -110,7 +110,7 @@ class RWKV(nn.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """The state before any token: zeros."""
-        widths = Widths.of(self.config)
+        widths = ModelDims.of(self.config)
         shift = self.emb.weight.new_zeros(batch_size, widths.embd, dtype=self.compute_dtype)
         wkv_dtype = torch.promote_types(shift.dtype, torch.float32)
         wkv = shift.new_zeros(batch_size, widths.n_head, widths.head_size, widths.head_size, dtype=wkv_dtype)

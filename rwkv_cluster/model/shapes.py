@@ -12,7 +12,7 @@ from rwkv_cluster.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Widths:
+class ModelDims:
     """Resolved widths and ranks. A rank that the architecture lacks is the default of one that has it."""
 
     embd: int
@@ -27,8 +27,8 @@ class Widths:
     gate_rank: int
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Widths:
-        """Widths of `config`; LoRA ranks of x070 by RWKV-LM's train_temp rule, of x060 32 and 64 as there."""
+    def of(cls, config: ModelConfig) -> ModelDims:
+        """ModelDims of `config`; LoRA ranks of x070 by RWKV-LM's train_temp rule, of x060 32 and 64 as there."""
         C = config.n_embd
         att = config.dim_att or C
         is_x070 = config.model_type == "x070"

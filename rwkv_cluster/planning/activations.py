@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.parameter_shapes import block_parameters
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
 
 STEPS_BETWEEN_STATES = 16  # kernels.native
@@ -106,7 +106,7 @@ def activations(
         weights=float(block_parameters(model) * copies),
         inputs=float(tokens * C * item * (L + has_v_first)),
         outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
-        workspace=_WORKSPACE * tokens * item * Widths.of(model).ffn + _chunked(model, kernels, micro_bsz),
+        workspace=_WORKSPACE * tokens * item * ModelDims.of(model).ffn + _chunked(model, kernels, micro_bsz),
         head=_head_bytes(tokens, vocab_size, C, item, copies, kernels.device),
         head_backward=float(vocab_size * C * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
     )
@@ -114,7 +114,7 @@ def activations(
 
 def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
     """Saved by all blocks for one token, without WKV's states."""
-    w, version, L = Widths.of(model), model.model_type, model.n_layer
+    w, version, L = ModelDims.of(model), model.model_type, model.n_layer
     is_plain, is_compiled = kernels.fused == "plain", kernels.fused == "compile"
     elements = L * (_WIDE[version] * w.embd + 2 * w.ffn)
     elements += L * w.att * (_HEADS[version] + (0 if is_compiled else _MORE_WITHOUT_COMPILE[version]))
@@ -132,7 +132,7 @@ def _wkv_bytes(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
 
     In chunked form the state at the segments' boundaries; by the time loop that of every token.
     """
-    A, N, T = Widths.of(model).att, model.head_size_a, model.ctx_len
+    A, N, T = ModelDims.of(model).att, model.head_size_a, model.ctx_len
     states = micro_bsz * -(-T // STEPS_BETWEEN_STATES) * A * N
     if kernels.wkv == "tensor_cores":
         return 2.0 * states
@@ -147,7 +147,7 @@ def _segment(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> int:
     """Tokens of a segment of the chunked WKV: what fits into a core's cache; on a GPU the whole sample."""
     if kernels.device != "cpu":
         return model.ctx_len
-    return CHUNK * max(1, CPU_SEGMENT_BYTES // (4 * micro_bsz * Widths.of(model).att * CHUNK))
+    return CHUNK * max(1, CPU_SEGMENT_BYTES // (4 * micro_bsz * ModelDims.of(model).att * CHUNK))
 
 
 def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
@@ -155,7 +155,7 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
     if kernels.wkv != "chunked":
         return 0.0
     tokens = micro_bsz * min(model.ctx_len, _segment(model, kernels, micro_bsz))
-    return float(_WORKSPACE_CHUNKED * FP32 * tokens * Widths.of(model).att)
+    return float(_WORKSPACE_CHUNKED * FP32 * tokens * ModelDims.of(model).att)
 
 
 def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, device: str) -> float:

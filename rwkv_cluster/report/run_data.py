@@ -112,7 +112,7 @@ def _metrics(work: WorkDir, missing: list[str]) -> Columns:
 
 def _step_times(work: WorkDir, missing: list[str]) -> tuple[Columns, dict[int, dict[str, float]]]:
     """Means over the ranks that are read, and each rank's totals."""
-    folder = work.rank_events
+    folder = work.step_times
     found = {int(path.stem[5:]): path for path in folder.glob("rank-*.jsonl") if path.stem[5:].isdecimal()}
     if not found:
         missing.append(f"parts of a step: {folder} has no rank-N.jsonl")

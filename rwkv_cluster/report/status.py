@@ -77,7 +77,7 @@ class RunStatus:
     launch: jobs.Status | str | None
 
 
-def look(work: WorkDir, *, verify: bool = False) -> RunStatus:
+def read_status(work: WorkDir, *, verify: bool = False) -> RunStatus:
     """What is going on in a work directory. Raises ConfigError for another.
 
     verify: read every byte of the checkpoint and of the data. Takes seconds where the lock is held by another machine,
@@ -195,7 +195,7 @@ def _smoothed(values: Sequence[float]) -> float:
 
 def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, bool]:
     """Tokens per second of the last steps, and whether pauses count: they do where rank 0 has recorded its time."""
-    timed = run_files.last_json_lines(work.rank_events / "rank-0.jsonl")
+    timed = run_files.last_json_lines(work.step_times / "rank-0.jsonl")
     seconds = [sum(value for name in one if name.endswith("_s") and (value := number(one, name))) for one in timed]
     if sum(seconds) > 0:
         return records[-1]["tokens"] / records[-1]["step"] * len(seconds) / sum(seconds), True

@@ -23,14 +23,14 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Refusal:
+class WriteFailure:
     """Why something could not be written. number: the system's errno; None where the disk is not to blame."""
 
     reason: str
     number: int | None
 
     @classmethod
-    def of(cls, error: BaseException) -> Refusal:
+    def of(cls, error: BaseException) -> WriteFailure:
         """Behind `error`, which may be torch's: it covers the system's own error with a text about its file format."""
         found: BaseException | None = error
         while found is not None and not isinstance(found, OSError):
@@ -68,7 +68,7 @@ def writing(path: Path, n_bytes: int) -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, RuntimeError) as error:
-        refusal = Refusal.of(error)
+        refusal = WriteFailure.of(error)
         if refusal.number is None:
             raise
         raise CheckpointError(refusal.sentence(path, n_bytes)) from error

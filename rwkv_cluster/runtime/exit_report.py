@@ -20,7 +20,7 @@ LAUNCH_VARIABLE = "RWKV_CLUSTER_LAUNCH"  # the launch directory, where logs are
 STATE_VARIABLE = "RWKV_CLUSTER_STATE"  # a folder for each start of the job
 
 
-def repeated_rank(message: str) -> int | None:
+def quoted_rank(message: str) -> int | None:
     """Number of the rank whose failure `message` repeats, as `rank 3: ...`; None for words of one's own."""
     found = re.match(r"rank (\d+): ", message)
     return int(found[1]) if found else None
@@ -31,7 +31,7 @@ def rank_log(launch: Path, number: int) -> Path:
     return launch / f"rank-{number}.log"
 
 
-def log_to_agent() -> None:
+def redirect_output_to_rank_log() -> None:
     """Send what this process and its libraries write to the rank's own log. Does nothing without an agent."""
     launch = os.environ.get(LAUNCH_VARIABLE)
     if launch is None or STATE_VARIABLE not in os.environ:
@@ -44,7 +44,7 @@ def log_to_agent() -> None:
     os.close(descriptor)
 
 
-def tell_agent(code: int, message: str = "") -> None:
+def report_exit(code: int, message: str = "") -> None:
     """Say how this rank ends. Does nothing without an agent."""
     state = os.environ.get(STATE_VARIABLE)
     if state is not None:
@@ -59,7 +59,7 @@ def loses_exit_codes() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and STATE_VARIABLE not in os.environ
 
 
-def told(state: Path, number: int) -> dict[str, Any] | None:
+def read_exit_report(state: Path, number: int) -> dict[str, Any] | None:
     """How rank `number` said that it ended; None while it has said nothing."""
     try:
         return json.loads(read_own(state / f"rank-{number}"))

@@ -112,7 +112,7 @@ class Watch:
         self._content: bytes | None = None
         self._looked_at = 0.0
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Read once. To be called about every `interval_s`."""
         content, now = _read(self.path), time.monotonic()
         if content == self._content:

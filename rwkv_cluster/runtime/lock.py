@@ -25,15 +25,15 @@ from rwkv_cluster.runtime.own_file import WrongKindError, open_own
 from rwkv_cluster.runtime.rank_env import slurm_job
 
 TAKEOVER_S = 60.0
-GLANCE_S = 3.0
-SETTLING_S = 3.0  # for a lock that is taken to have a record that says by whom
+CHECK_S = 3.0
+STARTUP_S = 3.0  # for a lock that is taken to have a record that says by whom
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 log = logging.getLogger("rwkv_cluster")
 
 
 @contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
+def acquire(path: Path, what: str) -> Iterator[None]:
     """Hold `path`, the lock of `what`, for this process.
 
     Raises LaunchError, naming the holder, while it lives: at once on the same machine, within seconds on another.
@@ -44,7 +44,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
         kernel_decides = _flock(descriptor, fcntl.LOCK_EX, path, what)
         if not _is_free(read_record(path), kernel_decides):
             _wait_until_gone(path, what)
-        claim = _Claim(path, what)
+        claim = _LockRecord(path, what)
         try:
             with every(BEAT_S, claim.renew):
                 try:
@@ -72,13 +72,13 @@ def require_free(path: Path, what: str) -> None:
     finally:
         os.close(descriptor)
     if not _is_free(read_record(path), kernel_decides):
-        _refuse_if_alive(path, what, GLANCE_S)
+        _refuse_if_alive(path, what, CHECK_S)
 
 
 @dataclass(frozen=True)
 class Holder:
     """Who holds a lock, as its record says. alive: by the kernel or a heartbeat; False for one that ended by force, or
-    on another machine has shown no sign of life for `GLANCE_S`. Names are None where the record has none."""
+    on another machine has shown no sign of life for `CHECK_S`. Names are None where the record has none."""
 
     alive: bool
     host: str | None
@@ -91,7 +91,7 @@ class Holder:
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds `path`, or died holding it; None where it is free. Takes up to `GLANCE_S`, and changes nothing."""
+    """Who holds `path`, or died holding it; None where it is free. Takes up to `CHECK_S`, and changes nothing."""
     try:
         require_free(path, "it")
         alive = False
@@ -105,7 +105,7 @@ def holder(path: Path) -> Holder | None:
 
 def _flock(descriptor: int, kind: int, path: Path, what: str) -> bool:
     """Take the kernel's lock; False where the file system has none. Raises LaunchError when another holds it."""
-    deadline = time.monotonic() + SETTLING_S
+    deadline = time.monotonic() + STARTUP_S
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -137,10 +137,10 @@ def _is_released(record: dict[str, Any]) -> bool:
 def _refuse_if_alive(path: Path, what: str, patience_s: float) -> dict[str, Any]:
     """Watch the holder's heartbeat until it has been still for `patience_s`. Raises LaunchError when it beats."""
     watch = Watch(path)
-    watch.look()
+    watch.poll()
     while watch.record and watch.still_s < patience_s:
         time.sleep(BEAT_S / 4)
-        watch.look()
+        watch.poll()
         if watch.alive and watch.record:
             raise LaunchError(_in_use(watch.record, what))
     return watch.record
@@ -153,7 +153,7 @@ def _wait_until_gone(path: Path, what: str) -> None:
         log.warning("%s is taken over: it was held %s, which shows no sign of life", what, holder)
 
 
-class _Claim:
+class _LockRecord:
     """This process's record in the lock file."""
 
     def __init__(self, path: Path, what: str) -> None:

@@ -48,7 +48,7 @@ def local_rank() -> int:
     return _number("LOCAL_RANK") or 0
 
 
-def shown() -> str:
+def message_prefix() -> str:
     """`rank 3: ` before what this process says to people, "" without a launcher. Takes the variable as it is."""
     return f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK'))}: " if launched() else ""
 
@@ -97,7 +97,7 @@ def _number(name: str) -> int | None:
     return int(text)
 
 
-def attempt() -> str:
+def launch_id() -> str:
     """What the ranks of one start of a run have in common, and those of other starts mostly do not.
 
     Processes started by hand on a fixed port look alike each time.
@@ -109,7 +109,7 @@ def attempt() -> str:
     return " ".join(os.environ.get(name, "-") for name in _START)
 
 
-def start_others() -> None:
+def name_this_launch() -> None:
     """To be called by a process that no launcher has started before it starts the other ranks: names their start.
 
     They inherit it. What this process calls itself must not change with the variables that its launcher sets for it.
@@ -138,17 +138,17 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def end_with_launcher() -> None:
+def die_with_launcher() -> None:
     """Let the kernel kill this process when the one that launched it is gone.
 
     Without this the workers of a killed torchrun train on for ever, and a rank that waits for a killed rank 0 to open
     the process group waits for half an hour. Does nothing in a process that a person or a batch system started.
     """
     if rank() != 0 or launched_local_world_size() is not None:
-        end_with_parent()
+        die_with_parent()
 
 
-def end_with_parent() -> None:
+def die_with_parent() -> None:
     """Let the kernel kill this process when its parent is gone. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

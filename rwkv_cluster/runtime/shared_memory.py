@@ -12,13 +12,13 @@ SWITCH = "NCCL_SHM_DISABLE"
 REMEDY = "Give the container more (`--shm-size=16g` or `--ipc=host`, launch.container.shm_size)"
 
 
-def room() -> tuple[int, int]:
+def usage() -> tuple[int, int]:
     """Bytes free and bytes in all. Raises OSError where /dev/shm cannot be examined."""
     usage = shutil.disk_usage(PLACE)
     return usage.free, usage.total
 
 
-def let_nccl_do_without() -> str | None:
+def disable_nccl_shm_if_small() -> str | None:
     """Keep NCCL from /dev/shm where there is too little room in it; the sentence to tell, or None where all is well.
 
     To be called before the process group is made. NCCL would end the run with a bus error or `No space left on device`;
@@ -28,7 +28,7 @@ def let_nccl_do_without() -> str | None:
     if SWITCH in os.environ:
         return None
     try:
-        free, total = room()
+        free, total = usage()
     except OSError as error:
         found = f"{PLACE} cannot be used ({error.strerror})"
     else:

@@ -1,1 +1,1 @@
-"""Training: `run` tells the story, the other modules are its words."""
+"""Training. Start at run.py (one run), fit.py (one session), callbacks/after_step.py (one step)."""

@@ -7,25 +7,25 @@ from typing import Any
 
 from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train.callbacks.after_step import Bookkeeping, EpochMean
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.callbacks.after_step import AfterStep, EpochMean
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.checkpoint.disk_space import Shapes, checkpoint_bytes
 from rwkv_cluster.train.evaluate import sizes_of
 from rwkv_cluster.train.guards.spike_guard import SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.metrics.metrics_file import Records, StepRecord
+from rwkv_cluster.train.metrics.metrics_file import MetricsWriter, StepRecord
 from rwkv_cluster.train.metrics.profiler import StepProfile
 from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_timer import StepTimer
-from rwkv_cluster.train.metrics.step_times import RankEvents, rewind_absent
+from rwkv_cluster.train.metrics.step_times import StepTimes, rewind_absent
 from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.parallel.strategy import Placement
 from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.session import Session
 
 
-def bookkeeping_of(
+def build_callbacks(
     session: Session,
     tokenizer: Any,
     timer: StepTimer,
@@ -36,13 +36,13 @@ def bookkeeping_of(
     do: Callable[[str], None],
     *,
     begins: bool,
-) -> Bookkeeping:
+) -> AfterStep:
     """begins: the session is the first of its process. do: told what this rank is going to do."""
     config, found = session.config, session.found
     start_epoch = session.horizon.epoch_of(session.recorded_step)
     is_rank_0 = rank() == 0
     records = (
-        Records(
+        MetricsWriter(
             session.work,
             start_step=session.recorded_step,
             start_epoch=start_epoch,
@@ -52,8 +52,8 @@ def bookkeeping_of(
         else None
     )
     if is_rank_0:
-        rewind_absent(session.work.rank_events, session.placement.world_size, session.start_step)
-    return Bookkeeping(
+        rewind_absent(session.work.step_times, session.placement.world_size, session.start_step)
+    return AfterStep(
         config,
         session.work,
         session.horizon,
@@ -61,7 +61,7 @@ def bookkeeping_of(
         timer=timer,
         stop_request=stop_request,
         records=records,
-        rank_events=RankEvents(session.work.rank_events, rank(), session.start_step),
+        step_times=StepTimes(session.work.step_times, rank(), session.start_step),
         progress=Progress(config.logging, session.horizon.total_steps, session.start_step) if is_rank_0 else None,
         use=utilization(config, session.placement),
         profile=profile,
@@ -73,7 +73,7 @@ def bookkeeping_of(
         start_epoch=start_epoch,
         random_states=found.state["random_states"] if found else None,
         unfinished=StepRecord(**session.unfinished) if session.unfinished else None,
-        saver=Saver(
+        checkpointer=Checkpointer(
             session.work.checkpoints,
             config.checkpoint.keep_last,
             background=_saves_in_background(config, session.placement),
@@ -88,7 +88,7 @@ def bookkeeping_of(
     )
 
 
-def profile_of(session: Session) -> StepProfile | None:
+def build_profile(session: Session) -> StepProfile | None:
     """The profile of the session's first steps, where one is wanted."""
     n_steps = session.config.logging.profile_steps
     on_cuda = session.placement.accelerator == "cuda"

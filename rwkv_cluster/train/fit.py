@@ -20,11 +20,11 @@ from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
-from rwkv_cluster.train.assembly import bookkeeping_of, profile_of
-from rwkv_cluster.train.callbacks.after_step import Bookkeeping
-from rwkv_cluster.train.callbacks.ddp_fixes import OrderlyEnd, SettledBuckets
-from rwkv_cluster.train.callbacks.network_check import NetworkCheck
-from rwkv_cluster.train.checkpoint.disk_space import Shapes, next_bytes, require_room
+from rwkv_cluster.train.assembly import build_callbacks, build_profile
+from rwkv_cluster.train.callbacks.after_step import AfterStep
+from rwkv_cluster.train.callbacks.ddp_fixes import DetachProcessWatcher, StableBuckets
+from rwkv_cluster.train.callbacks.network_check import AllReduceCheck
+from rwkv_cluster.train.checkpoint.disk_space import Shapes, bytes_needed_next, require_disk_space
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.train.guards.spike_guard import Spike
@@ -36,10 +36,10 @@ from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.parallel.precision import DTYPES, sums_in_fp32
 from rwkv_cluster.train.parallel.strategy import leaving
-from rwkv_cluster.train.rollback import rewound
+from rwkv_cluster.train.rollback import roll_back
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.trainer import data_of, quiet_lightning, trainer_of
+from rwkv_cluster.train.trainer import build_datamodule, build_trainer, quiet_lightning
 from rwkv_cluster.workdir import atomic_write
 
 log = logging.getLogger("rwkv_cluster")
@@ -65,7 +65,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class _Ended:
+class _SessionEnd:
     """How a session ended: at a spike, from before which the run has to go on, or with the run, also early."""
 
     step: int
@@ -93,10 +93,10 @@ def fit(
     events = Events(session.work.events if rank() == 0 else None)
     alone = session.placement.world_size == 1 and not launched()
     with unchanged_environment() if alone else nullcontext(), leaving(session.config.training), sums_in_fp32():
-        ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=True)
+        ended = _run_session(session, tokenizer, stop_request, callbacks, events, do, begins=True)
         while ended.spike is not None:
-            session = rewound(session, ended.spike, events)
-            ended = _train(session, tokenizer, stop_request, callbacks, events, do, begins=False)
+            session = roll_back(session, ended.spike, events)
+            ended = _run_session(session, tokenizer, stop_request, callbacks, events, do, begins=False)
     stop_request.end_steps()
     events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
     return TrainResult(
@@ -113,7 +113,7 @@ def fit(
     )
 
 
-def _train(
+def _run_session(
     session: Session,
     tokenizer: Any,
     stop_request: StopRequest,
@@ -122,7 +122,7 @@ def _train(
     do: Callable[[str], None],
     *,
     begins: bool,
-) -> _Ended:
+) -> _SessionEnd:
     """One pass of Lightning's loop, to the run's end or to a spike. begins: it is the first of this process.
 
     Raises Preempted, TrainingError or CheckpointError.
@@ -130,49 +130,51 @@ def _train(
     config = session.config
     shapes = expected_shapes(config.model)
     if rank() == 0:
-        _require_room(session, shapes)
+        _require_disk_space(session, shapes)
     model = build_model(session)
     _write_config(session)
     if rank() == 0:
         environment.record(session.work.environment, session.placement, session.start_step)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    profile = profile_of(session) if begins else None
+    profile = build_profile(session) if begins else None
     timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
-    bookkeeping = bookkeeping_of(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
+    after_step = build_callbacks(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
     module = TrainingModule(
         model,
         config.training,
         session.plan,
         session.horizon,
         found=session.found,
-        votes=bookkeeping.votes,
+        votes=after_step.votes,
         events=events,
     )
     if begins:
         _tell_begin(session, events)
-    with events.telling_the_end(lambda: module.step):
-        with bookkeeping, quiet_lightning():
-            trainer = trainer_of(
-                session, [SettledBuckets(), NetworkCheck(), timer, bookkeeping, OrderlyEnd(), *callbacks]
+    with events.log_exit(lambda: module.step):
+        with after_step, quiet_lightning():
+            trainer = build_trainer(
+                session, [StableBuckets(), AllReduceCheck(), timer, after_step, DetachProcessWatcher(), *callbacks]
             )
             with finishing(trainer.loggers):
-                trainer.fit(module, datamodule=data_of(session))
-        return _ended(session, module, bookkeeping, stop_request)
+                trainer.fit(module, datamodule=build_datamodule(session))
+        return _session_end(session, module, after_step, stop_request)
 
 
-def _ended(session: Session, module: TrainingModule, bookkeeping: Bookkeeping, stop_request: StopRequest) -> _Ended:
+def _session_end(
+    session: Session, module: TrainingModule, after_step: AfterStep, stop_request: StopRequest
+) -> _SessionEnd:
     """Raises Preempted where somebody has asked for the end."""
-    early = bookkeeping.improvement.ends(session.config.training.early_stop_patience)
-    complete = early or (module.step == session.horizon.total_steps and bookkeeping.unfinished is None)
-    if not complete and bookkeeping.spike is None:
+    early = after_step.improvement.ends(session.config.training.early_stop_patience)
+    complete = early or (module.step == session.horizon.total_steps and after_step.unfinished is None)
+    if not complete and after_step.spike is None:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
             f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
             "Run the same command again to continue"
         )
-    val_loss = bookkeeping.last_val.loss if bookkeeping.last_val else None
-    return _Ended(module.step, bookkeeping.last_loss, val_loss, bookkeeping.spike, early)
+    val_loss = after_step.last_val.loss if after_step.last_val else None
+    return _SessionEnd(module.step, after_step.last_loss, val_loss, after_step.spike, early)
 
 
 def _threads(wanted: int) -> int:
@@ -183,12 +185,12 @@ def _threads(wanted: int) -> int:
     return min(wanted, processors)
 
 
-def _require_room(session: Session, shapes: Shapes) -> None:
+def _require_disk_space(session: Session, shapes: Shapes) -> None:
     """For what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
     begins = session.found is None and not work.initial_weights.exists()
-    n_bytes = next_bytes(shapes, item_bytes, session.placement.world_size, begins=begins)
-    require_room(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
+    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, begins=begins)
+    require_disk_space(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 
 def _sample(session: Session, tokenizer: Any, stop_request: StopRequest) -> str | None:

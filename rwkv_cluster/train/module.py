@@ -21,7 +21,7 @@ from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.parallel import strategy
-from rwkv_cluster.train.parallel.state import TrainState
+from rwkv_cluster.train.parallel.state import ModelAndOptimizerState
 from rwkv_cluster.train.schedule import learning_rate
 
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
@@ -73,7 +73,7 @@ class TrainingModule(LightningModule):
         self.should_save = False
         self.all_written = False
         self.result: StepResult | None = None
-        self.state: TrainState
+        self.state: ModelAndOptimizerState
         self._found = found
         self._votes = votes
         self._events = events or Events(None)

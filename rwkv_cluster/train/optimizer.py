@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train.checkpoint.shards import Pieces
+from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -92,7 +92,9 @@ def update_count(optimizer: torch.optim.Optimizer) -> int:
     return int(optimizer.state[first]["step"]) if first in optimizer.state else 0
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor] | Pieces, updates: int) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor] | ShardedTensors, updates: int
+) -> None:
     """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted.
 
     Raises CheckpointError for a moment that is missing or has another shape.
@@ -106,8 +108,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         optimizer.state[parameter] = state
 
 
-def _moment(tensors: Mapping[str, Tensor] | Pieces, key: str, parameter: nn.Parameter) -> Tensor:
-    if key not in tensors.keys():  # noqa: SIM118 -- Pieces are no mapping
+def _moment(tensors: Mapping[str, Tensor] | ShardedTensors, key: str, parameter: nn.Parameter) -> Tensor:
+    if key not in tensors.keys():  # noqa: SIM118 -- ShardedTensors are no mapping
         raise CheckpointError(f"the checkpoint's optimizer has no {key}. Move it away to go on from the one before")
     moment = tensors[key]
     if moment.shape != parameter.shape:

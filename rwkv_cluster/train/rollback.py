@@ -14,31 +14,31 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.guards.early_stop import Improvement
-from rwkv_cluster.train.guards.spike_guard import Spike, SpikeMemory
+from rwkv_cluster.train.guards.early_stop import EarlyStopState
+from rwkv_cluster.train.guards.spike_guard import Spike, SpikeState
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.session import Session
 
 log = logging.getLogger("rwkv_cluster")
 
 
-def rewound(session: Session, spike: Spike, events: Events) -> Session:
+def roll_back(session: Session, spike: Spike, events: Events) -> Session:
     """The session that continues a checkpoint from before `spike`, or the beginning. Collective.
 
     Checkpoints of later steps are removed. Raises TrainingError on every rank where the configuration wants a stop, or
     has allowed no more rollbacks; then nothing is changed.
     """
     events.add("spike", spike.last_step + 1, **vars(spike))
-    with events.telling_the_end(lambda: spike.last_step + 1):
+    with events.log_exit(lambda: spike.last_step + 1):
         _require_allowed(session, spike)
         step, first_skipped = collectives.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
         if rank() == 0:
-            _forget_after(session, step or 0)
+            _remove_checkpoints_after(session, step or 0)
         found = save_load.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None
     state = found.state if found else {}
-    spikes = replace(SpikeMemory.of(state), rollbacks=session.spikes.rollbacks + 1)
+    spikes = replace(SpikeState.of(state), rollbacks=session.spikes.rollbacks + 1)
     plan = session.plan.without(first_skipped, spike.last_step)
-    resumed = replace(session, found=found, plan=plan, spikes=spikes, improvement=Improvement.of(state))
+    resumed = replace(session, found=found, plan=plan, spikes=spikes, improvement=EarlyStopState.of(state))
     n_left_out = spike.last_step + 1 - first_skipped
     facts = {"to_step": resumed.start_step, "skipped_steps": n_left_out, "skipped": plan.skipped}
     events.add("rollback", spike.last_step + 1, **facts, rollbacks=spikes.rollbacks)
@@ -90,7 +90,7 @@ def _first_whole(session: Session, steps: Iterable[int]) -> Checkpoint | None:
     return None
 
 
-def _forget_after(session: Session, step: int) -> None:
+def _remove_checkpoints_after(session: Session, step: int) -> None:
     """Newer checkpoints would be continued in place of the one that was chosen."""
     for later in list_steps(session.work.checkpoints):
         if later > step:

@@ -24,12 +24,12 @@ from rwkv_cluster.data.preparation.prepare import (
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.model.state_dict import save_pth
-from rwkv_cluster.runtime.rank_env import end_with_launcher, launched, launched_world_size, rank, start_others
+from rwkv_cluster.runtime.rank_env import die_with_launcher, launched, launched_world_size, name_this_launch, rank
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train.callbacks.rank_status import Attendance
+from rwkv_cluster.train.callbacks.rank_status import RankStatusCallback
 from rwkv_cluster.train.checkpoint import resume, save_load
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.distributed.rank_monitor import RollCall
+from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.guards.stop_request import StopRequest
@@ -58,13 +58,13 @@ def prepare_data(
     tokenizer, arrays: objects to use instead of, and in addition to, what config.data names. On several ranks rank 0
     prepares; the others return when it has, or when what is there is what they would prepare.
     """
-    end_with_launcher()
+    die_with_launcher()
     work = WorkDir(config.work_dir)
     tokenizer = _chosen(tokenizer, config)
-    with _holding(config, work, "prepare") as roll_call:
+    with _holding(config, work, "prepare") as rank_monitor:
         if rank() == 0:
             manifest = _prepared(config, work, tokenizer, arrays, name, mend=True)
-            roll_call.publish(data=manifest.fingerprint)
+            rank_monitor.write(data=manifest.fingerprint)
             return manifest
 
         def is_prepared() -> bool:
@@ -77,22 +77,22 @@ def prepare_data(
 
         what = "the preparation of the data"
         is_there = _once_each(lambda: _stamp(work.data / MANIFEST_NAME), is_prepared)
-        fingerprint = roll_call.wait_for_rank_0("data", what=what, is_there=is_there)
+        fingerprint = rank_monitor.wait_for_rank_0("data", what=what, is_there=is_there)
         return load_manifest(work.data) if fingerprint is None else _manifest_seen_here(work, fingerprint)
 
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
     """Write out/rwkv-init.pth (replacing an existing one with `force`) and return its path. Rank 0 does it for all."""
-    end_with_launcher()
+    die_with_launcher()
     work = WorkDir(config.work_dir)
     vocab_size = _chosen(tokenizer, config).vocab_size
-    with _holding(config, work, "initialize") as roll_call:
+    with _holding(config, work, "initialize") as rank_monitor:
         if rank() == 0:
             ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
-            roll_call.publish(initialized=True)
+            rank_monitor.write(initialized=True)
         else:
             what = "the initial weights"
-            roll_call.wait_for_rank_0("initialized", what=what, is_there=work.initial_weights.exists)
+            rank_monitor.wait_for_rank_0("initialized", what=what, is_there=work.initial_weights.exists)
         return work.initial_weights
 
 
@@ -107,27 +107,27 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
         TrainingError: the loss or a gradient is no longer finite.
         Preempted: a signal or a STOP file ended the run after a checkpoint.
     """
-    end_with_launcher()
+    die_with_launcher()
     work = WorkDir(config.work_dir)
     tokenizer = _chosen(tokenizer, config)
     require_packages(config.logging)
     require_sample_prompt(config.logging, tokenizer)
     require_script(config.training)
     resolved, _, _ = resolve(config, int(tokenizer.vocab_size))  # refuses at once what would be refused after the data
-    with _holding(config, work, "train") as roll_call:
+    with _holding(config, work, "train") as rank_monitor:
         if rank() == 0:
             require_init_from(resolved, work)
             prepared = _verified(manifest, work) if manifest else _prepared(config, work, tokenizer)
             session = open_session(config, work, prepared)
             begins = {"data": prepared.fingerprint, "step": session.start_step, "group": session.group}
-            roll_call.publish(begins=begins)
+            rank_monitor.write(begins=begins)
         else:
-            session = _session_of_rank_0(config, work, roll_call)
+            session = _session_of_rank_0(config, work, rank_monitor)
         if session.is_complete:
             return _already_complete(session)
         log_path = work.train_log if rank() == 0 else None
         with StopRequest(work.stop_file).listening() as stop_request, log_file(log_path):
-            return fit(session, tokenizer, stop_request, [Attendance(roll_call)], roll_call.do)
+            return fit(session, tokenizer, stop_request, [RankStatusCallback(rank_monitor)], rank_monitor.set_activity)
 
 
 def _chosen(tokenizer: Any, config: Config) -> Any:
@@ -135,30 +135,30 @@ def _chosen(tokenizer: Any, config: Config) -> Any:
 
 
 @contextmanager
-def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RollCall]:
+def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RankMonitor]:
     """The work directory, created and locked by rank 0 for all ranks, which see each other inside the block."""
     world_size = launched_world_size() or config.training.devices
     if world_size > 1 and not launched():
-        start_others()
+        name_this_launch()
     _calls[action, work.root] += 1
     session = f"{action} {_calls[action, work.root]}"
     timeout_s = config.training.timeout_s
-    roll_call = RollCall(work, world_size, timeout_s, config.guard.hang_timeout_s or timeout_s / 2, session)
-    with roll_call.answering():
+    rank_monitor = RankMonitor(work, world_size, timeout_s, config.guard.hang_timeout_s or timeout_s / 2, session)
+    with rank_monitor.running():
         if rank() != 0:
-            yield roll_call
+            yield rank_monitor
             return
         require_no_foreign_files(work, config.data.inputs, config.training.init_from)
         work.create()
         with work.lock():
-            roll_call.forget_earlier_runs()
-            for folder in (work.out, work.checkpoints, work.logs, work.rank_events, work.profile, work.configs):
+            rank_monitor.forget_earlier_runs()
+            for folder in (work.out, work.checkpoints, work.logs, work.step_times, work.profile, work.configs):
                 remove_temporaries(folder)
             work.stop_file.unlink(missing_ok=True)
-            yield roll_call
+            yield rank_monitor
 
 
-def _session_of_rank_0(config: Config, work: WorkDir, roll_call: RollCall) -> Session:
+def _session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor) -> Session:
     """The session that rank 0 has opened, as seen from here, or a run that is complete and needs no rank 0 any more.
 
     Raises CheckpointError where this machine sees other checkpoints than rank 0's.
@@ -169,7 +169,7 @@ def _session_of_rank_0(config: Config, work: WorkDir, roll_call: RollCall) -> Se
 
     what = "the preparation of the data"
     is_there = _once_each(lambda: save_load.list_steps(work.checkpoints), is_complete)
-    begins = roll_call.wait_for_rank_0("begins", what=what, is_there=is_there)
+    begins = rank_monitor.wait_for_rank_0("begins", what=what, is_there=is_there)
     if begins is None:
         return open_session(config, work, load_manifest(work.data))
     manifest, step = _manifest_seen_here(work, begins["data"]), begins["step"]

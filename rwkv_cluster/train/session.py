@@ -26,8 +26,8 @@ from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, lo
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import resume
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified
-from rwkv_cluster.train.guards.early_stop import Improvement
-from rwkv_cluster.train.guards.spike_guard import SpikeMemory
+from rwkv_cluster.train.guards.early_stop import EarlyStopState
+from rwkv_cluster.train.guards.spike_guard import SpikeState
 from rwkv_cluster.train.parallel.precision import DTYPES
 from rwkv_cluster.train.parallel.strategy import Placement, place
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
@@ -54,8 +54,8 @@ class Session:
     horizon: Horizon
     accumulate: int
     found: Checkpoint | None
-    spikes: SpikeMemory
-    improvement: Improvement
+    spikes: SpikeState
+    improvement: EarlyStopState
     group: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -126,7 +126,7 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    spikes, improvement = SpikeMemory.of(state), Improvement.of(state)
+    spikes, improvement = SpikeState.of(state), EarlyStopState.of(state)
     session = Session(config, work, manifest, placement, plan, end, accumulate, found, spikes, improvement)
     _require_validation(session)
     if found is not None:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster.train.datamodule import TokenDataModule
-from rwkv_cluster.train.guards.stop_request import keep_lightning_out
+from rwkv_cluster.train.guards.stop_request import disable_lightning_signal_handlers
 from rwkv_cluster.train.metrics.loggers import loggers
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.session import Session
 
 
-def trainer_of(session: Session, callbacks: list[Callback]) -> Trainer:
+def build_trainer(session: Session, callbacks: list[Callback]) -> Trainer:
     """What ends it is a callback, by step."""
     trainer = Trainer(
         **strategy.trainer_arguments(session.config.training, session.placement, session.group),
@@ -33,11 +33,11 @@ def trainer_of(session: Session, callbacks: list[Callback]) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    keep_lightning_out(trainer)
+    disable_lightning_signal_handlers(trainer)
     return trainer
 
 
-def data_of(session: Session) -> TokenDataModule:
+def build_datamodule(session: Session) -> TokenDataModule:
     """This rank's batches from where the session starts."""
     return TokenDataModule(
         session.train_tokens(),

@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.checks import deepspeed, environment, gpus, host, software, storage, tools
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, refused
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.runtime import shared_memory
@@ -45,8 +45,8 @@ def nvidia_smi(folder: Path, monkeypatch: Any, output: str = TWO_GPUS) -> None:
 
 def limited(kind: int, value: int) -> Row:
     """The row of a process that has this soft limit."""
-    code = "from rwkv_cluster.doctor import host, subject\n"
-    code += "print(*[f'{r.state}|{r.text}|{r.remedy}' for r in host.limits(subject.Subject())], sep='\\n')"
+    code = "from rwkv_cluster.doctor import host, context\n"
+    code += "print(*[f'{r.state}|{r.text}|{r.remedy}' for r in host.limits(context.CheckContext())], sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         preexec_fn=lambda: resource.setrlimit(kind, (value, resource.getrlimit(kind)[1])),
@@ -85,11 +85,11 @@ def test_little_locked_memory_matters_with_infiniband(tmp_path: Path, monkeypatc
 
 def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(shared_memory, "WANTED_BYTES", 2**60)
-    (row,) = host.shared_memory(Subject())
+    (row,) = host.shared_memory(CheckContext())
     assert row.state == "note"
     nvidia_smi(tmp_path, monkeypatch)
     gpus.listed.cache_clear()
-    (row,) = host.shared_memory(Subject())
+    (row,) = host.shared_memory(CheckContext())
     assert row.state == "warning"
     assert "training keeps NCCL from using it" in row.text
     assert "--shm-size" in row.remedy
@@ -97,14 +97,14 @@ def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: An
 
 def test_more_threads_than_processors() -> None:
     many = (os.cpu_count() or 1) + 1
-    (row,) = host.processors(Subject(Config(training={"num_threads": many})))
+    (row,) = host.processors(CheckContext(Config(training={"num_threads": many})))
     assert row.state == "warning"
     assert f"the threads of 1 rank, {many} each, would wait for each other" in row.text
-    assert host.processors(Subject(Config(training={"num_threads": 1})))[0].state == "ok"
+    assert host.processors(CheckContext(Config(training={"num_threads": 1})))[0].state == "ok"
 
 
 def test_memory_is_that_of_this_machine() -> None:
-    (row,) = host.memory(Subject())
+    (row,) = host.memory(CheckContext())
     assert float(row.text.split()[0]) == pytest.approx(
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, abs=1
     )
@@ -116,7 +116,7 @@ def test_numbers_are_written_as_ranges() -> None:
 
 def test_gpus_are_listed_without_torch(tmp_path: Path, monkeypatch: Any) -> None:
     nvidia_smi(tmp_path, monkeypatch)
-    driver, first, second = gpus.driver(Subject())
+    driver, first, second = gpus.driver(CheckContext())
     assert (driver.state, driver.text) == ("ok", "570.86.15")
     assert (first.state, first.text) == ("ok", "NVIDIA H100 80GB HBM3, 80 GiB")
     assert (second.state, second.text) == ("warning", "NVIDIA H100 80GB HBM3, 80 GiB, of which 69 are in use")
@@ -124,7 +124,7 @@ def test_gpus_are_listed_without_torch(tmp_path: Path, monkeypatch: Any) -> None
 
 def test_a_gpu_that_does_not_tell_its_memory(tmp_path: Path, monkeypatch: Any) -> None:
     nvidia_smi(tmp_path, monkeypatch, "Orin (nvgpu), [N/A], [Not Supported], 540.3.0")
-    assert gpus.driver(Subject())[1] == Row("GPU 0", "ok", "Orin (nvgpu)")
+    assert gpus.driver(CheckContext())[1] == Row("GPU 0", "ok", "Orin (nvgpu)")
 
 
 def test_gpus_that_torch_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
@@ -132,12 +132,12 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpus, "listed", tuple)
-    assert gpus.torch_cuda(Subject())[0].state == "note"
+    assert gpus.torch_cuda(CheckContext())[0].state == "note"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpus.listed.cache_clear()
     nvidia_smi(tmp_path, monkeypatch)
-    (row,) = gpus.torch_cuda(Subject())
+    (row,) = gpus.torch_cuda(CheckContext())
     assert row.state == "warning"
     assert row.text.startswith("nvidia-smi shows GPUs, but torch finds none (torch is ")
 
@@ -147,15 +147,15 @@ def test_what_torch_compile_needs_on_a_gpu(monkeypatch: Any) -> None:
 
     from rwkv_cluster.kernels.fused import ops as fused
 
-    names = [row.name for row in software.compilers(Subject())]
+    names = [row.name for row in software.compilers(CheckContext())]
     assert "torch.compile" not in names
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "a C compiler")
-    row = software.compilers(Subject())[-1]
+    row = software.compilers(CheckContext())[-1]
     assert (row.name, row.state) == ("torch.compile", "warning")
     assert row.text.startswith("it needs a C compiler, which is not here")
     monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: None)
-    assert software.compilers(Subject())[-1].state == "ok"
+    assert software.compilers(CheckContext())[-1].state == "ok"
 
 
 @pytest.mark.gpu
@@ -163,7 +163,7 @@ def test_the_real_driver_and_torch_agree() -> None:
     import torch
 
     assert len(gpus.listed()) >= torch.cuda.device_count()
-    assert gpus.torch_cuda(Subject())[0].state == "ok"
+    assert gpus.torch_cuda(CheckContext())[0].state == "ok"
 
 
 def test_an_nvidia_smi_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: Any) -> None:
@@ -209,7 +209,7 @@ def test_variables_that_matter_are_told_and_secrets_are_not() -> None:
 )
 def test_variables_that_slow_down_or_mislead(name: str, value: str, says: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(name, value)
-    warnings = [row for row in environment.variables(Subject()) if row.name == name]
+    warnings = [row for row in environment.variables(CheckContext()) if row.name == name]
     assert [row.state for row in warnings] == (["warning"] if says else [])
     assert not says or says in warnings[0].text
 
@@ -221,25 +221,25 @@ def test_deepspeed_tells_its_operators(tmp_path: Path) -> None:
     (tmp_path / "git_version_info_installed.py").write_text(written)
     assert deepspeed.prebuilt(tmp_path) == {"cpu_adam": True, "async_io": False}
     assert deepspeed.prebuilt(tmp_path / "elsewhere") == {}
-    version, operators = deepspeed.deepspeed(Subject())
+    version, operators = deepspeed.deepspeed(CheckContext())
     assert version.state == "ok"
     assert operators.text.startswith("prebuilt: ")
 
 
 def test_slurm_and_its_containers(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert tools.slurm(Subject())[0].state == "note"
-    assert tools.containers(Subject()) == [Row("container engines", "note", "none is here")]
+    assert tools.slurm(CheckContext())[0].state == "note"
+    assert tools.containers(CheckContext()) == [Row("container engines", "note", "none is here")]
     program(tmp_path, "sinfo", "exit 1", monkeypatch)
-    assert tools.slurm(Subject())[0].text == "sinfo is here, but does not work"
+    assert tools.slurm(CheckContext())[0].text == "sinfo is here, but does not work"
     program(tmp_path, "sinfo", "echo slurm 24.05.3", monkeypatch)
     program(tmp_path, "srun", "echo '  --container-image=[USER@][REGISTRY#]IMAGE'", monkeypatch)
     program(tmp_path, "podman", "echo podman version 5.1.0", monkeypatch)
-    assert tools.slurm(Subject())[0].text == "slurm 24.05.3, without sbatch, srun with containers"
-    assert tools.containers(Subject())[0].text == "podman 5.1.0"
+    assert tools.slurm(CheckContext())[0].text == "slurm 24.05.3, without sbatch, srun with containers"
+    assert tools.containers(CheckContext())[0].text == "podman 5.1.0"
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert "srun started 4 tasks, which do not know each other" in tools.slurm(Subject())[0].text
+    assert "srun started 4 tasks, which do not know each other" in tools.slurm(CheckContext())[0].text
 
 
 def test_a_disk_that_is_slow(tmp_path: Path, monkeypatch: Any) -> None:
@@ -271,13 +271,13 @@ def test_a_file_system_without_locks(number: int | None, state: str, tmp_path: P
 
 def test_a_folder_that_cannot_be_written(monkeypatch: Any) -> None:
     """/proc takes no files, not even root's."""
-    (row,) = storage.storage(Subject(Config(work_dir=f"{__file__}/work")))
+    (row,) = storage.storage(CheckContext(Config(work_dir=f"{__file__}/work")))
     assert row.sentence == f"{__file__} is not a directory. Choose another work_dir"
-    row = storage.storage(Subject(Config(work_dir="/proc/work")))[-1]
+    row = storage.storage(CheckContext(Config(work_dir="/proc/work")))[-1]
     assert (row.state, row.exit_code) == ("problem", 2)
     assert row.text.startswith("/proc cannot be written: ")
     monkeypatch.chdir("/proc")
-    assert storage.storage(Subject())[-1].state == "note"
+    assert storage.storage(CheckContext())[-1].state == "note"
 
 
 def test_an_error_is_split_into_what_is_found_and_what_to_do() -> None:

@@ -15,7 +15,7 @@ from naive_wkv import VERSIONS, naive, output_gradients, random_inputs, relative
 from rwkv_cluster.kernels import native, ops, reference
 
 pytestmark = pytest.mark.gpu
-TESTS = Path(__file__).parent.parent
+SUPPORT = Path(__file__).parents[1] / "support"
 TOLERANCES = {
     ("exact", torch.float32): (2e-6, 5e-5),
     ("exact", torch.bfloat16): (2.5e-3, 2.5e-3),
@@ -173,7 +173,7 @@ def test_compute_sanitizer_finds_nothing(tool, tmp_path):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     script = tmp_path / "all_kernels.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{SANITIZED}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(SUPPORT)!r})\n{SANITIZED}")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=rwkv", sys.executable]
     run = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

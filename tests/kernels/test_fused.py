@@ -18,7 +18,7 @@ from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.fused import cpu as fused_cpu
 from rwkv_cluster.kernels.fused import ops as fused
 
-NATIVE = ["mix", "squared_relu", "keys", "read"]
+NATIVE = ["mix", "squared_relu", "prepare_keys", "gated_readout"]
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]  # B, T, H, N
 
 
@@ -39,7 +39,7 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
         return [normal(*flat)], 0
     if name == "gated_norm":
         return [normal(*full), normal(*flat), normal(width), normal(width)], 2
-    if name == "keys":
+    if name == "prepare_keys":
         return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
     parameters = [normal(heads, size), normal(width), normal(width)]
     return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
@@ -52,8 +52,8 @@ def run(name: str, given: list[torch.Tensor], size: int, choice: str) -> list[to
         results = list(fused.mix(leaves[0], leaves[1:], choice=choice))
     elif name == "blend":
         results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
-    elif name == "keys":
-        results = list(fused.keys(*leaves, size, choice=choice))
+    elif name == "prepare_keys":
+        results = list(fused.prepare_keys(*leaves, size, choice=choice))
     else:
         results = [getattr(fused, name)(*leaves, choice=choice)]
     generator = torch.Generator().manual_seed(4)
@@ -122,11 +122,11 @@ def test_every_instruction_set(name, target):
 
 
 def test_a_vanishing_key_has_finite_gradients():
-    tensors, _ = arguments("keys", (1, 3, 1, 16))
+    tensors, _ = arguments("prepare_keys", (1, 3, 1, 16))
     given = [x.float() for x in tensors]
     given[0][0, 1] = 0.0
-    wanted = run("keys", [x.double() for x in given], 16, "plain")
-    found = run("keys", given, 16, "native")
+    wanted = run("prepare_keys", [x.double() for x in given], 16, "plain")
+    found = run("prepare_keys", given, 16, "native")
     assert all(torch.isfinite(x).all() for x in found)
     assert max(relative_errors(found, wanted)) < 2e-6
 

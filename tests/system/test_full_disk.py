@@ -20,7 +20,7 @@ from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth, save_pth
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk takes root")]
@@ -72,26 +72,28 @@ def _pages(folder: Path) -> int:
 @pytest.mark.parametrize("background", [False, True])
 def test_full_at_twenty_levels(background: bool, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if another program took the room while the checkpoint is written: the look before it is off."""
-    monkeypatch.setattr("rwkv_cluster.train.checkpoint.checkpointer.require_room", lambda folder, n_bytes, what: None)
+    monkeypatch.setattr(
+        "rwkv_cluster.train.checkpoint.checkpointer.require_disk_space", lambda folder, n_bytes, what: None
+    )
     disk = mount(tmp_path / "disk")
     directory = disk / "checkpoints"
     directory.mkdir()
-    saver = Saver(directory, 3, background=background, n_bytes=600_000)
-    saver.save(1, _files(1.0), state_of(1))
+    checkpointer = Checkpointer(directory, 3, background=background, n_bytes=600_000)
+    checkpointer.save(1, _files(1.0), state_of(1))
     needed = _pages(save_load.checkpoint_path(directory, 1))
     levels = {needed * level // LEVELS for level in range(LEVELS - 1)} | {needed - 2, needed - 1}  # state, manifest
     assert len(levels) > LEVELS
     for pages in sorted(levels):
         _leave(disk, pages * PAGE)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            saver.save(2, _files(2.0), state_of(2))
+            checkpointer.save(2, _files(2.0), state_of(2))
         found = REFUSED.search(str(caught.value))
         assert found, caught.value
         assert found.groups() == ("600,000", f"{pages * PAGE:,}", str(directory), "Make room ")
         assert [entry.name for entry in directory.iterdir()] == ["step-00000001"]
         assert save_load.newest_verified(directory).weights()["blocks.0.weight"][0, 0] == 1.0
     _leave(disk, needed * PAGE)
-    saver.save(2, _files(2.0), state_of(2))
+    checkpointer.save(2, _files(2.0), state_of(2))
     assert save_load.newest_verified(directory).step == 2
 
 

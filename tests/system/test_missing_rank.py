@@ -103,7 +103,7 @@ def test_rank_0_is_lost_while_it_prepares(
 
 
 def test_a_rank_that_is_killed_before_the_ranks_have_met(tmp_path: Path, start: Callable[..., Job]) -> None:
-    """C1: nothing but the roll call knows of it then; the other waits in torch, where SIGTERM is only noted."""
+    """C1: nothing but the rank monitor knows of it then; the other waits in torch, where SIGTERM is only noted."""
     run = _new_run(tmp_path, timeout_s=600)
     port = free_port()
     jobs = [start(run.folder, environment=by_hand(rank, port), fault="train.start#1:sleep=600") for rank in (0, 1)]

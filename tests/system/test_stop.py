@@ -17,7 +17,7 @@ from tiny_run import tiny_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.runtime import interrupt
-from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
+from rwkv_cluster.train.callbacks.ddp_fixes import StableBuckets
 from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.system
@@ -138,10 +138,10 @@ def test_a_rank_that_waits_for_others_hears_a_signal(tmp_path: Path, start: Call
 def test_a_signal_while_the_trainer_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's own handler, were it there, would end the run with code 1 and without a checkpoint."""
 
-    def interrupt(self: SettledBuckets, trainer: Trainer, module: LightningModule) -> None:
+    def interrupt(self: StableBuckets, trainer: Trainer, module: LightningModule) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(SettledBuckets, "on_train_start", interrupt)
+    monkeypatch.setattr(StableBuckets, "on_train_start", interrupt)
     config = tiny_config(tmp_path)
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 1 of 8"):
         train(config)

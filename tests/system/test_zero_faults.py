@@ -79,7 +79,7 @@ def test_nan_on_one_rank_stops_all_before_the_update(
     assert run.newest_checkpoint() == 10
     newest = newest_verified(run.work.checkpoints)
     for tensors in (newest.weights(), newest.optimizer()):
-        assert all(tensors[name].isfinite().all() for name in tensors.keys())  # noqa: SIM118 -- Pieces have keys only
+        assert all(tensors[name].isfinite().all() for name in tensors.keys())  # noqa: SIM118 -- ShardedTensors have keys only
 
 
 def test_killed_again_and_again(tmp_path: Path, start: Callable[..., Job]) -> None:

@@ -21,7 +21,7 @@ from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerToken
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.save_load import list_steps
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.guards.early_stop import Improvement
+from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
@@ -127,12 +127,12 @@ def test_samples_disturb_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_patience_counts_evaluations_without_improvement() -> None:
-    found, counts = Improvement(), []
+    found, counts = EarlyStopState(), []
     for loss in (3.0, 2.0, 1.95, 2.5, 1.8, 1.9):
         found = found.after(loss, min_delta=0.1)
         counts.append((found.best, found.stale))
     assert counts == [(3.0, 0), (2.0, 0), (2.0, 1), (2.0, 2), (1.8, 0), (1.8, 1)]
-    assert Improvement.of({"improvement": vars(found)}) == found
+    assert EarlyStopState.of({"improvement": vars(found)}) == found
     assert not found.ends(None)
     assert not found.ends(2)
     assert found.ends(1)

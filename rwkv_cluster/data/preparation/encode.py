@@ -44,7 +44,7 @@ class FileBlock:
 
 
 @dataclass(frozen=True)
-class Large:
+class LargeFile:
     """A text file that is too large for `encode_files`; the caller streams it."""
 
     number: int
@@ -194,14 +194,14 @@ class DocumentEncoder:
         encoded.bad_lines, encoded.n_read = bad[:_SHOWN_BAD_LINES], len(block.data)
         return encoded
 
-    def encode_files(self, block: FileBlock) -> list[Encoded | Large]:
-        """One document for each text file, or Large where a file exceeds LARGE_TEXT_BYTES."""
-        results: list[Encoded | Large] = []
+    def encode_files(self, block: FileBlock) -> list[Encoded | LargeFile]:
+        """One document for each text file, or LargeFile where a file exceeds LARGE_TEXT_BYTES."""
+        results: list[Encoded | LargeFile] = []
         for number, source in block.files:
             digest = hashlib.sha256()
             content = _read_limited(document_blocks(source, digest), LARGE_TEXT_BYTES)
             if content is None:
-                results.append(Large(number, source))
+                results.append(LargeFile(number, source))
                 continue
             encoded = self._encode_file(content, source)
             encoded.contents, encoded.n_read = [(number, digest.hexdigest())], len(content)
@@ -284,11 +284,11 @@ def _read_limited(blocks: Iterable[bytes], limit: int) -> bytes | None:
     return b"".join(pieces)
 
 
-def _merged(results: list[Encoded | Large]) -> Iterable[Encoded | Large]:
+def _merged(results: list[Encoded | LargeFile]) -> Iterable[Encoded | LargeFile]:
     """Neighbouring results as one, so that little travels between processes."""
     run: list[Encoded] = []
     for result in results:
-        if isinstance(result, Large):
+        if isinstance(result, LargeFile):
             yield from _joined(run)
             run = []
             yield result

@@ -35,8 +35,14 @@ from rwkv_cluster.data.manifest import (
 )
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.data.preparation.external_tokens import check_pair
-from rwkv_cluster.data.preparation.publish import commit, disk_errors, only_one, temporary_folder
-from rwkv_cluster.data.preparation.shuffle_split import below, everything, not_below, split_threshold, write_documents
+from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
+from rwkv_cluster.data.preparation.shuffle_split import (
+    all_documents,
+    is_training,
+    is_validation,
+    split_threshold,
+    write_documents,
+)
 from rwkv_cluster.data.preparation.staleness import (
     array_digest,
     content_options,
@@ -47,8 +53,8 @@ from rwkv_cluster.data.preparation.staleness import (
     why_stale,
     write_cache,
 )
-from rwkv_cluster.data.preparation.token_store import Spool
-from rwkv_cluster.data.preparation.tokenize import Filled, Filler, Progress
+from rwkv_cluster.data.preparation.token_store import EncodedDocuments
+from rwkv_cluster.data.preparation.tokenize import Progress, Tokenization, TokenizedInputs
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
@@ -92,7 +98,7 @@ def prepare(
         )
     with disk_errors(job.out_dir):
         job.out_dir.mkdir(parents=True, exist_ok=True)
-        with only_one(job.out_dir):
+        with exclusive(job.out_dir):
             remove_temporaries(job.out_dir)
             found = job.reusable(refresh=True)
             if isinstance(found, DataManifest):
@@ -150,12 +156,12 @@ def write_pair(
     with disk_errors(prefix.parent):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(prefix.parent) as folder:
-            spool = Spool(folder, encoder.dtype, with_digests=False)
-            Filler(encoder, spool, None, folder).fill((), sources, sequence_length=1, num_workers=0)
+            spool = EncodedDocuments(folder, encoder.dtype, with_digests=False)
+            Tokenization(encoder, spool, None, folder).fill((), sources, sequence_length=1, num_workers=0)
             spool.finish()
             _require_documents(spool, sources)
             with TokenFileWriter(prefix, encoder.dtype) as writer:
-                write_documents(spool, writer, everything, folder, passes=passes, seed=seed)
+                write_documents(spool, writer, all_documents, folder, passes=passes, seed=seed)
     return writer
 
 
@@ -277,7 +283,7 @@ class _Job:
         write_cache(self.out_dir, named_inputs(self.data), stats, [pair.content])
         return manifest
 
-    def _fill(self, folder: Path, finished: Path) -> tuple[Spool, Filled, HashedFile | None]:
+    def _fill(self, folder: Path, finished: Path) -> tuple[EncodedDocuments, TokenizedInputs, HashedFile | None]:
         encoder = DocumentEncoder(
             self.tokenizer,
             text_field=self.data.text_field,
@@ -285,10 +291,10 @@ class _Job:
             digest_key=self.data.seed if self.data.validation_fraction else None,
             with_jsonl=self.writes_jsonl,
         )
-        spool = Spool(folder, encoder.dtype, with_digests=encoder.has_digests)
+        spool = EncodedDocuments(folder, encoder.dtype, with_digests=encoder.has_digests)
         with ExitStack() as files:
             jsonl = files.enter_context(HashedFile(finished / f"{self.name}.jsonl")) if self.writes_jsonl else None
-            filled = Filler(encoder, spool, jsonl, folder).fill(
+            filled = Tokenization(encoder, spool, jsonl, folder).fill(
                 self.arrays,
                 self.sources,
                 sequence_length=self.data.sequence_length,
@@ -300,19 +306,19 @@ class _Job:
         _require_documents(spool, self.sources)
         return spool, filled, jsonl
 
-    def _write(self, spool: Spool, folder: Path, finished: Path) -> list[TokenFileWriter]:
+    def _write(self, spool: EncodedDocuments, folder: Path, finished: Path) -> list[TokenFileWriter]:
         fraction = self.data.validation_fraction
         threshold = split_threshold(spool, fraction) if fraction else 0
         seed = self.data.seed if self.data.shuffle else None
         passes = self.data.n_epochs_duplication
         progress = Progress("writing", folder, None if fraction else spool.n_tokens * passes)
         with TokenFileWriter(finished / self.name, spool.dtype) as train:
-            chosen = not_below(threshold) if fraction else everything
+            chosen = is_training(threshold) if fraction else all_documents
             write_documents(spool, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
         if not fraction:
             return [train]
         with TokenFileWriter(finished / _VALIDATION, spool.dtype) as held_out:
-            write_documents(spool, held_out, below(threshold), folder, passes=1, seed=seed, side=1)
+            write_documents(spool, held_out, is_validation(threshold), folder, passes=1, seed=seed, side=1)
         return [train, held_out]
 
     def _save_vocab(self, finished: Path) -> FileDigest:
@@ -380,7 +386,7 @@ def _validation_record(parts: list[TokenFileWriter]) -> ValidationRecord | None:
     return ValidationRecord(n_tokens=parts[1].n_tokens, n_documents=parts[1].n_documents)
 
 
-def _require_documents(spool: Spool, sources: Sequence[Source]) -> None:
+def _require_documents(spool: EncodedDocuments, sources: Sequence[Source]) -> None:
     if spool.n_documents:
         return
     names = _names([source.path for source in sources])

@@ -69,7 +69,7 @@ def in_words(progress: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def only_one(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path) -> Iterator[None]:
     """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
     descriptor = open_own(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     began = time.monotonic()

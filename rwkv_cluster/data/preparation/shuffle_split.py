@@ -22,7 +22,7 @@ import numpy as np
 
 from rwkv_cluster.data.binidx import TokenFileWriter
 from rwkv_cluster.data.hashed_file import as_bytes
-from rwkv_cluster.data.preparation.token_store import Block, Spool
+from rwkv_cluster.data.preparation.token_store import Block, EncodedDocuments
 from rwkv_cluster.errors import DataError
 
 REGION_BYTES = 64 << 20
@@ -33,17 +33,17 @@ _DIGEST_BINS = 1 << 16
 Choose = Callable[[Block], np.ndarray]  # which documents of a block take part: [n] bool
 
 
-def everything(block: Block) -> np.ndarray:
+def all_documents(block: Block) -> np.ndarray:
     """Choose every document."""
     return np.ones(len(block.lengths), bool)
 
 
-def below(threshold: int) -> Choose:
+def is_validation(threshold: int) -> Choose:
     """Choose the documents held out for validation."""
     return lambda block: _digests(block) < np.uint64(threshold)
 
 
-def not_below(threshold: int) -> Choose:
+def is_training(threshold: int) -> Choose:
     """Choose the documents to train on."""
     return lambda block: _digests(block) >= np.uint64(threshold)
 
@@ -53,7 +53,7 @@ def _digests(block: Block) -> np.ndarray:
     return block.digests
 
 
-def split_threshold(spool: Spool, fraction: float) -> int:
+def split_threshold(spool: EncodedDocuments, fraction: float) -> int:
     """Documents with a digest below this number are held out. Raises DataError when all documents are equal."""
     counts = np.zeros(_DIGEST_BINS, np.int64)
     for block in spool.blocks():
@@ -81,7 +81,7 @@ def split_threshold(spool: Spool, fraction: float) -> int:
 
 
 def write_documents(
-    spool: Spool,
+    spool: EncodedDocuments,
     writer: TokenFileWriter,
     choose: Choose,
     scratch: Path,
@@ -102,7 +102,7 @@ def write_documents(
 
 
 def _write_in_input_order(
-    spool: Spool, writer: TokenFileWriter, choose: Choose, advance: Callable[[int], None]
+    spool: EncodedDocuments, writer: TokenFileWriter, choose: Choose, advance: Callable[[int], None]
 ) -> None:
     for block in spool.blocks():
         chosen = np.flatnonzero(choose(block))
@@ -117,7 +117,9 @@ def _write_in_input_order(
         advance(len(tokens))
 
 
-def _copy_large(spool: Spool, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
+def _copy_large(
+    spool: EncodedDocuments, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]
+) -> None:
     for tokens in spool.token_blocks(first, length):
         writer.write_tokens(tokens)
         advance(len(tokens))
@@ -185,10 +187,10 @@ class _Shuffle:
     """One pass over the chosen documents in the order of their keys. A large document stays in the spool: in a region
     it has length 0, and `_large` has its place by key and number."""
 
-    def __init__(self, spool: Spool, choose: Choose, keys: np.random.SeedSequence, scratch: Path) -> None:
+    def __init__(self, spool: EncodedDocuments, choose: Choose, keys: np.random.SeedSequence, scratch: Path) -> None:
         self._spool, self._choose, self._keys = spool, choose, keys
         self._n_regions = self._count_regions()
-        self._regions = self._lay_out()
+        self._regions = self._plan_regions()
         self._large: dict[int, tuple[int, int]] = {}
         in_file = (lambda name: scratch / name) if self._n_regions > 1 else (lambda name: None)
         total = int(self._regions.n_documents.sum())
@@ -215,7 +217,7 @@ class _Shuffle:
     def _region_of(self, keys: np.ndarray) -> np.ndarray:
         return ((keys >> np.uint64(32)) * np.uint64(self._n_regions) >> np.uint64(32)).astype(np.int64)
 
-    def _lay_out(self) -> _Regions:
+    def _plan_regions(self) -> _Regions:
         n_documents, n_tokens = np.zeros(self._n_regions, np.int64), np.zeros(self._n_regions, np.int64)
         for _, _, keys, lengths in self._keyed_blocks():
             regions = self._region_of(keys)
@@ -225,14 +227,14 @@ class _Shuffle:
 
     def write(self, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
         try:
-            self._deal()
+            self._scatter()
             for region in range(self._n_regions):
                 self._write_region(region, writer, advance)
         finally:
             for scratch in (self._tokens, self._lengths, self._sort_keys):
                 scratch.close()
 
-    def _deal(self) -> None:
+    def _scatter(self) -> None:
         """Copy the chosen documents to their regions, in input order within each."""
         document, token = self._regions.first_document.copy(), self._regions.first_token.copy()
         for block, chosen, keys, lengths in self._keyed_blocks():
@@ -243,16 +245,16 @@ class _Shuffle:
                 self._large[int(document[region])] = (block.first_token, int(block.lengths[0]))
                 dealt = memoryview(b"")
             else:
-                dealt = self._dealt(block, chosen[order])
-            self._deal_block(regions[order], keys[order], lengths[order], dealt, document, token)
+                dealt = self._scattered(block, chosen[order])
+            self._scatter_block(regions[order], keys[order], lengths[order], dealt, document, token)
 
-    def _dealt(self, block: Block, order: np.ndarray) -> memoryview:
+    def _scattered(self, block: Block, order: np.ndarray) -> memoryview:
         tokens = self._spool.read(block)
         in_order = len(order) == len(block.lengths) and self._n_regions == 1
         gathered = tokens if in_order else gather(tokens, block.lengths, order)
         return as_bytes(gathered)
 
-    def _deal_block(
+    def _scatter_block(
         self,
         regions: np.ndarray,
         keys: np.ndarray,

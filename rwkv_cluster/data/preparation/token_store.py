@@ -36,7 +36,7 @@ class Block:
     large: bool
 
 
-class Spool:
+class EncodedDocuments:
     """Documents in input order under `directory`. Write with `add` and `add_pieces`, then `finish`, then read."""
 
     def __init__(self, directory: Path, dtype: np.dtype, *, with_digests: bool) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 from rwkv_cluster.data.hashed_file import HashedFile
 from rwkv_cluster.data.inputs.readers import LineBlock, Values, array_values, line_blocks, npy_values
 from rwkv_cluster.data.inputs.sources import Source, content_digest, read_blocks
-from rwkv_cluster.data.preparation.encode import DocumentEncoder, Encoded, FileBlock, Large, text_line
+from rwkv_cluster.data.preparation.encode import DocumentEncoder, Encoded, FileBlock, LargeFile, text_line
 from rwkv_cluster.data.preparation.encode_large_file import encode_large_text
 from rwkv_cluster.data.preparation.external_tokens import token_documents
 from rwkv_cluster.data.preparation.publish import PROGRESS_NAME
 from rwkv_cluster.data.preparation.staleness import new_array_digest
-from rwkv_cluster.data.preparation.token_store import Spool
-from rwkv_cluster.data.preparation.workers import Inline, available_cores, ordered_map
+from rwkv_cluster.data.preparation.token_store import EncodedDocuments
+from rwkv_cluster.data.preparation.workers import EncodedHere, available_cores, ordered_map
 from rwkv_cluster.runtime.heartbeat import write_record
 from rwkv_cluster.runtime.terminal.live_line import clock_time
 
@@ -66,7 +66,7 @@ class Progress:
 
 
 @dataclass
-class Filled:
+class TokenizedInputs:
     """What reading the inputs told. contents: sha256 of each source's files, in the order of the sources. arrays:
     digests of the arrays."""
 
@@ -77,10 +77,12 @@ class Filled:
     bad_lines: list[str] = field(default_factory=list)
 
 
-class Filler:
+class Tokenization:
     """Fills one spool from one set of inputs. jsonl: file for the documents that are not JSONL yet, or None."""
 
-    def __init__(self, encoder: DocumentEncoder, spool: Spool, jsonl: HashedFile | None, scratch: Path) -> None:
+    def __init__(
+        self, encoder: DocumentEncoder, spool: EncodedDocuments, jsonl: HashedFile | None, scratch: Path
+    ) -> None:
         self._encoder, self._spool, self._jsonl, self._scratch = encoder, spool, jsonl, scratch
         self._progress = Progress("tokenizing", scratch)
 
@@ -91,9 +93,9 @@ class Filler:
         *,
         sequence_length: int,
         num_workers: int,
-    ) -> Filled:
+    ) -> TokenizedInputs:
         """Read everything. Raises DataError at the first document that breaks a rule."""
-        filled = Filled([""] * len(sources))
+        filled = TokenizedInputs([""] * len(sources))
         for number, array in enumerate(arrays, 1):
             digest = new_array_digest(array, sequence_length)
             self._add_rows(array_values(array, f"array {number}", sequence_length), filled, digest)
@@ -101,8 +103,8 @@ class Filler:
         digests: dict[int, Any] = {}
         processes = _processes(sources, num_workers)
         for result in ordered_map(self._encode_task, _tasks(sources, digests), processes):
-            if isinstance(result, Inline):
-                self._add_inline(result.payload, sources, sequence_length, filled)
+            if isinstance(result, EncodedHere):
+                self._add_encoded_here(result.payload, sources, sequence_length, filled)
             else:
                 for part in result:
                     self._add(part, filled)
@@ -110,13 +112,13 @@ class Filler:
             filled.contents[number] = digest.hexdigest()
         return filled
 
-    def _encode_task(self, task: LineBlock | FileBlock) -> Sequence[Encoded | Large]:
+    def _encode_task(self, task: LineBlock | FileBlock) -> Sequence[Encoded | LargeFile]:
         if isinstance(task, LineBlock):
             return [self._encoder.encode_lines(task)]
         return self._encoder.encode_files(task)
 
-    def _add(self, part: Encoded | Large, filled: Filled) -> None:
-        if isinstance(part, Large):
+    def _add(self, part: Encoded | LargeFile, filled: TokenizedInputs) -> None:
+        if isinstance(part, LargeFile):
             self._add_large_text(part, filled)
             return
         self._spool.add(part.tokens, part.lengths, part.digests)
@@ -129,7 +131,9 @@ class Filler:
             filled.contents[number] = content
         self._progress.advance(len(part.tokens))
 
-    def _add_inline(self, number: int, sources: Sequence[Source], sequence_length: int, filled: Filled) -> None:
+    def _add_encoded_here(
+        self, number: int, sources: Sequence[Source], sequence_length: int, filled: TokenizedInputs
+    ) -> None:
         source = sources[number]
         filled.contents[number] = content_digest(source)
         if source.kind == "array":
@@ -150,14 +154,14 @@ class Filler:
                 handle.write(block)
         return path
 
-    def _add_rows(self, rows: Iterable[Values], filled: Filled, digest: Any = None) -> None:
+    def _add_rows(self, rows: Iterable[Values], filled: TokenizedInputs, digest: Any = None) -> None:
         for values in rows:
             encoded = self._encoder.encode_rows(values)
             if digest is not None:
                 digest.update(encoded.tokens.data)
             self._add(encoded, filled)
 
-    def _add_large_text(self, part: Large, filled: Filled) -> None:
+    def _add_large_text(self, part: LargeFile, filled: TokenizedInputs) -> None:
         digest = hashlib.sha256()
         blocks = read_blocks(part.source, digest)
         pieces = encode_large_text(self._encoder.tokenizer, blocks, part.source.path)
@@ -193,7 +197,7 @@ def _processes(sources: Sequence[Source], num_workers: int) -> int:
     return (num_workers or available_cores()) if size >= _BYTES_WORTH_WORKERS else 1
 
 
-def _tasks(sources: Sequence[Source], digests: dict[int, Any]) -> Iterator[LineBlock | FileBlock | Inline]:
+def _tasks(sources: Sequence[Source], digests: dict[int, Any]) -> Iterator[LineBlock | FileBlock | EncodedHere]:
     """Work in input order. `digests` gets the running sha256 of each JSONL source."""
     files: list[tuple[int, Source]] = []
     size = 0
@@ -208,6 +212,6 @@ def _tasks(sources: Sequence[Source], digests: dict[int, Any]) -> Iterator[LineB
             digests[number] = hashlib.sha256()
             yield from line_blocks(source, digests[number])
         elif source.kind != "text":
-            yield Inline(number)
+            yield EncodedHere(number)
     if files:
         yield FileBlock(tuple(files))

@@ -17,11 +17,11 @@ from typing import Any
 
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.interrupt import leave_to_parent
-from rwkv_cluster.runtime.rank_env import end_with_parent
+from rwkv_cluster.runtime.rank_env import die_with_parent
 
 
 @dataclass(frozen=True)
-class Inline:
+class EncodedHere:
     """A task that the caller does itself when its turn comes."""
 
     payload: Any
@@ -33,12 +33,12 @@ def available_cores() -> int:
 
 
 def ordered_map(encode: Callable[[Any], Any], tasks: Iterable[Any], processes: int) -> Iterator[Any]:
-    """`encode(task)` for each task, in order, computed by `processes` processes (1: in this one). An Inline comes back
-    as it is. Only a few tasks are in flight, so memory stays small. Exceptions come back at the place of their task.
+    """`encode(task)` for each task, in order, computed by `processes` processes (1: in this one). An EncodedHere comes
+    back as it is. Only a few tasks are in flight, so memory stays small. Exceptions come where their task's result would.
     """
     if processes < 2:
         for task in tasks:
-            yield task if isinstance(task, Inline) else encode(task)
+            yield task if isinstance(task, EncodedHere) else encode(task)
         return
     pool = ProcessPoolExecutor(
         processes,
@@ -46,11 +46,11 @@ def ordered_map(encode: Callable[[Any], Any], tasks: Iterable[Any], processes: i
         initializer=_start_worker,
         initargs=(encode, os.getpid()),
     )
-    pending: deque[Future[Any] | Inline] = deque()
+    pending: deque[Future[Any] | EncodedHere] = deque()
     try:
         for task in tasks:
-            pending.append(task if isinstance(task, Inline) else pool.submit(_run, task))
-            while len(pending) > 2 * processes or isinstance(pending[0], Inline):
+            pending.append(task if isinstance(task, EncodedHere) else pool.submit(_run, task))
+            while len(pending) > 2 * processes or isinstance(pending[0], EncodedHere):
                 yield _result(pending.popleft())
                 if not pending:
                     break
@@ -60,8 +60,8 @@ def ordered_map(encode: Callable[[Any], Any], tasks: Iterable[Any], processes: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(entry: Future[Any] | Inline) -> Any:
-    if isinstance(entry, Inline):
+def _result(entry: Future[Any] | EncodedHere) -> Any:
+    if isinstance(entry, EncodedHere):
         return entry
     try:
         return entry.result()
@@ -78,7 +78,7 @@ _encode: Callable[[Any], Any] | None = None  # in a worker process: what to do w
 def _start_worker(encode: Callable[[Any], Any], parent: int) -> None:
     global _encode
     leave_to_parent()
-    end_with_parent()
+    die_with_parent()
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     _encode = encode

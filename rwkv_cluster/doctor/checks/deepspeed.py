@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 from rwkv_cluster.doctor.checks.software import INSTALL
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok
 
 
-def deepspeed(subject: Subject) -> list[Row]:
+def deepspeed(context: CheckContext) -> list[Row]:
     """Its version, and which operators are compiled already. Whether a run can use it, `needs` says."""
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or not spec.submodule_search_locations:

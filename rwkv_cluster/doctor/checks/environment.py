@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 
 from rwkv_cluster.config.launch import looks_secret
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, ok, warning
 
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_", "KMP_", "GOMP_", "MKL_", "PYTORCH_", "RWKV_CLUSTER_")
@@ -24,7 +24,7 @@ SLOW = {
 }
 
 
-def variables(subject: Subject) -> list[Row]:
+def variables(context: CheckContext) -> list[Row]:
     """Those that are set, and a warning for each that slows training down or names what is not here."""
     chosen = relevant(os.environ)
     text = " ".join(f"{name}={value}" for name, value in chosen.items()) or "nothing that matters is set"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_cluster.doctor.checks.software import has_torch
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, warning
 from rwkv_cluster.doctor.subprocesses import output_of
 
@@ -38,7 +38,7 @@ def listed() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def driver(subject: Subject) -> list[Row]:
+def driver(context: CheckContext) -> list[Row]:
     """The driver, and each GPU with its memory."""
     gpus = listed()
     if not gpus and KERNEL_DRIVER.exists():
@@ -50,7 +50,7 @@ def driver(subject: Subject) -> list[Row]:
     return [ok("driver", gpus[0].driver), *(_row(f"GPU {index}", gpu) for index, gpu in enumerate(gpus))]
 
 
-def torch_cuda(subject: Subject) -> list[Row]:
+def torch_cuda(context: CheckContext) -> list[Row]:
     """What torch sees, and why it sees none."""
     if not has_torch():
         return []

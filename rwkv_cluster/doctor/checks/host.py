@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rwkv_cluster.doctor.checks.gpus import listed
 from rwkv_cluster.doctor.checks.software import has_torch
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, warning
 from rwkv_cluster.runtime import rank_env
 from rwkv_cluster.runtime import shared_memory as shm
@@ -19,7 +19,7 @@ STACK_BYTES = 8 * 2**20  # what Linux gives by default, also to each thread
 INFINIBAND = Path("/sys/class/infiniband")
 
 
-def processors(subject: Subject) -> list[Row]:
+def processors(context: CheckContext) -> list[Row]:
     """CPUs of the machine and of this process, beside the threads of the ranks here."""
     total, own, quota = os.cpu_count() or 1, sorted(os.sched_getaffinity(0)), _quota()
     text = f"{total}, of which this process may use {len(own)} ({numbers(own)})"
@@ -28,7 +28,7 @@ def processors(subject: Subject) -> list[Row]:
         return [ok("CPUs", text)]
     import torch
 
-    threads = (subject.config.training.num_threads if subject.config else None) or torch.get_num_threads()
+    threads = (context.config.training.num_threads if context.config else None) or torch.get_num_threads()
     n_ranks = rank_env.launched_local_world_size() or 1
     room = min(total, quota)
     if threads > len(own) or threads * n_ranks > room:
@@ -40,7 +40,7 @@ def processors(subject: Subject) -> list[Row]:
     return [ok("CPUs", text)]
 
 
-def memory(subject: Subject) -> list[Row]:
+def memory(context: CheckContext) -> list[Row]:
     """Of the machine, and the limit of this process's control group where that is lower."""
     facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total = int(facts["MemTotal"].split()[0]) * 1024
@@ -50,10 +50,10 @@ def memory(subject: Subject) -> list[Row]:
     return [ok("memory", text if limit == total else f"{text}, limited to {limit / 2**30:.1f} GiB")]
 
 
-def shared_memory(subject: Subject) -> list[Row]:
+def shared_memory(context: CheckContext) -> list[Row]:
     """Where NCCL exchanges what GPUs of a machine cannot send each other directly."""
     try:
-        free, total = shm.room()
+        free, total = shm.usage()
     except OSError as error:
         return [warning("shared memory", f"{shm.PLACE}: {error.strerror}", "Mount a tmpfs there")]
     text = f"{free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} in {shm.PLACE}"
@@ -66,7 +66,7 @@ def shared_memory(subject: Subject) -> list[Row]:
     return [warning("shared memory", text, shm.REMEDY + stale)]
 
 
-def limits(subject: Subject) -> list[Row]:
+def limits(context: CheckContext) -> list[Row]:
     """Open files, locked memory, stack: the soft limits, which bind."""
     return [_open_files(), _locked_memory(), _stack()]
 

@@ -6,11 +6,11 @@ import json
 import os
 from pathlib import Path
 
-from rwkv_cluster.doctor.context import IMAGE_VARIABLE, Subject
+from rwkv_cluster.doctor.context import IMAGE_VARIABLE, CheckContext
 from rwkv_cluster.doctor.results import Row, ok, warning
 
 
-def image(subject: Subject) -> list[Row]:
+def image(context: CheckContext) -> list[Row]:
     """Nothing outside of one."""
     described = os.environ.get(IMAGE_VARIABLE)
     if not described:

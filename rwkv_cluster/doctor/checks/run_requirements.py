@@ -12,7 +12,7 @@ from typing import Any
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.doctor.checks.software import has_torch
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, refused, warning
 from rwkv_cluster.errors import DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.runtime import rank_env
@@ -21,15 +21,15 @@ from rwkv_cluster.workdir import WorkDir
 ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
 
 
-def run_needs(subject: Subject) -> list[Row]:
+def run_needs(context: CheckContext) -> list[Row]:
     """Tokenizer and data; and where the ranks run here: loggers, devices, strategy, kernels, room on the disk."""
-    config = subject.config
+    config = context.config
     if config is None:
         return []
     is_rank_0, made = rank_env.rank() == 0, _tokenizer(config)
     rows = [made if isinstance(made, Row) else ok("tokenizer", f"{int(made.vocab_size):,} ids")]
     rows += [_asked("data", partial(_data, config))] if is_rank_0 else []
-    if not subject.runs_here:
+    if not context.runs_here:
         return [*rows, note("run", f"launch.target is {config.launch.target}: its ranks run elsewhere", ELSEWHERE)]
     if not has_torch():
         return rows
@@ -38,7 +38,7 @@ def run_needs(subject: Subject) -> list[Row]:
     if isinstance(made, Row):
         return rows
     rows.append(_asked("run", partial(_resolved, config, made)))
-    return [*rows, *(_room(config, int(made.vocab_size), subject.folder) if is_rank_0 else [])]
+    return [*rows, *(_room(config, int(made.vocab_size), context.folder) if is_rank_0 else [])]
 
 
 def _asked(name: str, check: Callable[[], str]) -> Row:
@@ -144,8 +144,8 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
         world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
-        first = disk_space.next_bytes(shapes, item_bytes, world_size, begins=begins)
-        disk_space.require_room(folder, first, "the next checkpoint and the weights beside it")
+        first = disk_space.bytes_needed_next(shapes, item_bytes, world_size, begins=begins)
+        disk_space.require_disk_space(folder, first, "the next checkpoint and the weights beside it")
     except RWKVClusterError as error:
         return [refused("room", error)]
     one, there = disk_space.checkpoint_bytes(shapes, world_size), len(list_steps(work.checkpoints))

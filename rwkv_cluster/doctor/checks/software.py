@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 
 from rwkv_cluster import __version__
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
 from rwkv_cluster.errors import LaunchError
 
@@ -25,13 +25,13 @@ def has_torch() -> bool:
     return True
 
 
-def versions(subject: Subject) -> list[Row]:
+def versions(context: CheckContext) -> list[Row]:
     """Of this package and of Python."""
     python = f"{platform.python_version()} on {platform.machine()} {platform.system()} {platform.release()}"
     return [ok("rwkv-cluster", __version__), ok("python", python)]
 
 
-def torch_itself(subject: Subject) -> list[Row]:
+def torch_itself(context: CheckContext) -> list[Row]:
     """torch itself. Its import fails with OSError where a library that it links is missing."""
     try:
         import torch
@@ -40,7 +40,7 @@ def torch_itself(subject: Subject) -> list[Row]:
     return [ok("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
 
 
-def packages(subject: Subject) -> list[Row]:
+def packages(context: CheckContext) -> list[Row]:
     """What training imports beside torch; without importing it."""
     rows = []
     for name, module in (("pytorch-lightning", "pytorch_lightning"), ("numpy", "numpy")):
@@ -54,7 +54,7 @@ def packages(subject: Subject) -> list[Row]:
     return [*rows, ok("flash-linear-attention", "installed")]
 
 
-def compilers(subject: Subject) -> list[Row]:
+def compilers(context: CheckContext) -> list[Row]:
     """What builds WKV libraries; and what torch.compile needs, which training on a GPU uses where it can."""
     from rwkv_cluster.kernels import build
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, problem, refused, warning
 from rwkv_cluster.errors import CheckpointError, ConfigError, LaunchError
 from rwkv_cluster.runtime.disk_errors import writing
@@ -23,10 +23,10 @@ SKEW_S = 5.0
 NO_LOCKS = "Set work_dir to a file system with locks (NFS: not mounted with `nolock`; Lustre: with `flock`)"
 
 
-def storage(subject: Subject) -> list[Row]:
+def storage(context: CheckContext) -> list[Row]:
     """What a temporary folder in the run's folder shows; nothing of it stays."""
-    folder = subject.folder
-    if subject.config is not None and (file := _in_the_way(WorkDir(subject.config.work_dir).root)):
+    folder = context.folder
+    if context.config is not None and (file := _in_the_way(WorkDir(context.config.work_dir).root)):
         return [problem("disk", f"{file} is not a directory", "Choose another work_dir", ConfigError)]
     usage = shutil.disk_usage(folder)
     free = ok("free space", f"{usage.free / 1e9:,.1f} GB of {usage.total / 1e9:,.1f} on {folder}")
@@ -35,11 +35,11 @@ def storage(subject: Subject) -> list[Row]:
             return [free, _speed(Path(made), folder), _locks(Path(made)), _renames(Path(made)), _clock(Path(made))]
     except OSError as error:
         text = f"{folder} cannot be written: {error.strerror}"
-        if subject.config is None:
+        if context.config is None:
             return [free, note("disk", text, "Name a CONFIG to have its work directory examined")]
         return [free, problem("disk", text, "Choose a work_dir that you may write to", ConfigError)]
     except CheckpointError as error:
-        return [free, refused("disk", error) if subject.config else note("disk", f"{error}")]
+        return [free, refused("disk", error) if context.config else note("disk", f"{error}")]
 
 
 def _in_the_way(root: Path) -> Path | None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
 from rwkv_cluster.doctor.subprocesses import output_of
 from rwkv_cluster.errors import LaunchError
@@ -15,7 +15,7 @@ from rwkv_cluster.runtime import rank_env
 ENGINES = ("docker", "podman", "apptainer", "enroot")
 
 
-def slurm(subject: Subject) -> list[Row]:
+def slurm(context: CheckContext) -> list[Row]:
     """Version, and whether srun starts containers (pyxis)."""
     version = output_of("sinfo", "--version")
     if version is None and shutil.which("sinfo"):
@@ -32,17 +32,17 @@ def slurm(subject: Subject) -> list[Row]:
     return [ok("Slurm", f"{version}{submits}, srun {pyxis} containers")]
 
 
-def containers(subject: Subject) -> list[Row]:
+def containers(context: CheckContext) -> list[Row]:
     """Versions of the engines that are here."""
     versions = {engine: output_of(engine, "version" if engine == "enroot" else "--version") for engine in ENGINES}
     found = [f"{name} {_number(text)}" for name, text in versions.items() if text]
     return [ok("container engines", ", ".join(found)) if found else note("container engines", "none is here")]
 
 
-def launch_tools(subject: Subject) -> list[Row]:
+def launch_tools(context: CheckContext) -> list[Row]:
     """What `rwkv-cluster launch` needs on this machine; nothing inside what it has started."""
-    config = subject.config
-    if config is None or subject.is_inside:
+    config = context.config
+    if config is None or context.is_inside:
         return []
     launch = config.launch
     asked = {"docker": ("docker", "version"), "podman": ("podman", "version"), "deepspeed": ("pdsh", "-V")}

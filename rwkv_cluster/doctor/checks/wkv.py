@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from rwkv_cluster.doctor.checks.software import has_torch
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, ok, problem, warning
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.runtime import rank_env
@@ -13,7 +13,7 @@ from rwkv_cluster.runtime import rank_env
 INSTEAD = "The chunked PyTorch form serves instead, more slowly"
 
 
-def libraries(subject: Subject) -> list[Row]:
+def libraries(context: CheckContext) -> list[Row]:
     """For the CPU, and for each kind of GPU."""
     from rwkv_cluster.kernels import loader
 
@@ -30,7 +30,7 @@ def libraries(subject: Subject) -> list[Row]:
     return rows
 
 
-def self_test(subject: Subject) -> list[Row]:
+def self_test(context: CheckContext) -> list[Row]:
     """Every backend that is here, on small inputs, forward and backward; a rank tests its own GPU."""
     if not has_torch():
         return []

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.distributed.merge import Report, merged
 from rwkv_cluster.doctor.distributed.rank_store import Meeting
 from rwkv_cluster.doctor.results import Row, ok, problem, refused
@@ -21,11 +21,11 @@ WHOLE_S = 120.0
 LEAVE_S = 30.0  # for this process to end although NCCL does not return
 
 
-def device_kind(subject: Subject) -> str:
+def device_kind(context: CheckContext) -> str:
     """cuda where this rank has a GPU of its own that the run would use, else cpu."""
     import torch
 
-    wants_cpu = subject.config is not None and subject.config.training.accelerator == "cpu"
+    wants_cpu = context.config is not None and context.config.training.accelerator == "cpu"
     has_gpu = torch.cuda.is_available() and rank_env.local_rank() < torch.cuda.device_count()
     return "cuda" if has_gpu and not wants_cpu else "cpu"
 
@@ -59,7 +59,7 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
 
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a late exchange raises, and aborts no process
     if backend == "nccl":
-        shared_memory.let_nccl_do_without()  # as training does; the row of shared memory tells it
+        shared_memory.disable_nccl_shm_if_small()  # as training does; the row of shared memory tells it
     place = torch.device(device, rank_env.local_rank()) if device == "cuda" else torch.device(device)
     try:
         with leaving_group():

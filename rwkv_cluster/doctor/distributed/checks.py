@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkv_cluster.doctor.checks.host import numbers
 from rwkv_cluster.doctor.checks.storage import SKEW_S
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.distributed.all_reduce import all_reduce, device_kind
 from rwkv_cluster.doctor.distributed.merge import Report, merged, who
 from rwkv_cluster.doctor.distributed.rank_store import meet
@@ -22,7 +22,7 @@ from rwkv_cluster.launch.preflight import BadNode, installation, patience_s, req
 from rwkv_cluster.runtime import rank_env
 
 
-def examined_together(own: list[Row], subject: Subject, world_size: int) -> list[Row]:
+def examined_together(own: list[Row], context: CheckContext, world_size: int) -> list[Row]:
     """On rank 0 the rows of the whole job; on the others nothing, for rank 0 speaks for all.
 
     own: what this rank has found. Raises LaunchError on a rank that cannot reach rank 0.
@@ -37,12 +37,12 @@ def examined_together(own: list[Row], subject: Subject, world_size: int) -> list
         "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "rows": [asdict(row) for row in own],
     }
-    mine |= {"installation": installation(), "device": device_kind(subject)}
+    mine |= {"installation": installation(), "device": device_kind(context)}
     arrived = meeting.gather("arrived", mine, range(world_size))
     present = meeting.tell("present", sorted(arrived))
     times = meeting.gather("time", time.time(), present)
     reports = {rank: Report(said["host"], [Row(**row) for row in said["rows"]]) for rank, said in arrived.items()}
-    shared = shared_directory(meeting, subject.folder, present, reports)
+    shared = shared_directory(meeting, context.folder, present, reports)
     device = meeting.tell("device", "cuda" if all(said["device"] == "cuda" for said in arrived.values()) else "cpu")
     network = all_reduce(meeting, device, reports) if len(present) == world_size else []
     if meeting.rank != 0:

@@ -13,7 +13,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, uninitialized
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 
 
 class TimeMix(nn.Module):
@@ -21,7 +21,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        widths = Widths.of(config)
+        widths = ModelDims.of(config)
         C, A, H, N = widths.embd, widths.att, widths.n_head, widths.head_size
         self.n_head, self.wkv_backend, self.fused = H, wkv_backend, fused_choice
         self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (uninitialized(1, 1, C) for _ in range(4))
@@ -55,7 +55,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
         self.fused = fused_choice
-        widths = Widths.of(config)
+        widths = ModelDims.of(config)
         self.time_mix_k = uninitialized(1, 1, widths.embd)
         self.time_mix_r = uninitialized(1, 1, widths.embd)
         self.key = Linear(widths.embd, widths.ffn)

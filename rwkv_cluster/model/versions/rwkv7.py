@@ -13,7 +13,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, uninitialized
-from rwkv_cluster.model.shapes import Widths
+from rwkv_cluster.model.shapes import ModelDims
 
 
 class TimeMix(nn.Module):
@@ -21,7 +21,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        widths = Widths.of(config)
+        widths = ModelDims.of(config)
         C, H, N = widths.embd, widths.n_head, widths.head_size
         self.layer, self.n_head = layer, H
         self.wkv_backend, self.fused = wkv_backend, fused_choice
@@ -59,11 +59,11 @@ class TimeMix(nn.Module):
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(_lora(linear(x_v, self.v1.t()), self.v2, self.v0)))
 
-        k, removed, replaced = fused.keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
+        k, removed, replaced = fused.prepare_keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
         r, omega, k, v, removed, replaced = (self._heads(z) for z in (r, omega, k, v, removed, replaced))
         y, wkv = ops.wkv7(r, omega, k, v, removed, replaced, wkv, backend=self.wkv_backend)  # [B,T,H,N]
         norm = self.ln_x
-        z = fused.read(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
+        z = fused.gated_readout(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
         return self.output(z), v_first, wkv
 
     def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
@@ -80,7 +80,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
         self.fused = fused_choice
-        widths = Widths.of(config)
+        widths = ModelDims.of(config)
         self.x_k = uninitialized(1, 1, widths.embd)
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)

@@ -22,19 +22,19 @@ from rwkv_cluster.model.state_dict import save_pth
 from rwkv_cluster.runtime.malloc import peak_memory_mb
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.evaluate import EvalResult, evaluate
-from rwkv_cluster.train.guards.early_stop import Improvement
+from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import log_metrics
-from rwkv_cluster.train.metrics.metrics_file import Records, StepRecord
+from rwkv_cluster.train.metrics.metrics_file import MetricsWriter, StepRecord
 from rwkv_cluster.train.metrics.profiler import StepProfile
 from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_timer import Phase, StepTimer
-from rwkv_cluster.train.metrics.step_times import RankEvents
+from rwkv_cluster.train.metrics.step_times import StepTimes
 from rwkv_cluster.train.metrics.throughput import Utilization
 from rwkv_cluster.train.module import StepResult, TrainingModule
 from rwkv_cluster.train.parallel.precision import DTYPES
@@ -60,7 +60,7 @@ class EpochMean:
         return mean
 
 
-class Bookkeeping(Callback):
+class AfterStep(Callback):
     """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
     identity: what state.json says of the run. records and progress: None on every rank but 0. val_tokens: None
@@ -79,8 +79,8 @@ class Bookkeeping(Callback):
         identity: dict[str, Any],
         timer: StepTimer,
         stop_request: StopRequest,
-        records: Records | None,
-        rank_events: RankEvents,
+        records: MetricsWriter | None,
+        step_times: StepTimes,
         progress: Progress | None,
         use: Utilization | None,
         profile: StepProfile | None,
@@ -92,10 +92,10 @@ class Bookkeeping(Callback):
         start_epoch: int,
         random_states: list[dict[str, Any]] | None,
         unfinished: StepRecord | None,
-        saver: Saver,
+        checkpointer: Checkpointer,
         events: Events,
         guard: SpikeGuard,
-        improvement: Improvement,
+        improvement: EarlyStopState,
         do: Callable[[str], None],
     ) -> None:
         self.last_loss: float | None = None
@@ -111,7 +111,7 @@ class Bookkeeping(Callback):
         self._timer = timer
         self._stop_request = stop_request
         self._records = records
-        self._rank_events = rank_events
+        self._step_times = step_times
         self._progress = progress
         self._use = use
         self._profile = profile
@@ -123,19 +123,19 @@ class Bookkeeping(Callback):
         self._start_epoch = start_epoch
         self._random_states = random_states
         self._saved_at = time.monotonic()
-        self._saver = saver
+        self._checkpointer = checkpointer
         self._events = events
         self._guard = guard
         self._do = do
 
-    def __enter__(self) -> Bookkeeping:
+    def __enter__(self) -> AfterStep:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._saver.abandon()
-        for writer in (self._profile, self._records, self._rank_events, self._progress):
+        self._checkpointer.abandon()
+        for writer in (self._profile, self._records, self._step_times, self._progress):
             if writer is not None:
                 writer.close()
 
@@ -143,7 +143,7 @@ class Bookkeeping(Callback):
         """This rank's wish to stop and to save at the next step boundary, and whether it has written its checkpoint."""
         interval = self._config.checkpoint.save_interval_s
         overdue = interval is not None and time.monotonic() - self._saved_at > interval
-        return self._stop_request.requested(), overdue and rank() == 0, self._saver.written()
+        return self._stop_request.requested(), overdue and rank() == 0, self._checkpointer.written()
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self._stop_request.begin_steps()
@@ -176,7 +176,7 @@ class Bookkeeping(Callback):
         with self._timer.phase("other"):
             if module.all_written:
                 with self._pause("save", "saving a checkpoint"):
-                    self._saver.finish()
+                    self._checkpointer.finish()
             self._finish_step(module, result)
             if self._profile is not None:
                 with self._timer.phase("profile"):
@@ -184,7 +184,7 @@ class Bookkeeping(Callback):
         trainer.should_stop = module.should_stop
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._rank_events.settle()
+        self._step_times.flush()
         if self._profile is not None:
             self._profile.end()
 
@@ -197,10 +197,10 @@ class Bookkeeping(Callback):
 
     def _finish_step(self, module: TrainingModule, result: StepResult) -> None:
         self.last_loss = result.loss
-        self.spike = self._guard.see(result.step, result.loss)
+        self.spike = self._guard.update(result.step, result.loss)
         if self.spike is not None:
             self._record(module, self._measured(module, result))
-            self._saver.finish()
+            self._checkpointer.finish()
             module.should_stop = True
             return
         self._epoch_mean.add(result.loss)
@@ -247,9 +247,9 @@ class Bookkeeping(Callback):
             due = module.should_save or _is_due(module.step, saving.save_interval_steps, epoch_ends)
             if run_ends or module.should_stop:
                 self._save_last(module)
-            elif due and not self._guard.suspects and not again:
-                self._rank_events.settle()  # every line up to a checkpoint's step is there before the checkpoint is
-                self._save(module, at_once=not self._saver.background)
+            elif due and not self._guard.is_spiking and not again:
+                self._step_times.flush()  # every line up to a checkpoint's step is there before the checkpoint is
+                self._save(module, at_once=not self._checkpointer.background)
 
     def _evaluate(self, module: TrainingModule, tokens: IndexedTokens) -> EvalResult:
         """Raises _CutShort."""
@@ -279,10 +279,10 @@ class Bookkeeping(Callback):
             raise _CutShort
 
     def _measured(self, module: TrainingModule, result: StepResult) -> StepRecord:
-        """The step's own numbers; a new lap begins."""
-        lap = self._timer.lap()
-        self._rank_events.add(module.step, lap)
-        tokens_per_s = module.plan.tokens_per_step / lap.training_s
+        """The step's own numbers; a new timing begins."""
+        timing = self._timer.finish_step()
+        self._step_times.add(module.step, timing)
+        tokens_per_s = module.plan.tokens_per_step / timing.training_s
         return StepRecord(
             step=module.step,
             loss=result.loss,
@@ -291,7 +291,7 @@ class Bookkeeping(Callback):
             tokens=module.step * module.plan.tokens_per_step,
             tokens_per_s=tokens_per_s,
             memory_mb=peak_memory_mb(module.device),
-            save_wait_s=self._saver.take_waited_s() or None,
+            save_wait_s=self._checkpointer.take_waited_s() or None,
             mfu=self._use.mfu(tokens_per_s) if self._use else None,
             hfu=self._use.hfu(tokens_per_s) if self._use else None,
         )
@@ -300,7 +300,7 @@ class Bookkeeping(Callback):
         if self._records is not None:
             self._records.step(record)
         if self._progress is not None:
-            self._progress.show(record, self._saver.committed_step)
+            self._progress.show(record, self._checkpointer.committed_step)
         if self._records is not None:
             log_metrics(module.loggers, record.metrics(), module.step, self._logged_step)
 
@@ -322,15 +322,15 @@ class Bookkeeping(Callback):
 
     def _save_last(self, module: TrainingModule) -> None:
         """The session's last checkpoint."""
-        self._rank_events.settle()
+        self._step_times.flush()
         self._save(module, at_once=True)
 
     def _save(self, module: TrainingModule, *, at_once: bool) -> None:
         self._do("saving a checkpoint")
         random_states = collectives.gather_objects(rng_state.capture())
-        self._saver.begin(module.step, module.state.files(), self._state(module, random_states))
+        self._checkpointer.begin(module.step, module.state.files(), self._state(module, random_states))
         if at_once:
-            self._saver.finish()
+            self._checkpointer.finish()
         self._saved_at = time.monotonic()
 
     def _state(self, module: TrainingModule, random_states: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -345,7 +345,7 @@ class Bookkeeping(Callback):
             "optimizer_updates": module.state.update_count(),
             "shapes": module.state.shapes(),
             "skipped": module.plan.skipped,
-            "spikes": vars(self._guard.memory),
+            "spikes": vars(self._guard.state),
             "improvement": vars(self.improvement),
             "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
             "torch": torch.__version__,

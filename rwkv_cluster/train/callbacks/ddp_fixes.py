@@ -10,7 +10,7 @@ from pytorch_lightning.strategies.launchers.subprocess_script import (
 from torch.nn.parallel import DistributedDataParallel
 
 
-class SettledBuckets(Callback):
+class StableBuckets(Callback):
     """Lets DDP choose its buckets for good before the first step of a session.
 
     DDP assigns the parameters to buckets anew after its first backward pass. From three ranks on the order in which
@@ -29,7 +29,7 @@ class SettledBuckets(Callback):
             module.zero_grad()
 
 
-class OrderlyEnd(Callback):
+class DetachProcessWatcher(Callback):
     """Lets rank 0 end in its own time, with its own message and exit code.
 
     Lightning watches the ranks that it starts itself and kills rank 0 within seconds of another's end with a code

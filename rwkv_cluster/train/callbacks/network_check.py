@@ -12,7 +12,7 @@ from rwkv_cluster.train.distributed.collectives import is_distributed
 log = logging.getLogger("rwkv_cluster")
 
 
-class NetworkCheck(Callback):
+class AllReduceCheck(Callback):
     """Logs the measurement on rank 0; one rank alone has no network."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Tells the roll call where in its steps this rank is."""
+"""Lightning callback that reports this rank's last finished step and current activity to the rank monitor."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rwkv_cluster.train.distributed.rank_monitor import RollCall
+from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.module import TrainingModule
 
 
-class Attendance(Callback):
+class RankStatusCallback(Callback):
     """Marks this rank's last finished step and what it does now."""
 
-    def __init__(self, roll_call: RollCall) -> None:
-        self._roll_call = roll_call
+    def __init__(self, rank_monitor: RankMonitor) -> None:
+        self._rank_monitor = rank_monitor
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._mark(module, "loading data")
@@ -33,4 +33,4 @@ class Attendance(Callback):
 
     def _mark(self, module: LightningModule, doing: str) -> None:
         assert isinstance(module, TrainingModule)
-        self._roll_call.do(doing, step=module.step)
+        self._rank_monitor.set_activity(doing, step=module.step)

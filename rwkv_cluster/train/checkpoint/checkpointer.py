@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.runtime.disk_errors import Refusal
+from rwkv_cluster.runtime.disk_errors import WriteFailure
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.checkpoint.disk_space import require_room
+from rwkv_cluster.train.checkpoint.disk_space import require_disk_space
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.parallel.state import Files
@@ -41,13 +41,13 @@ class _Part:
     temporary: Path
     state: Mapping[str, Any]
     entries: dict[str, Any]
-    refusal: Refusal | None = None
+    refusal: WriteFailure | None = None
     done: bool = False
     waited_s: float = 0.0
     thread: threading.Thread | None = None
 
 
-class Saver:
+class Checkpointer:
     """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
 
     background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
@@ -154,18 +154,18 @@ class Saver:
             made = self._directory / f"{TEMPORARY_PREFIX}step-{step:08d}-{uuid.uuid4().hex[:8]}"
             path = str(made)
             try:
-                require_room(self._directory, self._n_bytes, f"the checkpoint of step {step}")
+                require_disk_space(self._directory, self._n_bytes, f"the checkpoint of step {step}")
                 made.mkdir()
             except CheckpointError as error:
                 fault = str(error)
             except OSError as error:
-                fault = self._sentence(step, Refusal.of(error))
+                fault = self._sentence(step, WriteFailure.of(error))
         path, fault = collectives.broadcast_object((path, fault))
         if fault is not None:
             raise CheckpointError(fault)
         return Path(path)
 
-    def _complete(self, part: _Part, parts: list[tuple[dict[str, Any], Refusal | None]]) -> str | None:
+    def _complete(self, part: _Part, parts: list[tuple[dict[str, Any], WriteFailure | None]]) -> str | None:
         """On rank 0: commit, or remove what was written and say why."""
         refusals = [
             replace(refusal, reason=f"rank {number}: {refusal.reason}") if len(parts) > 1 else refusal
@@ -179,26 +179,26 @@ class Saver:
                 save_load.commit(part.temporary, path, part.step, state=part.state, files=files)
                 save_load.prune(self._directory, self._keep_last, self._reach_steps)
         except OSError as error:
-            refusals = [Refusal.of(error)]
+            refusals = [WriteFailure.of(error)]
         if refusals:
             shutil.rmtree(part.temporary, ignore_errors=True)
             return self._sentence(part.step, *refusals)
         return None
 
-    def _sentence(self, step: int, *refusals: Refusal) -> str:
+    def _sentence(self, step: int, *refusals: WriteFailure) -> str:
         """The free bytes in it are those that it finds after a failed attempt has been removed."""
         whole = replace(refusals[0], reason="; ".join(refusal.reason for refusal in refusals))
         return f"checkpoint {whole.sentence(save_load.checkpoint_path(self._directory, step), self._n_bytes)}"
 
 
 def _write(part: _Part, files: Files) -> None:
-    """Write this rank's files; a refusal is kept for `Saver.finish`, which all ranks reach."""
+    """Write this rank's files; a refusal is kept for `Checkpointer.finish`, which all ranks reach."""
     try:
         for name, tensors in files.items():
             part.entries[name] = save_load.write_tensors(part.temporary / name, tensors)
             collectives.fault_point(f"checkpoint.after_{name.partition('.')[0].partition('-')[0]}", step=part.step)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.refusal = Refusal.of(error)
+        part.refusal = WriteFailure.of(error)
     finally:
         part.done = True
 

@@ -32,12 +32,12 @@ def checkpoint_bytes(shapes: Shapes, world_size: int) -> int:
     return _MASTER_AND_MOMENTS * weights_bytes(shapes, _FP32) + _RANK * world_size
 
 
-def next_bytes(shapes: Shapes, item_bytes: int, world_size: int, *, begins: bool) -> int:
+def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, *, begins: bool) -> int:
     """Of the next checkpoint, a weights file beside it and, where the run `begins`, the initial weights."""
     return checkpoint_bytes(shapes, world_size) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
 
 
-def require_room(folder: Path, n_bytes: int, what: str) -> None:
+def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:
     """Raises CheckpointError when `n_bytes` and a tenth of it do not fit into the file system of `folder`."""
     needed, free = int(n_bytes * SPARE), free_bytes(folder)
     if free < needed:

@@ -39,7 +39,7 @@ from rwkv_cluster.train.checkpoint.files import (
     manifest_bytes,
     newest_good,
 )
-from rwkv_cluster.train.checkpoint.shards import Pieces
+from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 
@@ -57,21 +57,21 @@ class Checkpoint:
     state: dict[str, Any]
     files: tuple[str, ...]
 
-    def weights(self) -> dict[str, Tensor] | Pieces:
+    def weights(self) -> dict[str, Tensor] | ShardedTensors:
         """fp32 masters by name. Raises CheckpointError, as `optimizer` does, for a value that is not finite."""
         return self._tensors("weights")
 
-    def optimizer(self) -> dict[str, Tensor] | Pieces:
+    def optimizer(self) -> dict[str, Tensor] | ShardedTensors:
         """Moments as `<moment>/<name>`."""
         return self._tensors("optimizer")
 
-    def _tensors(self, kind: str) -> dict[str, Tensor] | Pieces:
+    def _tensors(self, kind: str) -> dict[str, Tensor] | ShardedTensors:
         if f"{kind}.pth" in self.files:
             tensors = load_pth(self.path / f"{kind}.pth")
             check_finite(tensors, f"{self.path / kind}.pth is not usable")
             return tensors
         names = [name for name in self.files if name.startswith(f"{kind}-")]
-        return Pieces([self.path / name for name in names], self.state["shapes"])
+        return ShardedTensors([self.path / name for name in names], self.state["shapes"])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

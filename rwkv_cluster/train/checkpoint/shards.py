@@ -16,12 +16,12 @@ from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import check_finite, load_pth
 
 
-def piece_name(name: str, start: int) -> str:
+def shard_key(name: str, start: int) -> str:
     """Name of the piece of tensor `name` that begins with element `start`."""
     return f"{name}@{start}"
 
 
-class Pieces:
+class ShardedTensors:
     """Whole tensors by name, each assembled when it is asked for; the files are mapped, not read, until then.
 
     paths: every rank's file. shapes: of the parameters, by name; a moment has its parameter's shape.

@@ -15,11 +15,11 @@ from rwkv_cluster.train.distributed.rank_record import name_and_step
 
 log = logging.getLogger("rwkv_cluster")
 
-SLOWER = 3.0  # times the longest wait that has ended, before a wait is called a stall
+SLOWER = 3.0  # times the longest wait that has ended, before a wait is called a hang_detector
 WATCHED = ("loading data", "computing")  # evaluations, checkpoints and preparations take as long as they take
 
 
-class Stall:
+class HangDetector:
     """For how long this rank has done the same, as far as its process was awake.
 
     path: of the stacks. limit_s: seconds without a finished micro batch after which they are written, once.
@@ -33,13 +33,13 @@ class Stall:
         self._told = False
         self._looked_at = time.monotonic()
 
-    def go_on(self, did: str) -> None:
+    def reset(self, did: str) -> None:
         """The main thread has come to something new. did: what it has done until now."""
         if did in WATCHED and not self._told:
             self._longest_s = max(self._longest_s, self.still_s)
         self.still_s, self._told = 0.0, False
 
-    def look(self, record: dict[str, Any]) -> None:
+    def poll(self, record: dict[str, Any]) -> None:
         """To be called about every BEAT_S, from another thread. record: this rank's."""
         now = time.monotonic()
         self.still_s += min(now - self._looked_at, 2 * BEAT_S)  # a process that was suspended has not stalled

@@ -3,8 +3,8 @@
 torch's collectives say that something took too long, not who was missing, and before the process group exists they say
 nothing. Here every rank renews a record once a second: where it runs, its last finished step, what it is doing, and at
 the end how it failed. The others wait for rank 0's preparation by it, end when a rank has failed, and name who is
-silent. A record is judged by whether it changes (see `rwkv_cluster.runtime.heartbeat`), so that what an earlier run has left
-says nothing about this one.
+silent. A record is judged by whether it changes (see `rwkv_cluster.runtime.heartbeat`), so that what an earlier run
+has left says nothing about this one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from rwkv_cluster import errors
 from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
 from rwkv_cluster.runtime import rank_env
-from rwkv_cluster.runtime.exit_report import repeated_rank, tell_agent
+from rwkv_cluster.runtime.exit_report import quoted_rank, report_exit
 from rwkv_cluster.runtime.heartbeat import (
     BEAT_S,
     Watch,
@@ -38,8 +38,14 @@ from rwkv_cluster.runtime.heartbeat import (
 )
 from rwkv_cluster.runtime.terminal.live_line import clock_time
 from rwkv_cluster.train.distributed.collectives import is_collective_failure
-from rwkv_cluster.train.distributed.hang_detector import Stall
-from rwkv_cluster.train.distributed.rank_record import busy, death, name, name_and_step, silence
+from rwkv_cluster.train.distributed.hang_detector import HangDetector
+from rwkv_cluster.train.distributed.rank_record import (
+    describe_dead,
+    describe_late,
+    describe_silent,
+    name,
+    name_and_step,
+)
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -54,25 +60,25 @@ WORD_S = 30.0  # between two words of a rank that waits for rank 0
 GONE_S = 3.0  # without a beat, when a collective has failed already
 
 
-class RollCall:
+class RankMonitor:
     """This rank's record and its view of the others'. In a run of one rank it only watches whether that goes on.
 
     session: what all ranks do together here, and for which time in this process: rank 0's word of another session is
     none for this one. timeout_s: for how long a rank may be silent before the run is given up. hang_timeout_s: for how
-    long it may do the same before its stacks are written, see `train.stall`.
+    long it may do the same before its stacks are written, see `train.hang_detector`.
     """
 
     def __init__(
         self, work: WorkDir, world_size: int, timeout_s: float, hang_timeout_s: float, session: str = "train 1"
     ) -> None:
         self.rank = rank_env.rank()
-        self.folder = work.ranks / hashlib.sha256(rank_env.attempt().encode()).hexdigest()[:12]
+        self.folder = work.ranks / hashlib.sha256(rank_env.launch_id().encode()).hexdigest()[:12]
         self.timeout_s = timeout_s
         self._record: dict[str, Any] = {**this_process(), "id": uuid.uuid4().hex, "rank": self.rank, "step": None}
         self._record |= {"state": "running", "doing": "starting", "beats": 0, "session": session}
         self.interval_s = max(BEAT_S, world_size / 8)  # all ranks read all records: bounded for the file server's sake
         self.others = {rank: Watch(self.path(rank), self.interval_s) for rank in range(world_size) if rank != self.rank}
-        self.stall = Stall(work.hang / f"rank-{self.rank}.txt", hang_timeout_s)
+        self.hang_detector = HangDetector(work.hang / f"rank-{self.rank}.txt", hang_timeout_s)
         self._next_look = 0.0
         self._failed_since: float | None = None
         self._reported: set[int] = set()
@@ -81,7 +87,7 @@ class RollCall:
         return self.folder / f"rank-{rank}"
 
     @contextmanager
-    def answering(self) -> Iterator[RollCall]:
+    def running(self) -> Iterator[RankMonitor]:
         """Show life inside the block and end with the others; say how the block ended."""
         if not self.others:
             with every(BEAT_S, self._look_at_itself):
@@ -95,31 +101,31 @@ class RollCall:
             try:
                 yield self
             except Preempted:
-                self.publish(state="ended")
+                self.write(state="ended")
                 raise
             except BaseException as error:
                 cause = self._explained(error) if is_collective_failure(error) else error
-                self.publish(state="failed", **_failure(cause))
+                self.write(state="failed", **_failure(cause))
                 self._let_others_see()
                 self._let_origin_speak(cause)
                 if cause is error:
                     raise
                 raise cause from error
-            self.publish(state="ended")
+            self.write(state="ended")
         self._leave()
 
-    def mark(self, **facts: Any) -> None:
+    def update(self, **facts: Any) -> None:
         """Change this rank's record; the others see it with the next beat."""
         self._record = {**self._record, **facts}
 
-    def do(self, doing: str, **facts: Any) -> None:
+    def set_activity(self, doing: str, **facts: Any) -> None:
         """What the main thread does from now on."""
-        self.stall.go_on(self._record["doing"])
-        self.mark(doing=doing, **facts)
+        self.hang_detector.reset(self._record["doing"])
+        self.update(doing=doing, **facts)
 
-    def publish(self, **facts: Any) -> None:
+    def write(self, **facts: Any) -> None:
         """Change this rank's record at once."""
-        self.mark(**facts)
+        self.update(**facts)
         self._write()
 
     def wait_for_rank_0(self, key: str, *, what: str, is_there: Callable[[], bool]) -> Any:
@@ -133,7 +139,7 @@ class RollCall:
         log.info("rank %d waits for %s on rank 0", self.rank, what)
         watch, started = Watch(self.path(0), BEAT_S / 4), time.monotonic()
         next_word = started + WORD_S
-        watch.look()
+        watch.poll()
         recent = _recent(self.path(0), self.path(self.rank))
         while True:
             record, state = watch.record, watch.record.get("state")
@@ -155,7 +161,7 @@ class RollCall:
                 next_word += WORD_S
                 log.info("rank %d has waited %s for %s", self.rank, clock_time(time.monotonic() - started), what)
             time.sleep(BEAT_S / 4)
-            watch.look()
+            watch.poll()
 
     def forget_earlier_runs(self) -> None:
         """Remove the records of other starts. For the holder of the work directory."""
@@ -175,25 +181,25 @@ class RollCall:
 
     def _let_origin_speak(self, error: BaseException) -> None:
         """Launchers end all ranks when one has ended: the rank whose failure this one repeats goes first."""
-        number = repeated_rank(str(error))
+        number = quoted_rank(str(error))
         watch = self.others.get(number) if number is not None else None
         deadline = time.monotonic() + GRACE_S
         while watch is not None and not has_died(watch.record) and time.monotonic() < deadline:
             time.sleep(BEAT_S / 8)
-            watch.look()
+            watch.poll()
 
     def _beat(self) -> None:
-        self.mark(beats=self._record["beats"] + 1)
+        self.update(beats=self._record["beats"] + 1)
         self._write()
         self._look_at_itself()
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.interval_s
             for watch in self.others.values():
-                watch.look()
+                watch.poll()
             self._act()
 
     def _look_at_itself(self) -> None:
-        self.stall.look(self._record)
+        self.hang_detector.poll(self._record)
 
     def _write(self) -> None:
         with suppress(OSError):  # a moment's trouble of a network file system; the next beat is a second away
@@ -207,7 +213,7 @@ class RollCall:
         for rank, watch in running.items():
             if watch.still_s >= SILENT_S and rank not in self._reported:
                 self._reported.add(rank)
-                log.warning("%s. Waiting for %.0f s in all", silence(watch), self.timeout_s)
+                log.warning("%s. Waiting for %.0f s in all", describe_silent(watch), self.timeout_s)
         failed = [watch.record for watch in self.others.values() if _has_failed(watch)]
         died = [watch for watch in self.others.values() if self._has_died(watch)]
         lost = [watch for watch in running.values() if watch.still_s >= max(self.timeout_s, SILENT_S) + GRACE_S]
@@ -216,16 +222,16 @@ class RollCall:
         if self._failed_since is None:
             self._failed_since = time.monotonic()
         if lost or time.monotonic() - self._failed_since >= GRACE_S:
-            texts = [*map(death, died), *map(silence, lost)]
+            texts = [*map(describe_dead, died), *map(describe_silent, lost)]
             self._end(_error_of(failed[0]) if failed else TrainingError("; ".join(texts[:4])))
 
     def _end(self, error: RWKVClusterError) -> None:
         """From the thread, for a main thread that hangs in a collective, in the data or while it ends."""
-        self.stall.write(self._record)
-        self.publish(state="failed", **_failure(error))
+        self.hang_detector.write(self._record)
+        self.write(state="failed", **_failure(error))
         log.error("rwkv-cluster: rank %d: error: %s", self.rank, error)
         self._end_frozen_neighbours()
-        tell_agent(error.exit_code, str(error))
+        report_exit(error.exit_code, str(error))
         os._exit(error.exit_code)
 
     def _has_died(self, watch: Watch) -> bool:
@@ -234,7 +240,7 @@ class RollCall:
         of_this_start = watch.alive or record.get("parent") == self._record["parent"]
         if record.get("state") != "running" or not of_this_start or not has_died(record):
             return False
-        watch.look()  # its last word may have come between the two looks
+        watch.poll()  # its last word may have come between the two looks
         return watch.record.get("state") == "running"
 
     def _living_or_lost(self) -> dict[int, Watch]:
@@ -243,7 +249,7 @@ class RollCall:
 
     def _explained(self, error: BaseException) -> RWKVClusterError:
         """Why a collective failed: whom this rank has waited for. Takes a few seconds, in which the others say too."""
-        self.publish(doing="waiting for the other ranks")
+        self.write(doing="waiting for the other ranks")
         deadline = time.monotonic() + 2 * self.interval_s + GONE_S
         while True:
             running = list(self._living_or_lost().values())  # before failures: the next beat may find one at any moment
@@ -251,7 +257,7 @@ class RollCall:
                 if _has_failed(watch):
                     return _error_of(watch.record)
                 if self._has_died(watch):
-                    return TrainingError(death(watch))
+                    return TrainingError(describe_dead(watch))
             if time.monotonic() >= deadline or all(map(self._accounted_for, running)):
                 break
             time.sleep(BEAT_S / 4)
@@ -263,8 +269,8 @@ class RollCall:
         return watch.still_s >= GONE_S or watch.record.get("doing") == "waiting for the other ranks"
 
     def _who_was_missing(self, running: list[Watch]) -> str:
-        silent = [silence(watch) for watch in running if watch.still_s >= GONE_S]
-        dawdling = [busy(watch) for watch in running if not self._accounted_for(watch)]
+        silent = [describe_silent(watch) for watch in running if watch.still_s >= GONE_S]
+        dawdling = [describe_late(watch) for watch in running if not self._accounted_for(watch)]
         if silent or dawdling:
             return "; ".join((silent + dawdling)[:4])
         absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
@@ -282,7 +288,9 @@ class RollCall:
             record = watch.record
             same = record.get("machine") == machine() and record.get("started") is not None
             if same and watch.still_s >= GONE_S and start_tick(record["pid"]) == record["started"]:
-                log.warning("%s. It is ended", silence(watch))  # before this rank, where it is a child of that one
+                log.warning(
+                    "%s. It is ended", describe_silent(watch)
+                )  # before this rank, where it is a child of that one
                 with suppress(OSError):
                     os.kill(record["pid"], signal.SIGKILL)
 
@@ -310,7 +318,7 @@ def _error_of(record: dict[str, Any]) -> RWKVClusterError:
     """What rank `record` has raised, to be raised here too."""
     kind = getattr(errors, str(record.get("error")), TrainingError)
     message = str(record.get("message"))
-    return kind(message if repeated_rank(message) is not None else f"rank {record.get('rank')}: {message}")
+    return kind(message if quoted_rank(message) is not None else f"rank {record.get('rank')}: {message}")
 
 
 def _recent(path: Path, now: Path) -> bool:

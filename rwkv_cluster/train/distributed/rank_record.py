@@ -1,4 +1,4 @@
-"""How a rank is named in a message: from its record in the roll call."""
+"""Text about a rank for log and error messages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def name_and_step(record: dict[str, Any]) -> str:
     return name(record) + (f" last finished step {record['step']}," if record.get("step") is not None else "")
 
 
-def death(watch: Watch) -> str:
+def describe_dead(watch: Watch) -> str:
     return f"{name_and_step(watch.record)} has died without a word. See its log, and the kernel's"
 
 
-def silence(watch: Watch) -> str:
+def describe_silent(watch: Watch) -> str:
     return f"{name_and_step(watch.record)} has shown no sign of life for {watch.still_s:.0f} s"
 
 
-def busy(watch: Watch) -> str:
+def describe_late(watch: Watch) -> str:
     doing = watch.record["doing"]
     return f"{name_and_step(watch.record)} lives but has not come to the next exchange: it is {doing}"

@@ -43,7 +43,7 @@ class Spike:
 
 
 @dataclass(frozen=True)
-class SpikeMemory:
+class SpikeState:
     """What has to outlive a restart. losses: of the window. spiking: steps in a row, so far. rollbacks: of the run."""
 
     losses: tuple[float, ...] = ()
@@ -51,7 +51,7 @@ class SpikeMemory:
     rollbacks: int = 0
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> SpikeMemory:
+    def of(cls, state: Mapping[str, Any]) -> SpikeState:
         """From a checkpoint's state; one of a version without this guard has none."""
         found = state.get("spikes")
         return cls(tuple(found["losses"]), found["spiking"], found["rollbacks"]) if found else cls()
@@ -60,26 +60,26 @@ class SpikeMemory:
 class SpikeGuard:
     """Looks at the loss of every step. Every rank has one and, as losses are those of all ranks, sees the same."""
 
-    def __init__(self, config: GuardConfig, memory: SpikeMemory) -> None:
+    def __init__(self, config: GuardConfig, memory: SpikeState) -> None:
         self._config = config
         self._losses = deque(memory.losses, maxlen=config.spike_window_steps)
         self._spiking = memory.spiking
         self._rollbacks = memory.rollbacks
 
     @property
-    def memory(self) -> SpikeMemory:
-        return SpikeMemory(tuple(self._losses), self._spiking, self._rollbacks)
+    def state(self) -> SpikeState:
+        return SpikeState(tuple(self._losses), self._spiking, self._rollbacks)
 
     @property
-    def suspects(self) -> bool:
+    def is_spiking(self) -> bool:
         """Whether the last step has spiked: a checkpoint of this moment could hold what a rollback has to undo."""
         return self._spiking > 0
 
-    def see(self, step: int, loss: float) -> Spike | None:
+    def update(self, step: int, loss: float) -> Spike | None:
         """The spike that patience has ended with at `step` (from 0)."""
         if self._config.on_spike == "ignore":
             return None
-        median, limit = self._judgement()
+        median, limit = self._median_and_limit()
         if loss <= limit:
             self._losses.append(loss)
             self._spiking = 0
@@ -89,7 +89,7 @@ class SpikeGuard:
             return None
         return Spike(step - self._spiking + 1, step, loss, median, limit)
 
-    def _judgement(self) -> tuple[float, float]:
+    def _median_and_limit(self) -> tuple[float, float]:
         """Median of the window, and the largest loss that is no spike."""
         if len(self._losses) < self._config.spike_window_steps:
             return float("nan"), float("inf")

@@ -52,7 +52,7 @@ class StopRequest:
                 raise
 
 
-def keep_lightning_out(trainer: Trainer) -> None:
+def disable_lightning_signal_handlers(trainer: Trainer) -> None:
     """Leave the signals to `StopRequest`.
 
     Lightning's handler of SIGTERM ends the run in silence with code 1 and without a checkpoint, also when it was

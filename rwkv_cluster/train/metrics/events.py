@@ -56,7 +56,7 @@ class Events:
             file.write(_end_of_cut_line(file) + line.encode())
 
     @contextmanager
-    def telling_the_end(self, step: Callable[[], int]) -> Iterator[None]:
+    def log_exit(self, step: Callable[[], int]) -> Iterator[None]:
         """Write "stop" when an exception ends the block. step: steps done by then."""
         try:
             yield

@@ -54,7 +54,7 @@ class StepRecord:
 COLUMNS = tuple(field.name for field in fields(StepRecord))
 
 
-class Records:
+class MetricsWriter:
     """Appends to the record files of a work directory. Only rank 0 has one.
 
     recorded_step: the last that an earlier session has recorded, whether or not a checkpoint holds it.

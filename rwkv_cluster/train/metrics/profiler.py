@@ -1,8 +1,8 @@
 """`train --profile`: a trace of a few steps by torch's profiler, and a table of where their time goes, on each rank.
 
 `logs/profile/rank-<N>.trace.json.gz` opens in https://ui.perfetto.dev and in chrome://tracing; `rank-<N>.json` and
-`rank-<N>.txt` are what `rwkv_cluster.train.metrics.profile_breakdown` finds in it. The profiler watches and changes nothing: the weights
-are the same to the bit. Steps under it are slower, by what it costs to note every operation.
+`rank-<N>.txt` are what `rwkv_cluster.train.metrics.profile_breakdown` finds in it. The profiler watches and changes
+nothing: the weights are the same to the bit. Steps under it are slower, by what it costs to note every operation.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A rank is always in one phase; to begin one ends the one before:
 
-    data       from the end of a step's bookkeeping until the next batch is on the device: reading, and its transfer
+    data       from the end of a step's after_step until the next batch is on the device: reading, and its transfer
     forward    the network and the loss of a micro batch
     backward   its gradients, and their exchange between ranks as far as it happens meanwhile
     optimizer  agreement of the ranks on the step, clipping, update
@@ -50,7 +50,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Lap:
+class StepTiming:
     """Everything from the end of one step to the end of the next. host_s: by phase; spans: instead, on CUDA."""
 
     host_s: dict[Phase, float]
@@ -84,9 +84,9 @@ class StepTimer(Callback):
         self._annotation: Any = None
         self._phase: Phase = "other"
         self._mark: torch.cuda.Event | None = None
-        self._begin_lap()
+        self._begin_step()
 
-    def _begin_lap(self) -> None:
+    def _begin_step(self) -> None:
         self._since = time.perf_counter()
         self._host_s: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._spans: list[Span] = []
@@ -124,15 +124,15 @@ class StepTimer(Callback):
         finally:
             self.enter(before)
 
-    def lap(self) -> Lap:
+    def finish_step(self) -> StepTiming:
         """What has been measured since the last call."""
         self.enter(self._phase)
-        lap = Lap(self._host_s, self._spans)
-        self._begin_lap()
-        return lap
+        timing = StepTiming(self._host_s, self._spans)
+        self._begin_step()
+        return timing
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._begin_lap()
+        self._begin_step()
         self.enter("data")
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:

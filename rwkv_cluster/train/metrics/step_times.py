@@ -1,7 +1,8 @@
 """Where each rank's time goes, step by step: `logs/events/rank-<N>.jsonl`, written by every rank for itself.
 
 A rank that waits for another, for its data or for the disk is seen by comparing these files. What the numbers mean is
-in `rwkv_cluster.train.metrics.step_timer`. A resumed run drops the lines of steps that it repeats, as from `metrics.jsonl`.
+in `rwkv_cluster.train.metrics.step_timer`. A resumed run drops the lines of steps that it repeats, as from
+`metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.train.metrics.metrics_file import keep_lines
-from rwkv_cluster.train.metrics.step_timer import Lap
+from rwkv_cluster.train.metrics.step_timer import StepTiming
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ class StepParts:
     eval_s: float
 
     @classmethod
-    def of(cls, step: int, lap: Lap) -> StepParts:
+    def of(cls, step: int, timing: StepTiming) -> StepParts:
         """To the microsecond. Waits for a device that has not done the step."""
-        seconds = {f"{phase}_s": round(value, 6) for phase, value in lap.phases_s().items()}
+        seconds = {f"{phase}_s": round(value, 6) for phase, value in timing.phases_s().items()}
         return cls(step=step, **{field.name: seconds[field.name] for field in fields(cls) if field.name != "step"})
 
 
-class RankEvents:
-    """Appends to one rank's file. folder: `WorkDir.rank_events`."""
+class StepTimes:
+    """Appends to one rank's file. folder: `WorkDir.step_times`."""
 
     def __init__(self, folder: Path, rank: int, start_step: int) -> None:
         self._path = rank_file(folder, rank)
-        self._pending: tuple[int, Lap] | None = None
+        self._pending: tuple[int, StepTiming] | None = None
         with writing(self._path, 0):
             folder.mkdir(exist_ok=True)
             _rewind(self._path, start_step)
@@ -54,14 +55,14 @@ class RankEvents:
                 self._path, "a", encoding="utf-8", buffering=1, opener=open_own
             )
 
-    def add(self, step: int, lap: Lap) -> None:
+    def add(self, step: int, timing: StepTiming) -> None:
         """On CUDA the line is written with the next step's. Raises CheckpointError when the disk refuses a line."""
-        self.settle()
-        self._pending = (step, lap)
-        if not lap.spans:
-            self.settle()
+        self.flush()
+        self._pending = (step, timing)
+        if not timing.spans:
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Write what is still to be written; waits for the device where that is of the step that has just ended."""
         if self._pending is None:
             return

@@ -12,7 +12,7 @@ from rwkv_cluster.runtime import rank_env
 
 
 class RankEnvironment(LightningEnvironment):
-    """The ranks of `rwkv_cluster.runtime.rank_env`; without a launcher Lightning starts those beyond the first on this machine.
+    """The ranks of `rwkv_cluster.runtime.rank_env`. Without a launcher Lightning starts those beyond the first here.
 
     world_size: ranks of the run. devices: of them on each machine.
     """

@@ -1,7 +1,7 @@
 """What a rank holds of a run's weights and optimizer, behind one interface for every strategy.
 
-Replica   everything, as alone, under DDP and ZeRO stage 0; rank 0 saves for all
-Shards    a part of it, under ZeRO stages 1 to 3 (`train.zero`); every rank saves its own
+ReplicatedState   everything, as alone, under DDP and ZeRO stage 0; rank 0 saves for all
+ZeroShardedState    a part of it, under ZeRO stages 1 to 3 (`train.zero`); every rank saves its own
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Files = dict[str, Mapping[str, Tensor]]
 """Tensors by the name of the checkpoint's file that they go to."""
 
 
-class TrainState(Protocol):
+class ModelAndOptimizerState(Protocol):
     """Weights, gradients and moments of a run, as this rank has them.
 
     clips_in_update: the optimizer measures and clips gradients itself, and makes no update when they are not finite.
@@ -54,7 +54,7 @@ class TrainState(Protocol):
         """Collective. On rank 0 every parameter by name, in the dtype it is trained in; None on the others."""
 
 
-class Replica:
+class ReplicatedState:
     """The same masters and moments on every rank."""
 
     clips_in_update = False

@@ -21,8 +21,14 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import rank_env, shared_memory
 from rwkv_cluster.train.distributed.collectives import join_group, leaving_group
 from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
-from rwkv_cluster.train.parallel.state import Replica, TrainState
-from rwkv_cluster.train.parallel.zero import Shards, ZeroStrategy, leave_group, require_deepspeed, zero_strategy
+from rwkv_cluster.train.parallel.state import ModelAndOptimizerState, ReplicatedState
+from rwkv_cluster.train.parallel.zero import (
+    ZeroShardedState,
+    ZeroStrategy,
+    leave_group,
+    require_deepspeed,
+    zero_strategy,
+)
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -111,7 +117,7 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
     group: name of the process group, see `distributed.join_group`.
     """
     if placement.accelerator == "cuda" and placement.devices > 1:
-        told = shared_memory.let_nccl_do_without()
+        told = shared_memory.disable_nccl_shm_if_small()
         if told and rank_env.local_rank() == 0:
             log.warning(told)
     arguments: dict[str, Any] = {
@@ -133,12 +139,12 @@ def leaving(training: TrainingConfig) -> AbstractContextManager[None]:
     return leaving_group() if training.deepspeed_stage is None else leaving_group(leave_group)
 
 
-def train_state(trainer: Trainer, model: nn.Module) -> TrainState:
+def train_state(trainer: Trainer, model: nn.Module) -> ModelAndOptimizerState:
     """What this rank holds of `model`, once `trainer` has set it up."""
     if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.stage > 0:
-        return Shards(model, trainer.strategy.deepspeed_engine)
+        return ZeroShardedState(model, trainer.strategy.deepspeed_engine)
     (optimizer,) = trainer.optimizers
-    return Replica(model, optimizer)
+    return ReplicatedState(model, optimizer)
 
 
 def completes_step(trainer: Trainer) -> bool:

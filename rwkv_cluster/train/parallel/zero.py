@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
-from rwkv_cluster.train.checkpoint.shards import piece_name
+from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.optimizer import MOMENTS
 from rwkv_cluster.train.parallel.state import Files
@@ -66,7 +66,9 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on a CPU and needs no compiler
-        "gradient_clipping": training.gradient_clip_val if stage else 0.0,  # at stage 0 gradients are whole: Replica
+        "gradient_clipping": training.gradient_clip_val
+        if stage
+        else 0.0,  # at stage 0 gradients are whole: ReplicatedState
         "train_micro_batch_size_per_gpu": training.micro_bsz,
     }
     if training.communication_dtype is not None:
@@ -155,7 +157,7 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-class Shards:
+class ZeroShardedState:
     """ZeRO's state on this rank, stages 1 to 3. engine: DeepSpeed's, around a module that contains `model`."""
 
     clips_in_update = True
@@ -177,9 +179,9 @@ class Shards:
     def files(self) -> Files:
         weights, moments = {}, {}
         for fragment in self._fragments():
-            weights[piece_name(fragment.name, fragment.start)] = fragment.tensors[MASTER]
+            weights[shard_key(fragment.name, fragment.start)] = fragment.tensors[MASTER]
             for moment in MOMENTS:
-                moments[piece_name(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
+                moments[shard_key(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
         weights |= self._frozen()
         rank, world_size = collectives.position()
         suffix = f"{rank:05d}-of-{world_size:05d}.pth"
@@ -249,7 +251,7 @@ class Shards:
     def _frozen(self) -> dict[str, Tensor]:
         """Parameters that are not trained and so have no master, as fp32 pieces; on rank 0. Collective."""
         frozen = ((name, p) for name, p in self._model.named_parameters() if not p.requires_grad)
-        whole = {piece_name(name, 0): self._gathered(p).float().flatten() for name, p in frozen}
+        whole = {shard_key(name, 0): self._gathered(p).float().flatten() for name, p in frozen}
         return whole if collectives.position()[0] == 0 else {}
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:

@@ -15,7 +15,7 @@ from rwkv_cluster.errors import Preempted, TrainingError
 from rwkv_cluster.train import run
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified, prune
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard, SpikeMemory
+from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard, SpikeState
 from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.workdir import WorkDir
 
@@ -24,13 +24,13 @@ LIMIT = 2.0 + 6 * 1.4826 * 0.075
 SPIKES_AT_14 = "train.spike@14-15:hit"  # patience of two: steps 14 and 15, of batches 14 and 15
 
 
-def _guard(memory: SpikeMemory | None = None, **changes: Any) -> SpikeGuard:
+def _guard(memory: SpikeState | None = None, **changes: Any) -> SpikeGuard:
     config = GuardConfig(**{"on_spike": "stop", "spike_window_steps": 8, "spike_patience_steps": 2, **changes})
-    return SpikeGuard(config, memory or SpikeMemory())
+    return SpikeGuard(config, memory or SpikeState())
 
 
 def _spikes(guard: SpikeGuard, values: list[float], first_step: int = 0) -> list[Spike]:
-    seen = (guard.see(step, value) for step, value in enumerate(values, start=first_step))
+    seen = (guard.update(step, value) for step, value in enumerate(values, start=first_step))
     return [spike for spike in seen if spike is not None]
 
 
@@ -56,7 +56,7 @@ def test_a_restart_at_any_step_forgets_nothing() -> None:
         first = _guard()
         _spikes(first, values[:cut])
         state = {"spikes": vars(first.memory)}
-        assert _spikes(_guard(SpikeMemory.of(state)), values[cut:], cut) == _spikes(_guard(), values)
+        assert _spikes(_guard(SpikeState.of(state)), values[cut:], cut) == _spikes(_guard(), values)
 
 
 def test_batches_left_out_shift_those_that_follow() -> None:

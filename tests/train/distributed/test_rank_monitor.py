@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.runtime.heartbeat import Watch, write_record
-from rwkv_cluster.train.distributed.rank_monitor import RollCall
+from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -19,14 +19,14 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_still_named(
     """Both ranks find the network cut at once; this one's next beat reads the other's end in the middle of its look."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    roll_call = RollCall(WorkDir(tmp_path), 2, timeout_s=10, hang_timeout_s=5)
-    roll_call.folder.mkdir(parents=True)
-    other = roll_call.others[0]
+    rank_monitor = RankMonitor(WorkDir(tmp_path), 2, timeout_s=10, hang_timeout_s=5)
+    rank_monitor.folder.mkdir(parents=True)
+    other = rank_monitor.others[0]
 
     def seen(**facts: Any) -> None:
         record = {"rank": 0, "host": "node0", "pid": 7, "step": 94, "state": "running"}
-        write_record(roll_call.path(0), record | {"doing": "waiting for the other ranks"} | facts)
-        other.look()
+        write_record(rank_monitor.path(0), record | {"doing": "waiting for the other ranks"} | facts)
+        other.poll()
 
     def accounted_for(watch: Watch) -> bool:
         assert watch is other
@@ -35,8 +35,8 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_still_named(
 
     seen(beats=1)
     seen(beats=2)
-    monkeypatch.setattr(RollCall, "_accounted_for", staticmethod(accounted_for))
+    monkeypatch.setattr(RankMonitor, "_accounted_for", staticmethod(accounted_for))
     lost = RuntimeError("Connection closed by peer [10.77.0.1]:4321")
     named = r"rank 0 on node0, process 7, last finished step 94, cannot be reached over the network"
-    with pytest.raises(TrainingError, match=named), roll_call.answering():
+    with pytest.raises(TrainingError, match=named), rank_monitor.running():
         raise lost

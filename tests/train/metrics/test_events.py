@@ -77,5 +77,5 @@ def test_a_full_disk_is_told_by_the_error_that_it_caused(monkeypatch: pytest.Mon
     events = Events(Path("/dev/full"))
     with pytest.raises(CheckpointError, match=r"/dev/full cannot be written: No space left"):
         events.add("save", 4)
-    with pytest.raises(TrainingError, match="its own"), events.telling_the_end(lambda: 4):
+    with pytest.raises(TrainingError, match="its own"), events.log_exit(lambda: 4):
         raise TrainingError("its own reason")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.train.checkpoint.shards import Pieces, piece_name
+from rwkv_cluster.train.checkpoint.shards import ShardedTensors, shard_key
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3)
 
@@ -40,10 +40,10 @@ def test_what_any_ranks_wrote_is_put_together_again(
         ends = [0, *sorted(cuts), flat.numel()]
         for rank, (start, end) in enumerate(pairwise(ends)):
             if end > start:
-                files[rank][piece_name(name, start)] = flat[start:end].clone()
+                files[rank][shard_key(name, start)] = flat[start:end].clone()
     with tempfile.TemporaryDirectory() as folder:
         paths = data.draw(st.permutations(_write(Path(folder), files)))
-        found = Pieces(paths, {name: list(tensor.shape) for name, tensor in tensors.items() if "/" not in name})
+        found = ShardedTensors(paths, {name: list(tensor.shape) for name, tensor in tensors.items() if "/" not in name})
         assert set(found.keys()) == set(tensors)
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
@@ -52,9 +52,9 @@ def test_what_any_ranks_wrote_is_put_together_again(
 def test_pieces_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     pieces = {"missing": [(0, 4), (8, 12)], "overlapping": [(0, 8), (4, 12)], "too long": [(0, 12)]}[change]
-    files = [{piece_name("a", start): whole[start:end].clone()} for start, end in pieces]
+    files = [{shard_key("a", start): whole[start:end].clone()} for start, end in pieces]
     size = 11 if change == "too long" else 12
-    found = Pieces(_write(tmp_path, files), {"a": [size]})
+    found = ShardedTensors(_write(tmp_path, files), {"a": [size]})
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: the pieces of a do not make up its {size} elements"):
         found["a"]
 
@@ -62,11 +62,11 @@ def test_pieces_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["a", "a@", "a@-1", "a@x", "b@0", "a@0@zero"])
 def test_a_name_that_is_no_piece_is_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights-00000-of-00001\.pth: '.*' is not a piece of a parameter"):
-        Pieces(_write(tmp_path, [{key: torch.ones(3)}]), {"a": [3]})
+        ShardedTensors(_write(tmp_path, [{key: torch.ones(3)}]), {"a": [3]})
 
 
 def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
-    files = [{piece_name("a", 2 * rank): torch.tensor([1.0, math.nan if rank else 2.0])} for rank in range(2)]
-    found = Pieces(_write(tmp_path, files), {"a": [4]})
+    files = [{shard_key("a", 2 * rank): torch.tensor([1.0, math.nan if rank else 2.0])} for rank in range(2)]
+    found = ShardedTensors(_write(tmp_path, files), {"a": [4]})
     with pytest.raises(CheckpointError, match=r"weights-00001-of-00002\.pth is not usable: a has a NaN"):
         found["a"]

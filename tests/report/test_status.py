@@ -60,7 +60,7 @@ def test_a_complete_run_without_torch(work: WorkDir) -> None:
 
 
 def test_the_holder_is_named(work: WorkDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with lock.hold(work.lock_file, "it"):
+    with lock.acquire(work.lock_file, "it"):
         text = say(work, capsys)
         found = json.loads(say(work, capsys, "--json"))
     assert text.startswith(f"running  {work.root}\n")
@@ -85,7 +85,7 @@ def test_a_holder_that_was_killed(work: WorkDir, capsys: pytest.CaptureFixture[s
 def test_a_holder_on_another_machine_is_watched(
     work: WorkDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "GLANCE_S", 0.5)
+    monkeypatch.setattr(lock, "CHECK_S", 0.5)
     work.events.unlink()
     write_record(work.lock_file, {"host": "node-7", "machine": "another", "pid": 1, "since": "then", "claim": "x"})
     assert "held by     process 1 on node-7 since then, which is gone, or shows no sign of life" in say(work, capsys)
@@ -94,7 +94,7 @@ def test_a_holder_on_another_machine_is_watched(
 def test_a_preparation_under_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = WorkDir(tmp_path / "work")
     work.create()
-    with lock.hold(work.lock_file, "it"), temporary_folder(work.data) as folder:
+    with lock.acquire(work.lock_file, "it"), temporary_folder(work.data) as folder:
         progress = Progress("writing", folder, total=4_000_000)
         assert "writing, 0 of 4,000,000 tokens" in say(work, capsys)
         progress._last = time.monotonic() - 5
@@ -146,8 +146,8 @@ def test_damaged_data_is_told_when_every_byte_is_read(
 def test_a_run_that_was_stopped_knows_its_time_left(work: WorkDir) -> None:
     lines = (work.logs / "metrics.jsonl").read_text().splitlines()
     (work.logs / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
-    shutil.rmtree(work.rank_events)
-    found = status.look(work)
+    shutil.rmtree(work.step_times)
+    found = status.read_status(work)
     assert found.state == "stopped"
     training = found.training
     assert training is not None
@@ -162,8 +162,8 @@ def test_the_time_left_counts_pauses_that_are_recorded(work: WorkDir) -> None:
     (work.logs / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n")
     parts = {"data_s": 0.5, "forward_s": 1.0, "backward_s": 2.0, "optimizer_s": 0.5, "save_s": 1.0, "eval_s": 0.0}
     events = [json.dumps({"step": step, **parts}) for step in range(1, 6)]
-    (work.rank_events / "rank-0.jsonl").write_text("\n".join(events) + "\n")
-    training = status.look(work).training
+    (work.step_times / "rank-0.jsonl").write_text("\n".join(events) + "\n")
+    training = status.read_status(work).training
     assert training is not None
     assert training.with_pauses
     assert training.seconds_left == pytest.approx(3 * 5.0)

@@ -11,9 +11,9 @@ from tiny_run import losses, tiny_config
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
-from rwkv_cluster.runtime.disk_errors import Refusal, free_bytes, writing
+from rwkv_cluster.runtime.disk_errors import WriteFailure, free_bytes, writing
 from rwkv_cluster.train.checkpoint import disk_space
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.checkpoint.save_load import list_steps
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
@@ -47,7 +47,9 @@ def test_a_run_without_room_is_refused_before_it_starts(
     """What would just fit is refused too: a tenth is kept to spare."""
     asked: list[int] = []
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 1 << 40)
-    monkeypatch.setattr("rwkv_cluster.train.fit.require_room", lambda folder, n_bytes, what: asked.append(n_bytes))
+    monkeypatch.setattr(
+        "rwkv_cluster.train.fit.require_disk_space", lambda folder, n_bytes, what: asked.append(n_bytes)
+    )
     train(tiny_config(tmp_path, training={"max_steps": 1}))
     monkeypatch.undo()
     other = tmp_path / "other"
@@ -106,7 +108,7 @@ def test_the_sentence_of_a_refusal(number: int, remedy: str, tmp_path: Path) -> 
     error.__context__ = OSError(number, "any text")  # as torch covers it
     with pytest.raises(CheckpointError) as caught, writing(path, 12_345):
         raise error
-    found = Refusal.of(OSError(number, ""))
+    found = WriteFailure.of(OSError(number, ""))
     before, between, after = str(caught.value).partition(f" are free on {tmp_path}. ")
     assert before.startswith(f"{path} cannot be written: {found.reason}. It needs about 12,345 bytes and ")
     assert int(before.rpartition(" ")[2].replace(",", "")) == pytest.approx(free_bytes(tmp_path), rel=0.1)
@@ -120,5 +122,5 @@ def test_what_is_not_the_disks_fault_is_not_reported_as_such(tmp_path: Path) -> 
 
 def test_what_training_waited_for_a_checkpoint_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "rwkv_cluster"):
-        Saver(tmp_path, 3, background=True, n_bytes=0).save(7, {"weights.pth": {"a": torch.ones(2)}}, {})
+        Checkpointer(tmp_path, 3, background=True, n_bytes=0).save(7, {"weights.pth": {"a": torch.ones(2)}}, {})
     assert "checkpoint of step 7 is saved; training waited 0." in caplog.text

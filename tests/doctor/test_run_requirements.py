@@ -13,7 +13,7 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.doctor.checks import run_requirements, tools
-from rwkv_cluster.doctor.context import Subject
+from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import first_problem
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.kernels import loader
@@ -26,8 +26,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 def first(folder: Path, **sections: dict[str, Any]) -> RWKVClusterError:
     """The first problem of a run with these changes."""
-    subject = Subject(tiny_config(folder, **sections))
-    found = first_problem([*tools.launch_tools(subject), *run_requirements.run_needs(subject)])
+    context = CheckContext(tiny_config(folder, **sections))
+    found = first_problem([*tools.launch_tools(context), *run_requirements.run_needs(context)])
     assert found is not None
     return found
 
@@ -90,12 +90,12 @@ def test_a_program_that_the_launch_needs(target: str, tmp_path: Path, monkeypatc
 
 def test_what_runs_elsewhere_is_not_asked_of_this_machine(tmp_path: Path, monkeypatch: Any) -> None:
     config = tiny_config(tmp_path, training={"accelerator": "cuda"}, launch={"target": "sbatch", "gpus_per_node": 8})
-    rows = run_requirements.run_needs(Subject(config))
+    rows = run_requirements.run_needs(CheckContext(config))
     assert [row.state for row in rows] == ["ok", "ok", "note"]
     assert "--doctor" in rows[-1].remedy
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # now this is where the ranks run
-    assert first_problem(run_requirements.run_needs(Subject(config))) is not None
-    assert tools.launch_tools(Subject(config)) == []
+    assert first_problem(run_requirements.run_needs(CheckContext(config))) is not None
+    assert tools.launch_tools(CheckContext(config)) == []
 
 
 def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -12,7 +12,7 @@ from tiny_run import tiny_config
 from rwkv_cluster.config import Config
 from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train import evaluate as evaluation
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.parallel.strategy import Placement
 from rwkv_cluster.train.run import train
@@ -81,7 +81,7 @@ def test_pauses_do_not_lower_the_throughput(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + skipped[0])
     monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.evaluate", slow(evaluation.evaluate))
     monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.save_pth", slow(lambda *args: None))
-    monkeypatch.setattr(Saver, "begin", slow(Saver.begin))
+    monkeypatch.setattr(Checkpointer, "begin", slow(Checkpointer.begin))
     monkeypatch.setattr("rwkv_cluster.train.fit.sample_text", lambda *args: None)
     training = {"val_interval_steps": 2, "samples_per_epoch": 8}
     train(tiny_config(tmp_path, training=training, checkpoint={"save_interval_steps": 2}))

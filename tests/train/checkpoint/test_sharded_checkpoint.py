@@ -19,7 +19,7 @@ from rwkv_cluster.cli import main
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.checkpoint.shards import piece_name
+from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
@@ -35,7 +35,7 @@ def _shards(kind: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor
         for name, tensor in tensors.items():
             flat, size = tensor.flatten(), math.ceil(tensor.numel() / RANKS)
             if piece := list(flat[rank * size : (rank + 1) * size]):
-                pieces[piece_name(name, rank * size)] = torch.stack(piece)
+                pieces[shard_key(name, rank * size)] = torch.stack(piece)
     return files
 
 

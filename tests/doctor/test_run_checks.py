@@ -17,7 +17,7 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.doctor.checks.image import image
 from rwkv_cluster.doctor.checks.wkv import libraries, self_test
-from rwkv_cluster.doctor.context import IMAGE_VARIABLE, Subject
+from rwkv_cluster.doctor.context import IMAGE_VARIABLE, CheckContext
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.doctor.run_checks import CHECKS, OF_EACH_RANK
 from rwkv_cluster.kernels import build, loader
@@ -95,10 +95,10 @@ def test_without_torch_it_is_the_first_thing_to_fix(with_config: bool, tmp_path:
 
 def test_a_missing_library_is_said_with_what_serves_instead(monkeypatch: Any) -> None:
     monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. `build` builds them."))
-    (row,) = libraries(Subject())
+    (row,) = libraries(CheckContext())
     text = "Nothing compiled. The chunked PyTorch form serves instead, more slowly"
     assert row == Row("WKV kernels, CPU", "warning", text, "`build` builds them")
-    assert not any("native" in row.name for row in self_test(Subject()))
+    assert not any("native" in row.name for row in self_test(CheckContext()))
 
 
 def test_a_damaged_library_is_named_and_refused_by_a_run_that_wants_it(
@@ -114,7 +114,7 @@ def test_a_damaged_library_is_named_and_refused_by_a_run_that_wants_it(
     monkeypatch.setattr(loader, "folders", lambda: [tmp_path])
     loader.cpu.cache_clear()
     try:
-        (row,) = libraries(Subject())
+        (row,) = libraries(CheckContext())
         assert row.state == "warning"
         assert f"{tmp_path / build.library_name('cpu')} is not what its manifest says" in row.text
         assert row.remedy == "`python -m rwkv_cluster.kernels.build cpu` builds them"
@@ -140,7 +140,7 @@ def test_an_image_says_what_is_in_it(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv(IMAGE_VARIABLE, str(described))
     contents = {"variant": "cuda", "revision": "abc", "packages": 7, "sbom": "/bill.json"}
     described.write_text(json.dumps(contents | {"kernels": {"cpu": [], "cuda": ["sm_90", "compute_90"]}}))
-    rows = by_name(image(Subject()))
+    rows = by_name(image(CheckContext()))
     assert rows["image"].text == "variant cuda, revision abc"
     assert rows["image: WKV kernels"].text == "cpu, cuda sm_90 compute_90"
     assert rows["image: packages"].text == "7, listed in /bill.json"
@@ -152,6 +152,6 @@ def test_an_image_whose_description_is_damaged_is_said(text: str | None, monkeyp
     monkeypatch.setenv(IMAGE_VARIABLE, str(described))
     if text is not None:
         described.write_text(text)
-    (row,) = image(Subject())
+    (row,) = image(CheckContext())
     assert row.state == "warning"
     assert f"{described}, which RWKV_CLUSTER_IMAGE names, cannot be read" in row.text

@@ -14,7 +14,7 @@ from tiny_run import tiny_config
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.metrics.step_timer import StepTimer
-from rwkv_cluster.train.metrics.step_times import RankEvents, StepParts, rewind_absent
+from rwkv_cluster.train.metrics.step_times import StepParts, StepTimes, rewind_absent
 from rwkv_cluster.train.run import train
 
 FIELDS = ["step", "data_s", "forward_s", "backward_s", "optimizer_s", "save_s", "eval_s"]
@@ -83,11 +83,11 @@ def test_every_second_is_in_one_phase(clock: list[float]) -> None:
         spend(0.25)
         with timer.phase("eval"):
             spend(16)
-        first = timer.lap()
+        first = timer.finish_step()
         with timer.phase("save"):
             spend(32)
     _micro_batch(timer, spend, (1, 2, 4, 8))
-    second = timer.lap()
+    second = timer.finish_step()
     assert StepParts.of(1, first) == StepParts(1, 2, 4, 8, 8.5, save_s=0, eval_s=16)
     assert StepParts.of(2, second) == StepParts(2, 1, 2, 4, 8, save_s=32, eval_s=0)
     assert first.training_s == 22.75
@@ -106,17 +106,17 @@ def test_on_cuda_the_device_is_asked_a_step_late(
         clock[0] += seconds / 100
         queue.now += seconds * 1e3
 
-    timer, events = StepTimer(on_cuda=True), RankEvents(tmp_path / "events", 0, 0)
+    timer, events = StepTimer(on_cuda=True), StepTimes(tmp_path / "events", 0, 0)
     timer.on_train_epoch_start(NOTHING, NOTHING)
     for step in (1, 2, 3):
         queue.done = queue.now  # by the loss of the step that begins here
         _micro_batch(timer, spend, (100, step, 4, 0.5))
         _micro_batch(timer, spend, (100, step, 4, 8))
-        events.add(step, timer.lap())
+        events.add(step, timer.finish_step())
         lines = (tmp_path / "events/rank-0.jsonl").read_text().splitlines()
         assert len(lines) == step - 1
     assert queue.waits == 0
-    events.settle()
+    events.flush()
     assert queue.waits == 1
     found = [json.loads(line) for line in (tmp_path / "events/rank-0.jsonl").read_text().splitlines()]
     assert found == [
@@ -149,7 +149,7 @@ def test_a_run_writes_what_the_timer_measured(tmp_path: Path) -> None:
         parts = [line[name] for name in ("data_s", "forward_s", "backward_s", "optimizer_s")]
         assert all(part > 0 for part in parts)
         step_s = 128 / record["tokens_per_s"]
-        assert sum(parts) <= step_s + 5e-6  # the rest is the bookkeeping's; each part is rounded to a microsecond
+        assert sum(parts) <= step_s + 5e-6  # the rest is the after_step's; each part is rounded to a microsecond
         assert (line["eval_s"] > 0) == ("val_loss" in record)
     assert [line["step"] for line in lines if line["save_s"] > 1e-3] == [5]  # after the checkpoint of step 4
 

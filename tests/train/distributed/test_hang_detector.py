@@ -10,8 +10,8 @@ from tiny_run import tiny_config
 
 from rwkv_cluster.train.distributed import hang_detector
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
-from rwkv_cluster.train.distributed.hang_detector import Stall
-from rwkv_cluster.train.distributed.rank_monitor import RollCall
+from rwkv_cluster.train.distributed.hang_detector import HangDetector
+from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.run import train
 
 COMPUTING = {"rank": 3, "host": "node", "pid": 17, "step": 41, "doing": "computing"}
@@ -24,17 +24,17 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(hang_detector.time, "monotonic", lambda: self.now)
 
-    def pass_s(self, seconds: int, watched: Stall, record: dict[str, Any] = COMPUTING) -> None:
+    def pass_s(self, seconds: int, watched: HangDetector, record: dict[str, Any] = COMPUTING) -> None:
         for _ in range(seconds):
             self.now += 1.0
-            watched.look(record)
+            watched.poll(record)
 
 
 def test_stacks_are_written_once_with_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock(monkeypatch)
-    watched = Stall(tmp_path / "hang" / "rank-3.txt", limit_s=10)
+    watched = HangDetector(tmp_path / "hang" / "rank-3.txt", limit_s=10)
     clock.pass_s(9, watched)
     assert not watched.path.exists()
     clock.pass_s(30, watched)
@@ -43,20 +43,20 @@ def test_stacks_are_written_once_with_the_step(
     assert text.count(sentence) == 1
     assert "in test_stacks_are_written_once_with_the_step" in text
     assert caplog.text.count(f"{sentence}. The stacks of its threads are in {watched.path}") == 1
-    watched.go_on("computing")
+    watched.reset("computing")
     clock.pass_s(30, watched)
-    assert watched.path.read_text().count(sentence) == 2  # the first stall is no measure for the second
+    assert watched.path.read_text().count(sentence) == 2  # the first hang_detector is no measure for the second
 
 
 def test_slow_steps_and_pauses_are_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    watched = Stall(tmp_path / "rank-0.txt", limit_s=10)
+    watched = HangDetector(tmp_path / "rank-0.txt", limit_s=10)
     for doing in ("evaluating", "saving a checkpoint", "exporting weights", "starting", "ending"):
         clock.pass_s(100, watched, COMPUTING | {"doing": doing})
-        watched.go_on(doing)
+        watched.reset(doing)
     for seconds in (9, 25, 70):  # each less than three times the longest so far
         clock.pass_s(seconds, watched)
-        watched.go_on("computing")
+        watched.reset("computing")
     clock.now += 1e6  # suspended
     clock.pass_s(100, watched)
     assert not watched.path.exists()
@@ -68,7 +68,7 @@ def test_a_rank_that_ends_while_it_is_still_writes_whatever_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    watched = Stall(tmp_path / "rank-0.txt", limit_s=10)
+    watched = HangDetector(tmp_path / "rank-0.txt", limit_s=10)
     saving = COMPUTING | {"doing": "saving a checkpoint"}
     clock.pass_s(9, watched, saving)
     watched.write(saving)
@@ -79,15 +79,15 @@ def test_a_rank_that_ends_while_it_is_still_writes_whatever_it_does(
 
 
 def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the stall's clock stands still in evaluations and checkpoints."""
+    """So that the hang_detector's clock stands still in evaluations and checkpoints."""
     said: list[str] = []
-    do = RollCall.do
+    do = RankMonitor.do
 
-    def noted(roll_call: RollCall, doing: str, **facts: Any) -> None:
+    def noted(rank_monitor: RankMonitor, doing: str, **facts: Any) -> None:
         said.append(doing)
-        do(roll_call, doing, **facts)
+        do(rank_monitor, doing, **facts)
 
-    monkeypatch.setattr(RollCall, "do", noted)
+    monkeypatch.setattr(RankMonitor, "do", noted)
     train(tiny_config(tmp_path, training={"max_steps": 2}))
     steps = ["loading data", "computing", "loading data", "computing"]
     assert said[:-2] == [*steps, "evaluating", "exporting weights", "exporting weights", "saving a checkpoint"]

@@ -40,16 +40,16 @@ def test_a_launched_process(environment: pytest.MonkeyPatch) -> None:
         1,
         4,
     )
-    assert rank_env.shown() == "rank 3: "
+    assert rank_env.message_prefix() == "rank 3: "
 
 
 def test_a_process_that_lightning_has_started_has_a_local_rank_only(environment: pytest.MonkeyPatch) -> None:
     launch(environment, RANK=None)
-    assert (rank_env.launched(), rank_env.rank(), rank_env.shown()) == (True, 1, "rank 1: ")
+    assert (rank_env.launched(), rank_env.rank(), rank_env.message_prefix()) == (True, 1, "rank 1: ")
 
 
 def test_a_plain_process(environment: pytest.MonkeyPatch) -> None:
-    assert (rank_env.launched(), rank_env.rank(), rank_env.launched_world_size(), rank_env.shown()) == (
+    assert (rank_env.launched(), rank_env.rank(), rank_env.launched_world_size(), rank_env.message_prefix()) == (
         False,
         0,
         None,
@@ -116,11 +116,11 @@ def test_the_environment_is_left_as_it_was(environment: pytest.MonkeyPatch) -> N
 
 def test_ranks_that_rank_0_starts_know_its_start_by_the_same_name(environment: pytest.MonkeyPatch) -> None:
     with rank_env.unchanged_environment():
-        rank_env.start_others()
-        name = rank_env.attempt()
+        rank_env.name_this_launch()
+        name = rank_env.launch_id()
         launch(environment)  # as Lightning and DeepSpeed set them in rank 0 later on
-        rank_env.start_others()
-        assert rank_env.attempt() == name
+        rank_env.name_this_launch()
+        assert rank_env.launch_id() == name
 
 
 def test_a_verb_that_is_no_work_of_ranks_is_done_by_rank_0_alone(

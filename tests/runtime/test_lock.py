@@ -15,7 +15,7 @@ import pytest
 from rwkv_cluster.errors import LaunchError, Preempted
 from rwkv_cluster.runtime import heartbeat, lock
 from rwkv_cluster.runtime.heartbeat import TEXT_LIMIT, Watch, every, read_record, write_record
-from rwkv_cluster.runtime.lock import hold
+from rwkv_cluster.runtime.lock import acquire
 
 THEIRS = {"host": "node-7", "machine": "another kernel", "pid": 4711, "job": "77", "claim": "x", "since": "yesterday"}
 
@@ -34,7 +34,7 @@ def test_a_holder_on_another_machine_is_named_while_it_lives(tmp_path: Path) -> 
         expected = (
             r"^it is in use by process 4711 on node-7 in Slurm job 77 since yesterday\. Look at it with `squeue -j 77`"
         )
-        with pytest.raises(LaunchError, match=expected), hold(path, "it"):
+        with pytest.raises(LaunchError, match=expected), acquire(path, "it"):
             pass
         with pytest.raises(LaunchError, match=expected):
             lock.require_free(path, "it")
@@ -46,12 +46,12 @@ def test_a_lost_machine_is_taken_over(
     monkeypatch.setattr(lock, "TAKEOVER_S", 1.0)
     path = tmp_path / ".lock"
     write_record(path, THEIRS)
-    with caplog.at_level(logging.WARNING), hold(path, "it"):
+    with caplog.at_level(logging.WARNING), acquire(path, "it"):
         assert read_record(path)["machine"] == heartbeat.machine()
     (message,) = caplog.messages
     assert message.startswith("it is taken over: it was held by process 4711 on node-7 in Slurm job 77 since yesterday")
     assert read_record(path)["released"]
-    with hold(path, "it"):  # released: nobody has to be watched
+    with acquire(path, "it"):  # released: nobody has to be watched
         pass
 
 
@@ -59,22 +59,22 @@ def test_a_lost_machine_is_taken_over(
 def test_an_end_in_order_lets_another_machine_go_on_at_once(error: Exception, released: bool, tmp_path: Path) -> None:
     """After any other, ranks of this run may still be writing elsewhere."""
     path = tmp_path / ".lock"
-    with pytest.raises(type(error)), hold(path, "it"):
+    with pytest.raises(type(error)), acquire(path, "it"):
         raise error
     assert ("released" in read_record(path)) is released
 
 
 def test_without_flock_a_living_holder_of_this_machine_is_respected(tmp_path: Path, no_flock: None) -> None:
     path = tmp_path / ".lock"
-    with hold(path, "it"):
-        with pytest.raises(LaunchError, match="it is in use by process "), hold(path, "it"):
+    with acquire(path, "it"):
+        with pytest.raises(LaunchError, match="it is in use by process "), acquire(path, "it"):
             pass
         assert read_record(path)["beats"] >= 2
 
 
 def test_a_holder_that_was_displaced_ends_at_once(tmp_path: Path) -> None:
-    code = "import sys, time, pathlib; from rwkv_cluster.runtime.lock import hold\n"
-    code += "with hold(pathlib.Path(sys.argv[1]), 'it'): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time, pathlib; from rwkv_cluster.runtime.lock import acquire\n"
+    code += "with acquire(pathlib.Path(sys.argv[1]), 'it'): print('held', flush=True); time.sleep(60)"
     path = tmp_path / ".lock"
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
@@ -91,13 +91,13 @@ def test_a_watcher_that_was_away_has_not_watched(tmp_path: Path) -> None:
     path = tmp_path / "record"
     write_record(path, {"beats": 1})
     watch = Watch(path, interval_s=0.01)
-    watch.look()
+    watch.poll()
     assert (watch.still_s, watch.alive) == (0.0, False)
     time.sleep(0.2)
-    watch.look()
+    watch.poll()
     assert 0 < watch.still_s <= 0.02
     write_record(path, {"beats": 2})
-    watch.look()
+    watch.poll()
     assert (watch.still_s, watch.alive, watch.record) == (0.0, True, {"beats": 2})
 
 

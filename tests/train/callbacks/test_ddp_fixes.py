@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_cluster.train.callbacks.ddp_fixes import SettledBuckets
+from rwkv_cluster.train.callbacks.ddp_fixes import StableBuckets
 
 
 def test_the_pass_that_is_thrown_away_compiles_nothing_and_leaves_no_gradient(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_pass_that_is_thrown_away_compiles_nothing_and_leaves_no_gradient(tm
     try:
         module = Model()
         trainer = SimpleNamespace(strategy=SimpleNamespace(model=DistributedDataParallel(module)))
-        SettledBuckets().on_train_start(trainer, module)  # type: ignore[arg-type]
+        StableBuckets().on_train_start(trainer, module)  # type: ignore[arg-type]
         assert compiled == []
         assert module.weight.grad is None
         module(torch.zeros(2, 3))

@@ -24,16 +24,16 @@ def _no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_room_enough_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "WANTED_BYTES", 0)
-    assert shared_memory.let_nccl_do_without() is None
+    assert shared_memory.disable_nccl_shm_if_small() is None
     assert SWITCH not in os.environ
 
 
 def test_too_little_room_turns_the_transport_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
-    told = shared_memory.let_nccl_do_without()
+    told = shared_memory.disable_nccl_shm_if_small()
     assert os.environ[SWITCH] == "1"
     assert told is not None
-    free, total = shared_memory.room()
+    free, total = shared_memory.usage()
     assert f"MiB free of {total >> 20:,}, and NCCL wants" in told
     assert "--shm-size" in told
     assert free <= total
@@ -43,13 +43,13 @@ def test_too_little_room_turns_the_transport_off(monkeypatch: pytest.MonkeyPatch
 def test_what_the_user_has_set_stays(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
     monkeypatch.setenv(SWITCH, value)
-    assert shared_memory.let_nccl_do_without() is None
+    assert shared_memory.disable_nccl_shm_if_small() is None
     assert os.environ[SWITCH] == value
 
 
 def test_no_shared_memory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "PLACE", tmp_path / "missing")
-    told = shared_memory.let_nccl_do_without()
+    told = shared_memory.disable_nccl_shm_if_small()
     assert told is not None
     assert "cannot be used (No such file or directory)" in told
     assert os.environ[SWITCH] == "1"

@@ -22,7 +22,7 @@ from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint import rng_state, save_load
-from rwkv_cluster.train.checkpoint.checkpointer import Saver
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.checkpoint.files import UnfinishedStep
 from rwkv_cluster.train.metrics.metrics_file import COLUMNS
 
@@ -30,7 +30,7 @@ from rwkv_cluster.train.metrics.metrics_file import COLUMNS
 def _save(directory: Path, step: int, value: float = 1.0) -> Path:
     weights = {"emb.weight": torch.full((3, 4), value), "head.weight": torch.arange(12.0).view(3, 4)}
     files = {"weights.pth": weights, "optimizer.pth": {"exp_avg/emb.weight": torch.full((3, 4), value)}}
-    Saver(directory, keep_last=100, background=False, n_bytes=0).save(step, files, state_of(step))
+    Checkpointer(directory, keep_last=100, background=False, n_bytes=0).save(step, files, state_of(step))
     return save_load.checkpoint_path(directory, step)
 
 
@@ -277,7 +277,7 @@ def test_nan_is_not_saved(directory: Path, kind: str, background: bool) -> None:
     files = {"weights.pth": {"a": torch.ones(2)}, "optimizer.pth": {"b": torch.ones(2)}}
     next(iter(files[f"{kind}.pth"].values()))[1] = float("nan")
     with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not written: [ab] has a NaN or infinite value"):
-        Saver(directory, keep_last=3, background=background, n_bytes=0).save(3, files, {})
+        Checkpointer(directory, keep_last=3, background=background, n_bytes=0).save(3, files, {})
     assert list(directory.iterdir()) == []
 
 

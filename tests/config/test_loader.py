@@ -30,7 +30,7 @@ from rwkv_cluster.config.yaml_reader import MAX_BYTES, parse_scalar
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
-DOCUMENTATION = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def parsed(text: str | bytes, overrides: Sequence[str] = ()) -> Config:
