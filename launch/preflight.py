@@ -25,8 +25,8 @@ MEET_S = 120.0  # for all nodes to have started and for a shared directory to sh
 class BadNode(LaunchError):
     """A node that cannot take part. name: of the node, for Slurm to leave it out."""
 
-    def __init__(self, name: str, sentence: str) -> None:
-        super().__init__(f"{name} {sentence}")
+    def __init__(self, name: str, what: str, *, remedy: str = "") -> None:
+        super().__init__(f"{name} {what}", remedy=remedy)
         self.name = name
 
 
@@ -57,12 +57,17 @@ def require_alike(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> No
     """Raises BadNode for one that runs other packages or other code than the first. reports: of `installation`."""
     for name, report in zip(names, reports, strict=True):
         if report["packages"] != reports[0]["packages"]:
-            raise BadNode(name, f"has other packages than {names[0]}: {_difference(report, reports[0])}")
+            raise BadNode(
+                name,
+                f"has other packages than {names[0]}: {_difference(report, reports[0])}",
+                remedy="Use the same environment or image on all nodes",
+            )
         if report["code"] != reports[0]["code"]:
             raise BadNode(
                 name,
                 f"runs other code of rwkv_cluster than {names[0]}: its digest is {report['code'][:12]}, not "
-                f"{reports[0]['code'][:12]}. Install the same on all nodes",
+                f"{reports[0]['code'][:12]}",
+                remedy="Install the same on all nodes",
             )
 
 
@@ -103,10 +108,7 @@ def _difference(report: dict[str, Any], first: dict[str, Any]) -> str:
     """The first package that differs."""
     own, other = report["packages"], first["packages"]
     name = min(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-    return (
-        f"{name} {own.get(name, 'is missing')}, there {other.get(name, 'it is missing')}. Use the same environment or "
-        "image on all nodes"
-    )
+    return f"{name} {own.get(name, 'is missing')}, there {other.get(name, 'it is missing')}"
 
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:

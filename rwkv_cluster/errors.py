@@ -11,9 +11,25 @@ import signal
 
 
 class RWKVClusterError(Exception):
-    """Base of every error that is the user's to mend. Exit code 1."""
+    """Base of every error that is the user's to mend. Exit code 1.
+
+    what: what went wrong, what was found and what was wanted. where: the file, line or rank that it is about, if `what`
+    does not begin with it. remedy: what to do next. rank: of the rank whose failure this repeats, None for one's own.
+    As a string it is the whole sentence: "where: what. remedy".
+    """
 
     exit_code = 1
+
+    def __init__(self, what: str = "", *, where: str = "", remedy: str = "", rank: int | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        self.rank = rank
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return place + ". ".join(part for part in (self.what, self.remedy) if part)
 
 
 class ConfigError(RWKVClusterError, ValueError):

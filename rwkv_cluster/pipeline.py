@@ -65,7 +65,7 @@ class _SectionOf:
             value = self._kind(**value)
         if not isinstance(value, self._kind):
             kind = self._kind.__name__
-            raise ConfigError(f"{self._name} is {value!r:.80}, expected a {kind}. Write {kind}(...)")
+            raise ConfigError(f"{self._name} is {value!r:.80}, expected a {kind}", remedy=f"Write {kind}(...)")
         vars(pipeline)[self._name] = value.thawed() if value.is_frozen else value
 
 
@@ -198,7 +198,9 @@ class RWKVTrainingPipeline:
     def model_initialized(self, is_initialized: bool) -> None:
         if is_initialized and not self.model_initialized:
             path = self._paths.initial_weights
-            raise MissingCheckpointError(f"model_initialized is set, but there is no {path}. Call initialize_model()")
+            raise MissingCheckpointError(
+                f"model_initialized is set, but there is no {path}", remedy="Call initialize_model()"
+            )
 
     @property
     def data_prefix(self) -> Path | None:
@@ -317,7 +319,8 @@ class RWKVTrainingPipeline:
         self._require_data("Either provide data or call prepare_data() first")
         if continue_training and not list_steps(self._paths.checkpoints):
             raise MissingCheckpointError(
-                f"continue_training is set, but {self._paths.checkpoints} has no checkpoint. Call train() without it"
+                f"continue_training is set, but {self._paths.checkpoints} has no checkpoint",
+                remedy="Call train() without it",
             )
         self._set_training(num_epochs=num_epochs, random_seed=None if random_seed == -1 else random_seed)
         bounds = (self.training_config.num_epochs, self.training_config.max_steps, self.training_config.max_tokens)
@@ -410,14 +413,14 @@ class RWKVTrainingPipeline:
             try:
                 self.manifest = load_manifest(self.data_dir)
             except DataError as error:
-                raise DataError(f"{message}: {error}") from error
+                raise DataError(error.what, where=message, remedy=error.remedy) from error
 
     def _require_rows(self, path: Path, n_rows: int) -> None:
         needed = int(self.tokenizer.vocab_size)
         if n_rows < needed:
             raise CheckpointError(
-                f"Vocab size mismatch: {path} has {n_rows} rows, the tokenizer has {needed} ids. "
-                "Use the tokenizer that the file was trained with"
+                f"Vocab size mismatch: {path} has {n_rows} rows, the tokenizer has {needed} ids",
+                remedy="Use the tokenizer that the file was trained with",
             )
         if n_rows > needed:
             log.warning("%s has %d vocabulary rows, of which the tokenizer uses %d", path, n_rows, needed)
@@ -434,7 +437,8 @@ class RWKVTrainingPipeline:
         if (self.config_dir / "config.json").exists():
             raise ConfigError(
                 f"work_dir {self.work_dir} was made by another program: it has configs/config.json, but no "
-                "configs/config.yaml. Choose another work_dir; train_from_checkpoint can start from its weights"
+                "configs/config.yaml",
+                remedy="Choose another work_dir; train_from_checkpoint can start from its weights",
             )
         return None
 
@@ -457,7 +461,8 @@ def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config 
         return build_tokenizer(chosen)
     except (DataError, ConfigError) as error:
         raise ConfigError(
-            f"the tokenizer of this work_dir, {chosen.type}, cannot be made again: {error}. Give it as tokenizer=..."
+            f"the tokenizer of this work_dir, {chosen.type}, cannot be made again: {error}",
+            remedy="Give it as tokenizer=...",
         ) from error
 
 
@@ -474,7 +479,9 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             nearest = f"Nearest: {near[0]}" if near else f"Use one of {', '.join(names)}"
-            raise ConfigError(f"override_config has '{name}', no field of ModelConfig or TrainingConfig. {nearest}")
+            raise ConfigError(
+                f"override_config has '{name}', no field of ModelConfig or TrainingConfig", remedy=f"{nearest}"
+            )
     return {
         section: {name: value for name, value in overrides.items() if name in section.model_fields}
         for section in sections

@@ -118,7 +118,9 @@ class WorkDir:
     def __init__(self, root: str | Path) -> None:
         text = written_out(root, "work_dir")
         if any(not character.isprintable() for character in text):
-            raise ConfigError(f"work_dir {text!r} has a control character or an unprintable one. Choose another name")
+            raise ConfigError(
+                f"work_dir {text!r} has a control character or an unprintable one", remedy="Choose another name"
+            )
         self.root = Path(text).absolute()
         self.data = self.root / "data"
         self.out = self.root / "out"
@@ -134,7 +136,8 @@ class WorkDir:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(
-                    f"work_dir {self.root} cannot be made: {reason(error)}. Choose a directory that you may write to"
+                    f"work_dir {self.root} cannot be made: {reason(error)}",
+                    remedy="Choose a directory that you may write to",
                 ) from error
 
     def require_kinds(self) -> None:
@@ -223,7 +226,8 @@ class WorkDir:
             raise
         except OSError as error:
             raise ConfigError(
-                f"work_dir {self.root} cannot be used: {reason(error)}. Choose a directory that you may write to"
+                f"work_dir {self.root} cannot be used: {reason(error)}",
+                remedy="Choose a directory that you may write to",
             ) from error
         with ExitStack() as stack:
             stack.push(holding)

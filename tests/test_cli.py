@@ -520,8 +520,8 @@ def test_training_needs_neither_matplotlib_nor_a_home_directory(tmp_path: Path) 
     """A notebook's MPLBACKEND ends the import of matplotlib, which Lightning's metrics would load to draw nothing."""
     program = """if 1:
     import sys
-    from rwkv_cluster import verbs
-    with verbs._importing():
+    from rwkv_cluster import commands
+    with commands._importing():
         import rwkv_cluster.train.run
     print("matplotlib" in sys.modules)
     """

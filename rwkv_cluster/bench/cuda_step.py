@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device here. Leave it out, or look at `rwkv-cluster doctor`"
+            "--device cuda: torch finds no CUDA device here", remedy="Leave it out, or look at `rwkv-cluster doctor`"
         )
     name = torch.cuda.get_device_name()
     gpu = gpu_of_device(name)

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, inputs_of: Callable[..., tuple[list[Tensor]
     """
     if not torch.cuda.is_available():
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device here. Leave it out, or look at `rwkv-cluster doctor`"
+            "--device cuda: torch finds no CUDA device here", remedy="Leave it out, or look at `rwkv-cluster doctor`"
         )
     timed = Timer()
     copy = copy_bandwidth(timed)

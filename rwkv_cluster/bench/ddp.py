@@ -99,7 +99,7 @@ def _require_counts(options: argparse.Namespace) -> None:
     if options.vocab_size < 2:
         raise ConfigError(f"--vocab-size is {options.vocab_size}, expected an integer >= 2")
     if set(options.strategies) == {"single"} and 1 not in options.ranks:
-        raise ConfigError("--strategies single is for one rank. Add another strategy, or --ranks 1")
+        raise ConfigError("--strategies single is for one rank", remedy="Add another strategy, or --ranks 1")
 
 
 def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> Config:
@@ -172,10 +172,10 @@ def _complete(command: Sequence[str], name: str, output: Path, options: argparse
             )
     except subprocess.TimeoutExpired as error:
         remedy = "Raise --timeout-s, or lower --steps"
-        raise LaunchError(f"{name} took more than {options.timeout_s:g} s. {remedy}") from error
+        raise LaunchError(f"{name} took more than {options.timeout_s:g} s", remedy=f"{remedy}") from error
     if done.returncode:
         end = output.read_text(errors="replace")[-4000:]
-        raise LaunchError(f"{name} ended with code {done.returncode}. The end of its output:\n{end}")
+        raise LaunchError(f"{name} ended with code {done.returncode}", remedy=f"The end of its output:\n{end}")
 
 
 def _summary(settings: dict[str, Any], turns: list[dict[Contender, list[dict[str, Any]]]]) -> dict[str, Any]:

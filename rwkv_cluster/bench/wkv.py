@@ -206,7 +206,9 @@ def _rival(folder: str | None, head_size: int) -> Callable[..., Tensor] | None:
     places = [Path(folder)] if folder else [Path(entry) for entry in sys.path]
     path = next((place / _RIVAL_FILE for place in places if (place / _RIVAL_FILE).is_file()), None)
     if path is None and folder:
-        raise ConfigError(f"--seed-package {folder} has no {_RIVAL_FILE}. Give the folder that holds rwkv_trainer.")
+        raise ConfigError(
+            f"--seed-package {folder} has no {_RIVAL_FILE}", remedy="Give the folder that holds rwkv_trainer."
+        )
     if path is None:
         return None
     spec = importlib.util.spec_from_file_location("rwkv_trainer_model", path)

@@ -57,7 +57,9 @@ def parse_config(content: bytes, name: str, overrides: Sequence[str] = ()) -> Re
     """Configuration in YAML bytes. `name` stands for the file in messages; overrides may start with `--`."""
     root = parse_yaml(content, name)
     if root.value is None:
-        raise ConfigError(f"{name}: the file has no settings. Write at least one, for instance `work_dir: work`")
+        raise ConfigError(
+            f"{name}: the file has no settings", remedy="Write at least one, for instance `work_dir: work`"
+        )
     if not isinstance(root.value, dict):
         raise ConfigError(f"{root.origin}: expected `name: value` lines, found {found_text(root)}")
     for override in overrides:
@@ -71,9 +73,9 @@ def _read(path: Path) -> bytes:
         with open(path, "rb") as handle:
             return handle.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise ConfigError(f"{where}: there is no such file. Name a YAML file") from error
+        raise ConfigError(f"{where}: there is no such file", remedy="Name a YAML file") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{where}: this is a folder. Name a YAML file") from error
+        raise ConfigError(f"{where}: this is a folder", remedy="Name a YAML file") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

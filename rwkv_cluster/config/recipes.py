@@ -52,7 +52,8 @@ class FoundConfig:
             command = ("rwkv-cluster", "launch", str(self.stored), f"--work_dir={self.resolved.config.work_dir}")
             raise ConfigError(
                 f"{self.stored} sets {', '.join(fields)}, which decides what runs, and a work directory may be "
-                f"somebody else's. Read that file; if you trust it, name it: `{shlex.join(command)}`"
+                "somebody else's",
+                remedy=f"Read that file; if you trust it, name it: `{shlex.join(command)}`",
             )
 
     def _is_stored(self, field: str) -> bool:
@@ -69,7 +70,8 @@ def require_built_in(tokenizer: TokenizerConfig, stored: Path, remedy: str) -> N
     if tokenizer.type not in TOKENIZER_TYPES:
         raise ConfigError(
             f"{stored} names the tokenizer {tokenizer.type}, whose module would be imported, and a work directory may "
-            f"be somebody else's. If you trust that module, name it yourself: {remedy}"
+            "be somebody else's",
+            remedy=f"If you trust that module, name it yourself: {remedy}",
         )
 
 
@@ -99,8 +101,9 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
         return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
     if path.suffix.lower() in _OF_DATA and path.exists():
         raise ConfigError(
-            f"{argument} is data, and not the YAML file of a run. Name such a file, or a shipped recipe "
-            f"({', '.join(shipped_recipes())}), and the data by data.inputs: --data.inputs=[{yaml_text(argument)}]"
+            f"{argument} is data, and not the YAML file of a run",
+            remedy="Name such a file, or a shipped recipe "
+            f"({', '.join(shipped_recipes())}), and the data by data.inputs: --data.inputs=[{yaml_text(argument)}]",
         )
     if path.exists():
         return FoundConfig(resolve_config(path, overrides))
@@ -120,8 +123,8 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
 def _work_dir_config(folder: Path, path: Path, overrides: Sequence[str]) -> ResolvedConfig:
     if not path.exists():
         raise ConfigError(
-            f"{folder}: this folder holds no configs/config.yaml, so it is not the work directory of a run. "
-            "Name a YAML file, or a folder in which a run has started"
+            f"{folder}: this folder holds no configs/config.yaml, so it is not the work directory of a run",
+            remedy="Name a YAML file, or a folder in which a run has started",
         )
     require_own(path)
     # As YAML text, because a folder's name may look like a list or a number.

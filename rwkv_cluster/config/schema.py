@@ -41,7 +41,7 @@ TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
 
 
 class ModelConfig(Section):
-    """Architecture. ModelDims: C = n_embd, A = dim_att, F = dim_ffn, N = head_size_a, H = A / N heads."""
+    """Architecture. Widths: C = n_embd, A = dim_att, F = dim_ffn, N = head_size_a, H = A / N heads."""
 
     model_type: ModelType = Field("x060", description="architecture: x052 (RWKV-5.2), x060 (RWKV-6), x070 (RWKV-7)")
     n_layer: int = Field(3, ge=1, le=1024, description="number of blocks")

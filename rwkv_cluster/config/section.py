@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidationInfo
@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 class InvalidFields(ConfigError):
     """Fields of a section that are unknown, of the wrong type or out of range. `faults`: pydantic's details of each."""
 
-    def __init__(self, message: str, faults: list[ErrorDetails]) -> None:
-        super().__init__(message, faults)
+    def __init__(self, message: str, faults: Sequence[ErrorDetails] = ()) -> None:
+        super().__init__(message)
         self.faults = faults
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Section(BaseModel):
@@ -68,8 +65,8 @@ class Section(BaseModel):
             return
         if self._is_frozen:
             raise ConfigError(
-                f"{type(self).__name__}.{name} belongs to a whole configuration, which does not change. "
-                f"Make another one: dataclasses.replace(section, {name}=...)"
+                f"{type(self).__name__}.{name} belongs to a whole configuration, which does not change",
+                remedy=f"Make another one: dataclasses.replace(section, {name}=...)",
             )
         changed = self.__replace__(**{name: value})
         self.__dict__.update(changed.__dict__)

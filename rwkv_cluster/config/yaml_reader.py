@@ -88,11 +88,11 @@ def parse_yaml(content: bytes, name: str) -> Node:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{name}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8. Save it as UTF-8"
+            f"{name}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8", remedy="Save it as UTF-8"
         ) from error
     if bad := _FORBIDDEN.search(text):
         line = text.count("\n", 0, bad.start()) + 1
-        raise ConfigError(f"{name}:{line}: character {bad[0]!a} is not allowed in YAML. Remove it")
+        raise ConfigError(f"{name}:{line}: character {bad[0]!a} is not allowed in YAML", remedy="Remove it")
     return _Composer(text, name, numbered=True).document()
 
 
@@ -102,7 +102,7 @@ def parse_argument(text: str, origin: str) -> Node:
     Unlike in a file, `a: b` and `# c` are plain text here. Raises ConfigError naming `origin`.
     """
     if bad := _FORBIDDEN.search(text):
-        raise ConfigError(f"{shown(origin)}: character {bad[0]!a} is not allowed here. Remove it")
+        raise ConfigError(f"{shown(origin)}: character {bad[0]!a} is not allowed here", remedy="Remove it")
     if text[:1] in ("[", "{", '"', "'"):
         if len(text.encode()) > MAX_BYTES:
             raise ConfigError(f"{shown(origin)}: the value is longer than {MAX_BYTES} bytes")
@@ -243,11 +243,11 @@ class _Composer:
             return ConfigError(f"{where}: {_TOO_DEEP}")
         line = self.text.splitlines()[mark.line : mark.line + 1]
         if line and "\t" in line[0][: len(line[0]) - len(line[0].lstrip())]:
-            return ConfigError(f"{where}: the line is indented with a tab. YAML indents with spaces")
+            return ConfigError(f"{where}: the line is indented with a tab", remedy="YAML indents with spaces")
         if line and (pattern := _UNQUOTED.search(line[0])):
             text = shown(pattern[1])
             return ConfigError(
-                f"{where}: {text} begins with {text[0]}, a sign of YAML's own. Write it in quotes: '{text}'"
+                f"{where}: {text} begins with {text[0]}, a sign of YAML's own", remedy=f"Write it in quotes: '{text}'"
             )
         return ConfigError(f"{where}: this is not YAML: {problem} (column {mark.column + 1})")
 

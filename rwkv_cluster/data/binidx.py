@@ -59,7 +59,7 @@ def dtype_code(dtype: np.dtype) -> int:
     for code, known in DTYPES.items():
         if known == dtype.newbyteorder("<"):
             return code
-    raise DataError(f"tokens of dtype {dtype} cannot be stored. Use uint16 or int32")
+    raise DataError(f"tokens of dtype {dtype} cannot be stored", remedy="Use uint16 or int32")
 
 
 def index_bytes(
@@ -97,9 +97,9 @@ def _regular_file_size(path: Path, partner: str) -> int:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise MissingDataError(f"{path}: {error.strerror}. {partner}") from error
+        raise MissingDataError(f"{path}: {error.strerror}", remedy=f"{partner}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path} is not a regular file. {partner}")
+        raise DataError(f"{path} is not a regular file", remedy=f"{partner}")
     return status.st_size
 
 
@@ -183,7 +183,9 @@ class IndexedTokens:
         wanted = (stop - start) * self.dtype.itemsize
         content = _read_exactly(self._descriptor, wanted, start * self.dtype.itemsize)
         if len(content) != wanted:
-            raise DataError(f"{bin_path(self.prefix)} has become shorter while it was in use. Prepare the data again")
+            raise DataError(
+                f"{bin_path(self.prefix)} has become shorter while it was in use", remedy="Prepare the data again"
+            )
         return np.frombuffer(content, self.dtype)
 
     def _are_ids(self, tokens: np.ndarray) -> bool:
@@ -200,7 +202,8 @@ class IndexedTokens:
         first = int(self.pointers[int(self.doc_idx[document])]) // self.dtype.itemsize
         return DataError(
             f"{bin_path(self.prefix)}: document {document}, token {position - first}: id {tokens[index]} is not in the "
-            f"tokenizer's vocabulary, 0 to {self.vocab_size - 1}. Use the tokenizer that made it, or make it again"
+            f"tokenizer's vocabulary, 0 to {self.vocab_size - 1}",
+            remedy="Use the tokenizer that made it, or make it again",
         )
 
 
@@ -250,12 +253,14 @@ def _read_header(descriptor: int, path: Path, size: int) -> tuple[np.dtype, int,
     if size == expected + n_items > expected:
         raise DataError(
             f"{path} is an index of Megatron's multimodal builder: after the documents it has a mode for each of its "
-            f"{n_items} items, and what has another mode than 0 is not text. Build the file without multimodal"
+            f"{n_items} items, and what has another mode than 0 is not text",
+            remedy="Build the file without multimodal",
         )
     if size != expected:
         raise DataError(
             f"{path} has {size} bytes, but its header counts {n_items} items and {n_doc_idx} document marks, which "
-            f"take {expected}. It is truncated or damaged; make it again"
+            f"take {expected}",
+            remedy="It is truncated or damaged; make it again",
         )
     return DTYPES[code], n_items, n_doc_idx
 
@@ -282,8 +287,8 @@ def _check_items(descriptor: int, tokens: IndexedTokens, n_items: int, bin_size:
         with open(bin_path(tokens.prefix), "rb") as handle:
             refuse_format(bin_path(tokens.prefix), handle.read(HEAD_BYTES), "tokens")
         raise DataError(
-            f"{bin_path(tokens.prefix)} has {bin_size} bytes, but {path.name} describes {position}. The two files do "
-            "not belong together, or one is truncated"
+            f"{bin_path(tokens.prefix)} has {bin_size} bytes, but {path.name} describes {position}",
+            remedy="The two files do not belong together, or one is truncated",
         )
 
 

@@ -128,7 +128,9 @@ def _canonical(value: Any) -> bytes:
 def check_name(name: str) -> str:
     """`name` when it can be the name of prepared data; DataError otherwise (no separators, no leading dot or dash)."""
     if not re.fullmatch(_NAME, name):
-        raise DataError(f"data name {name!r} cannot be a file name here. Use letters, digits, '.', '_' and '-'")
+        raise DataError(
+            f"data name {name!r} cannot be a file name here", remedy="Use letters, digits, '.', '_' and '-'"
+        )
     return name
 
 
@@ -151,12 +153,14 @@ def _read(path: Path) -> bytes:
             content = handle.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise MissingDataError(
-            f"{path} does not exist: the data is not prepared. Run `rwkv-cluster prepare CONFIG`"
+            f"{path} does not exist: the data is not prepared", remedy="Run `rwkv-cluster prepare CONFIG`"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}. Prepare the data again") from error
+        raise DataError(f"{path}: {error.strerror}", remedy="Prepare the data again") from error
     if len(content) > _MAX_BYTES:
-        raise DataError(f"{path} has more than {_MAX_BYTES} bytes and cannot be a manifest. Prepare the data again")
+        raise DataError(
+            f"{path} has more than {_MAX_BYTES} bytes and cannot be a manifest", remedy="Prepare the data again"
+        )
     return content
 
 
@@ -165,29 +169,35 @@ def parse_manifest(content: bytes, path: Path) -> DataManifest:
     try:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({str(error)[:100]}). Prepare the data again") from None
+        raise DataError(f"{path} is not JSON ({str(error)[:100]})", remedy="Prepare the data again") from None
     version = record.get("version") if isinstance(record, dict) else None
     if version != VERSION or isinstance(version, bool):
-        raise DataError(f"{path} has manifest version {str(version)[:40]}, expected {VERSION}. Prepare the data again")
+        raise DataError(
+            f"{path} has manifest version {str(version)[:40]}, expected {VERSION}", remedy="Prepare the data again"
+        )
     try:
         return DataManifest.model_validate(record)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part)[:60] for part in first["loc"]) or "its fields"
-        raise DataError(f"{path}: {place}: {first['msg']}. Prepare the data again") from None
+        raise DataError(f"{path}: {place}: {first['msg']}", remedy="Prepare the data again") from None
 
 
 def _check_file(path: Path, record: FileRecord, verify: bool, may_link: bool) -> None:
     try:
         status = os.stat(path, follow_symlinks=may_link)
     except OSError as error:
-        raise MissingDataError(f"{path}, which the manifest lists: {error.strerror}. Prepare the data again") from error
+        raise MissingDataError(
+            f"{path}, which the manifest lists: {error.strerror}", remedy="Prepare the data again"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}, which the manifest lists, is not a regular file. Prepare the data again")
+        raise DataError(f"{path}, which the manifest lists, is not a regular file", remedy="Prepare the data again")
     if status.st_size != record.bytes:
         raise DataError(
-            f"{path} has {status.st_size} bytes, but the manifest says {record.bytes}. It was changed or cut. "
-            "Prepare the data again"
+            f"{path} has {status.st_size} bytes, but the manifest says {record.bytes}. It was changed or cut",
+            remedy="Prepare the data again",
         )
     if verify and sha256_file(path) != record.sha256:
-        raise DataError(f"{path} is not the file that was prepared: its sha256 differs. Prepare the data again")
+        raise DataError(
+            f"{path} is not the file that was prepared: its sha256 differs", remedy="Prepare the data again"
+        )

@@ -109,7 +109,9 @@ class MMapIndexedDatasetBuilder:
     def add_item(self, np_array: np.ndarray) -> None:
         """Append an array of the builder's dtype. Raises DataError for another dtype: a cast could wrap around."""
         if np_array.dtype != self._dtype:
-            raise DataError(f"item {len(self._sizes)} has dtype {np_array.dtype}, expected {self._dtype}. Convert it")
+            raise DataError(
+                f"item {len(self._sizes)} has dtype {np_array.dtype}, expected {self._dtype}", remedy="Convert it"
+            )
         self._file.write(np_array.astype(self._dtype.newbyteorder("<"), copy=False).tobytes())
         self._sizes.append(np_array.size)
 

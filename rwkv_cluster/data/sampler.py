@@ -70,8 +70,8 @@ def require_magic_prime(n_tokens: int, ctx_len: int) -> int:
         needed = 3 * ctx_len
         remedy = f"a model.ctx_len of at most {n_tokens // 3}" if n_tokens >= 3 else "at least 3 tokens"
         raise DataError(
-            f"the prepared data has {n_tokens} tokens, too few for ctx_len {ctx_len}: {needed} are needed. "
-            f"Add data, or use {remedy}"
+            f"the prepared data has {n_tokens} tokens, too few for ctx_len {ctx_len}: {needed} are needed",
+            remedy=f"Add data, or use {remedy}",
         )
     return prime
 
@@ -157,7 +157,8 @@ def accumulation(
         remedy = f"Use training.global_batch_size {batches}, or a training.micro_bsz of {sizes}"
     raise ConfigError(
         f"training.global_batch_size {global_batch_size} is not a multiple of micro_bsz {micro_bsz} * "
-        f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}. {remedy}"
+        f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}",
+        remedy=f"{remedy}",
     )
 
 

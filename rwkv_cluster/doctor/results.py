@@ -63,16 +63,16 @@ def problem(name: str, text: str, remedy: str, kind: type[RWKVClusterError]) -> 
 
 
 def refused(name: str, error: RWKVClusterError) -> Row:
-    """The problem that an error of ours describes; the last part of its message says what to do."""
-    text, _, remedy = str(error).rstrip(".").rpartition(". ")
-    return Row(name, "problem", text or remedy, remedy if text else "", error.exit_code)
+    """The problem that an error of ours describes."""
+    place = f"{error.where}: " if error.where else ""
+    return Row(name, "problem", f"{place}{error.what}", error.remedy, error.exit_code)
 
 
 def first_problem(rows: Sequence[Row]) -> RWKVClusterError | None:
     """What is to be fixed first; None where training can start."""
     for row in rows:
         if row.state == "problem":
-            return _KINDS.get(row.exit_code, RWKVClusterError)(row.sentence)
+            return _KINDS.get(row.exit_code, RWKVClusterError)(row.text, where=row.where, remedy=row.remedy)
     return None
 
 

@@ -60,8 +60,8 @@ def require_matplotlib() -> None:
             import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "report draws with the package matplotlib, which is not installed. "
-            "Install it with `pip install 'rwkv-cluster[report]'`"
+            "report draws with the package matplotlib, which is not installed",
+            remedy="Install it with `pip install 'rwkv-cluster[report]'`",
         ) from error
 
 

@@ -55,12 +55,14 @@ def read_runs(works: Sequence[WorkDir]) -> list[Run]:
     for work in works:
         if not run_files.is_work_dir(work) and not (work.logs / "metrics.jsonl").exists():
             raise ConfigError(
-                f"{work.root}: there is no run to report on: it has no logs/metrics.jsonl and no configs/config.yaml. "
-                "Name the work directory of a run"
+                f"{work.root}: there is no run to report on: it has no logs/metrics.jsonl and no configs/config.yaml",
+                remedy="Name the work directory of a run",
             )
     roots = [str(work.root) for work in works]
     if len(set(roots)) < len(roots):
-        raise ConfigError(f"{next(root for root in roots if roots.count(root) > 1)} is named twice. Name each run once")
+        raise ConfigError(
+            f"{next(root for root in roots if roots.count(root) > 1)} is named twice", remedy="Name each run once"
+        )
     return [_read(work, name) for work, name in zip(works, _names(roots), strict=True)]
 
 

@@ -85,8 +85,8 @@ def read_status(work: WorkDir, *, verify: bool = False) -> RunStatus:
     """
     if not run_files.is_work_dir(work):
         raise ConfigError(
-            f"{work.root}: there is no run: it has no configs/config.yaml, prepared data, lock or launch. "
-            "Name the work directory of a run"
+            f"{work.root}: there is no run: it has no configs/config.yaml, prepared data, lock or launch",
+            remedy="Name the work directory of a run",
         )
     work.require_kinds()
     holder = lock.holder(work.lock_file)

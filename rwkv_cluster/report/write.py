@@ -45,7 +45,7 @@ def write(works: Sequence[WorkDir], output: Path | None = None) -> Written:
             atomic_write(folder / name, content)
     except OSError as error:
         raise ConfigError(
-            f"the report cannot be written to {folder}: {error.strerror}. Name another folder with --output"
+            f"the report cannot be written to {folder}: {error.strerror}", remedy="Name another folder with --output"
         ) from error
     images = [folder / name for name in files if name.endswith(".png")]
     return Written(folder / "index.html", images, {str(run.work.root): run.missing for run in runs})

@@ -47,7 +47,9 @@ def find_gpu(name: str) -> Gpu:
         return GPUS[name.lower()]
     near = difflib.get_close_matches(name.lower(), GPUS, 1)
     known = f"Nearest: {near[0]}" if near else f"Known: {', '.join(GPUS)}"
-    raise ConfigError(f"--gpu is {name[:40]!a}, which is not in the table. {known}; or give the numbers themselves")
+    raise ConfigError(
+        f"--gpu is {name[:40]!a}, which is not in the table", remedy=f"{known}; or give the numbers themselves"
+    )
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:

@@ -30,12 +30,10 @@ class WrongKindError(ConfigError, OSError):
 
     def __init__(self, path: str | Path, mode: int, wanted: str) -> None:
         kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-        super().__init__(f"{path} is {kind}, and a run has {wanted} of that name. Remove it, or move it away")
+        super().__init__(f"{path} is {kind}, and a run has {wanted} of that name", remedy="Remove it, or move it away")
+        self.args = (path, mode, wanted)  # what a copy is made from
         self.strerror = f"this is {kind}, not {wanted}"
         self.filename = str(path)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def open_own(path: str | Path, flags: int, mode: int = 0o666) -> int:

@@ -26,12 +26,15 @@ def written_out(path: Any, what: str) -> str:
         name = match[1] or match[2]
         if not (found := os.environ.get(name)):
             state = "not set" if found is None else "empty"
-            raise ConfigError(f"{what} is {text!r:.200}, but the environment variable {name} is {state}. Set it")
+            raise ConfigError(
+                f"{what} is {text!r:.200}, but the environment variable {name} is {state}", remedy="Set it"
+            )
         return found
 
     expanded = os.path.expanduser(_VARIABLE.sub(value, text))
     if text.startswith("~") and expanded.startswith("~"):
         raise ConfigError(
-            f"{what} is {text!r:.200}, but that home directory is not known. Write it out, or ./{text:.200} for a name"
+            f"{what} is {text!r:.200}, but that home directory is not known",
+            remedy=f"Write it out, or ./{text:.200} for a name",
         )
     return expanded

@@ -106,7 +106,9 @@ class IntegerCodec:
             if values.ndim == 1 and (values.dtype.kind in "iu" or not values.size):
                 return values if values.size else np.empty(0, np.int64)
             found = f"an array of type {values.dtype} and shape {values.shape}"
-            raise TokenizationError(f"{found} is not a 1-D array of integers. Convert it first, e.g. with astype")
+            raise TokenizationError(
+                f"{found} is not a 1-D array of integers", remedy="Convert it first, e.g. with astype"
+            )
         values = list(values)
         for index, value in enumerate(values):
             if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
@@ -216,7 +218,7 @@ class AngleTokenizer(_ValueTokenizer):
         """`vocab_file`, if given, must hold the 360 angles. Raises MissingDataError or VocabularyError."""
         if vocab_file is not None and (found := _integer_vocabulary(vocab_file)) != 359:
             raise VocabularyError(
-                f"{vocab_file}: holds 0 to {found}, but AngleTokenizer needs 0 to 359. Use type integer"
+                f"{vocab_file}: holds 0 to {found}, but AngleTokenizer needs 0 to 359", remedy="Use type integer"
             )
         super().__init__(IntegerCodec(359, "angle"), end_of_document=b"\x00")
 
@@ -241,7 +243,7 @@ def _integer_vocabulary(vocab_file: str | Path) -> int:
         if tokens.get(value + 1) != b"%d" % value:
             found = shortened(repr(tokens[value + 1])) if value + 1 in tokens else "missing"
             raise VocabularyError(
-                f"{vocab_file}: id {value + 1} is {found}, expected '{value}' in a vocabulary of integers. "
-                "Use type generic"
+                f"{vocab_file}: id {value + 1} is {found}, expected '{value}' in a vocabulary of integers",
+                remedy="Use type generic",
             )
     return max_value

@@ -205,7 +205,7 @@ def build_tokenizer(config: TokenizerConfig) -> Any:
         return AngleTokenizer(vocab_file)
     if config.type == "generic":
         if vocab_file is None:
-            raise ConfigError("tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file")
+            raise ConfigError("tokenizer type is 'generic' but vocab_file is not set", remedy="Name a vocabulary file")
         return GenericTokenizer(vocab_file)
     return _user_tokenizer(config.type, vocab_file)
 
@@ -213,10 +213,12 @@ def build_tokenizer(config: TokenizerConfig) -> Any:
 def require_tokenizer(tokenizer: Any, name: str) -> Any:
     """`tokenizer`, whatever its class. Raises ConfigError where it lacks what a tokenizer needs."""
     if isinstance(tokenizer, type):
-        raise ConfigError(f"tokenizer is the class {name}, expected an object of it. Write {name}(...)")
+        raise ConfigError(f"tokenizer is the class {name}, expected an object of it", remedy=f"Write {name}(...)")
     missing = [part for part in ("encode", "decode", "vocab_size") if not hasattr(tokenizer, part)]
     if missing:
-        raise ConfigError(f"tokenizer {name} has no {' and no '.join(missing)}. Add what is missing to the class")
+        raise ConfigError(
+            f"tokenizer {name} has no {' and no '.join(missing)}", remedy="Add what is missing to the class"
+        )
     return tokenizer
 
 
@@ -326,7 +328,7 @@ def _user_tokenizer(reference: str, vocab_file: Path | None) -> Any:
         raise ConfigError(f"tokenizer {reference} cannot be made {given}: {type(error).__name__}: {error}") from error
     size = getattr(tokenizer, "vocab_size", None)
     if size is None:
-        raise ConfigError(f"tokenizer {reference} has no vocab_size. Add what is missing to the class")
+        raise ConfigError(f"tokenizer {reference} has no vocab_size", remedy="Add what is missing to the class")
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise ConfigError(f"tokenizer {reference} has a vocab_size of {size!r:.60}, expected an integer >= 1")
     return tokenizer
@@ -340,18 +342,20 @@ def _user_class(reference: str) -> Any:
     except Exception as error:  # whatever the module does when it is imported
         reason = str(error) if isinstance(error, ImportError | ValueError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"tokenizer type is '{reference}', but module {module_name!r} cannot be imported: {reason}. "
-            "Install it, or put its folder on PYTHONPATH"
+            f"tokenizer type is '{reference}', but module {module_name!r} cannot be imported: {reason}",
+            remedy="Install it, or put its folder on PYTHONPATH",
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
         raise ConfigError(f"tokenizer type is '{reference}', but module {module_name} has no class {class_name!r}")
     if not isinstance(found, type):
         raise ConfigError(
-            f"tokenizer type is '{reference}', which is a {type(found).__name__} and no class. "
-            "Name a class with encode, decode and vocab_size"
+            f"tokenizer type is '{reference}', which is a {type(found).__name__} and no class",
+            remedy="Name a class with encode, decode and vocab_size",
         )
     missing = [name for name in ("encode", "decode") if not callable(getattr(found, name, None))]
     if missing:
-        raise ConfigError(f"tokenizer {reference} has no {' and no '.join(missing)}. Add what is missing to the class")
+        raise ConfigError(
+            f"tokenizer {reference} has no {' and no '.join(missing)}", remedy="Add what is missing to the class"
+        )
     return found

@@ -32,8 +32,8 @@ _LITERAL = re.compile(
 class VocabularyError(DataError):
     """A vocabulary file is malformed. `line` is the faulty line's number from 1; None: the whole file."""
 
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, line: int | None = None, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where=where, remedy=remedy)
         self.line = line
 
 
@@ -44,8 +44,8 @@ class TokenizationError(DataError):
     puts it in front.
     """
 
-    def __init__(self, message: str, byte_position: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, byte_position: int | None = None, *, remedy: str = "") -> None:
+        super().__init__(what, remedy=remedy)
         self.byte_position = byte_position
 
 
@@ -63,10 +63,10 @@ def parse_vocabulary(path: str | Path) -> dict[int, bytes]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would never end
-            raise DataError(f"vocabulary file {path} is not a regular file. Name the file itself")
+            raise DataError(f"vocabulary file {path} is not a regular file", remedy="Name the file itself")
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise MissingDataError(f"vocabulary file {path} does not exist. Check the path") from error
+        raise MissingDataError(f"vocabulary file {path} does not exist", remedy="Check the path") from error
     except OSError as error:
         raise DataError(f"vocabulary file {path} cannot be read: {error.strerror}") from error
     return parse_vocabulary_lines(content.split(b"\n"), str(path))
@@ -95,7 +95,7 @@ def parse_vocabulary_lines(lines: Iterable[bytes], name: str) -> dict[int, bytes
             if token_id != 0:
                 token_lines[token] = number
     if not token_lines:
-        raise VocabularyError(f"{name}: no token in it. A vocabulary line reads: 1 'a' 1")
+        raise VocabularyError(f"{name}: no token in it", remedy="A vocabulary line reads: 1 'a' 1")
     return tokens
 
 
@@ -173,7 +173,9 @@ def create_vocab_file_from_tokens(tokens: Sequence[str | bytes], filepath: str |
     lines = ["0 b'\\x00' 1\n"]
     for token_id, token in enumerate(tokens, start=1):
         if not isinstance(token, str | bytes):
-            raise VocabularyError(f"token {token_id} is of type {type(token).__name__}. Tokens are str or bytes")
+            raise VocabularyError(
+                f"token {token_id} is of type {type(token).__name__}", remedy="Tokens are str or bytes"
+            )
         size = len(token) if isinstance(token, bytes) else len(token.encode("utf-8", "surrogatepass"))
         lines.append(f"{token_id} {token!r} {size}\n")
     encoded = [line.encode("utf-8") for line in lines]

@@ -543,10 +543,10 @@ def test_tokens_outside_the_vocabulary_are_named(tmp_path, among_others):
 SCRIPT = """
 import sys
 from rwkv_cluster.config import DataConfig
-from rwkv_cluster.data import fill, prepare
+from rwkv_cluster.data.preparation import prepare, tokenize
 from rwkv_cluster.tokenizer import ByteTokenizer
-fill._BYTES_WORTH_WORKERS, fill._TASK_BYTES = 0, 300
-fill.line_blocks.__globals__["_BLOCK_BYTES"] = 200
+tokenize._BYTES_WORTH_WORKERS, tokenize._TASK_BYTES = 0, 300
+tokenize.line_blocks.__globals__["_BLOCK_BYTES"] = 200
 source, out, workers = sys.argv[1:]
 prepare.prepare(DataConfig(inputs=[source], validation_fraction=0.2, num_workers=int(workers)), ByteTokenizer(), out)
 """

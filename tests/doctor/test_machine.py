@@ -45,7 +45,7 @@ def nvidia_smi(folder: Path, monkeypatch: Any, output: str = TWO_GPUS) -> None:
 
 def limited(kind: int, value: int) -> Row:
     """The row of a process that has this soft limit."""
-    code = "from rwkv_cluster.doctor import host, context\n"
+    code = "from rwkv_cluster.doctor import context\nfrom rwkv_cluster.doctor.checks import host\n"
     code += "print(*[f'{r.state}|{r.text}|{r.remedy}' for r in host.limits(context.CheckContext())], sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -281,6 +281,6 @@ def test_a_folder_that_cannot_be_written(monkeypatch: Any) -> None:
 
 
 def test_an_error_is_split_into_what_is_found_and_what_to_do() -> None:
-    row = refused("x", LaunchError("a.b is 3. It must be 4. Set it."))
+    row = refused("x", LaunchError("a.b is 3. It must be 4", remedy="Set it"))
     assert (row.text, row.remedy, row.exit_code) == ("a.b is 3. It must be 4", "Set it", 6)
     assert refused("x", LaunchError("nothing works")).sentence == "nothing works"

@@ -26,7 +26,7 @@ BYTES = {
     b'{"error": "Repository not found"}': "JSON, not the weights.*/resolve/",
     struct.pack("<Q", len(HEADER)) + HEADER + bytes(64): r"a safetensors file\. Convert it",
     b"GGUF" + bytes(100): "a GGUF file",
-    gzip.compress(b"PK"): r"compressed with gzip\. Unpack it",
+    gzip.compress(b"PK", mtime=0): r"compressed with gzip\. Unpack it",
     b"": r"empty\. Download or save it again",
     bytes(5000): "zeros where the weights should be",
     b"\x93NUMPY" + bytes(9): "a NumPy array",

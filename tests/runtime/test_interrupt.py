@@ -134,7 +134,7 @@ def test_a_main_thread_that_hears_nothing_is_ended_in_its_place() -> None:
     """It waits in C for a lock that nobody opens, as in torch for ranks that do not come."""
     code = (
         "import ctypes, os, signal, threading\n"
-        "from rwkv_cluster import interrupt\n"
+        "from rwkv_cluster.runtime import interrupt\n"
         "interrupt.GRACE_S = 0.1\n"
         "lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"
         "lock(mutex)\n"
@@ -181,7 +181,7 @@ def test_a_signal_while_the_process_forks_is_not_lost() -> None:
     script = """if 1:
     import os, signal, time
     from rwkv_cluster.errors import Interrupted
-    from rwkv_cluster.interrupt import listening
+    from rwkv_cluster.runtime.interrupt import listening
     os.register_at_fork(before=lambda: signal.raise_signal(signal.SIGUSR1))
     try:
         with listening():

@@ -30,8 +30,8 @@ AT_ONCE = """
 import logging, os, sys
 import rwkv_cluster.train.run
 from rwkv_cluster.cli import main
-from rwkv_cluster.configfile import load_config
-from rwkv_cluster.data.prepare import prepare
+from rwkv_cluster.config.loader import load_config
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.tokenizer import build_tokenizer
 
 def command():

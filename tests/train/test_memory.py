@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from rwkv_cluster.train.memory import keep_freed_memory
+from rwkv_cluster.runtime.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():

@@ -180,7 +180,7 @@ def format_error(path: Path, found: Format, kind: str) -> DataError:
     """The error for a file of another format."""
     wanted = {"text": "plain text", "jsonl": "JSONL", "array": "a .npy array", "tokens": "a token file"}[kind]
     otherwise = "" if found.remedy == _NO_TEXT or kind != "text" else ", or leave it out by data.file_pattern"
-    return DataError(f"{path} is {found.what}, not {wanted}. {fill_in(found.remedy, path)}{otherwise}")
+    return DataError(f"{path} is {found.what}, not {wanted}", remedy=f"{fill_in(found.remedy, path)}{otherwise}")
 
 
 def fill_in(remedy: str, path: Path) -> str:

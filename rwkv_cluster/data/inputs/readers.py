@@ -194,7 +194,9 @@ def decode_text(data: bytes, path: Path) -> str:
 
 def not_utf8(path: Path, position: int) -> DataError:
     """The error for a text file that is not UTF-8 at byte `position`."""
-    return DataError(f"{path}: is not UTF-8 text at byte {position}. Convert it, or leave it out by data.file_pattern")
+    return DataError(
+        f"{path}: is not UTF-8 text at byte {position}", remedy="Convert it, or leave it out by data.file_pattern"
+    )
 
 
 @dataclass(frozen=True)
@@ -229,25 +231,27 @@ class Values:
         if wrong.any():
             row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
             found = self.rows[row, column]
-            raise DataError(f"{self.place(int(row), int(column))}: {found} {reason}. Correct the data")
+            raise DataError(f"{self.place(int(row), int(column))}: {found} {reason}", remedy="Correct the data")
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
     """A NumPy array of what a caller gave as one. Raises DataError for what an array cannot hold, or not all of."""
     if isinstance(data, np.ma.MaskedArray) and data.mask.any():
         raise DataError(
-            f"{name} is a masked array with {int(data.mask.sum()):,} masked values, and a token cannot be missing. "
-            "Leave them out (compressed()) or fill them (filled(value))"
+            f"{name} is a masked array with {int(data.mask.sum()):,} masked values, and a token cannot be missing",
+            remedy="Leave them out (compressed()) or fill them (filled(value))",
         )
     try:
         return np.asarray(data)
     except ValueError as error:
-        raise DataError(f"{name} has rows of different lengths, which no array can hold. W{_ROWS[1:]}") from error
+        raise DataError(
+            f"{name} has rows of different lengths, which no array can hold", remedy=f"W{_ROWS[1:]}"
+        ) from error
     except (TypeError, RuntimeError) as error:  # a tensor of a GPU, of bfloat16, or with gradients
         reason = _first_line(error).rstrip(".")
         raise DataError(
-            f"{name}, a {type(data).__name__}, cannot be made a NumPy array: {reason}. Give integers on the CPU, as "
-            "tensor.detach().cpu().int().numpy() makes"
+            f"{name}, a {type(data).__name__}, cannot be made a NumPy array: {reason}",
+            remedy="Give integers on the CPU, as tensor.detach().cpu().int().numpy() makes",
         ) from error
 
 
@@ -259,19 +263,19 @@ def check_array(array: np.ndarray, name: str) -> None:
     kind = array.dtype.kind
     if kind == "O":
         held = f", the first a {type(array.flat[0]).__name__}" if array.size else ""
-        raise DataError(f"{name} holds Python objects{held}, expected integers. Use astype(int), or {_ROWS}")
+        raise DataError(f"{name} holds Python objects{held}, expected integers", remedy=f"Use astype(int), or {_ROWS}")
     if kind in "UST":
         raise DataError(
-            f"{name} holds text (dtype {array.dtype}), expected integers. Convert numbers with astype(int), or write "
-            'each text as JSONL, {"text": "..."} a line'
+            f"{name} holds text (dtype {array.dtype}), expected integers",
+            remedy='Convert numbers with astype(int), or write each text as JSONL, {"text": "..."} a line',
         )
     if kind not in "iuf":
         found = "booleans" if kind == "b" else f"values of dtype {array.dtype}"
-        raise DataError(f"{name} holds {found}, expected integers. Convert it, e.g. with astype(int)")
+        raise DataError(f"{name} holds {found}, expected integers", remedy="Convert it, e.g. with astype(int)")
     if array.ndim not in (1, 2):
-        raise DataError(f"{name} has shape {array.shape}, expected 1 or 2 dimensions. Reshape it")
+        raise DataError(f"{name} has shape {array.shape}, expected 1 or 2 dimensions", remedy="Reshape it")
     if array.size == 0:
-        raise DataError(f"{name} is empty (shape {array.shape}). Give it at least one value")
+        raise DataError(f"{name} is empty (shape {array.shape})", remedy="Give it at least one value")
 
 
 def array_values(array: np.ndarray, name: str, sequence_length: int) -> Iterator[Values]:
@@ -288,7 +292,7 @@ def npy_values(path: Path, name: str, sequence_length: int) -> Iterator[Values]:
     except (OSError, ValueError, EOFError) as error:
         _refuse_other_file(path, name)
         raise DataError(
-            f"{name}: cannot be read as a .npy array ({_first_line(error)}). Save it again with numpy.save"
+            f"{name}: cannot be read as a .npy array ({_first_line(error)})", remedy="Save it again with numpy.save"
         ) from error
     check_array(mapped, name)
     if mapped.flags.c_contiguous:
@@ -309,7 +313,9 @@ def _refuse_other_file(path: Path, name: str) -> None:
         except ValueError:
             return
     if dtype.hasobject:
-        raise DataError(f"{name} holds Python objects, expected integers. Save it with astype(int), or {_ROWS}")
+        raise DataError(
+            f"{name} holds Python objects, expected integers", remedy=f"Save it with astype(int), or {_ROWS}"
+        )
 
 
 def _stored_rows(path: Path, name: str, sequence_length: int, header: np.memmap) -> Iterator[Values]:

@@ -83,8 +83,8 @@ def find_sources(data: DataConfig, left_out: list[Path] | None = None) -> list[S
         found = _expand(entry, data.file_pattern, [] if left_out is None else left_out)
         if not found:
             raise MissingDataError(
-                f"data.inputs: '{entry}' has no file that matches data.file_pattern '{data.file_pattern}'. "
-                "Change the entry or the pattern"
+                f"data.inputs: '{entry}' has no file that matches data.file_pattern '{data.file_pattern}'",
+                remedy="Change the entry or the pattern",
             )
         sources += found
     return sources
@@ -94,7 +94,7 @@ def _expand(entry: str, pattern: str, left_out: list[Path]) -> list[Source]:
     if entry.startswith(STDLIB):
         return _stdlib_sources(entry, pattern)
     if not entry or "\0" in entry:
-        raise DataError(f"data.inputs: {entry!r} is not a path. Name a file, a folder or a pattern")
+        raise DataError(f"data.inputs: {entry!r} is not a path", remedy="Name a file, a folder or a pattern")
     path = Path(entry).expanduser()
     if path.is_dir():
         return _sources(own_outputs.without(_walk(path, pattern), path, left_out))
@@ -106,7 +106,8 @@ def _expand(entry: str, pattern: str, left_out: list[Path]) -> list[Source]:
         return _sources(own_outputs.without(sorted(matches, key=os.fsencode), _fixed_part(path), left_out))
     raise MissingDataError(
         f"data.inputs: '{entry}' does not exist (looked for a file, a folder, a .bin/.idx pair and a pattern, from "
-        f"{Path.cwd()}). Correct the entry"
+        f"{Path.cwd()})",
+        remedy="Correct the entry",
     )
 
 
@@ -176,7 +177,7 @@ def _fixed_part(pattern: Path) -> Path:
 def _stdlib_sources(entry: str, pattern: str) -> list[Source]:
     if entry != STDLIB:
         raise DataError(
-            f"data.inputs: '{entry}' is not known. Use 'stdlib:' alone, and data.file_pattern to choose files"
+            f"data.inputs: '{entry}' is not known", remedy="Use 'stdlib:' alone, and data.file_pattern to choose files"
         )
     folder = Path(sysconfig.get_paths()["stdlib"])
     files: list[Path] = []
@@ -195,18 +196,18 @@ def source_at(path: Path) -> Source:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
-        raise MissingDataError(f"{path} does not exist. Correct the path") from error
+        raise MissingDataError(f"{path} does not exist", remedy="Correct the path") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path} is not a regular file. Name files, folders or patterns in data.inputs")
+        raise DataError(f"{path} is not a regular file", remedy="Name files, folders or patterns in data.inputs")
     compression = _COMPRESSIONS.get(path.suffix.lower(), "")
     inner = path.with_suffix("") if compression else path
     kind = _KINDS.get(inner.suffix.lower(), "text")
     if kind != "tokens":
         return Source(path, kind, compression)
     if compression:
-        raise DataError(f"{path}: a compressed token file cannot be read. Decompress it")
+        raise DataError(f"{path}: a compressed token file cannot be read", remedy="Decompress it")
     return _token_source(path.with_suffix(""))
 
 
@@ -214,7 +215,7 @@ def _token_source(prefix: Path) -> Source:
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             raise MissingDataError(
-                f"{path} does not exist. A token file is a pair {prefix.name}.bin and {prefix.name}.idx"
+                f"{path} does not exist", remedy=f"A token file is a pair {prefix.name}.bin and {prefix.name}.idx"
             )
     return Source(prefix, "tokens")
 
@@ -236,7 +237,7 @@ def read_blocks(source: Source, digest: Any = None) -> Iterator[bytes]:
             yield from _DECOMPRESSORS[source.compression](hashed)
     except _DecompressionError as error:
         _refuse_other_format(source)
-        raise DataError(f"{source.path}: {error}. Make the file again") from error
+        raise DataError(f"{source.path}: {error}", remedy="Make the file again") from error
     except OSError as error:
         raise DataError(f"{source.path}: {error.strerror or error}") from error
 

@@ -117,7 +117,7 @@ class DocumentEncoder:
         try:
             ids = self._encode(text)
         except TokenizationError as error:
-            raise DataError(f"{place}: {error}") from error
+            raise DataError(error.what, where=place, remedy=error.remedy) from error
         if not self._trusted:
             self._check_ids(ids, place)
         return ids
@@ -149,8 +149,8 @@ class DocumentEncoder:
         if isinstance(self.tokenizer, ByteTokenizer):
             return 1
         raise DataError(
-            f"{values.name} holds bytes (uint8), and this tokenizer has ids up to {self.vocab_size - 1}. "
-            "Write text as a .txt file; if these are token ids, convert them with astype('int32')"
+            f"{values.name} holds bytes (uint8), and this tokenizer has ids up to {self.vocab_size - 1}",
+            remedy="Write text as a .txt file; if these are token ids, convert them with astype('int32')",
         )
 
     def encode_rows(self, values: Values) -> Encoded:
@@ -188,7 +188,7 @@ class DocumentEncoder:
             else:
                 documents.append(self.encode_list(value, f"{name}:{number}"))
         if bad and not self._skip_bad_lines:
-            raise DataError(f"{bad[0]}. {remedy}")
+            raise DataError(f"{bad[0]}", remedy=f"{remedy}")
         encoded = self._collect(documents)
         encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
         encoded.bad_lines, encoded.n_read = bad[:_SHOWN_BAD_LINES], len(block.data)
@@ -257,8 +257,8 @@ class DocumentEncoder:
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             index = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             raise DataError(
-                f"{place}: token {index}: the tokenizer gave id {ids[index]}, but its vocab_size is {self.vocab_size}. "
-                "Correct the tokenizer"
+                f"{place}: token {index}: the tokenizer gave id {ids[index]}, but its vocab_size is {self.vocab_size}",
+                remedy="Correct the tokenizer",
             )
 
 

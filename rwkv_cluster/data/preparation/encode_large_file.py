@@ -35,8 +35,8 @@ def encode_large_text(tokenizer: Any, blocks: Iterator[bytes], path: Path) -> It
             ids, rest = encode(piece, last)
         except TokenizationError as error:
             where = getattr(error, "byte_position", None)
-            place = "" if where is None else f"byte {position + where} of the file: "
-            raise DataError(f"{path}: {place}{error}") from error
+            place = f"{path}" if where is None else f"{path}: byte {position + where} of the file"
+            raise DataError(error.what, where=place, remedy=error.remedy) from error
         used = piece[: len(piece) - len(rest)]
         position += len(used.encode())
         yield ids, used

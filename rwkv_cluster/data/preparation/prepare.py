@@ -86,9 +86,9 @@ def prepare(
     stays as it was.
     """
     if not data.inputs and not len(arrays):
-        raise DataError("there is no input. Name files, folders or patterns in data.inputs, or give arrays")
+        raise DataError("there is no input", remedy="Name files, folders or patterns in data.inputs, or give arrays")
     if check_name(name) == _VALIDATION:
-        raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents. Choose another")
+        raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents", remedy="Choose another")
     left_out: list[Path] = []
     sources = tuple(find_sources(data, left_out))
     job = _Job(data, tokenizer, Path(out_dir), _given(arrays), sources, name, fingerprint)
@@ -347,8 +347,8 @@ class _Job:
         if self.fingerprint not in (None, manifest.fingerprint):
             raise DataError(
                 f"the inputs now give other data (fingerprint {manifest.fingerprint}) than this run was trained on "
-                f"({self.fingerprint}). Put the inputs and data settings back to continue, or choose another work_dir "
-                "for a new run"
+                f"({self.fingerprint})",
+                remedy="Put the inputs and data settings back to continue, or choose another work_dir for a new run",
             )
 
     def _stale_files(self, manifest: DataManifest) -> set[str]:
@@ -376,7 +376,7 @@ class _Job:
             for path in source.files():
                 if os.path.realpath(path) in outputs:
                     raise DataError(
-                        f"{path} is an input and would be overwritten by the output. Move it to another folder"
+                        f"{path} is an input and would be overwritten by the output", remedy="Move it to another folder"
                     )
 
 
@@ -390,7 +390,9 @@ def _require_documents(spool: EncodedDocuments, sources: Sequence[Source]) -> No
     if spool.n_documents:
         return
     names = _names([source.path for source in sources])
-    raise DataError(f"no document was found in {names}: the input is empty or blank. Give it some text or integers")
+    raise DataError(
+        f"no document was found in {names}: the input is empty or blank", remedy="Give it some text or integers"
+    )
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -82,7 +82,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DataError(
-                        f"another process has been preparing data in {directory} for a day. End it"
+                        f"another process has been preparing data in {directory} for a day", remedy="End it"
                     ) from None
                 if time.monotonic() >= next_word:
                     how = in_words(progress(directory) or {})

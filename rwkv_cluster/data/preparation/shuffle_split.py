@@ -74,8 +74,8 @@ def split_threshold(spool: EncodedDocuments, fraction: float) -> int:
     valid = [(abs(n - wanted), threshold) for n, threshold in candidates if 0 < n < spool.n_documents]
     if not valid:
         raise DataError(
-            f"data.validation_fraction is {fraction}, but there is only one document that is not a copy of another. "
-            "Add documents or set data.validation_fraction to 0"
+            f"data.validation_fraction is {fraction}, but there is only one document that is not a copy of another",
+            remedy="Add documents or set data.validation_fraction to 0",
         )
     return min(valid)[1]
 

@@ -75,7 +75,8 @@ class EncodedDocuments:
             if length >= MAX_ITEM_TOKENS:
                 raise DataError(
                     f"{place}: has more than {MAX_ITEM_TOKENS:,} tokens, the most that a document of an indexed token "
-                    "file can hold. Split it into several files"
+                    "file can hold",
+                    remedy="Split it into several files",
                 )
             self._write_tokens(piece)
         if length:

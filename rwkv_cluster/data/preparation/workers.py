@@ -34,7 +34,7 @@ def available_cores() -> int:
 
 def ordered_map(encode: Callable[[Any], Any], tasks: Iterable[Any], processes: int) -> Iterator[Any]:
     """`encode(task)` for each task, in order, computed by `processes` processes (1: in this one). An EncodedHere comes
-    back as it is. Only a few tasks are in flight, so memory stays small. Exceptions come where their task's result would.
+    back as it is. Only a few tasks are in flight, so memory stays small. An exception comes where the result would.
     """
     if processes < 2:
         for task in tasks:
@@ -67,8 +67,8 @@ def _result(entry: Future[Any] | EncodedHere) -> Any:
         return entry.result()
     except BrokenProcessPool:
         raise DataError(
-            "a tokenizer process was killed, most likely for lack of memory. Give the job more memory or set "
-            "data.num_workers to a smaller number"
+            "a tokenizer process was killed, most likely for lack of memory",
+            remedy="Give the job more memory or set data.num_workers to a smaller number",
         ) from None
 
 

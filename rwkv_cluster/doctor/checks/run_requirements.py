@@ -86,7 +86,7 @@ def _data(config: Config) -> str:
     files = [path for source in sources for path in source.files()]
     for path in files:
         if not os.access(path, os.R_OK):
-            raise DataError(f"{path} cannot be read: permission denied. Make it readable")
+            raise DataError(f"{path} cannot be read: permission denied", remedy="Make it readable")
     return f"{len(files):,} file{'s' if len(files) != 1 else ''} in data.inputs"
 
 

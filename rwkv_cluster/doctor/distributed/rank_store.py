@@ -47,7 +47,7 @@ class Meeting:
                 self.store.set(what, json.dumps(value))
                 return value
             if not self._wait([what], 2 * self.patience_s):
-                raise LaunchError(f"rank 0 has not answered for {2 * self.patience_s:.0f} s. See what it says")
+                raise LaunchError(f"rank 0 has not answered for {2 * self.patience_s:.0f} s", remedy="See what it says")
             return json.loads(self.store.get(what))
 
     def _wait(self, keys: list[str], timeout_s: float) -> bool:
@@ -89,6 +89,6 @@ def _reaching() -> Iterator[None]:
     except (DistError, OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise LaunchError(
-            f"the ranks do not meet at MASTER_ADDR and MASTER_PORT: {said}. Start all of them by one launcher, and "
-            "look at the network between their machines"
+            f"the ranks do not meet at MASTER_ADDR and MASTER_PORT: {said}",
+            remedy="Start all of them by one launcher, and look at the network between their machines",
         ) from error

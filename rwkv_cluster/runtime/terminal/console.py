@@ -49,6 +49,6 @@ def print_result(text: str, end: str = "\n") -> None:
         raise
     except OSError as error:
         raise RWKVClusterError(
-            f"the work is done, but its result cannot be written to stdout: {error.strerror}. "
-            "Run the same command again with stdout where there is room"
+            f"the work is done, but its result cannot be written to stdout: {error.strerror}",
+            remedy="Run the same command again with stdout where there is room",
         ) from error

@@ -15,7 +15,7 @@ from rwkv_cluster.train.distributed.rank_record import name_and_step
 
 log = logging.getLogger("rwkv_cluster")
 
-SLOWER = 3.0  # times the longest wait that has ended, before a wait is called a hang_detector
+SLOWER = 3.0  # times the longest wait that has ended, before a wait is called a hang
 WATCHED = ("loading data", "computing")  # evaluations, checkpoints and preparations take as long as they take
 
 
