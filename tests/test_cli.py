@@ -416,11 +416,11 @@ def test_inspect_prints_the_architecture_or_why_not(install: Install, capsys: py
         "keys_sample": ["emb.weight"],
     }
     detected = {"detected_config": {"n_layer": 2, "model_type": "x070"}}
-    install("model.compatibility", inspect_rwkv_checkpoint=lambda path: facts | detected)
+    install("model.checkpoint_info", inspect_rwkv_checkpoint=lambda path: facts | detected)
     assert main(["inspect", "x.pth"]) == 0
     text = capsys.readouterr().out
     assert all(re.search(line, text) for line in ("size +1.2 MB", "parameters +12,345", "model_type +x070"))
-    install("model.compatibility", inspect_rwkv_checkpoint=lambda path: facts | {"detection_error": "no att"})
+    install("model.checkpoint_info", inspect_rwkv_checkpoint=lambda path: facts | {"detection_error": "no att"})
     assert main(["inspect", "x.pth"]) == 4
     assert "x.pth: this is not an RWKV-5, 6 or 7 weights file: no att" in capsys.readouterr().err
 
