@@ -115,7 +115,7 @@ class RWKVTrainingPipeline:
         self.logging_config = fallback.logging.thawed() if logging_config is None else logging_config
         self.wandb_project = wandb_project or self.logging_config.wandb_project
         given_data = None if data_config is None else self.data_config
-        self._tokenizer = _first_tokenizer(tokenizer, given_data, stored, self.config_dir / "config.yaml")
+        self._tokenizer = _first_tokenizer(tokenizer, given_data, stored, self._paths.config_yaml)
         self.manifest: DataManifest | None = None
         self._exit_tokens: int | None = None
         if model_config is not None or self.model_config.vocab_size is None:
@@ -390,7 +390,7 @@ class RWKVTrainingPipeline:
         return {
             "jsonl_path": jsonl if jsonl.exists() or not inputs else Path(inputs[0]),
             "binidx_prefix": self.data_prefix,
-            "vocab_path": self.data_dir / "vocab.txt",
+            "vocab_path": self._paths.vocabulary,
             "num_sequences": self.manifest.n_documents,
             "total_tokens": self.manifest.n_tokens,
             "magic_prime": self.magic_prime,
@@ -432,9 +432,9 @@ class RWKVTrainingPipeline:
             self.training_config = _changed(self.training_config, **given)
 
     def _stored_config(self) -> Config | None:
-        if (self.config_dir / "config.yaml").exists():
-            return load_config(self.config_dir / "config.yaml")
-        if (self.config_dir / "config.json").exists():
+        if (self._paths.config_yaml).exists():
+            return load_config(self._paths.config_yaml)
+        if (self._paths.config_json).exists():
             raise ConfigError(
                 f"work_dir {self.work_dir} was made by another program: it has configs/config.json, but no "
                 "configs/config.yaml",
@@ -444,8 +444,8 @@ class RWKVTrainingPipeline:
 
     def _write_config(self) -> None:
         if rank() == 0:
-            atomic_write(self.config_dir / "config.yaml", dump_yaml(self.config).encode())
-            atomic_write(self.config_dir / "config.json", dump_json(self.config).encode())
+            atomic_write(self._paths.config_yaml, dump_yaml(self.config).encode())
+            atomic_write(self._paths.config_json, dump_json(self.config).encode())
 
 
 def _first_tokenizer(given: Any, data_config: DataConfig | None, stored: Config | None, path: Path) -> Any:

@@ -1,7 +1,7 @@
 """Every path of a run's one directory, and the ways anything in it comes to exist.
 
 A final path is never written in place: files and directories appear whole, by rename, after fsync
-(house rule: one writer, one commit). This module knows bytes and names, not tensors.
+(one writer, one commit). This module knows bytes and names, not tensors.
 
     data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
@@ -28,6 +28,7 @@ from rwkv_cluster.runtime.own_file import WrongKindError, reason, require_folder
 from rwkv_cluster.runtime.paths import written_out
 
 TEMPORARY_PREFIX = ".tmp-"
+DATA_MANIFEST, PREPARE_LOCK, VOCABULARY = "manifest.json", ".prepare.lock", "vocab.txt"  # in a folder of data
 _FOLDERS = (
     "data", "out", "out/checkpoints", "logs", "logs/events", "logs/hang", "logs/profile", "logs/samples",
     "logs/tensorboard", "configs", "report",
@@ -82,27 +83,6 @@ def atomic_write(path: Path, content: bytes) -> None:
         handle.write(content)
 
 
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Directory to fill, renamed to `path` (which must not exist) when the block ends without an exception.
-
-    Every file in it is fsynced first, then the directory, then its parent.
-    """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        fsync_directory(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_directory(path.parent)
-
-
 def remove_temporaries(directory: Path) -> None:
     """Delete what killed writers left in `directory`. Only the holder of the work directory's lock may call this."""
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
@@ -155,22 +135,81 @@ class WorkDir:
 
     @property
     def stop_file(self) -> Path:
-        """Whoever makes it ends the run after the step under way."""
+        """File that ends the run after the step under way when somebody makes it."""
         return self.root / "STOP"
 
     @property
     def initial_weights(self) -> Path:
-        """What a run begins with."""
-        return self.out / "rwkv-init.pth"
+        """Weights that a run begins with."""
+        return self.weights("init")
 
     @property
     def final_weights(self) -> Path:
-        """Where a finished run leaves its weights."""
-        return self.out / "rwkv-final.pth"
+        """Weights that a finished run leaves."""
+        return self.weights("final")
+
+    def weights(self, label: int | str) -> Path:
+        """Weights exported at the end of epoch `label`, under RWKV-LM's name."""
+        return self.out / f"rwkv-{label}.pth"
+
+    @property
+    def epoch_log(self) -> Path:
+        """A line for each epoch, as RWKV-LM's trainer writes it."""
+        return self.out / "train_log.txt"
+
+    @property
+    def config_yaml(self) -> Path:
+        """Configuration that the last session used; `config_json` is the same as JSON."""
+        return self.configs / "config.yaml"
+
+    @property
+    def config_json(self) -> Path:
+        """Configuration that the last session used, as JSON."""
+        return self.configs / "config.json"
+
+    @property
+    def data_manifest(self) -> Path:
+        """Manifest of the prepared data, see `rwkv_cluster.data.manifest`."""
+        return self.data / DATA_MANIFEST
+
+    @property
+    def vocabulary(self) -> Path:
+        """Copy of the tokenizer's vocabulary file."""
+        return self.data / VOCABULARY
+
+    @property
+    def prepare_lock(self) -> Path:
+        """Lock of whoever prepares data."""
+        return self.data / PREPARE_LOCK
+
+    @property
+    def metrics(self) -> Path:
+        """Numbers of each step as JSON lines, see docs/metrics.md; `metrics_csv` has the same as a table."""
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def metrics_csv(self) -> Path:
+        """Numbers of each step as a table."""
+        return self.logs / "metrics.csv"
+
+    @property
+    def wandb_id(self) -> Path:
+        """Id under which Weights & Biases knows the run."""
+        return self.logs / "wandb-id"
+
+    @property
+    def launches(self) -> Path:
+        """A folder for each launch, see `rwkv_cluster.launch`."""
+        return self.root / "launch"
+
+    @property
+    def report(self) -> Path:
+        """Page and pictures of `rwkv-cluster report`."""
+        return self.root / "report"
 
     @property
     def environment(self) -> Path:
-        """What the sessions ran on, see `rwkv_cluster.train.metrics.environment`."""
+        """Versions and machines of the sessions, see `rwkv_cluster.train.metrics.environment`."""
         return self.logs / "environment.json"
 
     @property
@@ -180,7 +219,7 @@ class WorkDir:
 
     @property
     def step_times(self) -> Path:
-        """Where each rank's time goes, see `rwkv_cluster.train.metrics.step_times`."""
+        """Timings of each rank's steps, see `rwkv_cluster.train.metrics.step_times`."""
         return self.logs / "events"
 
     @property
@@ -190,7 +229,7 @@ class WorkDir:
 
     @property
     def train_log(self) -> Path:
-        """What the package has said, with the time."""
+        """Log of the package's messages, with the time."""
         return self.logs / "train.log"
 
     @property
@@ -205,11 +244,12 @@ class WorkDir:
 
     @property
     def ranks(self) -> Path:
-        """Where the ranks of a run show each other that they live."""
+        """Heartbeat files of the ranks, see `rwkv_cluster.train.distributed.rank_monitor`."""
         return self.root / ".ranks"
 
     @property
     def lock_file(self) -> Path:
+        """Lock of the run that holds the directory."""
         return self.root / ".lock"
 
     @contextmanager

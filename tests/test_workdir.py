@@ -22,7 +22,6 @@ from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.workdir import (
     TEMPORARY_PREFIX,
     WorkDir,
-    atomic_directory,
     atomic_write,
     atomic_writer,
     remove_temporaries,
@@ -103,31 +102,6 @@ def test_file_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", replace)
     atomic_write(tmp_path / "file", b"x")
     assert events == ["file", "rename", "folder"]
-    events.clear()
-    monkeypatch.setattr(os, "rename", replace)
-    with atomic_directory(tmp_path / "step") as folder:
-        (folder / "a").write_bytes(b"1")
-        (folder / "b").write_bytes(b"2")
-    assert events == ["file", "file", "folder", "rename", "folder"]
-
-
-def test_an_exception_while_filling_leaves_no_directory(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "step") as folder:
-        (folder / "a").write_bytes(b"1")
-        assert not (tmp_path / "step").exists()
-        raise RuntimeError
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_committed_directory_is_not_replaced(tmp_path: Path) -> None:
-    for content in (b"first", b"second"):
-        try:
-            with atomic_directory(tmp_path / "step") as folder:
-                (folder / "a").write_bytes(content)
-        except OSError:
-            assert content == b"second"
-    assert (tmp_path / "step" / "a").read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["step"]
 
 
 def test_remove_temporaries_follows_no_link(tmp_path: Path) -> None:
@@ -255,20 +229,6 @@ class VisibleFiles(RuleBasedStateMachine):
         with pytest.raises(KeyboardInterrupt), atomic_writer(self.work.root / name) as handle:
             handle.write(content)
             raise KeyboardInterrupt
-
-    @rule(name=NAMES, content=CONTENT, fails=st.booleans())
-    def directory(self, name: str, content: bytes, fails: bool) -> None:
-        try:
-            with atomic_directory(self.work.root / name) as folder:
-                (folder / "part").write_bytes(content)
-                if fails:
-                    raise KeyboardInterrupt
-            assert name not in self.committed
-            self.committed[name] = {"part": content}
-        except KeyboardInterrupt:
-            assert fails
-        except OSError:
-            assert name in self.committed
 
     @rule(name=NAMES, content=CONTENT)
     def writer_is_killed(self, name: str, content: bytes) -> None:

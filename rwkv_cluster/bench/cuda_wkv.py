@@ -241,7 +241,7 @@ def _error(version: str, backend: str, inputs: list[Tensor], dy: Tensor) -> floa
 
 
 def _part(x: Tensor, row: int, head: int) -> Tensor:
-    """Of x [B,T,H,N] or [H,N] what is checked of a row and head, in float64."""
+    """Part of x [B,T,H,N] or [H,N] that is checked of a row and head, in float64."""
     heads = slice(head, head + 1)
     return (x.detach()[row : row + 1, :CHECKED_STEPS, heads] if x.ndim == 4 else x.detach()[heads]).double().cpu()
 

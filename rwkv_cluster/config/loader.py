@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """As `load_config`, and where each value came from."""
+    """Load a configuration and keep where each value came from."""
     return parse_config(_read(Path(path)), shown(str(path), 4096), overrides)
 
 

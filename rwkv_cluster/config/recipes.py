@@ -15,6 +15,7 @@ from rwkv_cluster.config.schema import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.own_file import require_own
+from rwkv_cluster.workdir import WorkDir
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
 _DECIDE_WHAT_RUNS = (
@@ -97,7 +98,7 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     """
     path = Path(argument)
     if path.is_dir():
-        stored = path / "configs" / "config.yaml"
+        stored = WorkDir(path).config_yaml
         return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
     if path.suffix.lower() in _OF_DATA and path.exists():
         raise ConfigError(

@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.workdir import sha256_file
+from rwkv_cluster.workdir import DATA_MANIFEST, sha256_file
 
-MANIFEST_NAME = "manifest.json"
 CACHE_NAME = "inputs.json"  # see `data.freshness`
 VERSION: Literal[1] = 1
 _MAX_BYTES = 16 << 20
@@ -86,11 +85,6 @@ class DataManifest(_Part):
         return self
 
     @property
-    def options_digest(self) -> str:
-        """sha256 of the options."""
-        return hashlib.sha256(_canonical(self.options)).hexdigest()
-
-    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the training tokens, their dtype or the vocabulary size."""
         content = [self.files[f"{self.prefix}.{suffix}"].sha256 for suffix in ("bin", "idx")]
@@ -140,7 +134,7 @@ def load_manifest(out_dir: str | Path, *, verify: bool = False) -> DataManifest:
     verify: also read every file and compare its sha256. Raises MissingDataError or DataError.
     """
     directory = Path(out_dir)
-    manifest = parse_manifest(_read(directory / MANIFEST_NAME), directory / MANIFEST_NAME)
+    manifest = parse_manifest(_read(directory / DATA_MANIFEST), directory / DATA_MANIFEST)
     for name, record in manifest.files.items():
         path = manifest.path_of(directory, name)
         _check_file(path, record, verify, may_link=path.parent != directory)

@@ -1,4 +1,4 @@
-"""What is examined: a machine, or a machine for a run."""
+"""Context of the checks: this machine, and the run's configuration if one was named."""
 
 from __future__ import annotations
 

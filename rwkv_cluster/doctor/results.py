@@ -41,7 +41,7 @@ class Row:
 
     @property
     def sentence(self) -> str:
-        """As an error says it."""
+        """Text and remedy in one sentence, as an error says it."""
         place = f"{self.where}: " if self.where else ""
         return place + ". ".join(filter(None, (self.text, self.remedy)))
 

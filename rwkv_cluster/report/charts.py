@@ -127,7 +127,7 @@ def _smoothing_note(runs: Sequence[Run]) -> str:
 def _metric(
     runs: Sequence[Run], data: list[dict[str, Any]], name: str, title: str, unit: str, *, scale: float = 1.0
 ) -> Chart | None:
-    """Of one field; smoothed where it is noise around a trend, and for one run with the values themselves."""
+    """Chart of one field; smoothed where it is noise around a trend, and for one run with the values themselves."""
     curves, values, noisy = [], [], name in NOISY
     for color, (run, one) in enumerate(zip(runs, data, strict=True)):
         if not np.isfinite(run.metrics[name]).any():
@@ -177,7 +177,7 @@ def _all_marks(runs: Sequence[Run]) -> list[Marks]:
 
 
 def _steps(run: Run, kind: str) -> np.ndarray:
-    """Of events of a kind, each once, and of metrics that are not finite. A stop from which the run went on is none."""
+    """Steps of events of a kind, each once, and of metrics that are not finite. A stop that was continued is none."""
     found = {float(event["step"]) for event in run.events if event["kind"] == kind}
     if kind == "stop":
         found -= {float(event["step"]) for event in run.events if event["kind"] == "resume"}

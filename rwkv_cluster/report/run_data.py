@@ -53,7 +53,7 @@ class Run:
 def read_runs(works: Sequence[WorkDir]) -> list[Run]:
     """Every run. Raises ConfigError for a directory that is none, or that is named twice."""
     for work in works:
-        if not run_files.is_work_dir(work) and not (work.logs / "metrics.jsonl").exists():
+        if not run_files.is_work_dir(work) and not (work.metrics).exists():
             raise ConfigError(
                 f"{work.root}: there is no run to report on: it has no logs/metrics.jsonl and no configs/config.yaml",
                 remedy="Name the work directory of a run",
@@ -97,7 +97,7 @@ def _read(work: WorkDir, name: str) -> Run:
 
 def _metrics(work: WorkDir, missing: list[str]) -> Columns:
     names = ("tokens", *series.METRICS)
-    path = work.logs / "metrics.jsonl"
+    path = work.metrics
     try:
         columns = series.read_columns(path, names)
     except OSError as error:

@@ -24,7 +24,7 @@ TAIL_BYTES = 1 << 18  # about a thousand lines of metrics
 
 def is_work_dir(work: WorkDir) -> bool:
     """Whether anything of a run is there: its configuration, its data, its lock or a launch."""
-    signs = (work.configs / "config.yaml", work.data / "manifest.json", work.lock_file, work.root / "launch")
+    signs = (work.config_yaml, work.data_manifest, work.lock_file, work.launches)
     return any(path.exists() for path in signs)
 
 
@@ -114,7 +114,7 @@ def moment(seconds: float) -> str:
 
 def read_config(work: WorkDir) -> Config | str:
     """The configuration that the last session used, or why there is none."""
-    path = work.configs / "config.yaml"
+    path = work.config_yaml
     if not path.exists():
         return f"{path} does not exist: no training has started"
     try:

@@ -1,4 +1,4 @@
-"""From a run's millions of lines to the points of a chart: columns, smoothing, thinning.
+"""Points of a chart from a run's millions of lines: columns, smoothing, thinning.
 
 A thinned series keeps real records only, with the smallest and the largest value of each stretch, so that no spike is
 lost however long the run was. Values that are not finite stay where they are, as NaN.
@@ -35,7 +35,7 @@ class Series:
     n_records: int
 
     def data(self) -> dict[str, Any]:
-        """For JSON, which has no word for NaN."""
+        """Values for JSON, which has no word for NaN."""
         points = {"step": integers(self.step), "tokens": integers(self.tokens), "value": numbers(self.value)}
         return {**points, "n_records": self.n_records}
 
@@ -49,7 +49,7 @@ def numbers(values: np.ndarray) -> list[float | None]:
 
 
 def read_columns(path: Path, names: Sequence[str], *, most_bytes: int | None = None) -> Columns:
-    """Of a file of JSON lines; a step that is there twice counts as it was last. Raises OSError where there is none.
+    """Columns of a file of JSON lines; of a step that is there twice the last counts. Raises OSError without one.
 
     most_bytes: as for `runlog.json_lines`.
     """

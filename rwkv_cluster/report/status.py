@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.manifest import MANIFEST_NAME, DataManifest
+from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.data.preparation.publish import in_words, progress
 from rwkv_cluster.data.verify import check_every_byte
 from rwkv_cluster.errors import ConfigError, DataError, LaunchError
@@ -111,7 +111,7 @@ def read_status(work: WorkDir, *, verify: bool = False) -> RunStatus:
 
 def _data_faults(work: WorkDir, data: DataManifest | str, verify: bool) -> list[str]:
     if isinstance(data, str):
-        return [data] if (work.data / MANIFEST_NAME).exists() else []
+        return [data] if (work.data_manifest).exists() else []
     try:
         if verify:
             check_every_byte(data, work.data)
@@ -140,7 +140,7 @@ def _launch(root: Path) -> jobs.Status | str | None:
 
 
 def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -> Training | None:
-    path = work.logs / "metrics.jsonl"
+    path = work.metrics
     needed = ("step", "loss", "tokens")
     records = [one for one in run_files.last_json_lines(path) if all(number(one, name) is not None for name in needed)]
     if not records:
@@ -223,7 +223,7 @@ def rows(status: RunStatus) -> dict[str, str]:
 
 
 def _sign_of_life(holder: Holder) -> str:
-    return "alive" if holder.alive else "which is gone, or shows no sign of life. The same command as before continues"
+    return "alive" if holder.alive else "exited or stopped responding. Run the same command again to continue"
 
 
 def _preparation_text(progress: dict[str, Any]) -> str:

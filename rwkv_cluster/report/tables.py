@@ -107,7 +107,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def configuration(runs: Sequence[Run]) -> str:
-    """Of one run: what differs from the defaults, then all. Of several: what differs between them."""
+    """Configuration of one run: what differs from the defaults, then all; of several: what differs between them."""
     found = [flat(run.config.model_dump(mode="json")) if run.config else {} for run in runs]
     if len(runs) > 1:
         return _differences("Configuration: fields that differ", runs, found)

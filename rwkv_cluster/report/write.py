@@ -30,7 +30,7 @@ def write(works: Sequence[WorkDir], output: Path | None = None) -> Written:
     """
     draw.require_matplotlib()
     runs = read_runs(works)
-    folder = (works[0].root / "report" if output is None else output).absolute()
+    folder = (works[0].report if output is None else output).absolute()
     made, numbers = charts.make(runs)
     end = _end(runs)
     files = {"index.html": page.html(runs, made, numbers, end, time.time()).encode(errors="backslashreplace")}
@@ -55,5 +55,5 @@ _THEMES = {"": draw.LIGHT, "-dark": draw.DARK}
 
 
 def _end(runs: Sequence[Run]) -> float:
-    """Of the axis of tokens, the same in all charts."""
+    """End of the axis of tokens, the same in all charts."""
     return max((float(run.metrics["tokens"][-1]) for run in runs if len(run.metrics["tokens"])), default=1.0) or 1.0

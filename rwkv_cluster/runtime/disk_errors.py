@@ -1,4 +1,4 @@
-"""What a person is told when the disk refuses what a run writes: what it needs, what is free, where, what to do."""
+"""Turn an OSError of a write into an error that names path, bytes needed, bytes free and what to do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WriteFailure:
         return cls(os.strerror(found.errno), found.errno)
 
     def sentence(self, path: Path, n_bytes: int) -> str:
-        """On `path`, a file or folder of about `n_bytes`."""
+        """Error text about `path`, a file or folder of about `n_bytes`."""
         if self.number is None:
             return f"{path} cannot be written: {self.reason}"
         folder = existing_parent(path)

@@ -53,6 +53,6 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """By what `torch.cuda.get_device_name` says; None for one that is not in the table, as is a part of one (MIG)."""
+    """Specifications by `torch.cuda.get_device_name`; None for one that is not in the table, and for a part (MIG)."""
     called = device_name.removeprefix("NVIDIA ")
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_name, called)), None)

@@ -61,19 +61,19 @@ class Listener:
         return self._ignores
 
     def defer(self, answer: str) -> None:
-        """From here on a signal changes `reason` only. answer: what is going to happen, for who has sent it."""
+        """Let a signal change `reason` only from here on. answer: what is going to happen, for who has sent it."""
         self._answer = answer
 
     def obey(self) -> None:
-        """From here on a signal ends the command at once."""
+        """Let a signal end the command at once from here on."""
         self._answer = None
 
     def ignore(self) -> None:
-        """From here on a signal does nothing: the command ends, and says itself how."""
+        """Let a signal do nothing from here on: the command ends, and says itself how."""
         self._ignores = True
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, when that comes to it. Raises Interrupted."""
+        """Handle a signal in the main thread, when that comes to it. Raises Interrupted."""
         if self._ignores:
             return
         self.reason = self.reason or signal.Signals(number).name
@@ -84,7 +84,7 @@ class Listener:
             raise Interrupted(number, insisted=self._insisted)
 
     def listen(self, descriptor: int) -> None:
-        """In a thread of its own: hear signals by the bytes that the interpreter writes at once, until `_END`."""
+        """Hear signals in a thread of its own, by the bytes that the interpreter writes at once, until `_END`."""
         while True:
             next_due = min((moment for moment, _ in self._due), default=None)
             wait_s = None if next_due is None else max(0.0, next_due - time.monotonic())
@@ -137,7 +137,7 @@ class Listener:
         self._due.append((time.monotonic() + seconds, action))
 
     def _end(self, number: signal.Signals) -> None:
-        """In place of a main thread that does not. No file is left half-written: each comes to be by rename."""
+        """End the process in place of a main thread that does not. Files are renamed into place: none is cut."""
         if self._on_end is not None and not self._ignores:
             os._exit(self._on_end(Interrupted(number, insisted=self._insisted)))
 
@@ -193,7 +193,7 @@ def listening(on_end: Callable[[Interrupted], int] | None = None) -> Iterator[Li
 
 
 def leave_to_parent() -> None:
-    """For a forked process that ends with its parent: no signal but SIGTERM ends it before, and none is the parent's.
+    """Leave signals to the parent of a forked process, which ends with it: only SIGTERM ends it before.
 
     Ctrl-C and a closed terminal reach the whole group of processes.
     """

@@ -60,7 +60,7 @@ def acquire(path: Path, what: str) -> Iterator[None]:
 
 
 def require_free(path: Path, what: str) -> None:
-    """Raises LaunchError while a living process holds `path`. A look before slow imports; `hold` decides."""
+    """Raises LaunchError while a living process holds `path`: an early look, `acquire` is the real check."""
     try:
         descriptor = open_own(path, os.O_RDONLY)
     except WrongKindError:
@@ -181,7 +181,7 @@ class _LockRecord:
             write_record(self._path, {**self._record, "released": True})
 
     def _give_way(self, found: dict[str, Any]) -> None:
-        """Two writers would spoil the run, and no exception reaches every place that may be writing now."""
+        """Exit at once: another process took the lock. An exception would not stop background writers."""
         log.error("error: %s. This process was held up for so long that it counted as gone", _in_use(found, self._what))
         os._exit(LaunchError.exit_code)
 

@@ -80,7 +80,7 @@ def require_meeting_point() -> None:
 
 
 def launched_local_world_size() -> int | None:
-    """Number of those that are on this machine, or None where the launcher does not say."""
+    """Ranks that the launcher started on this machine, or None where the launcher does not say."""
     return _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE")  # LOCAL_SIZE: deepspeed's launcher
 
 
@@ -98,7 +98,7 @@ def _number(name: str) -> int | None:
 
 
 def launch_id() -> str:
-    """What the ranks of one start of a run have in common, and those of other starts mostly do not.
+    """An id shared by all ranks of one launch, from the launcher's environment variables.
 
     Processes started by hand on a fixed port look alike each time.
     """
@@ -110,7 +110,7 @@ def launch_id() -> str:
 
 
 def name_this_launch() -> None:
-    """To be called by a process that no launcher has started before it starts the other ranks: names their start.
+    """Give this launch an id. Called by a process without a launcher before it starts the other ranks.
 
     They inherit it. What this process calls itself must not change with the variables that its launcher sets for it.
     """

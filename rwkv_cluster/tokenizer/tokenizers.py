@@ -35,6 +35,7 @@ from rwkv_cluster.tokenizer.vocabulary import (
     vocabulary_digest,
     write_vocabulary,
 )
+from rwkv_cluster.workdir import VOCABULARY
 
 __all__ = [
     "AngleTokenizer",
@@ -286,8 +287,8 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     with contextlib.suppress(TypeError, OSError):  # a class typed into an interpreter or notebook has no file
         digest.update(Path(inspect.getfile(type(tokenizer))).read_bytes())
     with TemporaryDirectory() as folder:
-        save_vocab(tokenizer, Path(folder) / "vocab.txt")
-        digest.update((Path(folder) / "vocab.txt").read_bytes())
+        save_vocab(tokenizer, Path(folder) / VOCABULARY)
+        digest.update((Path(folder) / VOCABULARY).read_bytes())
     return identity_of(tokenizer, digest.hexdigest())
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.manifest import MANIFEST_NAME
 from rwkv_cluster.data.preparation.prepare import (
     DataManifest,
     load_manifest,
@@ -76,7 +75,7 @@ def prepare_data(
                 return prepared_before(config.data, tokenizer, work.data, name=name) is not None
 
         what = "the preparation of the data"
-        is_there = _once_each(lambda: _stamp(work.data / MANIFEST_NAME), is_prepared)
+        is_there = _once_each(lambda: _stamp(work.data_manifest), is_prepared)
         fingerprint = rank_monitor.wait_for_rank_0("data", what=what, is_there=is_there)
         return load_manifest(work.data) if fingerprint is None else _manifest_seen_here(work, fingerprint)
 

@@ -17,7 +17,7 @@ from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import TokenFileWriter, open_tokens
 from rwkv_cluster.data.manifest import load_manifest
 from rwkv_cluster.data.preparation import encode, shuffle_split, staleness, token_store, tokenize
-from rwkv_cluster.data.preparation.prepare import adopt, prepare, reason_to_prepare, write_pair
+from rwkv_cluster.data.preparation.prepare import prepare, reason_to_prepare, write_pair
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import (
     AngleTokenizer,
@@ -509,7 +509,9 @@ def test_a_token_file_alone_is_used_where_it_is(tmp_path):
         assert manifest.token_prefix(tmp_path / "out") == prefix
         assert (manifest.n_tokens, manifest.n_documents) == (5, 2)
         assert set(content(tmp_path / "out")) == {"vocab.txt", "manifest.json"}
-    assert load_manifest(tmp_path / "out", verify=True) == adopt(prefix, BYTES, tmp_path / "out")
+    assert load_manifest(tmp_path / "out", verify=True) == prepare(
+        DataConfig(inputs=[f"{prefix}.bin"]), BYTES, tmp_path / "out"
+    )
     foreign(prefix, [5, 6, 0, 8, 0], [3, 2])
     with pytest.raises(DataError, match="sha256 differs"):
         load_manifest(tmp_path / "out", verify=True)

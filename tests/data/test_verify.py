@@ -10,7 +10,7 @@ import pytest
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data import verify
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.data.preparation.prepare import adopt, prepare
+from rwkv_cluster.data.preparation.prepare import prepare
 from rwkv_cluster.data.verify import DamagedFileError, check_every_byte, check_files
 from rwkv_cluster.tokenizer import IntegerTokenizer
 
@@ -155,7 +155,7 @@ def test_a_run_is_told_of_a_damaged_file_and_nothing_is_made_anew(data):
 def test_a_damaged_pair_of_somebody_else_is_not_taken_for_a_new_one(data, tmp_path, monkeypatch):
     """Its size and times are the old ones: a disk has changed it, and nobody wrote it."""
     prefix, out = data / "val", tmp_path / "out"
-    adopt(prefix, IntegerTokenizer(), out)
+    prepare(DataConfig(inputs=[f"{prefix}.bin"]), IntegerTokenizer(), out)
     manifest = load_manifest(out)
     check_files(manifest, out, manifest.run_files)
     entry = json.loads((out / "verified.json").read_bytes())["train.bin"]
@@ -163,4 +163,4 @@ def test_a_damaged_pair_of_somebody_else_is_not_taken_for_a_new_one(data, tmp_pa
     monkeypatch.setattr(verify, "_stat", lambda path: entry["machines"][verify.machine()])
     monkeypatch.setattr("rwkv_cluster.data.preparation.prepare.why_stale", lambda *_, **__: None)
     with pytest.raises(DamagedFileError, match=r"val\.bin is damaged.*in bytes 256 to .*Put back a good copy"):
-        adopt(prefix, IntegerTokenizer(), out)
+        prepare(DataConfig(inputs=[f"{prefix}.bin"]), IntegerTokenizer(), out)

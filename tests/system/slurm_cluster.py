@@ -33,7 +33,7 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool.%n
+SlurmdSpoolDir={root}/store.%n
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmctldLogFile={root}/slurmctld.log
@@ -181,7 +181,7 @@ def cluster(root: Path, nodes: int = 3) -> Iterator[Cluster]:
         _begin_munge(root, daemons)
         daemons.append(made.begin("slurmctld", "-D", "-f", f"{root}/slurm.conf"))
         for name in names:
-            (root / f"spool.{name}").mkdir()
+            (root / f"store.{name}").mkdir()
             daemons.append(made.begin_node(name))
         wait_until(lambda: made.idle() == nodes, what=f"{nodes} idle nodes, see {root}", timeout_s=60)
         yield made

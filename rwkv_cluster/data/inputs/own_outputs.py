@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from rwkv_cluster.data.manifest import CACHE_NAME, MANIFEST_NAME, parse_manifest
+from rwkv_cluster.data.manifest import CACHE_NAME, parse_manifest
 from rwkv_cluster.errors import DataError
+from rwkv_cluster.workdir import DATA_MANIFEST, VOCABULARY
 
 _OF_A_RUN = {"out", "logs", "configs", "report", "launch", "sweep"}
 _SIGNS = ("data", "logs", "configs", "out/checkpoints")  # folders that every work directory has
@@ -41,10 +42,10 @@ def _is_work_dir(folder: Path) -> bool:
 
 def _prepared(folder: Path) -> set[str]:
     """Names of the files of a prepared directory; empty for any other."""
-    path = folder / MANIFEST_NAME
+    path = folder / DATA_MANIFEST
     try:
         manifest = parse_manifest(path.read_bytes(), path)
     except (OSError, DataError):
         return set()
-    names = {"vocab.txt"} if manifest.options.get("in_place") else set(manifest.files)
-    return {MANIFEST_NAME, CACHE_NAME} | names
+    names = {VOCABULARY} if manifest.options.get("in_place") else set(manifest.files)
+    return {DATA_MANIFEST, CACHE_NAME} | names

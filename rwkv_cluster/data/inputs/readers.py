@@ -1,4 +1,4 @@
-"""From a source to documents: the written rules of what is accepted, and the message for what is not.
+"""Documents of a source: the written rules of what is accepted, and the message for what is not.
 
 JSONL, one document a line (message: `file:line: reason`):
 

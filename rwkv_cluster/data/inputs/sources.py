@@ -1,4 +1,4 @@
-"""From the entries of `data.inputs` to the files that are read, in an order that no locale or file system changes.
+"""Files that the entries of `data.inputs` stand for, in an order that no locale or file system changes.
 
 An entry is, in this order of precedence:
 

@@ -1,4 +1,4 @@
-"""From documents to token ids: what a worker process does with a block of lines or a group of files.
+"""Encode documents to token ids: the work of one process on a block of lines or a group of files.
 
 Every document ends with token 0. Values (arrays, lists in JSONL) mean what the tokenizer says: integer and angle
 tokenizers map value v to id v + 1; for every other tokenizer they are token ids already, and a final 0 that is there
@@ -67,7 +67,6 @@ class Encoded:
     n_bad_lines: int = 0
     bad_lines: list[str] = field(default_factory=list)
     contents: list[tuple[int, str]] = field(default_factory=list)
-    n_read: int = 0
 
 
 class DocumentDigest:
@@ -191,7 +190,7 @@ class DocumentEncoder:
             raise DataError(f"{bad[0]}", remedy=f"{remedy}")
         encoded = self._collect(documents)
         encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
-        encoded.bad_lines, encoded.n_read = bad[:_SHOWN_BAD_LINES], len(block.data)
+        encoded.bad_lines = bad[:_SHOWN_BAD_LINES]
         return encoded
 
     def encode_files(self, block: FileBlock) -> list[Encoded | LargeFile]:
@@ -204,7 +203,7 @@ class DocumentEncoder:
                 results.append(LargeFile(number, source))
                 continue
             encoded = self._encode_file(content, source)
-            encoded.contents, encoded.n_read = [(number, digest.hexdigest())], len(content)
+            encoded.contents = [(number, digest.hexdigest())]
             results.append(encoded)
         return list(_merged(results))
 
@@ -308,5 +307,4 @@ def _joined(run: list[Encoded]) -> Iterable[Encoded]:
         jsonl=b"".join(encoded.jsonl for encoded in run),
         n_empty=sum(encoded.n_empty for encoded in run),
         contents=[content for encoded in run for content in encoded.contents],
-        n_read=sum(encoded.n_read for encoded in run),
     )

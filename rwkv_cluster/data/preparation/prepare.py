@@ -1,6 +1,6 @@
 """Prepare data: inputs -> `train.bin`, `train.idx`, `vocab.txt`, `manifest.json` in one directory.
 
-Documents are tokenized in input order into a spool (`data.spool`), by worker processes where there is much of it, then
+Documents are tokenized in input order into a store (`data.store`), by worker processes where there is much of it, then
 split and shuffled into the token files (`data.order`). Everything happens in a temporary folder of the same
 directory; the old manifest is removed, the files are renamed into place, and the new manifest is written last, so a
 preparation that is killed at any point leaves nothing that a later run trusts. The same input, options and seed give
@@ -25,7 +25,6 @@ from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
 from rwkv_cluster.data.manifest import (
-    MANIFEST_NAME,
     VERSION,
     DataManifest,
     FileRecord,
@@ -58,9 +57,9 @@ from rwkv_cluster.data.preparation.tokenize import Progress, Tokenization, Token
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
-from rwkv_cluster.workdir import remove_temporaries, sha256_file
+from rwkv_cluster.workdir import DATA_MANIFEST, VOCABULARY, remove_temporaries, sha256_file
 
-__all__ = ["DataManifest", "adopt", "load_manifest", "prepare", "prepared_before", "reason_to_prepare", "write_pair"]
+__all__ = ["DataManifest", "load_manifest", "prepare", "prepared_before", "reason_to_prepare", "write_pair"]
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -144,11 +143,6 @@ def _given(arrays: Sequence[Any]) -> tuple[np.ndarray, ...]:
     return tuple(as_array(array, f"array {number}") for number, array in enumerate(arrays, 1))
 
 
-def adopt(prefix: str | Path, tokenizer: Any, out_dir: str | Path) -> DataManifest:
-    """Use the token file `<prefix>.bin`/`.idx` where it is: read it once, check every token, write a manifest to it."""
-    return prepare(DataConfig(inputs=[f"{prefix}.bin"]), tokenizer, out_dir)
-
-
 def write_pair(
     sources: Sequence[Source], encoder: DocumentEncoder, prefix: Path, *, passes: int, seed: int | None
 ) -> TokenFileWriter:
@@ -156,12 +150,12 @@ def write_pair(
     with disk_errors(prefix.parent):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(prefix.parent) as folder:
-            spool = EncodedDocuments(folder, encoder.dtype, with_digests=False)
-            Tokenization(encoder, spool, None, folder).fill((), sources, sequence_length=1, num_workers=0)
-            spool.finish()
-            _require_documents(spool, sources)
+            store = EncodedDocuments(folder, encoder.dtype, with_digests=False)
+            Tokenization(encoder, store, None, folder).fill((), sources, sequence_length=1, num_workers=0)
+            store.finish()
+            _require_documents(store, sources)
             with TokenFileWriter(prefix, encoder.dtype) as writer:
-                write_documents(spool, writer, all_documents, folder, passes=passes, seed=seed)
+                write_documents(store, writer, all_documents, folder, passes=passes, seed=seed)
     return writer
 
 
@@ -198,7 +192,7 @@ class _Job:
         try:
             manifest = load_manifest(self.out_dir)
         except MissingDataError as error:
-            exists = (self.out_dir / MANIFEST_NAME).exists()
+            exists = (self.out_dir / DATA_MANIFEST).exists()
             return str(error) if exists else "it has not been prepared yet"
         except DataError as error:
             return str(error)
@@ -238,19 +232,19 @@ class _Job:
         with temporary_folder(self.out_dir) as folder:
             finished = folder / "finished"
             finished.mkdir()
-            spool, filled, jsonl = self._fill(folder, finished)
-            parts = self._write(spool, folder, finished)
+            store, filled, jsonl = self._fill(folder, finished)
+            parts = self._write(store, folder, finished)
             files = parts[0].files | (parts[1].files if len(parts) > 1 else {})
             if jsonl is not None:
                 files[jsonl.path.name] = jsonl.digest
             manifest = self._manifest(
-                files | {"vocab.txt": self._save_vocab(finished)},
+                files | {VOCABULARY: self._save_vocab(finished)},
                 n_tokens=parts[0].n_tokens,
                 n_documents=parts[0].n_documents,
-                n_source_documents=spool.n_documents,
+                n_source_documents=store.n_documents,
                 n_empty_documents=filled.n_empty,
                 n_bad_lines=filled.n_bad_lines,
-                dtype=spool.dtype.name,
+                dtype=store.dtype.name,
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
                 validation=_validation_record(parts),
             )
@@ -270,7 +264,7 @@ class _Job:
             finished = folder / "finished"
             finished.mkdir()
             manifest = self._manifest(
-                files | {"vocab.txt": self._save_vocab(finished)},
+                files | {VOCABULARY: self._save_vocab(finished)},
                 adopted=None if inside else os.path.abspath(source.path),
                 n_tokens=pair.tokens.n_tokens,
                 n_documents=pair.n_documents,
@@ -291,38 +285,38 @@ class _Job:
             digest_key=self.data.seed if self.data.validation_fraction else None,
             with_jsonl=self.writes_jsonl,
         )
-        spool = EncodedDocuments(folder, encoder.dtype, with_digests=encoder.has_digests)
+        store = EncodedDocuments(folder, encoder.dtype, with_digests=encoder.has_digests)
         with ExitStack() as files:
             jsonl = files.enter_context(HashedFile(finished / f"{self.name}.jsonl")) if self.writes_jsonl else None
-            filled = Tokenization(encoder, spool, jsonl, folder).fill(
+            filled = Tokenization(encoder, store, jsonl, folder).fill(
                 self.arrays,
                 self.sources,
                 sequence_length=self.data.sequence_length,
                 num_workers=self.data.num_workers,
             )
-        spool.finish()
+        store.finish()
         if filled.n_bad_lines:
             log.warning("%d lines were left out, the first: %s", filled.n_bad_lines, "; ".join(filled.bad_lines))
-        _require_documents(spool, self.sources)
-        return spool, filled, jsonl
+        _require_documents(store, self.sources)
+        return store, filled, jsonl
 
-    def _write(self, spool: EncodedDocuments, folder: Path, finished: Path) -> list[TokenFileWriter]:
+    def _write(self, store: EncodedDocuments, folder: Path, finished: Path) -> list[TokenFileWriter]:
         fraction = self.data.validation_fraction
-        threshold = split_threshold(spool, fraction) if fraction else 0
+        threshold = split_threshold(store, fraction) if fraction else 0
         seed = self.data.seed if self.data.shuffle else None
         passes = self.data.n_epochs_duplication
-        progress = Progress("writing", folder, None if fraction else spool.n_tokens * passes)
-        with TokenFileWriter(finished / self.name, spool.dtype) as train:
+        progress = Progress("writing", folder, None if fraction else store.n_tokens * passes)
+        with TokenFileWriter(finished / self.name, store.dtype) as train:
             chosen = is_training(threshold) if fraction else all_documents
-            write_documents(spool, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
+            write_documents(store, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
         if not fraction:
             return [train]
-        with TokenFileWriter(finished / _VALIDATION, spool.dtype) as held_out:
-            write_documents(spool, held_out, is_validation(threshold), folder, passes=1, seed=seed, side=1)
+        with TokenFileWriter(finished / _VALIDATION, store.dtype) as held_out:
+            write_documents(store, held_out, is_validation(threshold), folder, passes=1, seed=seed, side=1)
         return [train, held_out]
 
     def _save_vocab(self, finished: Path) -> FileDigest:
-        path = finished / "vocab.txt"
+        path = finished / VOCABULARY
         save_vocab(self.tokenizer, path)
         return FileDigest(path.stat().st_size, sha256_file(path))
 
@@ -367,11 +361,11 @@ class _Job:
         names = [
             f"{self.name}.bin",
             f"{self.name}.idx",
-            f"{self.name}.jsonl" if self.writes_jsonl else "vocab.txt",
+            f"{self.name}.jsonl" if self.writes_jsonl else VOCABULARY,
         ]
         if self.data.validation_fraction:
             names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx"]
-        outputs = {os.path.realpath(self.out_dir / name) for name in [*names, "vocab.txt", MANIFEST_NAME]}
+        outputs = {os.path.realpath(self.out_dir / name) for name in [*names, VOCABULARY, DATA_MANIFEST]}
         for source in self.sources:
             for path in source.files():
                 if os.path.realpath(path) in outputs:
@@ -386,8 +380,8 @@ def _validation_record(parts: list[TokenFileWriter]) -> ValidationRecord | None:
     return ValidationRecord(n_tokens=parts[1].n_tokens, n_documents=parts[1].n_documents)
 
 
-def _require_documents(spool: EncodedDocuments, sources: Sequence[Source]) -> None:
-    if spool.n_documents:
+def _require_documents(store: EncodedDocuments, sources: Sequence[Source]) -> None:
+    if store.n_documents:
         return
     names = _names([source.path for source in sources])
     raise DataError(

@@ -13,23 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.data.manifest import CACHE_NAME, MANIFEST_NAME, DataManifest
+from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.heartbeat import read_record
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_write, fsync_directory
+from rwkv_cluster.workdir import DATA_MANIFEST, PREPARE_LOCK, TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 log = logging.getLogger("rwkv_cluster")
 
 PROGRESS_NAME = "progress"  # in the folder of unfinished files: what is being done, see `heartbeat.write_record`
-_LOCK_NAME = ".prepare.lock"
 WORD_S = 30.0  # between two words of who waits for a preparation
 _LOCK_TIMEOUT_S = 24 * 3600.0
 
 
 def commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterable[str]) -> None:
     """Put finished files in place. Between the first and the last step the directory is not a prepared one."""
-    for name in (MANIFEST_NAME, CACHE_NAME):
+    for name in (DATA_MANIFEST, CACHE_NAME):
         (out_dir / name).unlink(missing_ok=True)
     fsync_directory(out_dir)
     for name in stale:
@@ -37,7 +36,7 @@ def commit(out_dir: Path, manifest: DataManifest, finished: Path, stale: Iterabl
     for path in sorted(finished.iterdir()):
         os.replace(path, out_dir / path.name)
     fsync_directory(out_dir)
-    atomic_write(out_dir / MANIFEST_NAME, manifest.to_json())
+    atomic_write(out_dir / DATA_MANIFEST, manifest.to_json())
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
 def progress(directory: Path) -> dict[str, Any] | None:
     """How far a preparation has come: what it does, tokens so far, in total if known, per second. None: there is none.
 
-    One that was killed leaves its last word. Whether it still runs, the lock of the work directory tells.
+    After a kill this is stale; whether it still runs, the lock of the work directory tells.
     """
     folders = [folder for folder in directory.glob(f"{TEMPORARY_PREFIX}prepare-*") if folder.is_dir()]
     return read_record(folders[-1] / PROGRESS_NAME) if folders else None
@@ -71,7 +70,7 @@ def in_words(progress: Mapping[str, Any]) -> str:
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """One preparation in a directory at a time; the others wait. The kernel drops the lock with the process."""
-    descriptor = open_own(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_own(directory / PREPARE_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     began = time.monotonic()
     deadline, next_word = began + _LOCK_TIMEOUT_S, began
     try:
@@ -96,7 +95,7 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk or a missing permission is the user's to mend, not a bug."""
+    """Raise DataError for an OSError in this block: a full disk or a missing permission is no bug."""
     try:
         yield
     except OSError as error:

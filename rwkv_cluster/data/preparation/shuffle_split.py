@@ -53,15 +53,15 @@ def _digests(block: Block) -> np.ndarray:
     return block.digests
 
 
-def split_threshold(spool: EncodedDocuments, fraction: float) -> int:
+def split_threshold(store: EncodedDocuments, fraction: float) -> int:
     """Documents with a digest below this number are held out. Raises DataError when all documents are equal."""
     counts = np.zeros(_DIGEST_BINS, np.int64)
-    for block in spool.blocks():
+    for block in store.blocks():
         counts += np.bincount((_digests(block) >> np.uint64(48)).astype(np.int64), minlength=_DIGEST_BINS)
-    wanted = fraction * spool.n_documents
+    wanted = fraction * store.n_documents
     chosen = int(np.searchsorted(np.cumsum(counts), wanted))  # the bin that `wanted` falls into
     unique: dict[int, int] = {}
-    for block in spool.blocks():
+    for block in store.blocks():
         inside = _digests(block)[(_digests(block) >> np.uint64(48)) == chosen]
         for digest, count in zip(*np.unique(inside, return_counts=True), strict=True):
             unique[int(digest)] = unique.get(int(digest), 0) + int(count)
@@ -71,7 +71,7 @@ def split_threshold(spool: EncodedDocuments, fraction: float) -> int:
         candidates.append((held_out, digest))
         held_out += unique[digest]
     candidates.append((held_out, max(unique) + 1))
-    valid = [(abs(n - wanted), threshold) for n, threshold in candidates if 0 < n < spool.n_documents]
+    valid = [(abs(n - wanted), threshold) for n, threshold in candidates if 0 < n < store.n_documents]
     if not valid:
         raise DataError(
             f"data.validation_fraction is {fraction}, but there is only one document that is not a copy of another",
@@ -81,7 +81,7 @@ def split_threshold(spool: EncodedDocuments, fraction: float) -> int:
 
 
 def write_documents(
-    spool: EncodedDocuments,
+    store: EncodedDocuments,
     writer: TokenFileWriter,
     choose: Choose,
     scratch: Path,
@@ -95,32 +95,32 @@ def write_documents(
     share a seed. advance: told the number of tokens after each write."""
     for number in range(passes):
         if seed is None:
-            _write_in_input_order(spool, writer, choose, advance)
+            _write_in_input_order(store, writer, choose, advance)
         else:
             keys = np.random.SeedSequence(entropy=seed, spawn_key=(number, side))
-            _Shuffle(spool, choose, keys, scratch).write(writer, advance)
+            _Shuffle(store, choose, keys, scratch).write(writer, advance)
 
 
 def _write_in_input_order(
-    spool: EncodedDocuments, writer: TokenFileWriter, choose: Choose, advance: Callable[[int], None]
+    store: EncodedDocuments, writer: TokenFileWriter, choose: Choose, advance: Callable[[int], None]
 ) -> None:
-    for block in spool.blocks():
+    for block in store.blocks():
         chosen = np.flatnonzero(choose(block))
         if len(chosen) == 0:
             continue
         if block.large:
-            _copy_large(spool, block.first_token, int(block.lengths[0]), writer, advance)
+            _copy_large(store, block.first_token, int(block.lengths[0]), writer, advance)
             continue
-        tokens = spool.read(block)
+        tokens = store.read(block)
         whole = len(chosen) == len(block.lengths)
         writer.write(tokens if whole else gather(tokens, block.lengths, chosen), block.lengths[chosen])
         advance(len(tokens))
 
 
 def _copy_large(
-    spool: EncodedDocuments, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]
+    store: EncodedDocuments, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]
 ) -> None:
-    for tokens in spool.token_blocks(first, length):
+    for tokens in store.token_blocks(first, length):
         writer.write_tokens(tokens)
         advance(len(tokens))
     writer.end_documents(np.array([length]))
@@ -184,24 +184,24 @@ class _Scratch:
 
 
 class _Shuffle:
-    """One pass over the chosen documents in the order of their keys. A large document stays in the spool: in a region
+    """One pass over the chosen documents in the order of their keys. A large document stays in the store: in a region
     it has length 0, and `_large` has its place by key and number."""
 
-    def __init__(self, spool: EncodedDocuments, choose: Choose, keys: np.random.SeedSequence, scratch: Path) -> None:
-        self._spool, self._choose, self._keys = spool, choose, keys
+    def __init__(self, store: EncodedDocuments, choose: Choose, keys: np.random.SeedSequence, scratch: Path) -> None:
+        self._store, self._choose, self._keys = store, choose, keys
         self._n_regions = self._count_regions()
         self._regions = self._plan_regions()
         self._large: dict[int, tuple[int, int]] = {}
         in_file = (lambda name: scratch / name) if self._n_regions > 1 else (lambda name: None)
         total = int(self._regions.n_documents.sum())
-        self._tokens = _Scratch(in_file("region-tokens"), spool.dtype, int(self._regions.n_tokens.sum()))
+        self._tokens = _Scratch(in_file("region-tokens"), store.dtype, int(self._regions.n_tokens.sum()))
         self._lengths = _Scratch(in_file("region-lengths"), np.dtype(np.int32), total)
         self._sort_keys = _Scratch(in_file("region-keys"), np.dtype(np.uint64), total)
 
     def _keyed_blocks(self) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
         """Each block with its chosen documents: (block, indices, keys, lengths in a region)."""
         generator = np.random.PCG64(self._keys)
-        for block in self._spool.blocks():
+        for block in self._store.blocks():
             keys = generator.random_raw(len(block.lengths))
             chosen = np.flatnonzero(self._choose(block))
             if len(chosen):
@@ -211,7 +211,7 @@ class _Shuffle:
     def _count_regions(self) -> int:
         n_bytes = 0
         for _, chosen, _, lengths in self._keyed_blocks():
-            n_bytes += int(lengths.sum(dtype=np.int64)) * self._spool.dtype.itemsize + len(chosen) * _BOOKKEEPING_BYTES
+            n_bytes += int(lengths.sum(dtype=np.int64)) * self._store.dtype.itemsize + len(chosen) * _BOOKKEEPING_BYTES
         return -(-n_bytes // REGION_BYTES) or 1
 
     def _region_of(self, keys: np.ndarray) -> np.ndarray:
@@ -249,7 +249,7 @@ class _Shuffle:
             self._scatter_block(regions[order], keys[order], lengths[order], dealt, document, token)
 
     def _scattered(self, block: Block, order: np.ndarray) -> memoryview:
-        tokens = self._spool.read(block)
+        tokens = self._store.read(block)
         in_order = len(order) == len(block.lengths) and self._n_regions == 1
         gathered = tokens if in_order else gather(tokens, block.lengths, order)
         return as_bytes(gathered)
@@ -266,7 +266,7 @@ class _Shuffle:
         """Append documents that are sorted by region; `document` and `token` are each region's next free place."""
         ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         present, starts = np.unique(regions, return_index=True)
-        itemsize = self._spool.dtype.itemsize
+        itemsize = self._store.dtype.itemsize
         for region, start, stop in zip(present, starts, [*starts[1:], len(regions)], strict=True):
             first, last = int(ends[start]), int(ends[stop])
             self._tokens.write(int(token[region]), dealt[first * itemsize : last * itemsize])
@@ -288,7 +288,7 @@ class _Shuffle:
         for cut in [*cuts, count]:
             _write_ordered(tokens, lengths, order[start:cut], writer, advance)
             if cut < count:
-                _copy_large(self._spool, *large[int(order[cut])], writer, advance)
+                _copy_large(self._store, *large[int(order[cut])], writer, advance)
             start = cut + 1
 
 

@@ -25,7 +25,7 @@ _BLOCK_DOCUMENTS = 1 << 17
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents. first_token: where they begin in the token spool. lengths: [n] int32, with the final 0.
+    """Consecutive documents. first_token: where they begin in the token store. lengths: [n] int32, with the final 0.
 
     digests: [n] uint64 or None. large: it is one document of more than LARGE_DOCUMENT_BYTES.
     """

@@ -1,4 +1,4 @@
-"""Inputs -> spool: every document tokenized, in input order, with the content hash of every input taken on the way."""
+"""Tokenize all inputs into an on-disk store, in input order, hashing each input on the way."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class TokenizedInputs:
 
 
 class Tokenization:
-    """Fills one spool from one set of inputs. jsonl: file for the documents that are not JSONL yet, or None."""
+    """Fills one store from one set of inputs. jsonl: file for the documents that are not JSONL yet, or None."""
 
     def __init__(
-        self, encoder: DocumentEncoder, spool: EncodedDocuments, jsonl: HashedFile | None, scratch: Path
+        self, encoder: DocumentEncoder, store: EncodedDocuments, jsonl: HashedFile | None, scratch: Path
     ) -> None:
-        self._encoder, self._spool, self._jsonl, self._scratch = encoder, spool, jsonl, scratch
+        self._encoder, self._store, self._jsonl, self._scratch = encoder, store, jsonl, scratch
         self._progress = Progress("tokenizing", scratch)
 
     def fill(
@@ -121,7 +121,7 @@ class Tokenization:
         if isinstance(part, LargeFile):
             self._add_large_text(part, filled)
             return
-        self._spool.add(part.tokens, part.lengths, part.digests)
+        self._store.add(part.tokens, part.lengths, part.digests)
         if self._jsonl is not None and part.jsonl:
             self._jsonl.write(part.jsonl)
         filled.n_empty += part.n_empty
@@ -143,7 +143,7 @@ class Tokenization:
                 path.unlink()
             return
         for pieces in token_documents(source.path, self._encoder.vocab_size):
-            self._add_pieces(((piece.astype(self._spool.dtype), None) for piece in pieces), str(source.path))
+            self._add_pieces(((piece.astype(self._store.dtype), None) for piece in pieces), str(source.path))
 
     def _decompressed(self, source: Source) -> Path:
         if not source.compression:
@@ -189,7 +189,7 @@ class Tokenization:
                 self._progress.advance(len(ids))
                 yield ids
 
-        self._spool.add_pieces(digested(), digest.value, place)
+        self._store.add_pieces(digested(), digest.value, place)
 
 
 def _processes(sources: Sequence[Source], num_workers: int) -> int:

@@ -41,7 +41,7 @@ def variables(context: CheckContext) -> list[Row]:
 
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of `environment`, sorted, with long values shortened and control characters escaped."""
+    """Variables of `environment` that matter, sorted, with long values shortened and control characters escaped."""
     wanted = (name for name in sorted(environment) if name in NAMES or name.startswith(PREFIXES))
     return {name: _shown(environment[name]) for name in wanted if not looks_secret(name)}
 

@@ -19,7 +19,7 @@ IN_USE = 0.1  # of a GPU's memory, before another program is to be thought of; a
 
 @dataclass(frozen=True)
 class Gpu:
-    """As nvidia-smi lists it. Memory in MiB; None where this GPU does not say."""
+    """A GPU as nvidia-smi lists it. Memory in MiB; None where this GPU does not say."""
 
     name: str
     total_mib: float | None

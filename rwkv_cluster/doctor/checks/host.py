@@ -41,7 +41,7 @@ def processors(context: CheckContext) -> list[Row]:
 
 
 def memory(context: CheckContext) -> list[Row]:
-    """Of the machine, and the limit of this process's control group where that is lower."""
+    """Memory of the machine, and the limit of this process's control group where that is lower."""
     facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total = int(facts["MemTotal"].split()[0]) * 1024
     limits = [int(text) for text in _control_group("memory.max", "memory/memory.limit_in_bytes") if text.isdigit()]

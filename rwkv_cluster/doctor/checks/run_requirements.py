@@ -16,7 +16,7 @@ from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, refused, warning
 from rwkv_cluster.errors import DataError, MissingDataError, RWKVClusterError
 from rwkv_cluster.runtime import rank_env
-from rwkv_cluster.workdir import WorkDir
+from rwkv_cluster.workdir import DATA_MANIFEST, WorkDir
 
 ELSEWHERE = "`rwkv-cluster launch CONFIG --doctor` looks there"
 
@@ -63,13 +63,13 @@ def _data(config: Config) -> str:
     """What data.inputs names is there and can be read, or prepared data is; prepared data is undamaged."""
     from rwkv_cluster.data.inputs.readers import refuse_by_name
     from rwkv_cluster.data.inputs.sources import find_sources
-    from rwkv_cluster.data.manifest import MANIFEST_NAME, load_manifest
+    from rwkv_cluster.data.manifest import load_manifest
     from rwkv_cluster.data.preparation.prepare import prepared_before
     from rwkv_cluster.data.verify import check_files
     from rwkv_cluster.tokenizer import build_tokenizer
 
     folder = WorkDir(config.work_dir).data
-    is_prepared = (folder / MANIFEST_NAME).exists()
+    is_prepared = (folder / DATA_MANIFEST).exists()
     if not config.data.inputs or is_prepared:
         manifest = load_manifest(folder)
         check_files(manifest, folder, manifest.run_files)

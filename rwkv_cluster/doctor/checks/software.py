@@ -26,7 +26,7 @@ def has_torch() -> bool:
 
 
 def versions(context: CheckContext) -> list[Row]:
-    """Of this package and of Python."""
+    """Versions of this package and of Python."""
     python = f"{platform.python_version()} on {platform.machine()} {platform.system()} {platform.release()}"
     return [ok("rwkv-cluster", __version__), ok("python", python)]
 
@@ -69,7 +69,7 @@ def compilers(context: CheckContext) -> list[Row]:
 
 
 def _torch_compile() -> list[Row]:
-    """Of a machine with GPUs, whether training.fused auto compiles."""
+    """Whether training.fused auto compiles on the GPUs of this machine."""
     if not has_torch():
         return []
     import torch

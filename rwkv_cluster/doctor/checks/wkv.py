@@ -14,7 +14,7 @@ INSTEAD = "The chunked PyTorch form serves instead, more slowly"
 
 
 def libraries(context: CheckContext) -> list[Row]:
-    """For the CPU, and for each kind of GPU."""
+    """Compiled WKV libraries of the CPU and of each kind of GPU."""
     from rwkv_cluster.kernels import loader
 
     found = {"WKV kernels, CPU": loader.cpu()}

@@ -23,7 +23,7 @@ from rwkv_cluster.runtime import rank_env
 
 
 def examined_together(own: list[Row], context: CheckContext, world_size: int) -> list[Row]:
-    """On rank 0 the rows of the whole job; on the others nothing, for rank 0 speaks for all.
+    """Rows of the whole job on rank 0; on the others nothing, for rank 0 speaks for all.
 
     own: what this rank has found. Raises LaunchError on a rank that cannot reach rank 0.
     """
@@ -69,7 +69,7 @@ def _alike(arrived: Mapping[int, dict[str, Any]], reports: Mapping[int, Report])
 
 
 def _clocks(times: Mapping[int, float], reports: Mapping[int, Report]) -> Row:
-    """Beside rank 0's: all looked at their clocks when it said who is present, which reaches them in milliseconds."""
+    """Clocks beside rank 0's. All looked at them when it said who is present, which reaches them in milliseconds."""
     skews = {rank: time_s - times[0] for rank, time_s in times.items()}
     worst = max(skews, key=lambda rank: abs(skews[rank]))
     if abs(skews[worst]) <= SKEW_S:

@@ -1,4 +1,4 @@
-"""Ranks tell each other what they found, through the store in which their launcher lets them meet.
+"""Gather check results on rank 0 through the launcher's TCPStore.
 
 It needs no process group: the table comes also where the network or NCCL does not work. Every wait has an end.
 """
@@ -31,7 +31,7 @@ class Meeting:
         self.patience_s = patience_s
 
     def gather(self, what: str, value: Any, of: Iterable[int]) -> dict[int, Any]:
-        """On rank 0 the `value` of each rank in `of` that says it in time; nothing on the others."""
+        """Collect on rank 0 the `value` of each rank in `of` that says it in time; nothing on the others."""
         with _reaching():
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
             if self.rank != 0:

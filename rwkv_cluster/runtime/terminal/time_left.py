@@ -41,7 +41,7 @@ class Countdown:
             self._line.close()
 
     def advance(self, amount: float) -> None:
-        """So much more is done."""
+        """Count `amount` more as done."""
         self._done += amount
         now = time.monotonic()
         if now < self._next or rank() != 0:
@@ -60,5 +60,5 @@ class Countdown:
 
 
 def bytes_left(what: str, n_bytes: int) -> Countdown:
-    """For work on so many bytes."""
+    """Progress of work on so many bytes."""
     return Countdown(what, n_bytes, "GB", 1e9) if n_bytes >= 1e9 else Countdown(what, n_bytes, "MB", 1e6)
