@@ -24,7 +24,7 @@ pytestmark = pytest.mark.system
 
 USER = 12345  # nobody in the image, nor here
 LOCKED_DOWN = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=64m")
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/container.md").read_text()
 
 
 @pytest.fixture(scope="module", params=["podman", pytest.param("docker", marks=pytest.mark.slow)])
@@ -149,7 +149,7 @@ print(json.dumps({
 
 
 def test_the_quickstart_stopped_continued_and_equal_to_the_run_outside(containers: Engine, tmp_path: Path) -> None:
-    """README's command as it is. Outside, the same recipe reads the data that the image prepared of its own Python."""
+    """The command of docs/container.md as it is. Outside, the same recipe reads what the image prepared."""
     inside, outside = _folder(tmp_path / "inside"), _folder(tmp_path / "outside")
     words = ("train", "configs/quickstart.yaml")
     first = Container(containers, inside.folder / "work", *words, options=("--name=first",))
@@ -173,7 +173,7 @@ def test_the_quickstart_stopped_continued_and_equal_to_the_run_outside(container
     assert ran.wait(timeout_s=600) == 0, ran.text
     assert inside.result() == outside.result()
     assert (inside.work.out / "rwkv-final.pth").read_bytes() == (outside.work.out / "rwkv-final.pth").read_bytes()
-    stated, tolerance = map(float, re.findall(r"ends there with a loss of (\d+\.\d+) ± (\d+\.\d+)", README)[0])
+    stated, tolerance = map(float, re.findall(r"ends there with a loss of (\d+\.\d+) ± (\d+\.\d+)", PAGE)[0])
     record = (inside.work.logs / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(record)["val_loss"] == pytest.approx(stated, abs=tolerance)
     assert {(path.stat().st_uid, path.stat().st_gid) for path in (inside.folder / "work").rglob("*")} == {(USER, USER)}
