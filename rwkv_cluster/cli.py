@@ -1,7 +1,7 @@
-"""The command line: argv -> one verb -> its result on stdout, and an exit code.
+"""The command line: argv -> one command -> its result on stdout, and an exit code.
 
 stdout is for results, stderr for people. An error of ours is one sentence and its exit code; any other
-exception keeps its traceback and says that it is a bug. Nothing heavy is imported before the verb is known.
+exception keeps its traceback and says that it is a bug. Nothing heavy is imported before the command is known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
+from rwkv_cluster.commands import COMMANDS
+from rwkv_cluster.commands.subcommand import Subcommand
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Interrupted, Preempted, RWKVClusterError
 from rwkv_cluster.runtime.exit_report import loses_exit_codes, redirect_output_to_rank_log, report_exit
 from rwkv_cluster.runtime.interrupt import listening
@@ -26,29 +28,7 @@ from rwkv_cluster.runtime.rank_env import die_with_launcher, message_prefix, ran
 from rwkv_cluster.runtime.terminal.console import log_to_stderr, print_result
 from rwkv_cluster.runtime.terminal.text_safety import visible
 
-VERBS: dict[str, str] = {
-    "prepare": "tokenize the data into WORK_DIR/data; needs no GPU",
-    "init": "write the initial weights, WORK_DIR/out/rwkv-init.pth",
-    "train": "prepare and initialise what is missing, then train; the same command again continues",
-    "launch": "start the run on its target: here, torchrun, deepspeed, a container or Slurm",
-    "status": "what a run is doing: who holds it, its step, losses, checkpoint, time left and launch",
-    "report": "one HTML page and pictures of what a run, or several, have done",
-    "logs": "what the newest launch of a work directory says",
-    "cancel": "end the newest launch of a work directory after a checkpoint",
-    "generate": "continue a text with a trained model",
-    "eval": "loss, perplexity and bits per byte on the validation file",
-    "consolidate": "write the weights of a checkpoint, by however many ranks it was saved, as one .pth",
-    "inspect": "architecture and sizes of an RWKV .pth file",
-    "config": "the resolved configuration, and where each value came from",
-    "plan": "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
-    "doctor": "what this machine or job has for training, and the first thing to fix",
-    "bench": "measure this machine: data, wkv, step or ddp",
-}
-CONFIG_VERBS = ("prepare", "init", "train", "launch", "eval", "consolidate", "config", "plan", "doctor")
-RANK_VERBS = ("prepare", "train", "doctor")  # that a launcher starts as ranks
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
-
-PROFILE_STEPS = 5  # of `train --profile` without a number
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE
@@ -79,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(error: Interrupted, argv: list[str]) -> tuple[int, str]:
-    """Exit code and sentence. A `train` that a signal has ended before its steps is preempted, like one in them."""
-    preempted = argv[:1] == ["train"] and not error.insisted
-    message = f"{error}. The same command again continues" if argv[:1] == ["train"] else str(error)
+    """Exit code and sentence. A run that a signal has ended before its steps is preempted, like one in them."""
+    command = _command(argv)
+    continues = command is not None and command.continues
+    preempted = continues and not error.insisted
+    message = f"{error}. The same command again continues" if continues else str(error)
     _complain(message)
     return (Preempted.exit_code if preempted else error.exit_code), message
 
@@ -104,7 +86,8 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
     """Exit code, and for an error of ours its sentence."""
     try:
         die_with_launcher()
-        if argv[:1] and argv[0] in RANK_VERBS:
+        command = _command(argv)
+        if command is not None and command.runs_on_ranks:
             redirect_output_to_rank_log()
         with log_to_stderr():
             return _run(argv), ""
@@ -131,35 +114,46 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         return 1, f"{type(error).__name__}: {error}"
 
 
+def _command(argv: Sequence[str]) -> Subcommand | None:
+    """The command that comes first in `argv`; None where something else does."""
+    return COMMANDS.get(argv[0]) if argv else None
+
+
 def _run(argv: list[str]) -> int:
-    verb = argv[0] if argv else ""
-    if verb and not verb.startswith("-") and verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        nearest = f"Nearest: {near[0]}" if near else f"Verbs: {', '.join(VERBS)}"
+    verb, command = argv[0] if argv else "", _command(argv)
+    if verb and not verb.startswith("-") and command is None:
+        near = difflib.get_close_matches(verb, COMMANDS, 1)
+        nearest = f"Nearest: {near[0]}" if near else f"Verbs: {', '.join(COMMANDS)}"
         raise ConfigError(f"'{verb}' is not a verb. {nearest}")
-    argv, overrides = split_overrides(argv) if verb in CONFIG_VERBS else (argv, [])
-    options, extra = build_parser().parse_known_args(argv)
+    overrides: list[str] = []
+    if command is not None and command.takes_config:
+        argv, overrides = split_overrides(argv)
+    options, extra = build_parser().parse_known_args(argv, argparse.Namespace(overrides=overrides))
     if options.version:
         from rwkv_cluster import __version__
 
         print_result(f"rwkv-cluster {__version__}")
         return 0
     if not options.verb:
-        raise ConfigError(f"no verb given. Verbs: {', '.join(VERBS)}; --help explains them")
-    if extra and options.verb != "bench":
-        raise ConfigError(_unknown_option(extra[0], options.verb))
-    if rank() > 0 and options.verb not in RANK_VERBS:
-        logging.getLogger("rwkv_cluster").info("%s is rank 0's alone: nothing to do here", options.verb)
-        return 0
-    from rwkv_cluster import commands
+        raise ConfigError(f"no verb given. Verbs: {', '.join(COMMANDS)}; --help explains them")
+    return _dispatch(COMMANDS[options.verb], options, extra)
 
-    report = commands.run(options, overrides, extra)
-    if rank() == 0 and (report.text or options.json):
-        text = visible(report.text.rstrip("\n"))
-        print_result(json.dumps(report.data, indent=2, default=str) if options.json else text)
-    if report.error is not None:
-        raise report.error
-    return report.code
+
+def _dispatch(command: Subcommand, options: argparse.Namespace, extra: list[str]) -> int:
+    """Run `command` and print its result. Returns the exit code."""
+    if extra and not command.takes_extra:
+        raise ConfigError(_unknown_option(extra[0], command))
+    if rank() > 0 and not command.runs_on_ranks:
+        logging.getLogger("rwkv_cluster").info("%s is rank 0's alone: nothing to do here", command.name)
+        return 0
+    options.extra = extra
+    result = command.run(options)
+    if rank() == 0 and (result.text or options.json):
+        text = visible(result.text.rstrip("\n"))
+        print_result(json.dumps(result.data, indent=2, default=str) if options.json else text)
+    if result.error is not None:
+        raise result.error
+    return result.code
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -188,7 +182,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of everything but overrides. Importing nothing heavy, it answers `--help` at once."""
+    """Parser of everything but overrides, made from the commands' rows."""
     codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="rwkv-cluster",
@@ -200,81 +194,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    by_verb = {
-        verb: subparsers.add_parser(verb, help=text, description=f"{text}.", allow_abbrev=False)
-        for verb, text in VERBS.items()
-    }
-    for verb, subparser in by_verb.items():
+    for command in COMMANDS.values():
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=f"{command.help}.", allow_abbrev=False
+        )
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
-        if verb in CONFIG_VERBS:
-            count = "?" if verb == "doctor" else None
+        if command.takes_config:
+            count = "?" if command.config == "optional" else None
             what = "YAML file, shipped recipe, or WORK_DIR"
             subparser.add_argument("config", metavar="CONFIG", nargs=count, help=what)
             subparser.epilog = "Any field may be set with --section.field=value."
-    plan = by_verb["plan"]
-    plan.add_argument("--ranks", metavar="N", help="instead of those that launch or training.devices give")
-    plan.add_argument("--gpu", metavar="NAME", help="its memory and peak, such as h100, a100-80gb or rtx-4090")
-    plan.add_argument("--gpu-memory-gb", metavar="G", help="say what fits into so many 10^9 bytes")
-    plan.add_argument("--tokens-per-s", metavar="X", help="speed of all ranks together")
-    plan.add_argument("--mfu", metavar="F", help="speed as a share of the peak, such as 0.4")
-    plan.add_argument("--peak-tflops", metavar="P", help="10^12 operations per second of one GPU, dense bf16")
-    launch = by_verb["launch"]
-    launch.add_argument("--target", metavar="T", help="instead of the file's launch.target")
-    launch.add_argument("--dry-run", action="store_true", help="print the script, start and write nothing")
-    launch.add_argument("--doctor", action="store_true", help="start `rwkv-cluster doctor` there instead of training")
-    for verb in ("status", "logs", "cancel"):
-        by_verb[verb].add_argument("work_dir", metavar="WORK_DIR", help="the directory of the run")
-    by_verb["status"].add_argument(
-        "--verify", action="store_true", help="read every byte of newest checkpoint and data"
-    )
-    by_verb["report"].add_argument("work_dirs", nargs="+", metavar="WORK_DIR", help="one, or several to compare")
-    by_verb["report"].add_argument("--output", metavar="DIR", help="default: WORK_DIR/report, of the first")
-    by_verb["logs"].add_argument("-f", "--follow", action="store_true", help="until the launch has ended")
-    by_verb["logs"].add_argument("--rank", type=int, metavar="N", help="only what this rank says")
-    by_verb["cancel"].add_argument("--now", action="store_true", help="without waiting for a checkpoint")
-    by_verb["train"].add_argument(
-        "--profile",
-        type=_profile_steps,
-        nargs="?",
-        const=PROFILE_STEPS,
-        metavar="STEPS",
-        help="see logging.profile_steps; default 5",
-    )
-    by_verb["init"].add_argument("--force", action="store_true", help="replace weights that exist")
-    by_verb["eval"].add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
-    by_verb["consolidate"].add_argument("--step", type=int, metavar="N", help="of the checkpoint; default the newest")
-    by_verb["inspect"].add_argument("path", metavar="PTH", help="an RWKV weights file")
-    generate = by_verb["generate"]
-    generate.add_argument("source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one")
-    generate.add_argument("--prompt", default="", help="text to continue")
-    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
-    generate.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
-    generate.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
-    generate.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
-    generate.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
-    by_verb["bench"].add_argument("what", metavar="{data,wkv,step,ddp}", choices=("data", "wkv", "step", "ddp"))
-    by_verb["bench"].epilog = "Further arguments go to the benchmark."
+        command.add_arguments(subparser)
     return parser
 
 
-def _profile_steps(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps. Write CONFIG before it") from None
-
-
-def _unknown_option(argument: str, verb: str) -> str:
+def _unknown_option(argument: str, command: Subcommand) -> str:
     name = argument.removeprefix("--").partition("=")[0]
-    if verb in CONFIG_VERBS and argument.startswith("--"):
+    if command.takes_config and argument.startswith("--"):
         from rwkv_cluster.config import Config
         from rwkv_cluster.config.field_types import unknown_field
 
         sentence = unknown_field(Config, "", name.replace("-", "_")).partition(". ")[2]
-        return f"{argument} is not an option of {verb}. {sentence}"
-    return f"{argument} is not an argument of {verb}. See rwkv-cluster {verb} --help"
+        return f"{argument} is not an option of {command.name}. {sentence}"
+    return f"{argument} is not an argument of {command.name}. See rwkv-cluster {command.name} --help"
 
 
 def _complain(message: str) -> None:

@@ -122,7 +122,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_train_that_has_not_begun_is_preempted_and_other_verbs_are_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rwkv_cluster.commands.find_config", lambda *_: send(signal.SIGTERM))
+    monkeypatch.setattr("rwkv_cluster.config.recipes.find_config", lambda *_: send(signal.SIGTERM))
     run_yaml = str(write_config(tmp_path / "run.yaml", tiny_config(tmp_path)))
     assert main(["train", run_yaml]) == 75
     assert capsys.readouterr().err == "rwkv-cluster: interrupted by SIGTERM. The same command again continues\n"

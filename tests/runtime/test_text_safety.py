@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -11,8 +12,9 @@ from types import ModuleType
 
 import pytest
 
-from rwkv_cluster import commands
 from rwkv_cluster.cli import main
+from rwkv_cluster.commands import COMMANDS
+from rwkv_cluster.commands.subcommand import Result
 from rwkv_cluster.config import Config, LoggingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.launch import submit
@@ -42,21 +44,21 @@ def test_what_commands_a_terminal_is_written_out(text: str, shown: str) -> None:
     assert visible(shown) == shown
 
 
-Answer = Callable[[commands.Report | Exception], None]
+Answer = Callable[[Result | Exception], None]
 
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
-    """Make every command answer so."""
+    """Make `status` answer so."""
 
-    def choose(result: commands.Report | Exception) -> None:
-        def run(*arguments: object) -> commands.Report:
-            commands.logger.warning("heard: %s", TITLE)
+    def choose(result: Result | Exception) -> None:
+        def run(options: object) -> Result:
+            logging.getLogger("rwkv_cluster").warning("heard: %s", TITLE)
             if isinstance(result, Exception):
                 raise result
             return result
 
-        monkeypatch.setattr(commands, "run", run)
+        monkeypatch.setitem(COMMANDS, "status", dataclasses.replace(COMMANDS["status"], run=run))
 
     return choose
 
@@ -64,7 +66,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
 def test_a_result_a_log_line_and_an_error_reach_the_person_visibly(
     answer: Answer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer(commands.Report(f"{TITLE}\n", {"text": TITLE}))
+    answer(Result(f"{TITLE}\n", {"text": TITLE}))
     assert main(["status", "w"]) == 0
     assert capsys.readouterr() == (f"{SHOWN}\n", f"heard: {SHOWN}\n")
     assert main(["status", "w", "--json"]) == 0

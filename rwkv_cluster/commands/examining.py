@@ -1,0 +1,126 @@
+"""inspect, config, plan, doctor and bench: what a file, a configuration or a machine is and can do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from rwkv_cluster.commands.loading import importing_torch, named_config, trusted_config
+from rwkv_cluster.commands.subcommand import Result, Subcommand
+from rwkv_cluster.errors import CheckpointError, ConfigError
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PTH", help="an RWKV weights file")
+
+
+def inspect(options: argparse.Namespace) -> Result:
+    """Architecture of a weights file. Raises CheckpointError where it is none."""
+    path = Path(options.path)
+    with importing_torch():
+        from rwkv_cluster.model.checkpoint_info import inspect_rwkv_checkpoint
+
+    facts = inspect_rwkv_checkpoint(path)
+    if "detection_error" in facts:
+        raise CheckpointError(f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}")
+    rows = {"file": facts["checkpoint_path"], "size": f"{facts['file_size_mb']:.1f} MB"}
+    facts["detected_config"].pop("ctx_len", None)  # a default: weights do not say what they were trained with
+    rows |= {"parameters": f"{facts['num_parameters']:,}"} | facts["detected_config"]
+    width = max(len(name) for name in rows)
+    return Result("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), facts)
+
+
+INSPECT = Subcommand("inspect", "architecture and sizes of an RWKV .pth file", inspect, _add_inspect_arguments)
+
+
+def config(options: argparse.Namespace) -> Result:
+    """The resolved configuration; as text it is a YAML file whose comments name the sources."""
+    from rwkv_cluster.config.loader import dump_yaml
+
+    resolved = named_config(options).resolved
+    data = {"config": resolved.config.model_dump(mode="json"), "sources": resolved.sources}
+    return Result(dump_yaml(resolved.config, resolved.sources), data)
+
+
+CONFIG = Subcommand(
+    "config",
+    "the resolved configuration, and where each value came from",
+    config,
+    config="required",
+)
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", metavar="N", help="instead of those that launch or training.devices give")
+    parser.add_argument("--gpu", metavar="NAME", help="its memory and peak, such as h100, a100-80gb or rtx-4090")
+    parser.add_argument("--gpu-memory-gb", metavar="G", help="say what fits into so many 10^9 bytes")
+    parser.add_argument("--tokens-per-s", metavar="X", help="speed of all ranks together")
+    parser.add_argument("--mfu", metavar="F", help="speed as a share of the peak, such as 0.4")
+    parser.add_argument("--peak-tflops", metavar="P", help="10^12 operations per second of one GPU, dense bf16")
+
+
+def plan(options: argparse.Namespace) -> Result:
+    """What the run will be, from the configuration alone."""
+    from rwkv_cluster.planning import formatting
+    from rwkv_cluster.planning.options import Assumptions
+    from rwkv_cluster.planning.run_plan import plan_run
+
+    config = trusted_config(options)
+    names = ("ranks", "tokens_per_s", "mfu", "peak_tflops", "gpu", "gpu_memory_gb")
+    assumptions = Assumptions.of(config, **{name: getattr(options, name) for name in names})
+    planned = plan_run(config, assumptions)
+    return Result(formatting.text(planned), formatting.data(planned))
+
+
+PLAN = Subcommand(
+    "plan",
+    "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
+    plan,
+    _add_plan_arguments,
+    config="required",
+)
+
+
+def doctor(options: argparse.Namespace) -> Result:
+    """What this machine, or the job that this rank is part of, has for training."""
+    if options.config is None and options.overrides:
+        raise ConfigError(f"{options.overrides[0]} is a field of a run. Name its CONFIG too")
+    config = None if options.config is None else trusted_config(options)
+    from rwkv_cluster.doctor import results
+    from rwkv_cluster.doctor.run_checks import examine
+
+    examination = examine(config)
+    problem = examination.problem
+    data = {
+        "problem": None if problem is None else str(problem),
+        "exit_code": 0 if problem is None else problem.exit_code,
+        "rows": results.data(examination.rows),
+    }
+    return Result(results.table(examination.rows), data, error=problem)
+
+
+DOCTOR = Subcommand(
+    "doctor",
+    "what this machine or job has for training, and the first thing to fix",
+    doctor,
+    config="optional",
+    runs_on_ranks=True,
+)
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="{data,wkv,step,ddp}", choices=("data", "wkv", "step", "ddp"))
+    parser.epilog = "Further arguments go to the benchmark."
+
+
+def bench(options: argparse.Namespace) -> Result:
+    """Run a benchmark with its own arguments."""
+    module = importlib.import_module(f"rwkv_cluster.bench.{options.what}")
+    result = module.run(list(options.extra))
+    return Result(module.format(result), result)
+
+
+BENCH = Subcommand(
+    "bench", "measure this machine: data, wkv, step or ddp", bench, _add_bench_arguments, takes_extra=True
+)

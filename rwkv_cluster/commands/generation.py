@@ -1,0 +1,93 @@
+"""generate: continue a text with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkv_cluster.commands.loading import importing_torch
+from rwkv_cluster.commands.subcommand import Result, Subcommand
+from rwkv_cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_cluster.config import TokenizerConfig
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="WORK_DIR_OR_PTH", help="a run's directory, or a weights file in one")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
+    parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
+    parser.add_argument("--tokenizer", metavar="TYPE", help="of a weights file outside a work directory")
+    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
+    parser.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
+
+
+def generate(options: argparse.Namespace) -> Result:
+    """Continue the prompt with the model in a work directory or .pth. Raises ConfigError for a bad option.
+
+    The file of --output takes the text as it is, with what would command a terminal.
+    """
+    tokenizer = _tokenizer(options.tokenizer, options.vocab_file)
+    _check(options)
+    with importing_torch():
+        from rwkv_cluster.train.sample import generate_text
+
+    text = generate_text(
+        Path(options.source),
+        options.prompt,
+        n_tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        tokenizer=tokenizer,
+    )
+    data = {"prompt": options.prompt, "text": text}
+    if not options.output:
+        return Result(text, data)
+    output = Path(options.output)
+    _write(output, text)
+    return Result(str(output), data)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse a number out of its range and a prompt that is no text. Raises ConfigError."""
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens is {options.tokens}, expected an integer >= 1")
+    if not 0 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature is {options.temperature:g}, expected a number >= 0")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p is {options.top_p:g}, expected a number > 0 and <= 1")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed is {options.seed}, expected an integer >= 0 and <= 2^63 - 1")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("--prompt is not UTF-8 text. Check the terminal's encoding") from error
+
+
+def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:
+    """The tokenizer that the command line names, or None where it names none. Raises ConfigError."""
+    from rwkv_cluster.config.loader import parse_config, yaml_text
+
+    if kind is None and vocab_file is None:
+        return None
+    overrides = [f"data.tokenizer.type={yaml_text(kind or 'generic')}"]
+    if vocab_file:
+        overrides.append(f"data.tokenizer.vocab_file={yaml_text(vocab_file)}")
+    return parse_config(b"work_dir: none", "command line", overrides).config.data.tokenizer
+
+
+def _write(output: Path, text: str) -> None:
+    from rwkv_cluster.workdir import atomic_write
+
+    try:
+        atomic_write(output.absolute(), text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror}. Name another file") from error
+
+
+GENERATE = Subcommand("generate", "continue a text with a trained model", generate, _add_generate_arguments)

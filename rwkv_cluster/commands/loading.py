@@ -1,0 +1,71 @@
+"""What most commands load first: the run's configuration, and torch in little time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rwkv_cluster.config import Config
+    from rwkv_cluster.config.recipes import FoundConfig
+
+logger = logging.getLogger("rwkv_cluster")
+
+
+def named_config(options: argparse.Namespace, overrides: Sequence[str] = ()) -> FoundConfig:
+    """Configuration that `options` name, with their overrides and then `overrides`. Raises ConfigError."""
+    from rwkv_cluster.config.recipes import find_config
+
+    found = find_config(options.config, [*options.overrides, *overrides])
+    if found.notice:
+        logger.info(found.notice)
+    return found
+
+
+def trusted_config(options: argparse.Namespace, overrides: Sequence[str] = ()) -> Config:
+    """Configuration of a command that may use the tokenizer, whose class is then the user's own choice.
+
+    Raises ConfigError.
+    """
+    found = named_config(options, overrides)
+    found.require_own_tokenizer()
+    return found.resolved.config
+
+
+@contextlib.contextmanager
+def importing_torch() -> Iterator[None]:
+    """Disable the garbage collector while torch and what comes with it are imported: saves a third of a short run.
+
+    The import makes no garbage. What it has loaded is kept out of later collections too, also of that at the end.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        with _without_matplotlib():
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
+def _without_matplotlib() -> Iterator[None]:
+    """Keep torchmetrics, which Lightning imports, from loading matplotlib wherever that is installed.
+
+    That takes a second, and fails without a home directory or by a notebook's MPLBACKEND.
+    """
+    from lightning_utilities.core.imports import RequirementCache
+
+    is_met = RequirementCache.__bool__
+    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and is_met(self)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RequirementCache.__bool__ = is_met  # type: ignore[method-assign]

@@ -1,0 +1,167 @@
+"""prepare, init, train, eval and consolidate: the data, weights and steps of a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rwkv_cluster.commands.loading import importing_torch, named_config, trusted_config
+from rwkv_cluster.commands.subcommand import Result, Subcommand
+from rwkv_cluster.runtime.rank_env import rank
+
+PROFILE_STEPS = 5  # of `train --profile` without a number
+
+
+def prepare(options: argparse.Namespace) -> Result:
+    """Tokenize the data into the work directory."""
+    config = trusted_config(options)
+    with importing_torch():
+        from rwkv_cluster.train.run import prepare_data
+
+    manifest = prepare_data(config)
+    amount = f"{manifest.n_tokens:,} tokens in {manifest.n_documents:,} documents ({manifest.dtype})"
+    return Result(f"{amount}, in {config.work_dir}/data", manifest.model_dump(mode="json"))
+
+
+PREPARE = Subcommand(
+    "prepare",
+    "tokenize the data into WORK_DIR/data; needs no GPU",
+    prepare,
+    config="required",
+    runs_on_ranks=True,
+)
+
+
+def _add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace weights that exist")
+
+
+def init(options: argparse.Namespace) -> Result:
+    """Write the initial weights."""
+    config = trusted_config(options)
+    with importing_torch():
+        from rwkv_cluster.train.run import initialize
+
+    path = initialize(config, force=options.force)
+    return Result(str(path), {"path": str(path)})
+
+
+INIT = Subcommand(
+    "init",
+    "write the initial weights, WORK_DIR/out/rwkv-init.pth",
+    init,
+    _add_init_arguments,
+    config="required",
+)
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        type=_profile_steps,
+        nargs="?",
+        const=PROFILE_STEPS,
+        metavar="STEPS",
+        help="see logging.profile_steps; default 5",
+    )
+
+
+def _profile_steps(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps. Write CONFIG before it") from None
+
+
+def train(options: argparse.Namespace) -> Result:
+    """Train to the end of the run, from wherever it stands."""
+    from rwkv_cluster.config.recipes import tokenizer_options
+    from rwkv_cluster.launch.command import Command
+    from rwkv_cluster.workdir import WorkDir
+
+    profile = [] if options.profile is None else [f"--logging.profile_steps={options.profile}"]
+    config = trusted_config(options, profile)
+    if rank() == 0:  # before torch is imported, which takes seconds
+        WorkDir(config.work_dir).require_free()
+    with importing_torch():
+        from rwkv_cluster.train.run import train as train_run
+
+    result = train_run(config)
+    state = "already complete" if result.already_complete else "done"
+    early = " (early: the validation loss did not improve any more)" if result.ended_early else ""
+    lines = [f"{state}: step {result.step:,} of {result.total_steps:,}{early}, {result.tokens_seen:,} tokens"]
+    losses = {"training loss": result.loss, "validation loss": result.val_loss}
+    lines += [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if result.sample:
+        lines.append(f"\nsample:\n{result.sample}\n")
+    tokenizer = tokenizer_options(config.data.tokenizer)
+    generate = Command(("rwkv-cluster", "generate", config.work_dir, "--prompt", "some text", *tokenizer))
+    lines += [
+        f"weights    {result.final_path}",
+        f"everything {config.work_dir}",
+        f"next       {generate.shell()}",
+    ]
+    return Result("\n".join(lines), dataclasses.asdict(result))
+
+
+TRAIN = Subcommand(
+    "train",
+    "prepare and initialise what is missing, then train; the same command again continues",
+    train,
+    _add_train_arguments,
+    config="required",
+    runs_on_ranks=True,
+    continues=True,
+)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
+
+
+def evaluate(options: argparse.Namespace) -> Result:
+    """Loss, perplexity and, for text, bits per byte on the validation file."""
+    config = trusted_config(options)
+    with importing_torch():
+        from rwkv_cluster.train.evaluate import evaluate_run
+
+    result = evaluate_run(config, Path(options.weights) if options.weights else None)
+    bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
+    text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}{bits}, {result.n_tokens:,} tokens"
+    derived = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    return Result(text, dataclasses.asdict(result) | derived)
+
+
+EVAL = Subcommand(
+    "eval",
+    "loss, perplexity and bits per byte on the validation file",
+    evaluate,
+    _add_eval_arguments,
+    config="required",
+)
+
+
+def _add_consolidate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default the newest")
+
+
+def consolidate(options: argparse.Namespace) -> Result:
+    """One weights file, in the training precision, of a checkpoint. Uses no tokenizer."""
+    config = named_config(options).resolved.config
+    with importing_torch():
+        from rwkv_cluster.train.checkpoint import weights
+        from rwkv_cluster.train.parallel.precision import DTYPES
+    from rwkv_cluster.workdir import WorkDir
+
+    path = weights.consolidate(WorkDir(config.work_dir), step=options.step, dtype=DTYPES[config.training.precision])
+    return Result(str(path), {"path": str(path)})
+
+
+CONSOLIDATE = Subcommand(
+    "consolidate",
+    "write the weights of a checkpoint, by however many ranks it was saved, as one .pth",
+    consolidate,
+    _add_consolidate_arguments,
+    config="required",
+)
