@@ -15,8 +15,7 @@ from rwkv_cluster.runtime.terminal.console import print_result
 from rwkv_cluster.runtime.terminal.text_safety import visible
 
 if TYPE_CHECKING:
-    from rwkv_cluster.launch.plan import Plan
-    from rwkv_cluster.launch.submit import Launched
+    from rwkv_cluster.launch.launchers.launcher import Launched, Plan
 
 CANCEL_GRACE_S = 120.0  # for a checkpoint
 

@@ -15,7 +15,7 @@ from rwkv_cluster.config.section import Section, path_text
 from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
 Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
-BATCH_TARGETS = ("slurm", "sbatch")
+SWEEP_TARGETS = ("slurm", "sbatch")  # that have job arrays
 Runtime = Literal["none", "docker", "podman", "apptainer", "pyxis"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -271,7 +271,7 @@ class LaunchConfig(Section):
                 "target is slurm with container.runtime pyxis, whose container would hold submitit and could not queue "
                 "the job again. Use target sbatch"
             )
-        if self.sweep and not self.is_batch:
+        if self.sweep and self.target not in SWEEP_TARGETS:
             raise ValueError(f"target is {self.target}, but sweep makes a job array. Use target slurm or sbatch")
         needs_endpoint = self.target in ("torchrun", "docker", "podman") and self.num_nodes > 1
         if needs_endpoint and not self.rdzv_endpoint:
@@ -291,11 +291,6 @@ class LaunchConfig(Section):
                     "files and command lines. Set them on each machine, or use target torchrun"
                 )
         return self
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether Slurm runs it."""
-        return self.target in BATCH_TARGETS
 
 
 def looks_secret(name: str) -> bool:

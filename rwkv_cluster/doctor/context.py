@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.launch.launchers import LAUNCHERS
 from rwkv_cluster.runtime import rank_env
 from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE
 from rwkv_cluster.workdir import WorkDir
@@ -36,4 +37,4 @@ class CheckContext:
     @property
     def runs_here(self) -> bool:
         """Whether the ranks run where this process does, and not where a container engine or Slurm puts them."""
-        return self.is_inside or self.config is None or self.config.launch.target in ("local", "torchrun", "deepspeed")
+        return self.is_inside or self.config is None or LAUNCHERS[self.config.launch.target].runs_here

@@ -18,6 +18,8 @@ from tiny_run import tiny_config, write_config
 from rwkv_cluster import cli
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch import jobs
+from rwkv_cluster.launch.launchers import LAUNCHERS
+from rwkv_cluster.launch.launchers.slurm import Slurm
 from rwkv_cluster.runtime.heartbeat import this_process
 
 
@@ -109,7 +111,7 @@ def test_what_a_user_writes_is_no_state_of_a_job(reason: str, tmp_path: Path, mo
 
 def test_a_job_that_goes_on_is_not_called_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slurm_that_says(tmp_path, monkeypatch, "echo 'N/A|COMPLETING|0|0|1:00|node1|None|'")
-    monkeypatch.setattr(jobs, "END_S", 0.0)
+    monkeypatch.setitem(LAUNCHERS, "sbatch", Slurm(end_s=0.0))
     with pytest.raises(LaunchError, match="it is COMPLETING still"):
         jobs.cancel(folder, grace_s=0)
     assert "scancel 7" in (tmp_path / "calls").read_text()

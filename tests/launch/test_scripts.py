@@ -16,7 +16,8 @@ import pytest
 from launch_stubs import install, run_script
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.launch.plan import Plan, plan
+from rwkv_cluster.launch.launchers.launcher import Plan
+from rwkv_cluster.launch.plan import plan
 from rwkv_cluster.launch.submit import submit
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"

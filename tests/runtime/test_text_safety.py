@@ -19,7 +19,7 @@ from rwkv_cluster.config import Config, LoggingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.launch import submit
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.launch.plan import Plan
+from rwkv_cluster.launch.launchers.launcher import Plan
 from rwkv_cluster.runtime.terminal.text_safety import visible
 from rwkv_cluster.train.metrics.console_log import log_file
 

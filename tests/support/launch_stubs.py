@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_cluster.launch.plan import Plan
+from rwkv_cluster.launch.launchers.launcher import Plan
 
 PROGRAMS = (
     "sbatch",

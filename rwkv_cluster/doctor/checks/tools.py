@@ -10,6 +10,7 @@ from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, problem, warning
 from rwkv_cluster.doctor.subprocesses import output_of
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.launchers import LAUNCHERS
 from rwkv_cluster.runtime import rank_env
 
 ENGINES = ("docker", "podman", "apptainer", "enroot")
@@ -35,28 +36,26 @@ def slurm(context: CheckContext) -> list[Row]:
 def containers(context: CheckContext) -> list[Row]:
     """Versions of the engines that are here."""
     versions = {engine: output_of(engine, "version" if engine == "enroot" else "--version") for engine in ENGINES}
-    found = [f"{name} {_number(text)}" for name, text in versions.items() if text]
-    return [ok("container engines", ", ".join(found)) if found else note("container engines", "none is here")]
+    engines = [f"{name} {_number(text)}" for name, text in versions.items() if text]
+    return [ok("container engines", ", ".join(engines)) if engines else note("container engines", "none is here")]
 
 
 def launch_tools(context: CheckContext) -> list[Row]:
-    """What `rwkv-cluster launch` needs on this machine; nothing inside what it has started."""
+    """Programs that `rwkv-cluster launch` needs on this machine; nothing inside what it has started."""
     config = context.config
     if config is None or context.is_inside:
         return []
-    launch = config.launch
-    asked = {"docker": ("docker", "version"), "podman": ("podman", "version"), "deepspeed": ("pdsh", "-V")}
-    if launch.target in ("local", "torchrun") or (launch.target == "deepspeed" and launch.num_nodes == 1):
-        return []
-    command = asked.get(launch.target, ("sbatch", "--version"))
-    if output_of(*command) is None:
-        text = f"launch.target is {launch.target}, but `{' '.join(command)}` does not work here"
-        remedy = "Launch on a machine where it does, or with another launch.target"
-        return [problem("launch", text, remedy, LaunchError)]
-    if launch.is_batch and launch.container.runtime == "pyxis" and not _has_pyxis():
-        text = "launch.container.runtime is pyxis, but srun here has no --container-image"
-        return [problem("launch", text, "Use apptainer, podman or docker, or ask for pyxis", LaunchError)]
-    return [ok("launch", f"launch.target {launch.target} finds {command[0]}")]
+    target = config.launch.target
+    tools = LAUNCHERS[target].tools(config)
+    for tool in tools:
+        output = output_of(*tool.argv)
+        if tool.output and tool.output not in (output or ""):
+            return [problem("launch", *tool.fault, LaunchError)]
+        if output is None:
+            text = f"launch.target is {target}, but `{' '.join(tool.argv)}` does not work here"
+            remedy = "Launch on a machine where it does, or with another launch.target"
+            return [problem("launch", text, remedy, LaunchError)]
+    return [ok("launch", f"launch.target {target} finds {tools[0].argv[0]}")] if tools else []
 
 
 def _has_pyxis() -> bool:
@@ -64,5 +63,5 @@ def _has_pyxis() -> bool:
 
 
 def _number(text: str) -> str:
-    found = re.search(r"\d+(\.\d+)+", text)
-    return found[0] if found else text.splitlines()[0]
+    number = re.search(r"\d+(\.\d+)+", text)
+    return number[0] if number else text.splitlines()[0]

@@ -19,28 +19,29 @@ PASSED = (
 
 def mounts(config: Config, cwd: str) -> list[tuple[str, str, str]]:
     """(host, container, ro or rw). The work directory comes last, because it may lie in the current one."""
-    found = [(cwd, cwd, "ro")]
+    places = [(cwd, cwd, "ro")]
     for mount in config.launch.container.mounts:
         host, *rest = mount.split(":")
-        found.append((host, rest[0] if rest else host, rest[1] if len(rest) > 1 else "rw"))
-    found.append((config.work_dir, config.work_dir, "rw"))
-    for host, _, _ in found:
+        places.append((host, rest[0] if rest else host, rest[1] if len(rest) > 1 else "rw"))
+    places.append((config.work_dir, config.work_dir, "rw"))
+    for host, _, _ in places:
         if ":" in host or "," in host or "\\" in host:
             raise LaunchError(f"{host} cannot be mounted in a container: its name has a colon, comma or backslash")
-    return found
+    return places
 
 
-def wrap(config: Config, inner: Command, cwd: str) -> Command:
-    """`inner` as docker, podman or apptainer run it."""
-    launch = config.launch
-    runtime = launch.target if launch.target in ("docker", "podman") else launch.container.runtime
-    if runtime == "apptainer":
+def wrap(config: Config, inner: Command, cwd: str, engine: str, *, has_id_file: bool = False) -> Command:
+    """`inner` as `engine` runs it: docker, podman or apptainer; pyxis, an option of srun, adds nothing.
+
+    has_id_file: whether the container is launched by itself and cancelled by its id. Under Slurm it ends with the step.
+    """
+    if engine == "apptainer":
         return _apptainer(config, inner, cwd)
-    return _docker(config, inner, cwd, runtime) if runtime in ("docker", "podman") else inner
+    return _docker(config, inner, cwd, engine, has_id_file) if engine in ("docker", "podman") else inner
 
 
 def srun_options(config: Config, cwd: str) -> tuple[str, ...]:
-    """What pyxis adds to srun."""
+    """Options that pyxis adds to srun."""
     container = config.launch.container
     if container.runtime != "pyxis":
         return ()
@@ -56,25 +57,25 @@ def _apptainer(config: Config, inner: Command, cwd: str) -> Command:
     return Command(("apptainer", "exec", *gpus, *binds, *container.extra_args, str(container.image), *inner.argv))
 
 
-def _docker(config: Config, inner: Command, cwd: str, runtime: str) -> Command:
-    """As the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
+def _docker(config: Config, inner: Command, cwd: str, engine: str, has_id_file: bool) -> Command:
+    """Run as the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
     launch, container = config.launch, config.launch.container
     options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}"]
     if launch.gpus_per_node:  # a user's podman may not raise limits: it passes on what the user has
-        raises = runtime == "docker" or os.getuid() == 0
+        raises = engine == "docker" or os.getuid() == 0
         options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"] if raises else ["--ulimit=host"]
-    if launch.target == runtime:  # cancelled by its id; under Slurm it ends with the step
+    if has_id_file:
         options += [f"--cidfile={CONTAINER_ID_FILE}"]
     if launch.gpus_per_node:
-        options += ["--gpus=all"] if runtime == "docker" else ["--device=nvidia.com/gpu=all"]
-    if launch.num_nodes > 1 or launch.target != runtime:
+        options += ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
+    if launch.num_nodes > 1 or not has_id_file:
         options += ["--network=host", "--ipc=host"]
         options.remove(f"--shm-size={container.shm_size}")  # the host's
     if container.user == "caller":
         who = f"--user={os.getuid()}:{os.getgid()}"
-        keeps_id = runtime == "podman" and os.getuid() != 0  # root's podman maps no ids and refuses the option
+        keeps_id = engine == "podman" and os.getuid() != 0  # root's podman maps no ids and refuses the option
         options += ["--userns=keep-id"] if keeps_id else [who, "--env=HOME=/tmp"]
     options += [f"--volume={':'.join(mount)}" for mount in mounts(config, cwd)]
-    passed = PASSED if launch.target != runtime else PASSED[:1]
+    passed = PASSED[:1] if has_id_file else PASSED
     options += [f"--env={name}" for name in (*passed, *launch.env, *launch.pass_env)]
-    return Command((runtime, *options, *container.extra_args, str(container.image), *inner.argv))
+    return Command((engine, *options, *container.extra_args, str(container.image), *inner.argv))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.launch import container
 from rwkv_cluster.launch.command import Command
-from rwkv_cluster.launch.launchers import python, ranks_per_node, start
-from rwkv_cluster.launch.local import CONFIG, HEAD, environment
+from rwkv_cluster.launch.launchers import container
+from rwkv_cluster.launch.launchers.rank_command import interpreter, ranks_per_node, slurm_rank, slurm_torchrun
+from rwkv_cluster.launch.launchers.script import CONFIG, HEAD, environment
 
 # The trainer needs these of the caller's environment; all other variables stay behind, unless launch.pass_env says so.
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
@@ -89,11 +89,11 @@ exec bash SCRIPT >> LOG 2>&1
 """
 
 
-def batch_script(config: Config, cwd: str, verb: str) -> str:
+def batch_script(config: Config, cwd: str, verb: str, *, through_submitit: bool) -> str:
     """Script for sbatch: a step with the agent on each node; the same job again after a preemption.
 
-    With target slurm, submitit starts the agent and queues the job again; what it leaves undone the script does.
     verb: what the ranks run, train or, without submitit, doctor.
+    through_submitit: submitit starts the agent and queues the job again; what it leaves undone the script does.
     """
     launch = config.launch
     tasks = ranks_per_node(config) if launch.task_per == "rank" else 1
@@ -114,7 +114,7 @@ def batch_script(config: Config, cwd: str, verb: str) -> str:
     again = launch.requeue or launch.exclude_bad_nodes
     exclude = Command((f"{launch.exclude},",)).shell() if launch.exclude else ""
     follow = FOLLOW.replace("EXCLUDE", exclude).replace("LIMIT", str(launch.max_requeues))
-    if launch.target == "slurm":
+    if through_submitit:
         task, what = Command((sys.executable, "-u", "-m", "submitit.core._submit")), ' "$PWD"'
     else:
         task, what = node_command(config, cwd), f" {verb} {CONFIG}"
@@ -128,27 +128,28 @@ def batch_script(config: Config, cwd: str, verb: str) -> str:
         'echo "rwkv-cluster: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"',
     ]
     head = CHECK_NODES.replace("SRUN", check.shell()) + (follow if again else "")
-    train = (SUBMITIT if launch.target == "slurm" else "") + f"check_nodes && {srun.shell()}{what}\n"
+    train = (SUBMITIT if through_submitit else "") + f"check_nodes && {srun.shell()}{what}\n"
     end = AFTER_TRAINING + (LEAVE_OUT if launch.exclude_bad_nodes else "") + END
     return "\n".join(lines) + "\n" + head + train + end + (REQUEUE if launch.requeue else "exit 75\n")
 
 
 def prepare_script(config: Config, cwd: str) -> str:
     """Script for sbatch that prepares the data, without GPUs."""
-    wanted = config.launch.prepare
+    prepare = config.launch.prepare
     options = {
         "job-name": f"{config.launch.name}-data",
         "nodes": 1,
         "ntasks": 1,
-        "cpus-per-task": wanted.cpus,
-        "mem": wanted.mem,
-        "time": wanted.time,
-        "partition": wanted.partition or config.launch.partition,
+        "cpus-per-task": prepare.cpus,
+        "mem": prepare.mem,
+        "time": prepare.time,
+        "partition": prepare.partition or config.launch.partition,
     }
-    agent = (python(config), "-m", "rwkv_cluster.launch.agent", "--cwd", cwd, "--")
-    inner = Command((*agent, python(config), "-m", "rwkv_cluster"))
+    engine = config.launch.container.runtime
+    python = interpreter(config, engine)
+    inner = Command((python, "-m", "rwkv_cluster.launch.agent", "--cwd", cwd, "--", python, "-m", "rwkv_cluster"))
     pyxis = container.srun_options(config, cwd)
-    srun = Command(("srun", "--ntasks=1", "--export=ALL", *pyxis, *container.wrap(config, inner, cwd).argv))
+    srun = Command(("srun", "--ntasks=1", "--export=ALL", *pyxis, *container.wrap(config, inner, cwd, engine).argv))
     return "\n".join([*_directives(config, options, "prepare.log"), f"exec {srun.shell()} prepare {CONFIG}"]) + "\n"
 
 
@@ -157,22 +158,24 @@ def array_script(config: Config, script: str, name: str, n_runs: int) -> str:
 
     script: text of that script, whose resources every task has. Line N of the file `members` is the directory of run N.
     """
-    kept = [line for line in script.splitlines() if line.startswith("#SBATCH ") and "#SBATCH --output=" not in line]
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH ") and "#SBATCH --output=" not in line]
     at_once = f"%{config.launch.sweep_at_once}" if config.launch.sweep_at_once else ""
     log = name.replace(".sh", ".log")
     own = [f"#SBATCH --array=0-{n_runs - 1}{at_once}", f"#SBATCH --output=sweep-%a-{log}"]
-    return "\n".join(["#!/bin/bash", *kept, *own, HEAD]) + "\n" + MEMBER.replace("SCRIPT", name).replace("LOG", log)
+    return "\n".join(["#!/bin/bash", *lines, *own, HEAD]) + "\n" + MEMBER.replace("SCRIPT", name).replace("LOG", log)
 
 
 def node_command(config: Config, cwd: str) -> Command:
     """What runs on each node, in its container, up to the trainer's verb."""
-    return container.wrap(config, start(config, cwd), cwd)
+    engine = config.launch.container.runtime
+    start = slurm_rank if config.launch.task_per == "rank" else slurm_torchrun
+    return container.wrap(config, start(config, interpreter(config, engine), cwd), cwd, engine)
 
 
 def srun_options(config: Config, cwd: str) -> tuple[str, ...]:
-    """A rank that fails ends the step, at the latest a minute later; each node has its log, which goes on."""
-    kept = ("--kill-on-bad-exit=1", "--wait=60", "--export=ALL", "--open-mode=append", "--output=node-%n.log")
-    return (*kept, *container.srun_options(config, cwd))
+    """Options by which a rank that fails ends the step within a minute, and each node has its log, which goes on."""
+    own = ("--kill-on-bad-exit=1", "--wait=60", "--export=ALL", "--open-mode=append", "--output=node-%n.log")
+    return (*own, *container.srun_options(config, cwd))
 
 
 def _directives(config: Config, options: dict[str, object], log: str) -> list[str]:
@@ -188,6 +191,6 @@ def _directives(config: Config, options: dict[str, object], log: str) -> list[st
         "export": ",".join([*KEPT, "SLURM_CONF", *launch.pass_env]),
         **launch.slurm_parameters,
     }
-    given = [f"#SBATCH --{name}={value}" for name, value in (options | common).items() if value is not None]
+    directives = [f"#SBATCH --{name}={value}" for name, value in (options | common).items() if value is not None]
     requeue = "#SBATCH --requeue" if launch.requeue else "#SBATCH --no-requeue"
-    return ["#!/bin/bash", *given, requeue, HEAD, "set -u", *environment(config)]
+    return ["#!/bin/bash", *directives, requeue, HEAD, "set -u", *environment(config)]
