@@ -20,12 +20,10 @@ from torch import Tensor
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.signatures import Problem
+from rwkv_cluster.kernels.sizes import CPU_LARGEST_HEAD_SIZE, CUDA_HEAD_SIZE, STEPS_BETWEEN_STATES
 
-STEPS_BETWEEN_STATES = 16
 EXACT, TENSOR_CORES = 0, 1
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGEST_CPU_SIZE = 128
-CUDA_SIZE = 64
 ALIGNMENT = 16
 """Bytes: the CUDA kernels' pieces."""
 
@@ -77,10 +75,10 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
         return f"The compiled WKV kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
     if where.type not in ("cpu", "cuda"):
         return f'The compiled WKV kernels run on "cpu" and "cuda", not on "{where.type}".'
-    if where.type == "cpu" and size > LARGEST_CPU_SIZE:
-        return f"The compiled CPU kernels have head sizes up to {LARGEST_CPU_SIZE}, not {size}."
-    if where.type == "cuda" and size != CUDA_SIZE:
-        return f"The compiled CUDA kernels have head size {CUDA_SIZE}, not {size}."
+    if where.type == "cpu" and size > CPU_LARGEST_HEAD_SIZE:
+        return f"The compiled CPU kernels have head sizes up to {CPU_LARGEST_HEAD_SIZE}, not {size}."
+    if where.type == "cuda" and size != CUDA_HEAD_SIZE:
+        return f"The compiled CUDA kernels have head size {CUDA_HEAD_SIZE}, not {size}."
     found = _find(where)
     return found.reason if isinstance(found, loader.Missing) else None
 

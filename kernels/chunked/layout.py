@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rwkv_cluster.kernels.reference import compute_dtype
-
-SEGMENT_BYTES = 1 << 18
-"""Target size of one tensor of a segment. About twenty are alive at a time; measured best of 2^17 to 2^22."""
+from rwkv_cluster.kernels.sizes import SEGMENT_BYTES
 
 
 def segments(x: Tensor, chunk: int) -> list[slice]:

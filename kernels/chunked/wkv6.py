@@ -36,8 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import initial_state
+from rwkv_cluster.kernels.sizes import CHUNK
 
-CHUNK = 16
 LEAF = 8
 MIN_LOG_DECAY = -1e4
 """exp of it is 0 in every dtype, and sums of it stay finite."""

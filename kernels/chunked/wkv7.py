@@ -32,8 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
-
-CHUNK = 16
+from rwkv_cluster.kernels.sizes import CHUNK
 
 
 def wkv7(

@@ -1,4 +1,4 @@
-"""The passes of `fused` in the CPU library: autograd functions over csrc/fused.h, fp32 arithmetic within each pass.
+"""The passes of `fused.ops` in the CPU library: autograd functions over csrc/fused.h, fp32 arithmetic within each pass.
 
 Gradients of parameters are summed over fixed blocks of rows in a fixed order: no number of threads changes them.
 
@@ -19,32 +19,31 @@ from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.native import IO
 from rwkv_cluster.kernels.signatures import Rows
+from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE
 
 ROWS_IN_BLOCK = 64
-MULTIPLE = 16
-"""What width and head size must be multiples of."""
 
 
 def serves(x: Tensor, size: int) -> bool:
     """Whether there is a library here that takes x [..,C] with head size `size`."""
-    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % MULTIPLE == 0 and size % MULTIPLE == 0
+    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % FUSED_MULTIPLE == 0 and size % FUSED_MULTIPLE == 0
     return fits and isinstance(loader.cpu(), loader.Library)
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """See `fused.mix`."""
+    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements."""
     result: tuple[Tensor, ...] = _Mix.apply(x.contiguous(), torch.stack([_parameter(m, x) for m in mixes]))
     return result
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """See `fused.squared_relu`."""
+    """relu(x)^2; x [B,T,C]."""
     result: Tensor = _SquaredRelu.apply(x.contiguous())
     return result
 
 
 def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.prepare_keys`."""
+    """RWKV-7's key preparation of k, a [B,T,C] with k_k, k_a of C elements and head size `size`: three [B,T,C]."""
     parameters = _parameter(k_k, k), _parameter(k_a, k)
     result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(k.contiguous(), a.contiguous(), *parameters, size)
     return result
@@ -53,7 +52,7 @@ def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> t
 def gated_readout(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """See `fused.gated_readout`."""
+    """RWKV-7's reading: y, r, k, v [B,T,H,N], gate [B,T,C], r_k [H,N], weight and bias [C] -> [B,T,C]."""
     tensors = (x.contiguous() for x in (y, r, k, v, gate))
     result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
     return result
@@ -64,7 +63,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, mixes)
         outputs = tuple(torch.empty_like(x) for _ in mixes)
-        _call("rwkv_mix_forward", x, MULTIPLE, len(mixes), x, mixes, _addresses(outputs))
+        _call("rwkv_mix_forward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(outputs))
         return outputs
 
     @staticmethod
@@ -73,7 +72,7 @@ class _Mix(torch.autograd.Function):
         x, mixes = ctx.saved_tensors
         doutputs = tuple(g.contiguous() for g in doutputs)
         dx, dmixes = torch.empty_like(x), _partial(x, *mixes.shape)
-        _call("rwkv_mix_backward", x, MULTIPLE, len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
+        _call("rwkv_mix_backward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
         return dx, dmixes.sum(0)
 
 
@@ -82,7 +81,7 @@ class _SquaredRelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         y = torch.empty_like(x)
-        _call("rwkv_squared_relu_forward", x, MULTIPLE, x, y)
+        _call("rwkv_squared_relu_forward", x, FUSED_MULTIPLE, x, y)
         return y
 
     @staticmethod
@@ -90,7 +89,7 @@ class _SquaredRelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _call("rwkv_squared_relu_backward", x, MULTIPLE, x, dy.contiguous(), dx)
+        _call("rwkv_squared_relu_backward", x, FUSED_MULTIPLE, x, dy.contiguous(), dx)
         return dx
 
 
@@ -108,8 +107,8 @@ class _Keys(torch.autograd.Function):
     def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
         k, a, k_k, k_a = ctx.saved_tensors
         grads = torch.empty_like(k), torch.empty_like(a), _partial(k, len(k_k)), _partial(k, len(k_a))
-        given = (g.contiguous() for g in doutputs)
-        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *given, *grads)
+        contiguous = (g.contiguous() for g in doutputs)
+        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *contiguous, *grads)
         return *grads[:2], grads[2].sum(0), grads[3].sum(0), None
 
 

@@ -1,7 +1,7 @@
 """What a block computes beside its matrix products and WKV, in few passes over memory: three forms and their choice.
 
-    plain     PyTorch's operators one by one (`plain`): the definition
-    native    the CPU library (`fused_cpu`), for float32, bfloat16, float16 and widths that are multiples of 16
+    plain     PyTorch's operators one by one (`fused.reference`): the definition
+    native    the CPU library (`fused.cpu`), for float32, bfloat16, float16 and widths that are multiples of 16
     compile   the plain form under torch.compile, which needs Triton, a C compiler and Python's headers on a GPU, and a
               C++ compiler on a CPU
     auto      native on a CPU where it serves; compile on a GPU with what it needs, in training; else plain
@@ -39,11 +39,11 @@ VARIANTS = 256
 def require(choice: str, device_type: str) -> None:
     """Raise KernelError for a choice that `device_type` ("cpu" or "cuda") cannot have here."""
     if choice == "native":
-        found = loader.cpu()
+        library = loader.cpu()
         if device_type != "cpu":
             raise KernelError('training.fused "native" is for CPUs, and this run is on a GPU; "auto" takes what fits.')
-        if isinstance(found, loader.Missing):
-            raise KernelError(f'{found.reason} training.fused "native" needs them; "auto" takes what there is.')
+        if isinstance(library, loader.Missing):
+            raise KernelError(f'{library.reason} training.fused "native" needs them; "auto" takes what there is.')
     if choice == "compile" and (missing := missing_for_compile(device_type)):
         raise KernelError(f'training.fused "compile" needs {missing}, which is not here; "auto" takes what there is.')
 

@@ -1,4 +1,4 @@
-"""What a block computes beside its matrix products and WKV, in plain PyTorch: the definition of `fused`.
+"""What a block computes beside its matrix products and WKV, in plain PyTorch: the definition of `fused.ops`.
 
 Legend: B batch, T time, H heads, N head size, C = H N.
 """
@@ -18,23 +18,26 @@ HEAD_NORM_EPS = 64e-5  # RWKV-LM: 1e-5 on y / 8, which is 64e-5 on y
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """See `fused.mix`."""
+    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements."""
     return blend(x, F.pad(x, (0, 0, 1, -1)) - x, mixes)
 
 
 def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """See `fused.blend`."""
+    """x + delta * m for each m of `mixes`; all [B,T,C]."""
     return tuple(torch.addcmul(x, delta, m.to(x.dtype)) for m in mixes)
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """See `fused.squared_relu`."""
+    """relu(x)^2; x [B,T,C]."""
     result: Tensor = _SquaredRelu.apply(x)
     return result
 
 
 def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.prepare_keys`."""
+    """k (1 + (a - 1) k_a), -kappa, kappa a, with kappa the per-head unit vector along k k_k.
+
+    k, a: [B,T,C]; k_k, k_a: C elements; size: N. All results [B,T,C].
+    """
     q = (k * k_k.to(k.dtype)).unflatten(-1, (-1, size))
     accurate = torch.promote_types(q.dtype, torch.float32)
     kappa = F.normalize(q.to(accurate), dim=-1, eps=KAPPA_EPS).to(k.dtype).flatten(-2)
@@ -54,7 +57,10 @@ def head_norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def gated_readout(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """See `fused.gated_readout`."""
+    """(head norm of y, with weight and bias, + (r . (k r_k)) v) * gate: RWKV-7's reading of WKV's output.
+
+    y, r, k, v: [B,T,H,N]; gate [B,T,C]; r_k [H,N]; weight, bias [C]. Returns [B,T,C].
+    """
     z = head_norm(y, weight, bias)
     accurate = torch.promote_types(r.dtype, torch.float32)
     bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True, dtype=accurate)  # [B,T,H,1]
@@ -62,7 +68,7 @@ def gated_readout(
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `fused.gated_norm`."""
+    """Head norm of y [B,T,H,N], with weight and bias [C], times silu(gate) [B,T,C]: the reading of RWKV-5 and 6."""
     return head_norm(y, weight, bias) * F.silu(gate)
 
 

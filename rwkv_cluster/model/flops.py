@@ -3,7 +3,7 @@
 A multiply-add counts as two. Counted are matrix products and WKV, as in PaLM's appendix B; norms, token shift,
 activations and other passes over single elements are not: of C operations each where a product has C^2. Torch-free.
 
-C width, A attention width, F channel-mix width, N head size, H heads (A = H N), V vocabulary; ranks M, Dw, Da, Dv, Dg.
+C width, N head size, H heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from dataclasses import dataclass
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
-from rwkv_cluster.model.shapes import ModelDims
-
-WKV_PER_STATE_ELEMENT = {"x052": 5, "x060": 5, "x070": 9}
-"""Operations of the recurrence for each of the N^2 elements of a head's state (kernels/reference.py).
-
-x052, x060: read 2, decay 1, write 2. x070: read 2, decay 1, S a 2, (S a) b^T 2, write 2. A chunked kernel does more.
-"""
+from rwkv_cluster.kernels.sizes import OPERATORS
+from rwkv_cluster.model.parameter_shapes import count, model_dims, multiplied, parameter_shapes
+from rwkv_cluster.model.versions.table import version_of
 
 
 @dataclass(frozen=True)
@@ -59,29 +54,15 @@ class FlopsPerToken:
 
 
 def flops_per_token(model: ModelConfig, *, vocab_size: int | None = None) -> FlopsPerToken:
-    """Of `model`. vocab_size: where model.vocab_size is not set. Raises ConfigError where neither is."""
+    """FLOPs per token of `model`. Raises ConfigError where neither vocab_size nor model.vocab_size is set."""
     V = vocab_size or model.vocab_size
     if V is None:
         raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
-    widths = ModelDims.of(model)
-    n_emb = V * widths.embd
-    wkv = WKV_PER_STATE_ELEMENT[model.model_type] * widths.n_head * widths.head_size**2
+    shapes, widths = parameter_shapes(model, V), model_dims(model)
+    operator = OPERATORS[version_of(model).operator]
     return FlopsPerToken(
-        parameters=count(parameter_shapes(model, V)) - n_emb,
-        blocks=2 * sum(_multiplied(model.model_type, widths, layer) for layer in range(model.n_layer)),
-        wkv=model.n_layer * wkv,
+        parameters=count(shapes) - V * widths.embd,
+        blocks=2 * multiplied(shapes),
+        wkv=model.n_layer * operator.flops_per_state_element * widths.n_head * widths.head_size**2,
         head=2 * V * widths.embd,
     )
-
-
-def _multiplied(model_type: str, widths: ModelDims, layer: int) -> int:
-    """Elements of the matrices that a block multiplies a token with."""
-    C, A, F = widths.embd, widths.att, widths.ffn
-    if model_type == "x070":
-        ranks = widths.decay_rank + widths.a_rank + widths.gate_rank
-        ranks += widths.v_rank if layer > 0 else 0  # block 0 defines v_first
-        return 4 * C * C + 2 * C * ranks + 2 * C * F
-    dense = 5 * C * A + 2 * C * F + C * C
-    if model_type == "x052":
-        return dense
-    return dense + 10 * C * widths.mix_rank + (C + A) * widths.decay_rank

@@ -154,5 +154,5 @@ def mixed(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str
 
 
 def shift_delta(x: Tensor, before: Tensor | None) -> Tensor:
-    """Δ = σ(x) - x [B, T, C], what the token mixes of x060 and x070 interpolate along."""
+    """Δ = σ(x) - x [B, T, C], what the token mixes of RWKV-6 and RWKV-7 interpolate along."""
     return previous_tokens(x, before) - x

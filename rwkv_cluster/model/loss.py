@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels.sizes import LOGITS_IN_FLIGHT
 from rwkv_cluster.model.layers import linear
 from rwkv_cluster.model.rwkv import RWKV
-
-CHUNK_ELEMENTS = 1 << 24  # logits in flight on a CPU: 64 MiB of fp32
-CUDA_CHUNK_ELEMENTS = 1 << 28  # on a GPU, where each chunk passes over the weight's gradient: 1 GiB
 
 
 def next_token_loss(model: RWKV, batch: Tensor, l2wrap: float = 0.0) -> Tensor:
@@ -45,7 +43,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, ch
     Returns:
         Scalar in fp32 (float64 for float64).
     """
-    elements = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
+    elements = LOGITS_IN_FLIGHT["cuda" if hidden.is_cuda else "cpu"]
     rows = chunk_rows or max(16, elements // weight.shape[0])
     wanted = torch.is_grad_enabled()  # inside a Function it never is
     return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, wanted)

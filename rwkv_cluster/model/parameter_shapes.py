@@ -1,32 +1,32 @@
-"""Name and shape of every parameter, by version, without a tensor: what a plan of a run counts.
+"""Widths of a model, and name and shape of every parameter, without a tensor: what a plan of a run counts.
 
 Torch-free. `state_dict.expected_shapes` says the same from the modules themselves, and a test holds the two together.
 
-L layers, V vocabulary, C width, A attention width, F channel-mix width, H heads, N head size; ranks M, Dw, Da, Dv, Dg.
+L layers, V vocabulary, C width, A attention width.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.model.shapes import ModelDims
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of parameters, by name."""
+from rwkv_cluster.model.versions.table import VERSIONS, version_of
+from rwkv_cluster.model.versions.version import ModelDims, Shapes
 
 PARTS = ("emb", "head", "time mix", "channel mix", "LoRAs", "norms")
-"""In which `by_part` counts."""
+"""Parts of a model that `by_part` counts."""
 
 _NORM = re.compile(r"\bln")
-_LORA = re.compile(r"att\.(time_(maa|decay)_)?[wavg][12]$")
-_FROZEN = re.compile(r"blocks\.0\.att\.v[012]")
+
+
+def model_dims(config: ModelConfig) -> ModelDims:
+    """Every derived width: what RWKV-LM computes from `n_embd` where the configuration leaves it open."""
+    return version_of(config).dims(config)
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Of a model of `config` with `vocab_size` rows in emb and head, whatever config.vocab_size says."""
+    """Parameters of a model with `vocab_size` rows in emb and head, whatever config.vocab_size says."""
     C = config.n_embd
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (vocab_size, C)}
     first, other = _block(config, 0), _block(config, 1)
@@ -40,10 +40,6 @@ def block_parameters(config: ModelConfig) -> int:
     return count(_block(config, 0)) + (config.n_layer - 1) * count(_block(config, 1))
 
 
-def _block(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    return {**_norms(layer, config.n_embd), **_time_mix(config, layer), **_channel_mix(config)}
-
-
 def count(shapes: Shapes) -> int:
     """Number of elements."""
     return sum(math.prod(shape) for shape in shapes.values())
@@ -52,83 +48,78 @@ def count(shapes: Shapes) -> int:
 def by_part(shapes: Shapes) -> dict[str, int]:
     """Number of elements of each of PARTS. LoRAs are their two matrices; their bias belongs to the time mix."""
     counts = dict.fromkeys(PARTS, 0)
+    loras = _lora_names()
     for name, shape in shapes.items():
-        counts[_part(name)] += math.prod(shape)
+        counts[_part(name, loras)] += math.prod(shape)
     return counts
 
 
 def trained(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Those that get a gradient: all but v0, v1 and v2 of x070's block 0, which nothing uses."""
-    return {name: shape for name, shape in shapes.items() if not _FROZEN.match(name)}
+    """Parameters that get a gradient: all but those of block 0 that nothing uses."""
+    unused = unused_names()
+    return {name: shape for name, shape in shapes.items() if name not in unused}
 
 
-def _part(name: str) -> str:
+def unused_names() -> tuple[str, ...]:
+    """Names of the parameters that a weights file may have and no computation uses: v0, v1, v2 of RWKV-7's block 0.
+
+    Of all versions: a name that has once been given to such a tensor is never given to another.
+    """
+    return tuple(f"blocks.0.att.{name}" for version in VERSIONS.values() for name in version.unused_in_block_0)
+
+
+def multiplied(shapes: Shapes) -> int:
+    """Elements of the matrices of blocks that a token is multiplied with: dense ones and LoRAs, where they are used."""
+    loras = _lora_names()
+    matrices = {
+        name: shape
+        for name, shape in trained(shapes).items()
+        if name.startswith("blocks.") and ((name.endswith(".weight") and len(shape) > 1) or _in_block(name) in loras)
+    }
+    return count(matrices)
+
+
+def lora_hidden(config: ModelConfig) -> int:
+    """Elements that one token has between the two matrices of each LoRA, in all blocks, where they are used."""
+    version = version_of(config)
+    shapes = version.time_mix(version.dims(config))
+    ranks = {into: shapes[into][1] for into, _ in version.loras}
+    unused = sum(rank for into, rank in ranks.items() if into in version.unused_in_block_0)
+    return config.n_layer * sum(ranks.values()) - unused
+
+
+def _lora_names() -> set[str]:
+    """Names of the matrices of LoRAs, of all versions, below `blocks.<layer>.`."""
+    return {f"att.{name}" for version in VERSIONS.values() for pair in version.loras for name in pair}
+
+
+def _in_block(name: str) -> str:
+    """The part of a parameter's name below `blocks.<layer>.`."""
+    return name.split(".", 2)[-1]
+
+
+def _part(name: str, loras: set[str]) -> str:
     if name in ("emb.weight", "head.weight"):
         return name.partition(".")[0]
     if _NORM.search(name):
         return "norms"
-    if _LORA.search(name):
+    if _in_block(name) in loras:
         return "LoRAs"
     return "time mix" if ".att." in name else "channel mix"
+
+
+def _block(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    version, widths = version_of(config), model_dims(config)
+    time_mix = {**version.time_mix(widths), "ln_x.weight": (widths.att,), "ln_x.bias": (widths.att,)}
+    if layer == 0 and not config.block0_value_residual:
+        time_mix = {name: shape for name, shape in time_mix.items() if name not in version.unused_in_block_0}
+    return {
+        **_norms(layer, widths.embd),
+        **{f"att.{name}": shape for name, shape in time_mix.items()},
+        **{f"ffn.{name}": shape for name, shape in version.channel_mix(widths).items()},
+    }
 
 
 def _norms(layer: int, C: int) -> dict[str, tuple[int, ...]]:
     names = ("ln0", "ln1", "ln2") if layer == 0 else ("ln1", "ln2")
     return {f"{name}.{part}": (C,) for name in names for part in ("weight", "bias")}
-
-
-def _time_mix(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    version = {"x052": _time_mix_x052, "x060": _time_mix_x060, "x070": _time_mix_x070}[config.model_type]
-    widths = ModelDims.of(config)
-    has_value_residual = layer > 0 or config.block0_value_residual
-    shapes = version(widths, has_value_residual) | {"ln_x.weight": (widths.att,), "ln_x.bias": (widths.att,)}
-    return {f"att.{name}": shape for name, shape in shapes.items()}
-
-
-def _time_mix_x052(widths: ModelDims, _: bool) -> dict[str, tuple[int, ...]]:
-    vectors = {f"time_mix_{name}": (1, 1, widths.embd) for name in "kvrg"}
-    per_head = dict.fromkeys(("time_decay", "time_faaaa"), (widths.n_head, widths.head_size))
-    return {**vectors, **per_head, **_matrices(widths, ("receptance", "key", "value", "gate"))}
-
-
-def _time_mix_x060(widths: ModelDims, _: bool) -> dict[str, tuple[int, ...]]:
-    C, A, M, Dw = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
-    return {
-        **{f"time_maa_{name}": (1, 1, C) for name in "xwkvrg"},
-        "time_maa_w1": (C, 5 * M),
-        "time_maa_w2": (5, M, C),
-        "time_decay": (1, 1, A),
-        "time_decay_w1": (C, Dw),
-        "time_decay_w2": (Dw, A),
-        "time_faaaa": (widths.n_head, widths.head_size),
-        **_matrices(widths, ("receptance", "key", "value", "gate")),
-    }
-
-
-def _time_mix_x070(widths: ModelDims, has_value_residual: bool) -> dict[str, tuple[int, ...]]:
-    C = widths.embd
-    ranks = {"w": widths.decay_rank, "a": widths.a_rank, "g": widths.gate_rank}
-    ranks |= {"v": widths.v_rank} if has_value_residual else {}
-    vectors = [f"x_{name}" for name in "rwkvag"] + ["k_k", "k_a", *(f"{name}0" for name in ranks if name != "g")]
-    return {
-        **{name: (1, 1, C) for name in vectors},
-        **{f"{name}1": (C, rank) for name, rank in ranks.items()},
-        **{f"{name}2": (rank, C) for name, rank in ranks.items()},
-        "r_k": (widths.n_head, widths.head_size),
-        **_matrices(widths, ("receptance", "key", "value")),
-    }
-
-
-def _matrices(widths: ModelDims, inputs: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    into = {f"{name}.weight": (widths.att, widths.embd) for name in inputs}
-    return {**into, "output.weight": (widths.embd, widths.att)}
-
-
-def _channel_mix(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    widths = ModelDims.of(config)
-    C, F = widths.embd, widths.ffn
-    mixes = {"x052": ("time_mix_k", "time_mix_r"), "x060": ("time_maa_k", "time_maa_r"), "x070": ("x_k",)}
-    shapes: dict[str, tuple[int, ...]] = {name: (1, 1, C) for name in mixes[config.model_type]}
-    shapes |= {"key.weight": (F, C), "value.weight": (C, F)}
-    shapes |= {} if config.model_type == "x070" else {"receptance.weight": (C, C)}
-    return {f"ffn.{name}": shape for name, shape in shapes.items()}

@@ -5,7 +5,6 @@ B batch, T time, C width, V vocabulary, H heads, N head size.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,17 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
-from rwkv_cluster.model.shapes import ModelDims
-from rwkv_cluster.model.versions import rwkv5, rwkv6, rwkv7
-
-VERSIONS: dict[str, ModuleType] = {"x052": rwkv5, "x060": rwkv6, "x070": rwkv7}
+from rwkv_cluster.model.parameter_shapes import model_dims
+from rwkv_cluster.model.versions.table import version_of
 
 
 class BlockState(NamedTuple):
     """What a block carries from one segment of a sequence to the next."""
 
     att_shift: Tensor  # [B,C] last input of the time mix
-    wkv: Tensor  # [B,H,N,N] fp32; [key, value] in x052 and x060, [value, key] in x070
+    wkv: Tensor  # [B,H,N,N] fp32; [key, value] in RWKV-5 and 6, [value, key] in RWKV-7
     ffn_shift: Tensor  # [B,C] last input of the channel mix
 
 
@@ -37,7 +34,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        version = VERSIONS[config.model_type]
+        version = version_of(config).blocks()
         if layer == 0:
             self.ln0 = LayerNorm(config.n_embd)
         self.ln1 = LayerNorm(config.n_embd)
@@ -48,7 +45,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: BlockState | None
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
-        """x [B,T,C], v_first [B,T,C] of x070 (None before block 0 and elsewhere); a state if one came."""
+        """x [B,T,C], v_first [B,T,C] of RWKV-7 (None before block 0 and elsewhere); a state if one came."""
         before, wkv, ffn_before = state or (None, None, None)
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, before, wkv)
@@ -110,7 +107,7 @@ class RWKV(nn.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """The state before any token: zeros."""
-        widths = ModelDims.of(self.config)
+        widths = model_dims(self.config)
         shift = self.emb.weight.new_zeros(batch_size, widths.embd, dtype=self.compute_dtype)
         wkv_dtype = torch.promote_types(shift.dtype, torch.float32)
         wkv = shift.new_zeros(batch_size, widths.n_head, widths.head_size, widths.head_size, dtype=wkv_dtype)

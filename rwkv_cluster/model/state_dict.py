@@ -20,15 +20,17 @@ from torch import Tensor
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initial_value
+from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.model.recognise import archive_fault, content_fault, names_fault, require_weights_file
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.versions.table import VERSIONS
+from rwkv_cluster.model.versions.version import Shapes, Version
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.workdir import atomic_writer
 
 WRAPPER_PREFIXES = ("_forward_module.", "model.", "module.")
 WRAPPER_PARTS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-UNUSED_IN_BLOCK_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 LISTED_DIFFERENCES = 8
 TENSOR_BUILDERS = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w+Storage"
@@ -95,40 +97,41 @@ def infer_model_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
         CheckpointError: not the weights of RWKV-5.2, RWKV-6 or RWKV-7.
     """
     tensors = strip_prefixes(state_dict)
-    model_type = _model_type(tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    version = _recognised(shapes)
     try:
-        vocab_size, n_embd = tensors["emb.weight"].shape
-        per_head = tensors["blocks.0.att.r_k" if model_type == "x070" else "blocks.0.att.time_faaaa"]  # [H,N]
+        vocab_size, n_embd = shapes["emb.weight"]
+        per_head = shapes[f"blocks.0.att.{version.per_head}"]  # [H,N]
         fields = {
-            "model_type": model_type,
-            "n_layer": _n_layer(tensors),
+            "model_type": version.name,
+            "n_layer": _n_layer(shapes),
             "n_embd": n_embd,
             "vocab_size": vocab_size,
-            "dim_att": tensors["blocks.0.att.receptance.weight"].shape[0],
-            "dim_ffn": tensors["blocks.0.ffn.key.weight"].shape[0],
-            "head_size_a": per_head.shape[1],
-            **_lora_ranks(model_type, tensors),
+            "dim_att": shapes["blocks.0.att.receptance.weight"][0],
+            "dim_ffn": shapes["blocks.0.ffn.key.weight"][0],
+            "head_size_a": per_head[1],
+            **version.ranks_of(shapes),
         }
         return ModelConfig(**fields)
     except KeyError as error:
-        raise CheckpointError(f"weights look like {model_type} but have no tensor {error}") from error
+        raise CheckpointError(f"weights look like {version.name} but have no tensor {error}") from error
     except (IndexError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise CheckpointError(f"weights look like {model_type} but their shapes do not: {reason}") from error
+        raise CheckpointError(f"weights look like {version.name} but their shapes do not: {reason}") from error
 
 
 def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, Tensor]:
     """The tensors as `model.load_state_dict` wants them: names without wrapper prefixes, the model's dtypes.
 
-    v0, v1, v2 of block 0, which no computation uses, are dropped, or filled with initial values, as the model
-    has them or not.
+    Tensors of block 0 that no computation uses (v0, v1, v2 of RWKV-7) are dropped, or filled with initial values, as
+    the model has them or not.
 
     Raises:
         CheckpointError: names or shapes differ, all listed; or a value is not finite.
     """
     tensors = strip_prefixes(state_dict)
     wanted = model.state_dict()
-    for name in UNUSED_IN_BLOCK_0:
+    for name in unused_names():
         if name in wanted and name not in tensors:
             tensors[name] = initial_value(model.config, name, wanted[name].shape, seed=0)
         elif name not in wanted:
@@ -264,45 +267,27 @@ def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
     return tensors
 
 
-def _model_type(tensors: Mapping[str, Tensor]) -> str:
-    if "blocks.0.att.r_k" in tensors:
-        return "x070"
-    if "blocks.0.att.time_maa_x" in tensors:
-        return "x060"
-    decay = tensors.get("blocks.0.att.time_decay")
-    if "blocks.0.att.gate.weight" in tensors and decay is not None and decay.ndim == 2 and decay.shape[1] > 1:
-        return "x052"
-    if "emb.weight" not in tensors or decay is None:
-        names = ", ".join(list(tensors)[:3]) or "no tensors at all"
+def _recognised(shapes: Shapes) -> Version:
+    """The newest version whose weights look so. Raises CheckpointError where there is none."""
+    for version in reversed(VERSIONS.values()):
+        if version.recognises(shapes):
+            return version
+    if "emb.weight" not in shapes or "blocks.0.att.time_decay" not in shapes:
+        names = ", ".join(list(shapes)[:3]) or "no tensors at all"
         raise CheckpointError(f"weights are not those of an RWKV: found {names}, expected emb.weight, blocks.0.*")
-    raise CheckpointError("weights are those of an RWKV before 5.2. Supported: 5.2 (x052), 6 (x060) and 7 (x070)")
+    oldest = next(iter(VERSIONS.values()))
+    *others, newest = (f"{version.title} ({version.name})" for version in VERSIONS.values())
+    raise CheckpointError(
+        f"weights are those of an RWKV before {oldest.title}. Supported: {', '.join(others)} and {newest}"
+    )
 
 
-def _n_layer(tensors: Mapping[str, Tensor]) -> int:
-    layers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,6})\.", name))}
+def _n_layer(shapes: Shapes) -> int:
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,6})\.", name))}
     if layers != set(range(len(layers))):
         missing = min(set(range(len(layers))) - layers)
         raise CheckpointError(f"weights have blocks up to {max(layers)} but no block {missing}")
     return len(layers)
-
-
-def _lora_ranks(model_type: str, tensors: Mapping[str, Tensor]) -> dict[str, int | bool | None]:
-    att = "blocks.0.att."
-    if model_type == "x060":
-        return {
-            "mix_lora_rank": tensors[att + "time_maa_w1"].shape[1] // 5,
-            "decay_lora_rank": tensors[att + "time_decay_w1"].shape[1],
-        }
-    if model_type == "x070":
-        v1 = tensors.get("blocks.1.att.v1", tensors.get(att + "v1"))
-        return {
-            "decay_lora_rank": tensors[att + "w1"].shape[1],
-            "a_lora_rank": tensors[att + "a1"].shape[1],
-            "v_lora_rank": None if v1 is None else v1.shape[1],
-            "gate_lora_rank": tensors[att + "g1"].shape[1],
-            "block0_value_residual": att + "v1" in tensors,
-        }
-    return {}
 
 
 def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -11,24 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.model.parameter_shapes import block_parameters
-from rwkv_cluster.model.shapes import ModelDims
+from rwkv_cluster.kernels.sizes import (
+    CHUNK,
+    CPU_LARGEST_HEAD_SIZE,
+    CUDA_HEAD_SIZE,
+    FUSED_MULTIPLE,
+    LOGITS_IN_FLIGHT,
+    OPERATORS,
+    SEGMENT_BYTES,
+    STEPS_BETWEEN_STATES,
+)
+from rwkv_cluster.model.parameter_shapes import block_parameters, lora_hidden, model_dims
+from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
 
-STEPS_BETWEEN_STATES = 16  # kernels.native
-CPU_SEGMENT_BYTES, CHUNK = 1 << 18, 16  # kernels.chunk_layout, chunked_wkv6, chunked_wkv7
-LOGITS_IN_FLIGHT = {"cpu": 1 << 24, "cuda": 1 << 28}  # model.loss: CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
-
-_WIDE = {"x052": 12, "x060": 19, "x070": 24}
-"""[B,T,C] tensors of a block. Norms, mixes and products save their inputs."""
-_HEADS = {"x052": 6, "x060": 7, "x070": 0}
-"""[B,T,A] tensors of a block; x070 has A = C, counted above."""
-_MORE_WITHOUT_COMPILE = {"x052": 3, "x060": 3, "x070": 0}
-"""[B,T,A] tensors more where torch.compile does not recompute the head norm: gated_norm has no native form."""
-_MORE_IF_PLAIN = 6
-"""[B,T,C] tensors more of x070 in the plain form: kappa's norm and the reading. One is fp32 in any precision."""
-_BLOCK_0_LESS = 2
-"""[B,T,C] tensors fewer in block 0 of x070, which defines v_first and interpolates nothing."""
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
 _WORKSPACE = 2
@@ -51,12 +47,12 @@ class Kernels:
         head_size, on_gpu = model.head_size_a, device == "cuda"
         wkv: str = training.wkv_backend
         if wkv in ("auto", "fla", "native"):
-            has_library = head_size == 64 if on_gpu else head_size <= 128
+            has_library = head_size == CUDA_HEAD_SIZE if on_gpu else head_size <= CPU_LARGEST_HEAD_SIZE
             fast = "tensor_cores" if on_gpu and training.precision == "bf16" else "native"
             wkv = fast if has_library else "chunked"
         fused: str = training.fused
         if fused == "auto":
-            serves = head_size % 16 == 0 and model.n_embd % 16 == 0
+            serves = head_size % FUSED_MULTIPLE == 0 and model.n_embd % FUSED_MULTIPLE == 0
             fused = "compile" if on_gpu else "native" if serves else "plain"
         return cls(device, {"exact": "native"}.get(wkv, wkv), fused)
 
@@ -98,15 +94,14 @@ def activations(
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
-    has_v_first = model.model_type == "x070"
     return Activations(
         n_layer=L,
         block=tokens * _block_bytes(model, kernels, item),
         wkv=L * _wkv_bytes(model, kernels, micro_bsz),
         weights=float(block_parameters(model) * copies),
-        inputs=float(tokens * C * item * (L + has_v_first)),
+        inputs=float(tokens * C * item * (L + version_of(model).saved.carried)),
         outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
-        workspace=_WORKSPACE * tokens * item * ModelDims.of(model).ffn + _chunked(model, kernels, micro_bsz),
+        workspace=_WORKSPACE * tokens * item * model_dims(model).ffn + _chunked(model, kernels, micro_bsz),
         head=_head_bytes(tokens, vocab_size, C, item, copies, kernels.device),
         head_backward=float(vocab_size * C * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
     )
@@ -114,30 +109,28 @@ def activations(
 
 def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
     """Saved by all blocks for one token, without WKV's states."""
-    w, version, L = ModelDims.of(model), model.model_type, model.n_layer
-    is_plain, is_compiled = kernels.fused == "plain", kernels.fused == "compile"
-    elements = L * (_WIDE[version] * w.embd + 2 * w.ffn)
-    elements += L * w.att * (_HEADS[version] + (0 if is_compiled else _MORE_WITHOUT_COMPILE[version]))
+    widths, saved, L = model_dims(model), version_of(model).saved, model.n_layer
+    of_attention = saved.of_attention + (0 if kernels.fused == "compile" else saved.of_attention_uncompiled)
+    elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
+    elements += lora_hidden(model) - saved.of_width_not_in_block_0 * widths.embd
     more_bytes = 0
-    if version == "x060":
-        elements += L * (5 * w.mix_rank + w.decay_rank)
-    if version == "x070":
-        elements += L * (w.decay_rank + w.a_rank + w.gate_rank) + (L - 1) * w.v_rank - _BLOCK_0_LESS * w.embd
-        more_bytes = L * w.embd * ((_MORE_IF_PLAIN - 1) * item + FP32) if is_plain else 0
+    if kernels.fused == "plain" and saved.of_width_plain:
+        more_bytes = L * widths.embd * ((saved.of_width_plain - 1) * item + FP32)
     return float(elements * item + more_bytes)
 
 
 def _wkv_bytes(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
-    """Saved by one block's WKV: states, and of x070 in fp32 maths also S a for each token (kernels.native.saved_bytes).
+    """Saved by one block's WKV: states, and where the operator says so a vector of each token (native.saved_bytes).
 
     In chunked form the state at the segments' boundaries; by the time loop that of every token.
     """
-    A, N, T = ModelDims.of(model).att, model.head_size_a, model.ctx_len
+    A, N, T = model_dims(model).att, model.head_size_a, model.ctx_len
     states = micro_bsz * -(-T // STEPS_BETWEEN_STATES) * A * N
     if kernels.wkv == "tensor_cores":
         return 2.0 * states
     if kernels.wkv == "native":
-        return 4.0 * (states + (micro_bsz * T * A if model.model_type == "x070" else 0))
+        each_token = OPERATORS[version_of(model).operator].saves_each_token
+        return 4.0 * (states + (micro_bsz * T * A if each_token else 0))
     if kernels.wkv == "reference":
         return 4.0 * micro_bsz * T * A * N
     return 4.0 * micro_bsz * A * N * -(-T // _segment(model, kernels, micro_bsz))
@@ -147,7 +140,7 @@ def _segment(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> int:
     """Tokens of a segment of the chunked WKV: what fits into a core's cache; on a GPU the whole sample."""
     if kernels.device != "cpu":
         return model.ctx_len
-    return CHUNK * max(1, CPU_SEGMENT_BYTES // (4 * micro_bsz * ModelDims.of(model).att * CHUNK))
+    return CHUNK * max(1, SEGMENT_BYTES // (4 * micro_bsz * model_dims(model).att * CHUNK))
 
 
 def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
@@ -155,7 +148,7 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
     if kernels.wkv != "chunked":
         return 0.0
     tokens = micro_bsz * min(model.ctx_len, _segment(model, kernels, micro_bsz))
-    return float(_WORKSPACE_CHUNKED * FP32 * tokens * ModelDims.of(model).att)
+    return float(_WORKSPACE_CHUNKED * FP32 * tokens * model_dims(model).att)
 
 
 def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, device: str) -> float:

@@ -14,28 +14,16 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.model.versions.table import VERSIONS
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def group_of(name: str, parameter: Tensor, model_type: ModelType, *, layerwise_lr: bool = True) -> tuple[float, bool]:
-    """(learning-rate multiplier, whether weight decay applies) of one parameter.
-
-    RWKV-LM: `RWKV-v7/train_temp/src/model.py` for x070, `RWKV-v5/src/model.py` for x052 and x060.
-    """
+    """(Learning-rate multiplier, whether weight decay applies) of one parameter."""
     is_matrix = ".weight" in name and parameter.squeeze().ndim >= 2
-    if model_type == "x070":
-        multiplier = 2.0 if "att.w0" in name else 1.0
-        decays = is_matrix and multiplier == 1.0
-    elif "_w1" in name or "_w2" in name or "time_mix" in name or "time_maa" in name:
-        multiplier, decays = 1.0, False
-    elif "time_sta" in name:
-        multiplier, decays = 1.0, True
-    elif "time_decay" in name:
-        multiplier, decays = 2.0, False
-    else:
-        multiplier, decays = 1.0, is_matrix
+    multiplier, decays = VERSIONS[model_type].optimizer_group(name, is_matrix)
     return (multiplier if layerwise_lr else 1.0), decays
 
 

@@ -9,14 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.model.flops import WKV_PER_STATE_ELEMENT, flops_per_token
+from rwkv_cluster.kernels.sizes import OPERATORS
+from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.runtime.gpu_specs import GPUS, find_gpu, gpu_of_device
 
 BATCH, TIME = 2, 8
-BY_PRODUCTS = {"x052": 2, "x060": 2, "x070": 4}  # of WKV_PER_STATE_ELEMENT, what the time loop does with bmm
+BY_PRODUCTS = {
+    "x052": 2,
+    "x060": 2,
+    "x070": 4,
+}  # of an operator's flops_per_state_element, what the time loop does with bmm
 SHAPES = {
     "narrow": {"n_layer": 3, "n_embd": 64, "head_size_a": 16, "vocab_size": 100},
     "wide": {"n_layer": 2, "n_embd": 384, "head_size_a": 64, "vocab_size": 1000},
@@ -48,7 +54,8 @@ def test_products_are_those_that_torch_counts(model_type: str, shape: str) -> No
     wkv = theirs.pop("aten.bmm")
     assert sum(theirs.values()) == 3 * (ours.blocks + ours.head)
     products = 3 * TIME * BY_PRODUCTS[model_type] / 2
-    share = BY_PRODUCTS[model_type] / WKV_PER_STATE_ELEMENT[model_type] * (products - 1) / products
+    operator = OPERATORS[version_of(config).operator]
+    share = BY_PRODUCTS[model_type] / operator.flops_per_state_element * (products - 1) / products
     assert wkv == pytest.approx(3 * ours.wkv * share, rel=1e-12)
 
 

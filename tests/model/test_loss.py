@@ -123,7 +123,7 @@ def test_a_large_vocabulary_is_cut_into_chunks(monkeypatch):
         return original(logits, *rest)
 
     monkeypatch.setattr(loss_module, "_softmax_loss", recording)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", V * 20)
+    monkeypatch.setitem(loss_module.LOGITS_IN_FLIGHT, "cpu", V * 20)
     hidden, weight, targets = inputs(torch.float32)
     head_loss(hidden, weight, targets, 0.0)
     assert rows == [20, 17]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.model.shapes import ModelDims
+from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.state_dict import expected_shapes
 
 # C: ranks of w, a, v, g by the rule of RWKV-v7/train_temp
@@ -26,7 +26,7 @@ def count(**fields):
 
 @pytest.mark.parametrize(("width", "ranks"), RANKS.items())
 def test_x070_ranks(width, ranks):
-    widths = ModelDims.of(ModelConfig(model_type="x070", n_embd=width))
+    widths = model_dims(ModelConfig(model_type="x070", n_embd=width))
     assert (widths.decay_rank, widths.a_rank, widths.v_rank, widths.gate_rank) == ranks
 
 
@@ -58,7 +58,7 @@ def test_parameters_of_the_published_04b():
 def test_parameters_by_formula(width, layers):
     V, C, L = 500, width, layers
     F = int(3.5 * C) // 32 * 32
-    ranks = ModelDims.of(ModelConfig(model_type="x070", n_embd=C))
+    ranks = model_dims(ModelConfig(model_type="x070", n_embd=C))
     loras = ranks.decay_rank + ranks.a_rank + ranks.v_rank + ranks.gate_rank
     size = {"n_layer": L, "n_embd": C, "vocab_size": V}
     assert count(model_type="x052", **size) == 2 * V * C + 4 * C + L * (6 * C * C + 2 * C * F + 14 * C)

@@ -18,8 +18,8 @@ from tiny_models import VERSIONS, tiny_config, tiny_model
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError, RWKVClusterError
 from rwkv_cluster.model import state_dict
+from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.shapes import ModelDims
 from rwkv_cluster.model.state_dict import expected_shapes, fit_state_dict, infer_model_config, load_pth, save_pth
 
 
@@ -330,7 +330,7 @@ def test_the_architecture_is_read_back(fields):
     assert (found.vocab_size, found.head_size_a) == (config.vocab_size, config.head_size_a)
     assert expected_shapes(found) == expected_shapes(config)
     if config.model_type != "x052" and config.n_layer > 1:
-        assert ModelDims.of(found).decay_rank == ModelDims.of(config).decay_rank
+        assert model_dims(found).decay_rank == model_dims(config).decay_rank
 
 
 def weights_of(model_type, **changes):

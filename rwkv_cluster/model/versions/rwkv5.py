@@ -6,14 +6,18 @@ Token mixes interpolate between the previous and the current token; decay = exp(
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, uninitialized
-from rwkv_cluster.model.shapes import ModelDims
+from rwkv_cluster.model.parameter_shapes import model_dims
+from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
+from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, zeros
+from rwkv_cluster.model.versions.version import ModelDims
 
 
 class TimeMix(nn.Module):
@@ -21,7 +25,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        widths = ModelDims.of(config)
+        widths = model_dims(config)
         C, A, H, N = widths.embd, widths.att, widths.n_head, widths.head_size
         self.n_head, self.wkv_backend, self.fused = H, wkv_backend, fused_choice
         self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (uninitialized(1, 1, C) for _ in range(4))
@@ -49,19 +53,24 @@ class TimeMix(nn.Module):
         return self.output(z), v_first, wkv
 
 
-class ChannelMix(nn.Module):
-    """Feed-forward of RWKV-5: relu(k)² under a sigmoid receptance."""
+ChannelMix = partial(GatedChannelMix, mix="time_mix", mixes_current=True)
 
-    def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
-        super().__init__()
-        self.fused = fused_choice
-        widths = ModelDims.of(config)
-        self.time_mix_k = uninitialized(1, 1, widths.embd)
-        self.time_mix_r = uninitialized(1, 1, widths.embd)
-        self.key = Linear(widths.embd, widths.ffn)
-        self.receptance = Linear(widths.embd, widths.embd)
-        self.value = Linear(widths.ffn, widths.embd)
+INITIAL_MATRICES: dict[str, Fill] = {
+    **dict.fromkeys(("att.output.weight", "ffn.value.weight", "ffn.receptance.weight"), zeros),
+    **dict.fromkeys(("att.key.weight", "att.gate.weight"), small_orthogonal),
+}
+"""Fills of the matrices that are not simply orthogonal."""
 
-    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        x_k, x_r = mixed(x, before, [1 - mix.to(x.dtype) for mix in (self.time_mix_k, self.time_mix_r)], self.fused)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
+
+def initial_vectors(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
+    """Deterministic tensors of a block, flattened, in float64; rho and phi as in `model.init`."""
+    ramp = delta(widths.embd)
+    return {
+        "att.time_mix_k": ramp**phi,
+        "att.time_mix_v": ramp**phi + 0.3 * rho,
+        "att.time_mix_r": ramp ** (0.5 * phi),
+        "att.time_mix_g": ramp ** (0.5 * phi),
+        "ffn.time_mix_k": ramp**phi,
+        "ffn.time_mix_r": ramp**phi,
+        **decay_and_bonus(widths.att, rho),
+    }

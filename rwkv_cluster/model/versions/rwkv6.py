@@ -6,14 +6,19 @@ B batch, T time, H heads, N head size, C width, A = H * N attention width; M mix
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, shift_delta, uninitialized
-from rwkv_cluster.model.shapes import ModelDims
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, uninitialized
+from rwkv_cluster.model.parameter_shapes import model_dims
+from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
+from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, uniform, zeros
+from rwkv_cluster.model.versions.version import ModelDims
 
 
 class TimeMix(nn.Module):
@@ -21,7 +26,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        widths = ModelDims.of(config)
+        widths = model_dims(config)
         C, A, M, D = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
         self.n_head, self.wkv_backend, self.fused = widths.n_head, wkv_backend, fused_choice
         self.time_maa_x, self.time_maa_w, self.time_maa_k = (uninitialized(1, 1, C) for _ in range(3))
@@ -66,19 +71,28 @@ class TimeMix(nn.Module):
         return list(fused.blend(x, delta, mixes, choice=self.fused))
 
 
-class ChannelMix(nn.Module):
-    """Feed-forward of RWKV-6: relu(k)² under a sigmoid receptance."""
+ChannelMix = partial(GatedChannelMix, mix="time_maa", mixes_current=False)
 
-    def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
-        super().__init__()
-        self.fused = fused_choice
-        widths = ModelDims.of(config)
-        self.time_maa_k = uninitialized(1, 1, widths.embd)
-        self.time_maa_r = uninitialized(1, 1, widths.embd)
-        self.key = Linear(widths.embd, widths.ffn)
-        self.receptance = Linear(widths.embd, widths.embd)
-        self.value = Linear(widths.ffn, widths.embd)
+INITIAL_MATRICES: dict[str, Fill] = {
+    **dict.fromkeys(("att.output.weight", "ffn.value.weight", "ffn.receptance.weight"), zeros),
+    **dict.fromkeys(("att.key.weight", "att.gate.weight"), small_orthogonal),
+    **dict.fromkeys(("att.time_maa_w1", "att.time_decay_w1"), zeros),
+    **dict.fromkeys(("att.time_maa_w2", "att.time_decay_w2"), uniform),
+}
+"""Fills of the matrices that are not simply orthogonal."""
 
-    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        x_k, x_r = mixed(x, before, (self.time_maa_k, self.time_maa_r), self.fused)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
+
+def initial_vectors(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
+    """Deterministic tensors of a block, flattened, in float64; rho and phi as in `model.init`."""
+    ramp = delta(widths.embd)
+    return {
+        "att.time_maa_x": 1 - ramp**phi,
+        "att.time_maa_w": 1 - ramp**phi,
+        "att.time_maa_k": 1 - ramp**phi,
+        "att.time_maa_v": 1 - (ramp**phi + 0.3 * rho),
+        "att.time_maa_r": 1 - ramp ** (0.5 * phi),
+        "att.time_maa_g": 1 - ramp ** (0.5 * phi),
+        "ffn.time_maa_k": 1 - ramp ** (phi**3),
+        "ffn.time_maa_r": 1 - ramp ** (phi**3),
+        **decay_and_bonus(widths.att, rho),
+    }

@@ -13,7 +13,9 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, uninitialized
-from rwkv_cluster.model.shapes import ModelDims
+from rwkv_cluster.model.parameter_shapes import model_dims
+from rwkv_cluster.model.versions.initial import Fill, delta, fraction, lora_orthogonal, small_orthogonal, zeros
+from rwkv_cluster.model.versions.version import ModelDims
 
 
 class TimeMix(nn.Module):
@@ -21,7 +23,7 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
         super().__init__()
-        widths = ModelDims.of(config)
+        widths = model_dims(config)
         C, H, N = widths.embd, widths.n_head, widths.head_size
         self.layer, self.n_head = layer, H
         self.wkv_backend, self.fused = wkv_backend, fused_choice
@@ -80,7 +82,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, fused_choice: str) -> None:
         super().__init__()
         self.fused = fused_choice
-        widths = ModelDims.of(config)
+        widths = model_dims(config)
         self.x_k = uninitialized(1, 1, widths.embd)
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)
@@ -93,3 +95,38 @@ class ChannelMix(nn.Module):
 def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden [B,T,D] times up [D,C] plus bias [1,1,C]."""
     return linear(hidden, up.t(), None if bias is None else bias.flatten())
+
+
+INITIAL_MATRICES: dict[str, Fill] = {
+    "att.output.weight": zeros,
+    "ffn.value.weight": zeros,
+    "att.key.weight": small_orthogonal,
+    **dict.fromkeys(("att.w1", "att.a1", "att.v1", "att.g1"), zeros),
+    **dict.fromkeys(("att.w2", "att.a2", "att.v2", "att.g2"), lora_orthogonal),
+}
+"""Fills of the matrices that are not simply orthogonal."""
+
+
+def initial_vectors(widths: ModelDims, rho: float, phi: float) -> dict[str, Tensor]:
+    """Deterministic tensors of a block, flattened, in float64; rho and phi as in `model.init`."""
+    C, N = widths.embd, widths.head_size
+    ramp = delta(C)
+    linear_ramp = fraction(C) - 0.5
+    centred = torch.arange(C, dtype=torch.float64) % N - (N - 1) / 2
+    q = centred / max((N - 1) / 2, 0.5)
+    zigzag = q * q.abs()
+    return {
+        "att.x_r": 1 - ramp ** (0.2 * phi),
+        "att.x_w": 1 - ramp ** (0.9 * phi),
+        "att.x_k": 1 - ramp ** (0.7 * phi),
+        "att.x_v": 1 - ramp ** (0.7 * phi),
+        "att.x_a": 1 - ramp ** (0.9 * phi),
+        "att.x_g": 1 - ramp ** (0.2 * phi),
+        "att.w0": -6 + 6 * fraction(C) ** (1 + rho**0.3) + 0.5 + 2.5 * zigzag,
+        "att.a0": -0.19 + 0.3 * zigzag + 0.4 * linear_ramp,
+        "att.v0": 0.73 - 0.4 * linear_ramp,
+        "att.k_k": 0.71 - 0.1 * linear_ramp,
+        "att.k_a": torch.full((C,), 1.02, dtype=torch.float64),
+        "att.r_k": torch.full((C,), -0.04, dtype=torch.float64),
+        "ffn.x_k": 1 - ramp ** (phi**4),
+    }

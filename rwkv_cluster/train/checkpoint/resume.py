@@ -12,7 +12,8 @@ import torch
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.sampler import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
-from rwkv_cluster.model.state_dict import UNUSED_IN_BLOCK_0, load_pth, strip_prefixes
+from rwkv_cluster.model.parameter_shapes import unused_names
+from rwkv_cluster.model.state_dict import load_pth, strip_prefixes
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 
 log = logging.getLogger("rwkv_cluster")
@@ -103,7 +104,7 @@ def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool
     return all(
         name in named and named[name].shape == tensor.shape and torch.equal(named[name].to(tensor.dtype), tensor)
         for name, tensor in began.items()
-        if name not in UNUSED_IN_BLOCK_0
+        if name not in unused_names()
     )
 
 

@@ -1,0 +1,47 @@
+"""Sizes that the kernels fix, and that a plan of a run counts with. Torch-free, so that a plan needs no torch either.
+
+csrc/wkv.h and csrc/fused.h say the same to the compiled libraries, and tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STEPS_BETWEEN_STATES = 16
+"""The compiled WKV keeps the state of every 16th step for the backward pass."""
+
+CPU_LARGEST_HEAD_SIZE = 128
+CUDA_HEAD_SIZE = 64
+
+FUSED_MULTIPLE = 16
+"""What width and head size must be multiples of for the fused passes of the CPU library."""
+
+CHUNK = 16
+"""Tokens of a chunk of the WKV in chunked matrix form."""
+
+SEGMENT_BYTES = 1 << 18
+"""Target size of one tensor of a segment of the chunked form. About twenty live at a time; best of 2^17 to 2^22."""
+
+LOGITS_IN_FLIGHT = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Elements of logits that the loss has at a time: 64 MiB of fp32, and 1 GiB where a chunk passes over the gradient."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Costs of the maths of a WKV operator.
+
+    flops_per_state_element: operations of the recurrence for each of the N^2 elements of a head's state
+        (kernels/reference.py). A chunked kernel does more.
+    saves_each_token: the compiled kernel with fp32 maths keeps a vector of N a head and token, S a, beside the states.
+    """
+
+    flops_per_state_element: int
+    saves_each_token: bool = False
+
+
+OPERATORS = {
+    "wkv5": Operator(flops_per_state_element=5),  # read 2, decay 1, write 2
+    "wkv6": Operator(flops_per_state_element=5),
+    "wkv7": Operator(flops_per_state_element=9, saves_each_token=True),  # read 2, decay 1, S a 2, (S a) b^T 2, write 2
+}
+"""The WKV operators by the name that they have in every backend."""
