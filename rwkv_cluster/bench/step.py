@@ -163,7 +163,7 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
     from rwkv_cluster.model.rwkv import RWKV
     from rwkv_cluster.runtime.malloc import keep_freed_memory
     from rwkv_cluster.train.optimizer import build_optimizer
-    from rwkv_cluster.train.parallel.precision import DTYPES
+    from rwkv_cluster.train.placement import DTYPES
 
     config = ModelConfig(
         model_type=options.model_type,

@@ -151,7 +151,7 @@ def consolidate(options: argparse.Namespace) -> Result:
     config = named_config(options).resolved.config
     with importing_torch():
         from rwkv_cluster.train.checkpoint import weights
-        from rwkv_cluster.train.parallel.precision import DTYPES
+        from rwkv_cluster.train.placement import DTYPES
     from rwkv_cluster.workdir import WorkDir
 
     path = weights.consolidate(WorkDir(config.work_dir), step=options.step, dtype=DTYPES[config.training.precision])

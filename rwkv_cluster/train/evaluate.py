@@ -23,6 +23,8 @@ from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed import collectives
+from rwkv_cluster.train.guards.early_stop import EarlyStopState
+from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.workdir import WorkDir
 
@@ -87,6 +89,65 @@ def evaluate(
             sums += torch.cat([loss.double()[None] * targets.numel(), counts])
     total, n_tokens, n_bytes = collectives.sum_over_ranks(sums).tolist()
     return EvalResult(total / n_tokens, int(n_tokens), None if token_sizes is None else int(n_bytes))
+
+
+class Evaluator:
+    """Validation of a model in training, and early stopping by it. Every rank has one, and all see the same.
+
+    tokens: None without validation. token_sizes: see `evaluate`. improvement: what an earlier session has left.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokens: IndexedTokens | None,
+        token_sizes: Tensor | None,
+        improvement: EarlyStopState,
+        events: Events,
+    ) -> None:
+        self.improvement = improvement
+        self.last: EvalResult | None = None
+        """The session's last evaluation that was accepted."""
+        self._config = config
+        self._tokens = tokens
+        self._token_sizes = token_sizes
+        self._events = events
+
+    def is_due(self, step: int, *, epoch_ends: bool, run_ends: bool) -> bool:
+        """Whether it is time after so many steps. Always at the run's end."""
+        interval = self._config.training.val_interval_steps
+        is_time = epoch_ends if interval is None else step % interval == 0
+        return self._tokens is not None and (run_ends or is_time)
+
+    def evaluate(self, loss_of: Callable[[Tensor], Tensor], step: int, device: torch.device) -> EvalResult:
+        """Evaluate after so many steps. Collective. loss_of: see `evaluate`; what it raises ends the evaluation."""
+        assert self._tokens is not None
+        result = evaluate(
+            loss_of,
+            self._tokens,
+            ctx_len=self._config.model.ctx_len,
+            batch_size=self._config.training.micro_bsz,
+            max_tokens=self._config.training.val_max_tokens,
+            device=device,
+            token_sizes=self._token_sizes,
+        )
+        self._events.add("validation", step, **vars(result), bits_per_byte=result.bits_per_byte)
+        return result
+
+    def ends_run(self, result: EvalResult, step: int) -> bool:
+        """Whether early stopping ends the run with `result`, which is not accepted yet. If so, an event says it."""
+        improvement = self._improvement_with(result)
+        is_over = improvement.ends(self._config.training.early_stop_patience)
+        if is_over:
+            self._events.add("early_stop", step, **vars(improvement))
+        return is_over
+
+    def accept(self, result: EvalResult) -> None:
+        """Let `result` count for early stopping: nothing has cut short what follows its step."""
+        self.improvement, self.last = self._improvement_with(result), result
+
+    def _improvement_with(self, result: EvalResult) -> EarlyStopState:
+        return self.improvement.after(result.loss, self._config.training.early_stop_min_delta)
 
 
 def sizes_of(tokenizer: Any) -> Tensor | None:

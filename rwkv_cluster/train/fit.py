@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
-from rwkv_cluster.train.assembly import build_callbacks, build_profile
 from rwkv_cluster.train.callbacks.after_step import AfterStep
 from rwkv_cluster.train.callbacks.ddp_fixes import DetachProcessWatcher, StableBuckets
 from rwkv_cluster.train.callbacks.network_check import AllReduceCheck
-from rwkv_cluster.train.checkpoint.disk_space import Shapes, bytes_needed_next, require_disk_space
+from rwkv_cluster.train.checkpoint.disk_space import bytes_needed_next, require_disk_space
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.train.guards.spike_guard import Spike
@@ -34,12 +34,19 @@ from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import finishing
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.parallel.precision import DTYPES, sums_in_fp32
-from rwkv_cluster.train.parallel.strategy import leaving
+from rwkv_cluster.train.parallel.strategy import leaving, sums_in_fp32
+from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.rollback import roll_back
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.session import Session, build_model
-from rwkv_cluster.train.trainer import build_datamodule, build_trainer, quiet_lightning
+from rwkv_cluster.train.trainer import (
+    build_after_step,
+    build_datamodule,
+    build_profile,
+    build_recorder,
+    build_trainer,
+    quiet_lightning,
+)
 from rwkv_cluster.workdir import atomic_write
 
 log = logging.getLogger("rwkv_cluster")
@@ -66,7 +73,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _SessionEnd:
-    """How a session ended: at a spike, from before which the run has to go on, or with the run, also early."""
+    """How a session ended. spike: set when the run must roll back; early: stopped by early stopping."""
 
     step: int
     loss: float | None
@@ -80,9 +87,11 @@ def fit(
     tokenizer: Any,
     stop_request: StopRequest,
     callbacks: Sequence[Callback],
-    do: Callable[[str], None],
+    report_activity: Callable[[str], None],
 ) -> TrainResult:
-    """Train `session` to its end and say how it ended. do: told what this rank is going to do, between steps.
+    """Train `session` to its end and say how it ended.
+
+    report_activity: called with a short text ("evaluating") before anything between steps that may take long.
 
     Raises Preempted, TrainingError or CheckpointError.
     """
@@ -93,10 +102,11 @@ def fit(
     events = Events(session.work.events if rank() == 0 else None)
     alone = session.placement.world_size == 1 and not launched()
     with unchanged_environment() if alone else nullcontext(), leaving(session.config.training), sums_in_fp32():
-        ended = _run_session(session, tokenizer, stop_request, callbacks, events, do, begins=True)
+        run = partial(_run_session, tokenizer, stop_request, callbacks, events, report_activity)
+        ended = run(session, is_first_session=True)
         while ended.spike is not None:
             session = roll_back(session, ended.spike, events)
-            ended = _run_session(session, tokenizer, stop_request, callbacks, events, do, begins=False)
+            ended = run(session, is_first_session=False)
     stop_request.end_steps()
     events.add("end", ended.step, loss=ended.loss, val_loss=ended.val_loss)
     return TrainResult(
@@ -114,32 +124,33 @@ def fit(
 
 
 def _run_session(
-    session: Session,
     tokenizer: Any,
     stop_request: StopRequest,
     callbacks: Sequence[Callback],
     events: Events,
-    do: Callable[[str], None],
+    report_activity: Callable[[str], None],
+    session: Session,
     *,
-    begins: bool,
+    is_first_session: bool,
 ) -> _SessionEnd:
-    """One pass of Lightning's loop, to the run's end or to a spike. begins: it is the first of this process.
+    """One pass of Lightning's loop, to the run's end or to a spike. is_first_session: of this process.
 
     Raises Preempted, TrainingError or CheckpointError.
     """
     config = session.config
-    shapes = expected_shapes(config.model)
     if rank() == 0:
-        _require_disk_space(session, shapes)
+        _require_disk_space(session)
     model = build_model(session)
     _write_config(session)
     if rank() == 0:
         environment.record(session.work.environment, session.placement, session.start_step)
     _announce(session, sum(parameter.numel() for parameter in model.parameters()))
     fault_point("train.start")
-    profile = build_profile(session) if begins else None
-    timer = StepTimer(on_cuda=session.placement.accelerator == "cuda", annotate=profile is not None)
-    after_step = build_callbacks(session, tokenizer, timer, profile, stop_request, shapes, events, do, begins=begins)
+    profile = build_profile(session) if is_first_session else None
+    on_cuda, is_profiled = session.placement.accelerator == "cuda", profile is not None
+    timer = StepTimer(on_cuda=on_cuda, annotate=is_profiled, report_activity=report_activity)
+    recorder = build_recorder(session, timer, profile, is_first_session=is_first_session)
+    after_step = build_after_step(session, tokenizer, recorder, stop_request, events)
     module = TrainingModule(
         model,
         config.training,
@@ -149,7 +160,7 @@ def _run_session(
         votes=after_step.votes,
         events=events,
     )
-    if begins:
+    if is_first_session:
         _tell_begin(session, events)
     with events.log_exit(lambda: module.step):
         with after_step, quiet_lightning():
@@ -165,7 +176,7 @@ def _session_end(
     session: Session, module: TrainingModule, after_step: AfterStep, stop_request: StopRequest
 ) -> _SessionEnd:
     """Raises Preempted where somebody has asked for the end."""
-    early = after_step.improvement.ends(session.config.training.early_stop_patience)
+    early = after_step.evaluator.improvement.ends(session.config.training.early_stop_patience)
     complete = early or (module.step == session.horizon.total_steps and after_step.unfinished is None)
     if not complete and after_step.spike is None:
         raise Preempted(
@@ -173,8 +184,8 @@ def _session_end(
             f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
             "Run the same command again to continue"
         )
-    val_loss = after_step.last_val.loss if after_step.last_val else None
-    return _SessionEnd(module.step, after_step.last_loss, val_loss, after_step.spike, early)
+    last_val = after_step.evaluator.last
+    return _SessionEnd(module.step, after_step.last_loss, last_val.loss if last_val else None, after_step.spike, early)
 
 
 def _threads(wanted: int) -> int:
@@ -185,11 +196,12 @@ def _threads(wanted: int) -> int:
     return min(wanted, processors)
 
 
-def _require_disk_space(session: Session, shapes: Shapes) -> None:
-    """For what is written next. Raises CheckpointError."""
+def _require_disk_space(session: Session) -> None:
+    """Room for what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
-    begins = session.found is None and not work.initial_weights.exists()
-    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, begins=begins)
+    shapes = expected_shapes(session.config.model)
+    is_new = session.found is None and not work.initial_weights.exists()
+    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, begins=is_new)
     require_disk_space(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 

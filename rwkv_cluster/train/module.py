@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +15,12 @@ from rwkv_cluster.data.sampler import Horizon, SamplePlan
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.metrics.step_recorder import StepResult
 from rwkv_cluster.train.optimizer import build_optimizer, set_learning_rate
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState
@@ -27,19 +29,6 @@ from rwkv_cluster.train.schedule import learning_rate
 SMALLEST_LOSS_SCALE = 1.0  # below it, overflow is no accident of fp16's range
 MOST_POSITIONS = 8  # in a message
 SPIKE = 10.0  # times the loss, where a test wants a spike
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step. loss: mean over micro batches and ranks, without L2Wrap.
-
-    grad_norm: before clipping; infinite where fp16's loss scaling skipped the update.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
 
 
 class TrainingModule(LightningModule):
@@ -88,6 +77,7 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         self.state = strategy.train_state(self.trainer, self.model)
         if self._found is not None:
+            rng_state.restore(self._found.state["random_states"], rank())
             self.state.restore(self._found)
             if self.scaler is not None and (scale := self._found.state.get("loss_scale")) is not None:
                 _restore_scale(self.scaler, scale)

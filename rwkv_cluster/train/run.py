@@ -34,8 +34,8 @@ from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.metrics.console_log import log_file
 from rwkv_cluster.train.metrics.loggers import require_packages
-from rwkv_cluster.train.parallel.precision import DTYPES
 from rwkv_cluster.train.parallel.strategy import require_script
+from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, require_init_from, resolve
 from rwkv_cluster.train.vocabulary_size import with_vocabulary

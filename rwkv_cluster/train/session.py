@@ -28,8 +28,8 @@ from rwkv_cluster.train.checkpoint import resume
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
-from rwkv_cluster.train.parallel.precision import DTYPES
-from rwkv_cluster.train.parallel.strategy import Placement, place
+from rwkv_cluster.train.parallel.strategy import place
+from rwkv_cluster.train.placement import DTYPES, Placement
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 

@@ -1,4 +1,4 @@
-"""Lightning as a session uses it: for the loop and the devices. Order, records, checkpoints and the end are ours."""
+"""Build what a session trains with: Lightning's Trainer, the data, and the callback that follows each step."""
 
 from __future__ import annotations
 
@@ -6,18 +6,38 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 
+from rwkv_cluster.config import Config, GuardConfig
+from rwkv_cluster.model.state_dict import expected_shapes
+from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.train.callbacks.after_step import AfterStep
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
+from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes
+from rwkv_cluster.train.checkpoint.saver import Saver
 from rwkv_cluster.train.datamodule import TokenDataModule
-from rwkv_cluster.train.guards.stop_request import disable_lightning_signal_handlers
+from rwkv_cluster.train.evaluate import Evaluator, sizes_of
+from rwkv_cluster.train.guards.spike_guard import SpikeGuard
+from rwkv_cluster.train.guards.stop_request import StopRequest, disable_lightning_signal_handlers
+from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import loggers
+from rwkv_cluster.train.metrics.metrics_file import MetricsWriter, StepRecord
+from rwkv_cluster.train.metrics.profiler import StepProfile
+from rwkv_cluster.train.metrics.progress import Progress
+from rwkv_cluster.train.metrics.step_recorder import EpochMean, StepRecorder
+from rwkv_cluster.train.metrics.step_timer import StepTimer
+from rwkv_cluster.train.metrics.step_times import StepTimes, rewind_absent
+from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.parallel import strategy
+from rwkv_cluster.train.placement import Placement
+from rwkv_cluster.train.sample import Sampler
 from rwkv_cluster.train.session import Session
 
 
 def build_trainer(session: Session, callbacks: list[Callback]) -> Trainer:
-    """What ends it is a callback, by step."""
+    """The Trainer of a session. It has no max_steps: callbacks.AfterStep sets should_stop."""
     trainer = Trainer(
         **strategy.trainer_arguments(session.config.training, session.placement, session.group),
         max_epochs=1,
@@ -47,6 +67,84 @@ def build_datamodule(session: Session) -> TokenDataModule:
         total_steps=max(session.horizon.total_steps, session.start_step + 1),
         micro_bsz=session.config.training.micro_bsz,
     )
+
+
+def build_after_step(
+    session: Session, tokenizer: Any, recorder: StepRecorder, stop_request: StopRequest, events: Events
+) -> AfterStep:
+    """What follows each step of the session: its guard, evaluations, samples, records and checkpoints."""
+    config, work = session.config, session.work
+    checkpointer = Checkpointer(
+        work.checkpoints,
+        config.checkpoint.keep_last,
+        background=_saves_in_background(config, session.placement),
+        n_bytes=checkpoint_bytes(expected_shapes(config.model), session.placement.world_size),
+        reach_steps=_reach_steps(config.guard),
+        events=events,
+    )
+    after_step = AfterStep(
+        session.horizon,
+        stop_request,
+        SpikeGuard(config.guard, session.spikes),
+        Evaluator(config, session.val_tokens(), sizes_of(tokenizer), session.improvement, events),
+        Sampler(tokenizer, config.logging, work.samples, events),
+        recorder,
+        Saver(config, work, session.identity, checkpointer, events),
+    )
+    after_step.unfinished = StepRecord(**session.unfinished) if session.unfinished else None
+    return after_step
+
+
+def build_recorder(
+    session: Session, timer: StepTimer, profile: StepProfile | None, *, is_first_session: bool
+) -> StepRecorder:
+    """The recorder of a session, which first drops what its files hold of steps that come again.
+
+    is_first_session: of this process.
+    """
+    config, checkpoint, progress = session.config, session.found, None
+    if rank() == 0:
+        progress = Progress(config.logging, session.horizon.total_steps, session.start_step)
+        rewind_absent(session.work.step_times, session.placement.world_size, session.start_step)
+    return StepRecorder(
+        timer,
+        StepTimes(session.work.step_times, rank(), session.start_step),
+        EpochMean(checkpoint.state["epoch_loss_sum"], checkpoint.state["epoch_loss_count"])
+        if checkpoint
+        else EpochMean(),
+        metrics=_metrics_writer(session, is_first_session=is_first_session) if rank() == 0 else None,
+        progress=progress,
+        utilization=utilization(config, session.placement),
+        profile=profile,
+    )
+
+
+def _metrics_writer(session: Session, *, is_first_session: bool) -> MetricsWriter:
+    return MetricsWriter(
+        session.work,
+        start_step=session.recorded_step,
+        start_epoch=session.horizon.epoch_of(session.recorded_step),
+        header=session.config.model_dump_json(),
+        is_first_session=is_first_session,
+    )
+
+
+def build_profile(session: Session) -> StepProfile | None:
+    """The profile of the session's first steps, where one is wanted."""
+    n_steps = session.config.logging.profile_steps
+    on_cuda = session.placement.accelerator == "cuda"
+    return StepProfile(session.work.profile, n_steps, on_cuda=on_cuda) if n_steps else None
+
+
+def _reach_steps(guard: GuardConfig) -> int:
+    """How old a checkpoint has to be for a rollback."""
+    return guard.spike_lead_steps + guard.spike_patience_steps if guard.on_spike == "rollback" else 0
+
+
+def _saves_in_background(config: Config, placement: Placement) -> bool:
+    """On a GPU by default: on a CPU the writer would take the cores that train."""
+    configured = config.checkpoint.background
+    return placement.accelerator == "cuda" if configured is None else configured
 
 
 @contextmanager

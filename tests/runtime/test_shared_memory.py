@@ -10,7 +10,8 @@ import pytest
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.runtime import shared_memory
-from rwkv_cluster.train.parallel.strategy import Placement, trainer_arguments
+from rwkv_cluster.train.parallel.strategy import trainer_arguments
+from rwkv_cluster.train.placement import Placement
 
 SWITCH = "NCCL_SHM_DISABLE"
 MORE_THAN_ANY = 2**60

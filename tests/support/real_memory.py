@@ -14,7 +14,7 @@ from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.optimizer import build_optimizer
-from rwkv_cluster.train.parallel.precision import DTYPES
+from rwkv_cluster.train.placement import DTYPES
 
 
 def model_of(config: ModelConfig, precision: str, *, wkv: str, fused: str, grad_cp: bool = False) -> RWKV:

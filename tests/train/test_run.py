@@ -21,7 +21,7 @@ from rwkv_cluster.train.checkpoint.resume import accumulation_of
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.parallel.strategy import Placement
+from rwkv_cluster.train.placement import Placement
 from rwkv_cluster.train.run import initialize, train
 from rwkv_cluster.workdir import WorkDir
 

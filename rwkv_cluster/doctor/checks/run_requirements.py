@@ -136,7 +136,7 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     from rwkv_cluster.model.state_dict import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
     from rwkv_cluster.train.checkpoint.save_load import list_steps
-    from rwkv_cluster.train.parallel.precision import DTYPES
+    from rwkv_cluster.train.placement import DTYPES
     from rwkv_cluster.train.vocabulary_size import with_vocabulary
 
     try:

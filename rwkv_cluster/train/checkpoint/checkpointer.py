@@ -25,9 +25,9 @@ from rwkv_cluster.runtime.disk_errors import WriteFailure
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.disk_space import require_disk_space
+from rwkv_cluster.train.checkpoint.save_load import Files
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.parallel.state import Files
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
 
 log = logging.getLogger("rwkv_cluster")

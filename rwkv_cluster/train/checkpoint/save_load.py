@@ -47,6 +47,9 @@ __all__ = ["MANIFEST", "Checkpoint", "checkpoint_path", "list_steps", "newest_ve
 
 log = logging.getLogger("rwkv_cluster")
 
+Files = dict[str, Mapping[str, Tensor]]
+"""Tensors by the name of the checkpoint's file that they go to."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -23,7 +23,7 @@ from rwkv_cluster import __version__
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.runtime.rank_env import slurm_job
-from rwkv_cluster.train.parallel.strategy import Placement
+from rwkv_cluster.train.placement import Placement
 from rwkv_cluster.workdir import atomic_write
 
 PACKAGES = ("pytorch-lightning", "deepspeed", "numpy")

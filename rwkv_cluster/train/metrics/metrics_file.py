@@ -57,19 +57,26 @@ COLUMNS = tuple(field.name for field in fields(StepRecord))
 class MetricsWriter:
     """Appends to the record files of a work directory. Only rank 0 has one.
 
-    recorded_step: the last that an earlier session has recorded, whether or not a checkpoint holds it.
+    start_step: up to where the files hold steps that are complete; later lines go. start_epoch: the first whose end is
+    still to come. header: JSON of the configuration. is_first_session: of this process. logged_step: up to where an
+    earlier session has recorded, and logged, numbers that are the same to the bit; whether or not a checkpoint holds
+    them. After a rollback others come.
     """
 
-    def __init__(self, work: WorkDir, *, start_step: int, start_epoch: int, header: str) -> None:
+    def __init__(
+        self, work: WorkDir, *, start_step: int, start_epoch: int, header: str, is_first_session: bool = True
+    ) -> None:
+        self._start_epoch = start_epoch
         self._jsonl_path = work.logs / "metrics.jsonl"
         self._csv_path = work.logs / "metrics.csv"
         self._log_path = work.out / "train_log.txt"
         with writing(work.logs, len(header)):
+            recorded_step = _last_step(self._jsonl_path)
             self._open(start_step, start_epoch)
+        self.logged_step = recorded_step if is_first_session else start_step
         self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
 
     def _open(self, start_step: int, start_epoch: int) -> None:
-        self.recorded_step = _last_step(self._jsonl_path)
         keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
         keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
         self._rewrite_csv()
@@ -92,11 +99,11 @@ class MetricsWriter:
             with writing(path, len(line)):
                 file.write(line)
 
-    def epoch(self, epoch: int, mean_loss: float, lr: float, session_epoch: int) -> None:
+    def epoch(self, epoch: int, mean_loss: float, lr: float) -> None:
         """RWKV-LM's line: index, mean loss, its exponential, lr of the last step, time, epoch of this session."""
         perplexity = math.exp(mean_loss) if mean_loss < 700 else math.inf
         self._append_log(
-            f"{epoch} {mean_loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.datetime.now()} {session_epoch}\n"
+            f"{epoch} {mean_loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.datetime.now()} {epoch - self._start_epoch}\n"
         )
 
     def _append_log(self, text: str) -> None:

@@ -2,7 +2,7 @@
 
 A rank is always in one phase; to begin one ends the one before:
 
-    data       from the end of a step's after_step until the next batch is on the device: reading, and its transfer
+    data       from the end of what follows a step until the next batch is on the device: reading, and its transfer
     forward    the network and the loss of a micro batch
     backward   its gradients, and their exchange between ranks as far as it happens meanwhile
     optimizer  agreement of the ranks on the step, clipping, update
@@ -22,7 +22,7 @@ seconds on CUDA too: a `data` of many milliseconds need not delay the device, wh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -75,10 +75,14 @@ class StepTiming:
 class StepTimer(Callback):
     """Follows the phases of this rank. First among the callbacks that do something at the end of a batch.
 
-    annotate: mark the phases in the profile that torch takes.
+    annotate: mark the phases in the profile that torch takes. report_activity: called with a short text ("evaluating")
+    before anything that may take long.
     """
 
-    def __init__(self, *, on_cuda: bool, annotate: bool = False) -> None:
+    def __init__(
+        self, *, on_cuda: bool, annotate: bool = False, report_activity: Callable[[str], None] = lambda activity: None
+    ) -> None:
+        self._report_activity = report_activity
         self._on_cuda = on_cuda
         self._annotate = annotate
         self._annotation: Any = None
@@ -123,6 +127,13 @@ class StepTimer(Callback):
             yield
         finally:
             self.enter(before)
+
+    @contextmanager
+    def pause(self, phase: Phase, activity: str) -> Iterator[None]:
+        """Be in `phase` for something that is no training and may take long, and report it. activity: "sampling"."""
+        self._report_activity(activity)
+        with self.phase(phase):
+            yield
 
     def finish_step(self) -> StepTiming:
         """What has been measured since the last call."""

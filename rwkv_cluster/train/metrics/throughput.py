@@ -17,7 +17,7 @@ import torch
 from rwkv_cluster.config import Config
 from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.runtime.gpu_specs import gpu_of_device
-from rwkv_cluster.train.parallel.strategy import Placement
+from rwkv_cluster.train.placement import Placement
 
 
 @dataclass(frozen=True)

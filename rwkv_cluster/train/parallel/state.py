@@ -7,18 +7,14 @@ ZeroShardedState    a part of it, under ZeRO stages 1 to 3 (`train.zero`); every
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.runtime.rank_env import rank
-from rwkv_cluster.train.checkpoint.save_load import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.optimizer import named_parameters, optimizer_tensors, restore_optimizer, update_count
-
-Files = dict[str, Mapping[str, Tensor]]
-"""Tensors by the name of the checkpoint's file that they go to."""
 
 
 class ModelAndOptimizerState(Protocol):

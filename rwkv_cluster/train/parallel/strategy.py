@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -29,18 +28,9 @@ from rwkv_cluster.train.parallel.zero import (
     require_deepspeed,
     zero_strategy,
 )
+from rwkv_cluster.train.placement import Placement
 
 log = logging.getLogger("rwkv_cluster")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """accelerator: "cpu" or "cuda". world_size: ranks of the run; devices: of them on this machine."""
-
-    accelerator: str
-    world_size: int
-    devices: int
-    num_nodes: int
 
 
 class ScaledFp16(MixedPrecision):
@@ -137,6 +127,25 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
 def leaving(training: TrainingConfig) -> AbstractContextManager[None]:
     """Around all that trains with `trainer_arguments`: see `distributed.leaving_group`."""
     return leaving_group() if training.deepspeed_stage is None else leaving_group(leave_group)
+
+
+@contextmanager
+def sums_in_fp32() -> Iterator[None]:
+    """Let no GPU add partial sums of a matrix product in bf16 or fp16, as torch allows by default.
+
+    A weight's gradient is a sum over all tokens of a micro batch, which cuBLAS may cut up: rounded in between, it would
+    depend on how. Afterwards the process has its own setting again.
+    """
+    products = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(products, name) for name in names}
+    try:
+        for name in names:
+            setattr(products, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(products, name, value)
 
 
 def train_state(trainer: Trainer, model: nn.Module) -> ModelAndOptimizerState:

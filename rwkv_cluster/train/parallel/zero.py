@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.train.checkpoint.save_load import Checkpoint
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.optimizer import MOMENTS
-from rwkv_cluster.train.parallel.state import Files
 
 MASTER = "master"
 

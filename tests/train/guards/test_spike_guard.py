@@ -55,7 +55,7 @@ def test_a_restart_at_any_step_forgets_nothing() -> None:
     for cut in range(len(values)):
         first = _guard()
         _spikes(first, values[:cut])
-        state = {"spikes": vars(first.memory)}
+        state = {"spikes": vars(first.state)}
         assert _spikes(_guard(SpikeState.of(state)), values[cut:], cut) == _spikes(_guard(), values)
 
 
@@ -173,7 +173,7 @@ def test_where_no_checkpoint_is_old_enough_the_samples_since_the_oldest_are_left
 ) -> None:
     """As where rollbacks are first wanted in the middle of a run, after its early checkpoints have been deleted."""
     config = _config(tmp_path, spike_lead_steps=13)
-    monkeypatch.setattr("rwkv_cluster.train.assembly._reach_steps", lambda guard: 0)
+    monkeypatch.setattr("rwkv_cluster.train.trainer._reach_steps", lambda guard: 0)
     monkeypatch.setenv(FAULT_VARIABLE, SPIKES_AT_14)
     run.train(config)
     (rollback,) = (event for event in read_events(WorkDir(config.work_dir).events) if event["kind"] == "rollback")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_cluster.train.metrics import environment
-from rwkv_cluster.train.parallel.strategy import Placement
+from rwkv_cluster.train.placement import Placement
 
 
 def test_a_session_that_changes_nothing_adds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rwkv_cluster.model.flops import flops_per_token
 from rwkv_cluster.train import evaluate as evaluation
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.metrics.throughput import utilization
-from rwkv_cluster.train.parallel.strategy import Placement
+from rwkv_cluster.train.placement import Placement
 from rwkv_cluster.train.run import train
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -79,8 +79,8 @@ def test_pauses_do_not_lower_the_throughput(tmp_path: Path, monkeypatch: pytest.
         return slower
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + skipped[0])
-    monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.evaluate", slow(evaluation.evaluate))
-    monkeypatch.setattr("rwkv_cluster.train.callbacks.after_step.save_pth", slow(lambda *args: None))
+    monkeypatch.setattr("rwkv_cluster.train.evaluate.evaluate", slow(evaluation.evaluate))
+    monkeypatch.setattr("rwkv_cluster.train.checkpoint.saver.save_pth", slow(lambda *args: None))
     monkeypatch.setattr(Checkpointer, "begin", slow(Checkpointer.begin))
     monkeypatch.setattr("rwkv_cluster.train.fit.sample_text", lambda *args: None)
     training = {"val_interval_steps": 2, "samples_per_epoch": 8}

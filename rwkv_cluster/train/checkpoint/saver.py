@@ -1,0 +1,71 @@
+"""What a run saves, and when: its checkpoints, and its weights in RWKV-LM's format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rwkv_cluster.config import Config
+from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.train.checkpoint import rng_state
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
+from rwkv_cluster.train.checkpoint.save_load import Files
+from rwkv_cluster.train.distributed import collectives
+from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.placement import DTYPES
+from rwkv_cluster.workdir import WorkDir
+
+
+class Saver:
+    """Checkpoints and exported weights of a run. Every rank has one and calls the same methods at the same step.
+
+    identity: what state.json says of the run.
+    """
+
+    def __init__(
+        self, config: Config, work: WorkDir, identity: Mapping[str, Any], checkpointer: Checkpointer, events: Events
+    ) -> None:
+        self.checkpointer = checkpointer
+        self._config = config
+        self._work = work
+        self._identity = identity
+        self._events = events
+        self._saved_at = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether checkpoint.save_interval_s has passed, by the clock of rank 0."""
+        interval = self._config.checkpoint.save_interval_s
+        return rank() == 0 and interval is not None and time.monotonic() - self._saved_at > interval
+
+    def is_due(self, step: int, *, epoch_ends: bool) -> bool:
+        """Whether a checkpoint is wanted after so many steps."""
+        interval = self._config.checkpoint.save_interval_steps
+        return epoch_ends if interval is None else step % interval == 0
+
+    def exports_epoch(self, epoch: int) -> bool:
+        """Whether the weights at the end of `epoch` (from 0) are wanted as a file of their own."""
+        return (epoch + 1) % self._config.training.epoch_save == 0
+
+    def save(self, step: int, files: Files, state: Mapping[str, Any], *, is_last: bool) -> None:
+        """Write a checkpoint. Collective. is_last: the session ends, and nothing may be left in the background.
+
+        files: this rank's. state: what state.json holds beside the run's identity and the random states.
+
+        Raises CheckpointError on every rank when one of them cannot write.
+        """
+        random_states = collectives.gather_objects(rng_state.capture())
+        self.checkpointer.begin(step, files, {**self._identity, **state, "random_states": random_states})
+        if is_last or not self.checkpointer.background:
+            self.checkpointer.finish()
+        self._saved_at = time.monotonic()
+
+    def export(self, weights: Mapping[str, Tensor] | None, step: int, label: str) -> None:
+        """Write RWKV-LM's flat file out/rwkv-<label>.pth, in the training precision. weights: None but on rank 0."""
+        if weights is not None:
+            path = self._work.out / f"rwkv-{label}.pth"
+            save_pth(path, weights, DTYPES[self._config.training.precision])
+            self._events.add("export", step, path=path)

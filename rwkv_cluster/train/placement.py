@@ -1,0 +1,20 @@
+"""Which ranks and devices a run has, and the types that it computes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type of the activations by `training.precision`."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """accelerator: "cpu" or "cuda". world_size: ranks of the run; devices: of them on this machine."""
+
+    accelerator: str
+    world_size: int
+    devices: int
+    num_nodes: int
