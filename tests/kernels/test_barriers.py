@@ -69,7 +69,7 @@ sys.exit(0 if worst < (5e-5 if kernel == EXACT else 6e-3) else 9)
 def passes(library: Path, file: str) -> bool:
     version, kernel = Path(file).stem.split("_")
     arguments = [sys.executable, "-c", RUNNER, str(library), version, kernel]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(arguments, env=environment, capture_output=True, timeout=120).returncode == 0
 
 

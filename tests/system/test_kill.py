@@ -15,7 +15,6 @@ from tiny_run import tiny_config, write_config, write_text
 pytestmark = pytest.mark.system
 
 SAVE_INTERVAL = 10
-KILLS = 20
 START_S = 3.0  # a process imports, checks and prepares for about this long before its first step
 SAVE_POINTS = ("after_weights", "after_optimizer", "before_manifest", "before_commit", "after_commit")
 
@@ -37,10 +36,11 @@ def _unbroken(folder: Path, max_steps: int, start: Callable[..., Job]) -> dict[s
     return run.result()
 
 
-def test_killed_at_random_times(tmp_path: Path, start: Callable[..., Job]) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_times(kills: int, tmp_path: Path, start: Callable[..., Job]) -> None:
     draw = random.Random(20)
     run = _new_run(tmp_path / "killed", 300)
-    for kill in range(KILLS):
+    for kill in range(kills):
         sessions, saved = run.sessions(), run.newest_checkpoint()
         job = start(run.folder)
         if kill % 3 == 0:
@@ -56,15 +56,25 @@ def test_killed_at_random_times(tmp_path: Path, start: Callable[..., Job]) -> No
     assert run.result() == _unbroken(tmp_path / "unbroken", 300, start)
 
 
-def test_killed_inside_the_save(tmp_path: Path, start: Callable[..., Job]) -> None:
+@pytest.mark.parametrize(
+    ("by_itself", "from_outside"),
+    [
+        (("after_weights", "before_commit", "after_commit"), ("after_optimizer",)),
+        pytest.param(SAVE_POINTS, SAVE_POINTS, marks=pytest.mark.slow),
+    ],
+    ids=["at some points", "at every point"],
+)
+def test_killed_inside_the_save(
+    by_itself: tuple[str, ...], from_outside: tuple[str, ...], tmp_path: Path, start: Callable[..., Job]
+) -> None:
     draw = random.Random(10)
     run = _new_run(tmp_path / "killed", 60)
-    for point in SAVE_POINTS:
+    for point in by_itself:
         saved = run.newest_checkpoint()
         job = start(run.folder, fault=f"checkpoint.{point}@{saved + SAVE_INTERVAL}:signal=SIGKILL")
         assert job.wait() == -9, job.text
         assert run.newest_checkpoint() == saved + (SAVE_INTERVAL if point == "after_commit" else 0)
-    for point in SAVE_POINTS:
+    for point in from_outside:
         saved = run.newest_checkpoint()
         name = "weights.pth" if point == "after_weights" else "optimizer.pth"
         job = start(run.folder, fault=f"checkpoint.{point}@{saved + SAVE_INTERVAL}:sleep=5")
@@ -82,7 +92,8 @@ def test_killed_inside_the_save(tmp_path: Path, start: Callable[..., Job]) -> No
     assert run.result() == _unbroken(tmp_path / "unbroken", 60, start)
 
 
-def test_killed_while_preparing_data(tmp_path: Path, start: Callable[..., Job]) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_while_preparing_data(kills: int, tmp_path: Path, start: Callable[..., Job]) -> None:
     draw = random.Random(5)
     text = write_text(tmp_path / "text.jsonl", n_words=300_000).read_bytes() * 8  # enough for tokenizer processes
     runs = []
@@ -95,7 +106,7 @@ def test_killed_while_preparing_data(tmp_path: Path, start: Callable[..., Job]) 
         runs.append(Watched(folder))
     killed, unbroken = runs
     found_workers = False
-    for _ in range(5):
+    for _ in range(kills):
         leftovers = set(killed.work.data.glob(".tmp-prepare-*"))
         job = start(killed.folder)
         wait_until(

@@ -70,7 +70,7 @@ def test_bad_data_on_rank_0_without_an_agent(tmp_path: Path, start: Callable[...
 
 @pytest.mark.parametrize(
     ("number", "agent"),
-    [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGSTOP, False)],
+    [pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow), (signal.SIGKILL, False), (signal.SIGSTOP, False)],
     ids=["killed-torchrun", "killed-plain", "frozen-plain"],
 )
 def test_rank_0_is_lost_while_it_prepares(
@@ -116,7 +116,7 @@ def test_a_rank_that_is_killed_before_the_ranks_have_met(tmp_path: Path, start: 
 
 def test_preparation_may_take_longer_than_the_timeout(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C3."""
-    run = _new_run(tmp_path, preparation_s=30, timeout_s=5)
+    run = _new_run(tmp_path, preparation_s=12, timeout_s=5)
     job = start(run.folder, ranks=2)
     job.complete()
     assert job.text.count("waits for") == 1
@@ -157,7 +157,11 @@ def test_a_shared_directory_that_shows_files_late(tmp_path: Path, start: Callabl
     assert len(losses(run.work.root)) == 20
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(2, 1), (None, 0)], ids=["torchrun-1", "devices-0"])
+@pytest.mark.parametrize(
+    ("ranks", "victim"),
+    [(2, 1), pytest.param(None, 0, marks=pytest.mark.slow)],
+    ids=["torchrun-1", "devices-0"],
+)
 def test_a_frozen_rank(ranks: int | None, victim: int, tmp_path: Path, start: Callable[..., Job]) -> None:
     """C4: SIGSTOP."""
     # Stacks are written after three times the slowest step before. Lightning's launcher starts rank 1 late.
@@ -202,25 +206,18 @@ def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> 
     assert "The stacks of its threads are in" in job.text
 
 
-def test_four_jobs_at_once_on_one_machine(tmp_path: Path, start: Callable[..., Job]) -> None:
-    """C7: two with torchrun, two with Lightning's launcher, each with a port of its own."""
-    _four_jobs_at_once(tmp_path, start)
-
-
-@pytest.mark.slow
-def test_four_jobs_at_once_ten_times(tmp_path: Path, start: Callable[..., Job]) -> None:
-    for repetition in range(10):
-        _four_jobs_at_once(tmp_path / str(repetition), start)
-
-
-def _four_jobs_at_once(folder: Path, start: Callable[..., Job]) -> None:
-    folder.mkdir(exist_ok=True)
-    jobs = []
-    for number, ranks in enumerate([2, 2, None, None]):
-        run = _new_run(folder / str(number), timeout_s=60, devices=1 if ranks else 2)
-        jobs.append(start(run.folder, ranks=ranks))
-    for job in jobs:
-        job.complete()
+@pytest.mark.parametrize(
+    ("each", "times"), [(1, 1), pytest.param(2, 10, marks=pytest.mark.slow)], ids=["two", "four, ten times"]
+)
+def test_jobs_at_once_on_one_machine(each: int, times: int, tmp_path: Path, start: Callable[..., Job]) -> None:
+    """C7: as many with torchrun as with Lightning's launcher, each with a port of its own."""
+    for repetition in range(times):
+        jobs = []
+        for number, ranks in enumerate(each * [2, None]):
+            run = _new_run(tmp_path / f"{repetition}-{number}", timeout_s=60, devices=1 if ranks else 2)
+            jobs.append(start(run.folder, ranks=ranks))
+        for job in jobs:
+            job.complete()
 
 
 def _code(job: Job) -> int:
@@ -229,6 +226,7 @@ def _code(job: Job) -> int:
     return int(re.findall(r"exitcode +: (-?\d+) ", job.text)[-1])
 
 
+@pytest.mark.slow
 def test_exit_codes_under_torchrun(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C10: configuration 2, data 3, checkpoint 4, lock 6, stopped 75."""
     run = _new_run(tmp_path, max_steps=5000, timeout_s=60)

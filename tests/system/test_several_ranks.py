@@ -49,7 +49,15 @@ SAID = [
 
 
 @pytest.mark.parametrize(
-    ("launched", "ranks", "stage"), [(True, 2, None), (True, 3, None), (False, 1, 2), (False, 3, None), (True, 2, 2)]
+    ("launched", "ranks", "stage"),
+    [
+        (True, 2, 2),
+        (False, 2, None),
+        pytest.param(True, 2, None, marks=pytest.mark.slow),
+        pytest.param(True, 3, None, marks=pytest.mark.slow),
+        pytest.param(False, 1, 2, marks=pytest.mark.slow),
+        pytest.param(False, 3, None, marks=pytest.mark.slow),
+    ],
 )
 def test_every_method_of_the_python_face(
     launched: bool, ranks: int, stage: int | None, tmp_path: Path, start: Callable[..., Job]
@@ -68,7 +76,7 @@ def _run(folder: Path, **training: object) -> Watched:
     return Watched(folder)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train"])
+@pytest.mark.parametrize("verb", [pytest.param("prepare", marks=pytest.mark.slow), "train"])
 def test_ranks_that_start_after_rank_0_has_ended(verb: str, tmp_path: Path, start: Callable[..., Job]) -> None:
     """Rank 0 has nothing left to say, and what it has made is enough: prepared data, or a run that is complete."""
     run = _run(tmp_path)
@@ -82,7 +90,7 @@ def test_ranks_that_start_after_rank_0_has_ended(verb: str, tmp_path: Path, star
     assert run.newest_checkpoint() == (2 if verb == "train" else 0)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train"])
+@pytest.mark.parametrize("verb", [pytest.param("prepare", marks=pytest.mark.slow), "train"])
 def test_ranks_that_start_before_rank_0(verb: str, tmp_path: Path, start: Callable[..., Job]) -> None:
     """They wait for it where nothing is prepared, and train waits for it in any case."""
     run = _run(tmp_path)

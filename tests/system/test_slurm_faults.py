@@ -84,7 +84,7 @@ def test_a_run_is_not_trained_twice_by_two_jobs(slurm: Cluster, nodes: dict[str,
     slurm.run("scancel", first)
 
 
-@pytest.mark.parametrize("exclude", [False, True], ids=["named", "left out"])
+@pytest.mark.parametrize("exclude", [pytest.param(False, marks=pytest.mark.slow), True], ids=["named", "left out"])
 def test_a_node_that_does_not_see_the_work_directory(
     exclude: bool, slurm: Cluster, nodes: dict[str, Host], tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def _final_tensors(run: Watched) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "training",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"zero_stage": 3},
         pytest.param({"zero_stage": 2, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({"devices": 2}, marks=pytest.mark.slow),

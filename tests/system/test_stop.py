@@ -22,7 +22,7 @@ from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.system
 
-TOTAL_STEPS = 200
+TOTAL_STEPS = 100
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REPEATED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by terminals, agents and Slurm
 
@@ -45,7 +45,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return run
 
 
-@pytest.mark.parametrize("request_stop", [*STOP_SIGNALS, "STOP"], ids=str)
+@pytest.mark.parametrize(
+    "request_stop",
+    [STOP_SIGNALS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in STOP_SIGNALS[1:]), "STOP"],
+    ids=str,
+)
 def test_stops_with_75_and_continues_exactly(
     request_stop: signal.Signals | str, unbroken: Watched, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
@@ -79,7 +83,7 @@ def test_more_signals_during_the_save_change_nothing(
     assert run.result() == unbroken.result()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_second_press_ends_a_save_and_costs_only_that(
     number: signal.Signals, unbroken: Watched, tmp_path: Path, start: Callable[..., Job]
 ) -> None:

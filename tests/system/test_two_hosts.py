@@ -64,7 +64,11 @@ def one_host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return run.result()
 
 
-@pytest.mark.parametrize(("delay_s", "loss"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2)], ids=["good", "slow", "lossy"])
+@pytest.mark.parametrize(
+    ("delay_s", "loss"),
+    [pytest.param(0.0, 0.0, marks=pytest.mark.slow), pytest.param(0.2, 0.0, marks=pytest.mark.slow), (0.0, 0.2)],
+    ids=["good", "slow", "lossy"],
+)
 def test_two_hosts_equal_one(
     delay_s: float,
     loss: float,
@@ -81,6 +85,7 @@ def test_two_hosts_equal_one(
     assert run.result() == one_host
 
 
+@pytest.mark.slow
 def test_half_of_all_frames_lost_for_a_while(
     network: tuple[list[Host], Cable], tmp_path: Path, start: Callable[..., Job]
 ) -> None:

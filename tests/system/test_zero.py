@@ -75,7 +75,17 @@ def _assert_close(run: Watched, reference: Watched) -> None:
     assert _curve(run, "tokens") == _curve(reference, "tokens")
 
 
-@pytest.mark.parametrize("training", [{"strategy": "ddp"}, *({"zero_stage": stage} for stage in range(4))], ids=str)
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"strategy": "ddp"},
+        pytest.param({"zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 1}, marks=pytest.mark.slow),
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+    ],
+    ids=str,
+)
 def test_two_ranks_give_the_curve_of_one_process(training: dict[str, Any], unbroken: Callable[..., Watched]) -> None:
     """Row G8."""
     alone = unbroken(None)
@@ -84,7 +94,9 @@ def test_two_ranks_give_the_curve_of_one_process(training: dict[str, Any], unbro
     assert any(clipped)
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("deepspeed_stage_2_offload", marks=pytest.mark.slow), "deepspeed_stage_3_offload"]
+)
 def test_offload_and_the_community_s_names(
     strategy: str, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
@@ -101,8 +113,14 @@ def _broken(folder: Path, start: Callable[..., Job], *, ranks: int | None, **tra
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (2, "fp32"),
+        (3, "bf16"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"))),
+    ],
+)
 def test_a_resume_on_as_many_ranks_is_equal(
     stage: int, precision: str, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
@@ -124,12 +142,22 @@ def _assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torc
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_two_then_one_then_four_then_two_ranks(
-    unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
+@pytest.mark.parametrize(
+    "sessions",
+    [
+        [(2, 2, 11), (None, 0, 22), (2, 3, None)],
+        pytest.param([(2, 2, 11), (None, 0, 22), (4, 1, 33), (2, 3, None)], marks=pytest.mark.slow),
+    ],
+    ids=["two, one, two", "two, one, four, two"],
+)
+def test_other_numbers_of_ranks_and_stages_go_on(
+    sessions: list[tuple[int | None, int, int | None]],
+    unbroken: Callable[..., Watched],
+    tmp_path: Path,
+    start: Callable[..., Job],
 ) -> None:
-    """Row A7, with another stage each time: the same samples, rates and tokens, losses to 1e-6."""
+    """Row A7; ranks, stage and last step of each session: the same samples, rates and tokens, losses to 1e-6."""
     run = _new_run(tmp_path)
-    sessions = [(2, 2, 11), (None, 0, 22), (4, 1, 33), (2, 3, None)]
     for ranks, stage, stop in sessions:
         config = run.folder / "run.yaml"
         text = config.read_text()
@@ -158,7 +186,7 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
     assert _curve(run, "tokens") == [4 * 32 * step for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_stage_exports_what_its_checkpoint_holds(stage: int, unbroken: Callable[..., Watched]) -> None:
     """out/rwkv-final.pth is the checkpoint's masters in the training precision, consolidated offline or by the run."""
     for training in ({"zero_stage": stage}, {"zero_stage": stage, "precision": "bf16"}):
@@ -168,7 +196,9 @@ def test_every_stage_exports_what_its_checkpoint_holds(stage: int, unbroken: Cal
         _assert_equal_tensors(load_pth(run.work.final_weights), offline)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_one_checkpoint_comes_out_of_every_stage_alike(
     stage: int, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
@@ -196,7 +226,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     _assert_equal_tensors(load_pth(run.work.final_weights), dict(wanted))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_gradients_travel_in_the_dtype_that_is_asked_for(
     dtype: str, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:

@@ -42,7 +42,7 @@ def _result(run: Watched) -> dict[str, object]:
     return {**hashes, "step": newest.name, "losses": [value.hex() for value in losses(run.work.root)]}
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_rank_that_cannot_write_ends_both_without_a_commit(
     background: bool, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
@@ -60,7 +60,12 @@ def test_a_rank_that_cannot_write_ends_both_without_a_commit(
 
 @pytest.mark.parametrize(
     ("stage", "what", "precision"),
-    [(0, "gradient", "fp32"), (1, "loss", "bf16"), (2, "gradient", "bf16"), (3, "loss", "fp32")],
+    [
+        pytest.param(0, "gradient", "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "loss", "bf16", marks=pytest.mark.slow),
+        (2, "gradient", "bf16"),
+        pytest.param(3, "loss", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_nan_on_one_rank_stops_all_before_the_update(
     stage: int, what: str, precision: str, tmp_path: Path, start: Callable[..., Job]
@@ -82,16 +87,28 @@ def test_nan_on_one_rank_stops_all_before_the_update(
         assert all(tensors[name].isfinite().all() for name in tensors.keys())  # noqa: SIM118 -- ShardedTensors have keys only
 
 
-def test_killed_again_and_again(tmp_path: Path, start: Callable[..., Job]) -> None:
+@pytest.mark.parametrize(
+    ("points", "kills"),
+    [
+        (("after_weights", "before_commit"), 1),
+        pytest.param(
+            ("after_weights", "after_optimizer", "before_manifest", "before_commit", "after_commit"),
+            4,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["three times", "nine times"],
+)
+def test_killed_again_and_again(points: tuple[str, ...], kills: int, tmp_path: Path, start: Callable[..., Job]) -> None:
     """Row A3: a rank or the whole job, at random steps and inside the save; each time the same command again."""
     draw = random.Random(30)
     run, unbroken = (_new_run(tmp_path / name, 120) for name in ("killed", "unbroken"))
-    for point in ("after_weights", "after_optimizer", "before_manifest", "before_commit", "after_commit"):
+    for point in points:
         saved, rank = run.newest_checkpoint(), 1 if point.startswith("after_w") else 0
         fault = f"checkpoint.{point}@{saved + SAVE_INTERVAL}#{rank}:signal=SIGKILL"
         assert start(run.folder, ranks=2, fault=fault).wait() != 0
         assert run.newest_checkpoint() == saved + (SAVE_INTERVAL if point == "after_commit" else 0)
-    for kill in range(4):
+    for kill in range(kills):
         sessions, saved = run.sessions(), run.newest_checkpoint()
         # the step lasts, so that the signal does not come after the end; the kill is anywhere in it
         job = start(run.folder, ranks=2, fault=f"train.step@{saved + draw.randint(1, 15)}:sleep=2")
