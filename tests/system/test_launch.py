@@ -159,6 +159,7 @@ def _say(verb: str, run: Watched, *arguments: str) -> dict[str, Any]:
 )
 def test_any_directory_name_from_text_to_weights(name: str, tmp_path: Path) -> None:
     """H5: through bash, torchrun and the agent; a newline is refused (tests/launch/test_hostile.py)."""
+    (tmp_path / name / "work").mkdir(parents=True)  # or `$HOME` in it is a variable
     run = _new_run(tmp_path / name, {"max_steps": 2}, target="torchrun", ranks_per_node=2)
     Job(run.folder, verb="launch").complete()
     assert run.work.final_weights.exists()
