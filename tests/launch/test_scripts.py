@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_files import Golden
 from launch_stubs import install, run_script
 
 from rwkv_cluster.config import Config
@@ -20,7 +21,6 @@ from rwkv_cluster.launch.launchers.launcher import Plan
 from rwkv_cluster.launch.plan import plan
 from rwkv_cluster.launch.submit import submit
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 CWD = Path("/home/someone/runs")
 IMAGE = {"image": "registry.org/rwkv:1", "mounts": ["/data", "/vocab:/v:ro"]}
 FULL: dict[str, Any] = {
@@ -94,13 +94,8 @@ def text_of(made: Plan) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_are_golden(case: str) -> None:
-    path = GOLDEN / f"{case}.sh"
-    text = text_of(planned(case))
-    if os.environ.get("RENEW_GOLDEN"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert path.read_text() == text, f"{path} differs. If that is meant: RENEW_GOLDEN=1 pytest {Path(__file__).name}"
+def test_bytes_are_golden(case: str, golden: Golden) -> None:
+    golden.check_text(f"launch/{case}.sh", text_of(planned(case)))
 
 
 def test_roots_podman_gets_no_ids_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,17 @@
 """A hundred steps whose losses are written down: a change that should not alter numbers must not alter these.
 
-Renew after an intended change: `python tests/train/test_golden.py`.
+`pytest --update-golden` renews them after an intended change.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
+from golden_files import Golden
 from tiny_run import losses, tiny_config
 
 from rwkv_cluster.train.run import train
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 
 
 def _curve(folder: Path, model_type: str) -> list[float]:
@@ -34,14 +27,6 @@ def _curve(folder: Path, model_type: str) -> list[float]:
 
 
 @pytest.mark.parametrize("model_type", ["x052", "x060", "x070"])
-def test_loss_curve(model_type: str, tmp_path: Path) -> None:
+def test_loss_curve(model_type: str, golden: Golden, tmp_path: Path) -> None:
     """Between CPUs only the order of sums differs: 3e-7 from SSE4 to AVX-512 at this learning rate."""
-    assert _curve(tmp_path, model_type) == pytest.approx(json.loads(GOLDEN.read_text())[model_type], rel=1e-5)
-
-
-if __name__ == "__main__":
-    curves = {}
-    for version in ("x052", "x060", "x070"):
-        with tempfile.TemporaryDirectory() as folder:
-            curves[version] = _curve(Path(folder), version)
-    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")
+    golden.check_numbers("losses.json", model_type, _curve(tmp_path, model_type), rel=1e-5)
