@@ -1,0 +1,120 @@
+"""Docstrings stand alone, parameter lists are short, and a folder can be taken in at a glance."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MAX_PARAMETERS = 7
+MAX_FILES = 13
+PREPOSITIONS = """
+    about above across after against along among around as at before behind below beneath beside besides between beyond
+    by despite during except for from in inside into like near of off on onto out outside over past per since than
+    through throughout to toward towards under underneath until up upon via with within without
+""".split()  # noqa: SIM905 -- a list of words reads better
+REDIRECT = re.compile(r"(?:See|Same as|The same as|Likewise)\b")
+
+# What still breaks a rule: files, functions as "path:name", folders.
+DOCSTRINGS = """
+    kernels/fused/cpu.py kernels/fused/reference.py kernels/self_test.py launch/__init__.py launch/agent.py
+    launch/container.py launch/jobs.py launch/preflight.py launch/submit.py launch/submitit_task.py
+    rwkv_cluster/bench/cuda_wkv.py rwkv_cluster/commands.py rwkv_cluster/config/loader.py
+    rwkv_cluster/data/converters.py rwkv_cluster/data/inputs/readers.py rwkv_cluster/data/inputs/sources.py
+    rwkv_cluster/data/mmap_dataset.py rwkv_cluster/data/preparation/encode.py rwkv_cluster/data/sampler.py
+    rwkv_cluster/doctor/checks/environment.py rwkv_cluster/doctor/checks/gpus.py rwkv_cluster/doctor/checks/host.py
+    rwkv_cluster/doctor/checks/software.py rwkv_cluster/doctor/checks/wkv.py
+    rwkv_cluster/doctor/distributed/checks.py rwkv_cluster/doctor/distributed/rank_store.py
+    rwkv_cluster/doctor/results.py rwkv_cluster/model/flops.py rwkv_cluster/model/parameter_shapes.py
+    rwkv_cluster/planning/activations.py rwkv_cluster/planning/memory.py rwkv_cluster/planning/model_states.py
+    rwkv_cluster/planning/options.py rwkv_cluster/planning/run_length.py rwkv_cluster/report/charts.py
+    rwkv_cluster/report/series.py rwkv_cluster/report/tables.py rwkv_cluster/report/write.py
+    rwkv_cluster/runtime/disk_errors.py rwkv_cluster/runtime/gpu_specs.py rwkv_cluster/runtime/interrupt.py
+    rwkv_cluster/runtime/rank_env.py rwkv_cluster/runtime/terminal/time_left.py rwkv_cluster/train/assembly.py
+    rwkv_cluster/train/callbacks/after_step.py rwkv_cluster/train/callbacks/network_check.py
+    rwkv_cluster/train/checkpoint/checkpointer.py rwkv_cluster/train/checkpoint/disk_space.py
+    rwkv_cluster/train/distributed/collectives.py rwkv_cluster/train/distributed/hang_detector.py
+    rwkv_cluster/train/distributed/rank_monitor.py rwkv_cluster/train/distributed/rank_record.py
+    rwkv_cluster/train/fit.py rwkv_cluster/train/guards/early_stop.py rwkv_cluster/train/guards/spike_guard.py
+    rwkv_cluster/train/guards/stop_request.py rwkv_cluster/train/metrics/loggers.py
+    rwkv_cluster/train/metrics/metrics_file.py rwkv_cluster/train/metrics/profile_breakdown.py
+    rwkv_cluster/train/metrics/profiler.py rwkv_cluster/train/metrics/progress.py
+    rwkv_cluster/train/metrics/step_timer.py rwkv_cluster/train/metrics/step_times.py
+    rwkv_cluster/train/metrics/throughput.py rwkv_cluster/train/module.py rwkv_cluster/train/parallel/state.py
+    rwkv_cluster/train/parallel/strategy.py rwkv_cluster/train/parallel/zero.py rwkv_cluster/train/rollback.py
+    rwkv_cluster/train/session.py
+""".split()  # noqa: SIM905
+PARAMETERS = """
+    rwkv_cluster/commands.py:generate rwkv_cluster/data/preparation/shuffle_split.py:write_documents
+    rwkv_cluster/data/preparation/staleness.py:why_stale rwkv_cluster/pipeline.py:__init__
+    rwkv_cluster/report/charts.py:_chart rwkv_cluster/train/assembly.py:build_callbacks
+    rwkv_cluster/train/callbacks/after_step.py:__init__
+""".split()  # noqa: SIM905
+FOLDERS = ["rwkv_cluster/train"]
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Node = ast.Module | ast.ClassDef | Function
+
+
+def _documented(node: Node, name: str) -> Iterator[tuple[str, Node]]:
+    """A module, class or function and all that are defined in it, with their dotted names."""
+    yield name, node
+    for child in ast.walk(node):
+        if child is not node and isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield f"{name}:{child.name}", child
+
+
+def _definitions(*folders: str) -> Iterator[tuple[str, Node]]:
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield from _documented(ast.parse(path.read_text()), str(path.relative_to(ROOT)))
+
+
+def _depends_on_another(docstring: str) -> bool:
+    first = docstring.strip().partition("\n")[0]
+    return re.split(r"\W", first, maxsplit=1)[0].lower() in PREPOSITIONS or bool(REDIRECT.match(first))
+
+
+def _parameters(function: Function) -> list[str]:
+    """Names of the parameters that a caller may give, without self and cls, *args and **kwargs."""
+    arguments = function.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def test_the_first_line_of_a_docstring_stands_alone() -> None:
+    """It begins with a noun or a verb: neither with a preposition, nor with the name of another docstring."""
+    dependent = {
+        name
+        for name, node in _definitions("rwkv_cluster", "kernels", "launch", "configs")
+        if _depends_on_another(ast.get_docstring(node) or "")
+    }
+    assert sorted(name for name in dependent if name.partition(":")[0] not in DOCSTRINGS) == []
+
+
+def test_a_docstring_that_leans_on_another_is_recognised() -> None:
+    leaning = ["Of a run.", "As `prepare` does.", "See `Plan`.", "Same as above.", "With one rank: the loss."]
+    standing = ["Forward pass.", "Offsets of the rows.", "Asks the scheduler.", "`--help` in words.", "Seed of a run."]
+    assert all(map(_depends_on_another, leaning))
+    assert not any(map(_depends_on_another, standing))
+
+
+def test_functions_have_few_parameters() -> None:
+    """Operators of kernels/ take as many tensors as their mathematics."""
+    long = {
+        name
+        for name, node in _definitions("rwkv_cluster", "launch")
+        if isinstance(node, Function) and len(_parameters(node)) > MAX_PARAMETERS
+    }
+    assert sorted(long.difference(PARAMETERS)) == []
+
+
+def test_folders_have_few_files() -> None:
+    counts: dict[str, int] = {}
+    for folder in ("rwkv_cluster", "kernels", "launch", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            place = str(path.parent.relative_to(ROOT))
+            counts[place] = counts.get(place, 0) + (path.name != "__init__.py")
+    assert sorted({place for place, count in counts.items() if count > MAX_FILES}.difference(FOLDERS)) == []
