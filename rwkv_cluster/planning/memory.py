@@ -5,7 +5,7 @@
     first block   its backward pass: nearly all gradients are there
     update        gradients, and under ZeRO their fp32 copy, beside masters and moments
 
-Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `fitting.ALLOWANCE`.
+Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `recommend.ALLOWANCE`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.model.parameter_shapes import Shapes, count, parameter_shapes
+from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
+from rwkv_cluster.model.versions.version import Shapes
 from rwkv_cluster.planning.activations import Activations, Kernels, activations
 from rwkv_cluster.planning.model_states import ModelStates, Sharding, model_states
+from rwkv_cluster.train.optimizers.table import optimizer_of
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the memory of a rank, beside the model. accumulates: a step has several micro batches."""
+    """Settings that decide the memory of a rank. accumulates: a step has several micro batches."""
 
     sharding: Sharding
     grad_cp: bool
@@ -53,25 +55,27 @@ class MemoryModel:
 
     @cached_property
     def shapes(self) -> Shapes:
+        """Shapes of the parameters, by name."""
         return parameter_shapes(self.model, self.vocab_size)
 
     @cached_property
     def _states(self) -> Callable[[Sharding], ModelStates]:
-        """By sharding, of which there are few while settings are many."""
+        """Model states by sharding, of which there are few while settings are many."""
         precision, bucket_elements = self.training.precision, self.training.ds_bucket_mb * 1_000_000
-        return cache(lambda sharding: model_states(self.shapes, sharding, precision, bucket_elements))
+        optimizer = optimizer_of(self.training)
+        return cache(lambda sharding: model_states(self.shapes, sharding, precision, bucket_elements, optimizer))
 
     @cached_property
     def _elements(self) -> tuple[int, int]:
-        """Of the model, and of its first block."""
+        """Elements of the model, and of its first block."""
         first = {name: shape for name, shape in self.shapes.items() if name.startswith("blocks.0.")}
         return count(self.shapes), count(first)
 
     def memory(self, setting: Setting) -> Memory:
-        """Of a rank under `setting`."""
+        """Memory of one rank under `setting`."""
         precision, stage = self.training.precision, setting.sharding.stage
         states = self._states(setting.sharding)
-        kept = activations(
+        activation_bytes = activations(
             self.model,
             self.vocab_size,
             self.kernels,
@@ -79,24 +83,33 @@ class MemoryModel:
             precision=precision,
             bf16_parameters=bool(stage) and precision != "fp32",
         )
-        phases = self._phases(states, kept, setting)
+        phases = self._phases(states, activation_bytes, setting)
         at = max(phases, key=lambda name: phases[name])
-        saved = kept.saved(grad_cp=setting.grad_cp) + (kept.one_block if setting.grad_cp else 0)
-        return Memory(states, saved, max(kept.head, kept.head_backward), phases[at], at, states.host)
+        saved = activation_bytes.saved(grad_cp=setting.grad_cp) + (activation_bytes.one_block if setting.grad_cp else 0)
+        return Memory(
+            states, saved, max(activation_bytes.head, activation_bytes.head_backward), phases[at], at, states.host
+        )
 
-    def _phases(self, states: ModelStates, kept: Activations, setting: Setting) -> dict[str, float]:
+    def _phases(self, states: ModelStates, activation_bytes: Activations, setting: Setting) -> dict[str, float]:
         """Bytes on the device in each phase of an optimizer step."""
         (total, of_block_0), gradients = self._elements, states.gradients
         of_matrix = gradients * self.vocab_size * self.model.n_embd / total  # of the head's, or of emb's
         before_block_0 = gradients - of_matrix - gradients * of_block_0 / total
         early = gradients if states.keeps_gradients or setting.accumulates else 0.0
-        saved, again = kept.saved(grad_cp=setting.grad_cp), kept.one_block if setting.grad_cp else 0.0
+        saved, again = (
+            activation_bytes.saved(grad_cp=setting.grad_cp),
+            activation_bytes.one_block if setting.grad_cp else 0.0,
+        )
         standing = states.weights + states.masters + states.moments
         passing = standing + states.buckets + states.gathered
         updating = standing + (states.buckets if states.keeps_gradients else 0.0)
         return {
-            "head": passing + early + saved + max(kept.head, kept.head_backward),
-            "last block": passing + max(early, of_matrix) + saved + again + kept.workspace,
-            "first block": passing + max(early, before_block_0) + kept.outside + kept.one_block + kept.workspace,
+            "head": passing + early + saved + max(activation_bytes.head, activation_bytes.head_backward),
+            "last block": passing + max(early, of_matrix) + saved + again + activation_bytes.workspace,
+            "first block": passing
+            + max(early, before_block_0)
+            + activation_bytes.outside
+            + activation_bytes.one_block
+            + activation_bytes.workspace,
             "update": updating + gradients + states.gradient_copy,
         }

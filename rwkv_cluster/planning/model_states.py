@@ -1,4 +1,4 @@
-"""Bytes of the state of training on each rank: weights, gradients, masters, Adam's moments, and what ZeRO adds.
+"""Bytes of the state of training on each rank: weights, gradients, masters, moments, and what ZeRO adds to them.
 
 Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, figure 1, for
 what a stage divides by the ranks; DeepSpeed 0.19's stage_1_and_2.py and stage3.py for its buffers and copies.
@@ -11,11 +11,13 @@ import math
 from dataclasses import dataclass
 
 from rwkv_cluster.config import TrainingConfig
-from rwkv_cluster.model.parameter_shapes import Shapes, count, trained
+from rwkv_cluster.model.parameter_shapes import count, trained
+from rwkv_cluster.model.versions.version import Shapes
+from rwkv_cluster.train.optimizers.table import ADAMW, Optimizer
 
 FP32 = 4  # bytes
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of an element in a training precision."""
+"""Bytes of an element in a training precision."""
 
 PERSISTENT_ELEMENTS = 100_000
 """Stage 3 keeps smaller parameters whole: stage3_param_persistence_threshold."""
@@ -25,12 +27,12 @@ LIVE_ELEMENTS = 550_000_000
 and stage3_prefetch_bucket_size, 5 * 10^7."""
 
 ALL_REDUCE_ELEMENTS = 500_000_000
-"""Of the flat copy in which DeepSpeed's stage 0 sums gradients: MEMORY_OPT_ALLREDUCE_SIZE in its engine."""
+"""Elements of the flat copy in which DeepSpeed's stage 0 sums gradients: MEMORY_OPT_ALLREDUCE_SIZE in its engine."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where the state of training lies. stage: of ZeRO, None without DeepSpeed; on one rank then without DDP, too."""
+    """Division of the state of training by ranks. stage: of ZeRO, None without DeepSpeed, on one rank without DDP."""
 
     ranks: int
     stage: int | None = None
@@ -39,7 +41,7 @@ class Sharding:
 
     @classmethod
     def of(cls, training: TrainingConfig, ranks: int) -> Sharding:
-        """As configured."""
+        """The sharding that `training` configures."""
         return cls(ranks, training.deepspeed_stage, training.offloads_optimizer, training.offloads_parameters)
 
     @property
@@ -71,28 +73,33 @@ class ModelStates:
     host: float
 
 
-def theory(parameters: int, ranks: int, stage: int | None, precision: str) -> dict[str, float]:
+def theory(
+    parameters: int, ranks: int, stage: int | None, precision: str, optimizer: Optimizer = ADAMW
+) -> dict[str, float]:
     """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
 
     Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights. Without ZeRO and in
     stage 0 this package trains fp32 parameters in every precision and so has no masters beside them.
     """
+    n_moments = len(optimizer.moments)
     if not stage:
         whole = float(FP32 * parameters)
-        return {"weights": whole, "gradients": whole, "masters": 0.0, "moments": 2 * whole}
+        return {"weights": whole, "gradients": whole, "masters": 0.0, "moments": n_moments * whole}
     elements = parameters * ITEM_BYTES[precision]
     return {
         "weights": elements / (ranks if stage == 3 else 1),
         "gradients": elements / (ranks if stage >= 2 else 1),
         "masters": FP32 * parameters / ranks,
-        "moments": 2 * FP32 * parameters / ranks,
+        "moments": n_moments * FP32 * parameters / ranks,
     }
 
 
-def model_states(shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int) -> ModelStates:
-    """Of a model with parameters of `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements."""
+def model_states(
+    shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int, optimizer: Optimizer = ADAMW
+) -> ModelStates:
+    """State of training of a model with `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements."""
     P, stage, ranks = count(trained(shapes)), sharding.stage, sharding.ranks
-    parts = theory(P, ranks, stage, precision)
+    parts = theory(P, ranks, stage, precision, optimizer)
     item = ITEM_BYTES[precision] if stage else FP32
     parts["weights"] += (count(shapes) - P) * item / (ranks if stage == 3 else 1)  # frozen ones have nothing else
     copy = FP32 * P / ranks if stage else 0.0
@@ -116,14 +123,17 @@ def model_states(shapes: Shapes, sharding: Sharding, precision: str, bucket_elem
 
 
 def _gathered(shapes: Shapes) -> int:
-    """Elements: the small ones always, the others while they are in use or soon will be."""
+    """Elements of stage 3 that are whole: of small parameters always, of others while they are in use or soon are."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     small = sum(size for size in sizes if size <= PERSISTENT_ELEMENTS)
     return small + min(sum(sizes) - small, LIVE_ELEMENTS)
 
 
 def _buckets(shapes: Shapes, sharding: Sharding, item: int, elements: int) -> float:
-    """Stages 1 and 2 fill one while the other travels (overlap_comm); stage 3 has one. None exceeds the model."""
+    """Bytes of the buckets for communication, none larger than the model.
+
+    Stages 1 and 2 fill one while the other travels (overlap_comm); stage 3 has one.
+    """
     if sharding.stage == 0:
         return float(min(count(shapes), ALL_REDUCE_ELEMENTS) * item) if sharding.ranks > 1 else 0.0
     if sharding.stage is None:  # DDP's buckets are the gradients themselves: gradient_as_bucket_view

@@ -8,7 +8,8 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
-from rwkv_cluster.model.parameter_shapes import Shapes, by_part, count, parameter_shapes, trained
+from rwkv_cluster.model.parameter_shapes import by_part, count, parameter_shapes, trained
+from rwkv_cluster.model.versions.version import Shapes
 from rwkv_cluster.planning.activations import Kernels
 from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
 from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES, Sharding
@@ -18,6 +19,7 @@ from rwkv_cluster.planning.run_length import Length, learning_rates, length
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes, weights_bytes
+from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 
@@ -34,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. checkpoints: those that are kept and the one being written. exports: .pth files, None where unknown."""
+    """Bytes on the disk. checkpoints: those kept and the one being written. exports: .pth files, None where unknown."""
 
     checkpoint: int
     weights: int
@@ -46,7 +48,9 @@ class Disk:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """config: with the vocabulary's size. seconds, tokens_per_s: None where no speed was given, or no end is known.
+    """All that is known about a run before it starts.
+
+    config: with the vocabulary's size. seconds, tokens_per_s: None where no speed was given, or no end is known.
 
     to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
     host_copy: bytes that a rank needs in the host's memory while a checkpoint is written in the background.
@@ -78,7 +82,7 @@ class RunPlan:
 
 
 def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
-    """Raises ConfigError or DataError for a configuration that could not run."""
+    """Plan of the run of `config`. Raises ConfigError or DataError for a configuration that could not run."""
     work = WorkDir(config.work_dir)
     manifest = _manifest(work)
     config = with_vocabulary(config, _vocabulary(config, manifest))
@@ -104,15 +108,21 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         kernels=kernels,
         rows=_rows(memory_model, configured, gpu_bytes),
         to_fit=None if gpu_bytes is None else change(memory_model, configured, gpu_bytes),
-        host_copy=3 * FP32 * count(trained(shapes)) / (assumptions.ranks if sharding.stage else 1),
+        host_copy=_host_copy(config, shapes, sharding),
         disk=_disk(config, work, shapes, assumptions.ranks, run, manifest),
         tokens_per_s=speed,
         seconds=tokens / speed if tokens is not None and speed is not None else None,
     )
 
 
+def _host_copy(config: Config, shapes: Shapes, sharding: Sharding) -> float:
+    """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written."""
+    whole = optimizer_of(config.training).tensors_saved * FP32 * count(trained(shapes))
+    return whole / (sharding.ranks if sharding.stage else 1)
+
+
 def _manifest(work: WorkDir) -> DataManifest | None:
-    """What `prepare` has left; None where it has not run. Raises DataError where that is damaged."""
+    """Manifest of the prepared data; None where there is none. Raises DataError where that is damaged."""
     try:
         return load_manifest(work.data)
     except MissingDataError:
@@ -125,11 +135,13 @@ def _vocabulary(config: Config, manifest: DataManifest | None) -> int:
 
 def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> list[Row]:
     """Every sharding, with and without checkpointing, at the configured micro batch."""
-    listed = shardings(configured.sharding.ranks, memory_model.training.precision)
-    if configured.sharding not in listed:  # parameters offloaded without the optimizer
-        listed.append(configured.sharding)
+    candidates = shardings(configured.sharding.ranks, memory_model.training.precision)
+    if configured.sharding not in candidates:  # parameters offloaded without the optimizer
+        candidates.append(configured.sharding)
     rows = []
-    for setting in (replace(configured, sharding=one, grad_cp=cp) for one in listed for cp in (False, True)):
+    for setting in (
+        replace(configured, sharding=sharding, grad_cp=cp) for sharding in candidates for cp in (False, True)
+    ):
         memory = memory_model.memory(setting)
         fits = None if gpu_bytes is None else needed(memory) <= gpu_bytes
         rows.append(Row(setting, memory, setting == configured, fits))
@@ -139,7 +151,7 @@ def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | Non
 def _disk(
     config: Config, work: WorkDir, shapes: Shapes, ranks: int, run: Length, manifest: DataManifest | None
 ) -> Disk:
-    checkpoint = checkpoint_bytes(shapes, ranks)
+    checkpoint = checkpoint_bytes(shapes, ranks, optimizer_of(config.training))
     weights = weights_bytes(shapes, ITEM_BYTES[config.training.precision])
     exports = None
     if run.epochs is not None:  # rwkv-init, rwkv-final, each epoch that epoch_save names, and the last

@@ -1,7 +1,7 @@
-"""AdamW over RWKV-LM's parameter groups, and its state as named tensors.
+"""The optimizer of a run over its parameter groups, and its state as named tensors.
 
 The parameters are the fp32 masters: layers cast them to the activation dtype where they use them, so gradients
-arrive in fp32 and this optimizer is all that mixed precision needs.
+arrive in fp32 and an optimizer of fp32 is all that mixed precision needs.
 """
 
 from __future__ import annotations
@@ -14,43 +14,35 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.versions.table import VERSIONS
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def group_of(name: str, parameter: Tensor, model_type: ModelType, *, layerwise_lr: bool = True) -> tuple[float, bool]:
-    """(Learning-rate multiplier, whether weight decay applies) of one parameter."""
-    is_matrix = ".weight" in name and parameter.squeeze().ndim >= 2
-    multiplier, decays = VERSIONS[model_type].optimizer_group(name, is_matrix)
-    return (multiplier if layerwise_lr else 1.0), decays
+from rwkv_cluster.train.optimizers.table import optimizer_of
 
 
-def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW whose groups carry `lr_multiplier`, `weight_decay` and `names`. Frozen parameters are left out."""
+def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer of `training`. Frozen parameters are left out.
+
+    Its groups carry `lr_multiplier`, `weight_decay`, `names` of their parameters, and `moments`: names of the tensors
+    that it keeps for each of them.
+    """
+    row = optimizer_of(training)
+    functions = row.functions()
     members: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            key = group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
+            key = functions.group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
             members.setdefault(key, []).append((name, parameter))
     groups = [
         {
             "params": [parameter for _, parameter in named],
             "names": [name for name, _ in named],
+            "moments": row.moments,
             "lr_multiplier": multiplier,
             "weight_decay": training.weight_decay if decays else 0.0,
         }
         for (multiplier, decays), named in sorted(members.items())
     ]
-    # The fused kernel undoes fp16's loss scale by itself, too late for clipping and for the guard.
-    return torch.optim.AdamW(
-        groups,
-        lr=training.lr_init,
-        betas=(training.beta1, training.beta2),
-        eps=training.adam_eps,
-        fused=training.precision != "fp16",
-    )
+    optimizer: torch.optim.Optimizer = functions.build(groups, training)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -59,17 +51,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_multiplier"]
 
 
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors that it keeps for each parameter."""
+    moments: tuple[str, ...] = optimizer.param_groups[0]["moments"]
+    return moments
+
+
 def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that it trains, by name, group by group."""
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """First and second moments as `<moment>/<parameter name>` -> fp32 tensor."""
+    """Moments as `<moment>/<parameter name>` -> fp32 tensor."""
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment]
         for name, parameter in named_parameters(optimizer)
-        for moment in MOMENTS
+        for moment in moment_names(optimizer)
         if parameter in optimizer.state
     }
 
@@ -90,8 +89,9 @@ def restore_optimizer(
     if updates == 0:
         return
     fused = optimizer.defaults["fused"]
+    moments = moment_names(optimizer)
     for name, parameter in named_parameters(optimizer):
-        state: dict[str, Any] = {moment: _moment(tensors, f"{moment}/{name}", parameter) for moment in MOMENTS}
+        state: dict[str, Any] = {moment: _moment(tensors, f"{moment}/{name}", parameter) for moment in moments}
         state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = state
 

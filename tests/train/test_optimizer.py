@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adagrad
 import pytest
 import torch
 
@@ -9,14 +10,19 @@ from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.planning.activations import Kernels
+from rwkv_cluster.planning.memory import MemoryModel, Setting
+from rwkv_cluster.planning.model_states import Sharding
+from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes
 from rwkv_cluster.train.optimizer import (
     build_optimizer,
-    group_of,
     optimizer_tensors,
     restore_optimizer,
     set_learning_rate,
     update_count,
 )
+from rwkv_cluster.train.optimizers.adamw import group_of
+from rwkv_cluster.train.optimizers.table import ADAMW
 
 TRAINING = TrainingConfig(lr_init=1e-3, weight_decay=0.1)
 
@@ -126,7 +132,7 @@ def test_a_state_that_lacks_a_moment_or_has_one_of_another_shape_is_refused() ->
     whole = {
         f"{moment}/{name}": torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
-        for moment in ("exp_avg", "exp_avg_sq")
+        for moment in ADAMW.moments
     }
     restore_optimizer(optimizer, whole, 1)
     key = "exp_avg_sq/blocks.1.ffn.key.weight"
@@ -134,3 +140,37 @@ def test_a_state_that_lacks_a_moment_or_has_one_of_another_shape_is_refused() ->
         restore_optimizer(optimizer, {name: tensor for name, tensor in whole.items() if name != key}, 1)
     with pytest.raises(CheckpointError, match=rf"{key} of the checkpoint's optimizer is \(3, 2\), the model has"):
         restore_optimizer(optimizer, whole | {key: torch.zeros(3, 2)}, 1)
+
+
+def test_a_further_optimizer_is_a_row_and_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups, state as named tensors and back, disk space, and the plan's moments follow what the row says."""
+    for reader in ("rwkv_cluster.train.optimizer", "rwkv_cluster.planning.memory"):
+        monkeypatch.setattr(f"{reader}.optimizer_of", lambda training: adagrad.ROW)
+    model = _model("x070")
+    optimizer = build_optimizer(model, "x070", TRAINING)
+    _update(model, optimizer, seed=0)
+    tensors = optimizer_tensors(optimizer)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert set(tensors) == {f"sum/{name}" for name, _ in trained}
+
+    again = _model("x070")
+    again.load_state_dict(model.state_dict())
+    restored = build_optimizer(again, "x070", TRAINING)
+    restore_optimizer(restored, tensors, update_count(optimizer))
+    _update(model, optimizer, seed=1)
+    _update(again, restored, seed=1)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
+
+    elements = sum(parameter.numel() for _, parameter in trained)
+    memory_model = MemoryModel(model.config, 17, TRAINING, Kernels("cpu", "native", "native"))
+    assert memory_model.memory(Setting(Sharding(1), False, 1)).states.moments == 4 * elements
+    shapes = {"emb.weight": (1000, 1000)}
+    assert checkpoint_bytes(shapes, 1, adagrad.ROW) == pytest.approx(8_000_000, rel=0.01)
+
+
+def _update(model: RWKV, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One update by random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+    optimizer.step()

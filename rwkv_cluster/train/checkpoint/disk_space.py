@@ -11,15 +11,15 @@ from pathlib import Path
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import free_bytes
+from rwkv_cluster.train.optimizers.table import ADAMW, Optimizer
 
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
 _TENSOR = 300  # torch's format beside the values of a tensor: two zip headers, its name, its place in the pickle
 _FP32 = 4  # bytes
-_MASTER_AND_MOMENTS = 3  # tensors of a checkpoint for each parameter
 _RANK = 33_000  # a rank's random states as JSON
 
 Shapes = Mapping[str, Sequence[int]]
-"""Of the parameters, by name."""
+"""Shapes of the parameters, by name."""
 
 
 def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
@@ -27,18 +27,18 @@ def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * item_bytes + _TENSOR * len(shapes)
 
 
-def checkpoint_bytes(shapes: Shapes, world_size: int) -> int:
+def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer = ADAMW) -> int:
     """About the size of a checkpoint, all its files together: masters, moments and the state of each rank."""
-    return _MASTER_AND_MOMENTS * weights_bytes(shapes, _FP32) + _RANK * world_size
+    return optimizer.tensors_saved * weights_bytes(shapes, _FP32) + _RANK * world_size
 
 
 def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, *, begins: bool) -> int:
-    """Of the next checkpoint, a weights file beside it and, where the run `begins`, the initial weights."""
+    """Size of the next checkpoint, a weights file beside it and, where the run `begins`, the initial weights."""
     return checkpoint_bytes(shapes, world_size) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
 
 
 def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Raises CheckpointError when `n_bytes` and a tenth of it do not fit into the file system of `folder`."""
+    """Raise CheckpointError when `n_bytes` and a tenth of it do not fit into the file system of `folder`."""
     needed, free = int(n_bytes * SPARE), free_bytes(folder)
     if free < needed:
         raise CheckpointError(

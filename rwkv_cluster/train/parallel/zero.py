@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO under Lightning, on CUDA and on CPUs; and the masters and moments that each rank keeps of it.
 
     stage 0   DeepSpeed's own data parallelism: every rank keeps everything, in fp32
-    stage 1   each rank keeps its part of the fp32 masters and of Adam's moments
+    stage 1   each rank keeps its part of the fp32 masters and of the optimizer's moments
     stage 2   and of the gradients
     stage 3   and of the parameters, which are gathered where they are used
 
@@ -26,7 +26,7 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.optimizer import MOMENTS
+from rwkv_cluster.train.optimizer import moment_names
 
 MASTER = "master"
 
@@ -119,7 +119,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
-        """As the parent does it, which also hands over the number of the device, which CPUs do not have."""
+        """Set up DeepSpeed without what the parent hands over: the number of the device, which CPUs do not have."""
         import deepspeed
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -138,7 +138,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """The ZeRO stage."""
         assert isinstance(self.config, dict)
         return int(self.config["zero_optimization"]["stage"])
 
@@ -179,7 +179,7 @@ class ZeroShardedState:
         weights, moments = {}, {}
         for fragment in self._fragments():
             weights[shard_key(fragment.name, fragment.start)] = fragment.tensors[MASTER]
-            for moment in MOMENTS:
+            for moment in self._moments:
                 moments[shard_key(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
         weights |= self._frozen()
         rank, world_size = collectives.position()
@@ -211,6 +211,11 @@ class ZeroShardedState:
         return bool(self._engine.zero_optimization_partition_weights())
 
     @property
+    def _moments(self) -> tuple[str, ...]:
+        """Names of what the optimizer keeps beside the masters."""
+        return moment_names(self._zero.optimizer)
+
+    @property
     def _flats(self) -> list[Tensor]:
         """This rank's fp32 masters, one flat tensor for each group that the optimizer updates."""
         name = "fp32_partitioned_groups_flat" if self._is_stage_3 else "single_partition_of_fp32_groups"
@@ -219,11 +224,11 @@ class ZeroShardedState:
     def _make_moments(self, updates: int) -> None:
         """Moments of zero, as after `updates` updates, in place of what the optimizer would make at its first."""
         for flat in self._flats:
-            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in self._moments}
             self._zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **moments}
 
     def _fragments(self) -> Iterator[Fragment]:
-        """What this rank keeps of each trained parameter that it keeps anything of.
+        """Fragments that this rank keeps of the trained parameters.
 
         What is read below is DeepSpeed's own: in which flat tensor of a stage a part lies, and where in the parameter.
         """
@@ -244,7 +249,7 @@ class ZeroShardedState:
             if size > 0:
                 flat = flats[group]
                 moments = self._zero.optimizer.state[flat]
-                whole = {MASTER: flat.detach(), **{moment: moments[moment] for moment in MOMENTS}}
+                whole = {MASTER: flat.detach(), **{moment: moments[moment] for moment in self._moments}}
                 yield Fragment(name, start, {key: tensor[at : at + size] for key, tensor in whole.items()})
 
     def _frozen(self) -> dict[str, Tensor]:
