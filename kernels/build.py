@@ -55,7 +55,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """command: what runs it; version: the first line that names it; machine: what its code runs on, e.g. "aarch64"."""
+    """A compiler. version: the first line that names it; machine: what its code runs on, e.g. "aarch64"."""
 
     command: str
     version: str
@@ -71,7 +71,7 @@ def manifest_name(target: str) -> str:
 
 
 def user_libraries() -> Path | None:
-    """Where a user's own builds go when the package's folder cannot be written. None without a home directory."""
+    """Folder of a user's own builds, for when the package's folder cannot be written. None without a home directory."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "rwkv_cluster" / "kernels" if os.path.isabs(cache) else None
 
@@ -126,8 +126,8 @@ def build(
         }
         described = folder / manifest_name(target)
         described.write_text(json.dumps(manifest, indent=2) + "\n")
-        for made in (library, described):
-            _commit(made, output / made.name)
+        for file in (library, described):
+            _commit(file, output / file.name)
     return output / library_name(target)
 
 
@@ -309,19 +309,19 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _commit(made: Path, final: Path) -> None:
+def _commit(written: Path, final: Path) -> None:
     """Move a finished file into place, on the disk before it has its name."""
-    with made.open("rb") as file:
+    with written.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(made, final)
+    os.replace(written, final)
 
 
 def manifest(folder: Path, target: str) -> dict[str, Any]:
     """The manifest of a target in `folder`. Raises OSError or ValueError when there is none that can be read."""
-    found = json.loads((folder / manifest_name(target)).read_text())
-    if not isinstance(found, dict) or found.get("manifest_version") != MANIFEST_VERSION:
+    content = json.loads((folder / manifest_name(target)).read_text())
+    if not isinstance(content, dict) or content.get("manifest_version") != MANIFEST_VERSION:
         raise ValueError(f"{manifest_name(target)} is not a manifest of version {MANIFEST_VERSION}")
-    return found
+    return content
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ def require(device: torch.device) -> None:
 
 
 def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.wkv5`, same arguments and results."""
+    """RWKV-5's operator with the arguments and results of `reference.wkv5`."""
     return wkv6(r, k, v, w.expand_as(r), u, state)
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.wkv6`, same arguments and results."""
+    """RWKV-6's operator with the arguments and results of `reference.wkv6`."""
     log_decay = -torch.exp(w.float())
     start = None if state is None else initial_state(r, state)
     y, final = _module("rwkv6").chunk_rwkv6(
@@ -44,7 +44,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | 
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.wkv7`, same arguments and results.
+    """RWKV-7's operator with the arguments and results of `reference.wkv7`.
 
     Versions that take a lower bound of log d go the fast way with it: chunks of 64 on tensor cores, instead of 16.
     """

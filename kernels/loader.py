@@ -34,7 +34,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Missing:
-    """reason: a sentence on what was looked for and found, ending with the command that helps."""
+    """No library that fits. reason: a sentence on what was looked for, ending with the command that helps."""
 
     reason: str
 
@@ -84,7 +84,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def folders() -> list[Path]:
-    """Where libraries are looked for, in this order."""
+    """Folders in which libraries are looked for, in this order."""
     named = os.environ.get(FOLDER_VARIABLE)
     folders = [Path(named) if named else None, build.PACKAGE_LIBRARIES, build.user_libraries()]
     return [folder for folder in folders if folder is not None]
@@ -125,12 +125,12 @@ def _candidates(target: str, faults: list[str]) -> Iterator[tuple[Path, dict[str
 def _load(path: Path, manifest: dict[str, Any], faults: list[str]) -> ctypes.CDLL | None:
     try:
         library = open_library(path)
-        found = {int(manifest["abi"]), int(library.rwkv_kernels_abi())}
+        abis = {int(manifest["abi"]), int(library.rwkv_kernels_abi())}
     except (OSError, AttributeError, KeyError, ValueError) as error:
         faults.append(f"{path} does not load ({error})")
         return None
-    if found != {ABI}:
-        faults.append(f"{path} has interface {' and '.join(map(str, sorted(found)))}, this package wants {ABI}")
+    if abis != {ABI}:
+        faults.append(f"{path} has interface {' and '.join(map(str, sorted(abis)))}, this package wants {ABI}")
         return None
     return library
 

@@ -25,13 +25,13 @@ from rwkv_cluster.kernels.sizes import CPU_LARGEST_HEAD_SIZE, CUDA_HEAD_SIZE, ST
 EXACT, TENSOR_CORES = 0, 1
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNMENT = 16
-"""Bytes: the CUDA kernels' pieces."""
+"""Bytes that the CUDA kernels read at a time."""
 
 
 def wkv5(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`reference.wkv5`, same arguments and results; differentiable once in every argument.
+    """RWKV-5's operator with the arguments and results of `reference.wkv5`; differentiable once in every argument.
 
     exact: fp32 maths also where a kernel with bf16 products exists. Inputs float32, bfloat16 or float16.
     """
@@ -41,7 +41,7 @@ def wkv5(
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`reference.wkv6`, same arguments and results; differentiable once in every argument. exact: as in `wkv5`."""
+    """RWKV-6's operator with the arguments and results of `reference.wkv6`; differentiable once. exact: fp32 maths."""
     inputs = _contiguous(r, k, v, w, u.float(), state)
     y, final_state, _ = torch.ops.rwkv_cluster.wkv6(*inputs, exact, _needs_gradient(inputs))
     return y, final_state
@@ -58,7 +58,7 @@ def wkv7(
     *,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.wkv7`, same arguments and results; differentiable once in every argument. exact: as in `wkv5`."""
+    """RWKV-7's operator with the arguments and results of `reference.wkv7`; differentiable once. exact: fp32 maths."""
     inputs = _contiguous(r, w, k, v, a, b, state)
     y, final_state, _ = torch.ops.rwkv_cluster.wkv7(*inputs, exact, _needs_gradient(inputs))
     return y, final_state
@@ -79,12 +79,12 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
         return f"The compiled CPU kernels have head sizes up to {CPU_LARGEST_HEAD_SIZE}, not {size}."
     if where.type == "cuda" and size != CUDA_HEAD_SIZE:
         return f"The compiled CUDA kernels have head size {CUDA_HEAD_SIZE}, not {size}."
-    found = _find(where)
-    return found.reason if isinstance(found, loader.Missing) else None
+    library = _find(where)
+    return library.reason if isinstance(library, loader.Missing) else None
 
 
 def saved_bytes(version: int, shape: Sequence[int], kernel: int) -> int:
-    """What forward keeps for backward; equals rwkv_saved_bytes of the library, and takes symbolic shapes."""
+    """Bytes that forward keeps for backward; equals rwkv_saved_bytes of the library, and takes symbolic shapes."""
     batch, time, heads, size = shape
     states = batch * heads * ((time + STEPS_BETWEEN_STATES - 1) // STEPS_BETWEEN_STATES) * size * size
     if kernel == TENSOR_CORES:
@@ -114,10 +114,10 @@ def _find(device: torch.device) -> loader.Library | loader.Missing:
 
 
 def _library(device: torch.device) -> loader.Library:
-    found = _find(device)
-    if isinstance(found, loader.Missing):
-        raise KernelError(found.reason)
-    return found
+    library = _find(device)
+    if isinstance(library, loader.Missing):
+        raise KernelError(library.reason)
+    return library
 
 
 def _call(name: str, exact: bool, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
@@ -161,7 +161,7 @@ def _made_contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 
 def _as_read(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Contiguous, and from addresses at which 16 bytes can be read at once: a view into a tensor may begin anywhere."""
+    """Inputs contiguous and aligned to 16 bytes, which are read at once: a view into a tensor may begin anywhere."""
     return [x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in _made_contiguous(tensors)]
 
 

@@ -1,4 +1,4 @@
-"""The door to the WKV operators: checks shapes once and picks a backend.
+"""The WKV operators as the model calls them: shapes are checked once, and a backend is picked.
 
 Arguments, layouts and results are those of `rwkv_cluster.kernels.reference`. Backends:
 
@@ -151,11 +151,11 @@ def _check(r: Tensor, like_r: dict[str, Tensor], per_head: dict[str, Tensor], st
     if r.ndim != 4 or 0 in r.shape:
         raise KernelError(f"WKV input r has shape {tuple(r.shape)}, expected a non-empty [B, T, H, N].")
     batch, _, heads, size = r.shape
-    wanted = {name: (x, tuple(r.shape)) for name, x in like_r.items()}
-    wanted |= {name: (x, (heads, size)) for name, x in per_head.items()}
+    expected = {name: (x, tuple(r.shape)) for name, x in like_r.items()}
+    expected |= {name: (x, (heads, size)) for name, x in per_head.items()}
     if state is not None:
-        wanted["state"] = (state, (batch, heads, size, size))
-    for name, (x, shape) in wanted.items():
+        expected["state"] = (state, (batch, heads, size, size))
+    for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise KernelError(
                 f"WKV input {name} has shape {tuple(x.shape)}, expected {shape} beside r {tuple(r.shape)}."

@@ -16,7 +16,7 @@ FLOAT32_LIMIT = 5e-5
 
 
 def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
-    """For each backend that serves on `device`: its name, dtype, worst relative L2 error, and the error allowed.
+    """Name, dtype, worst relative L2 error and allowed error of each backend that serves on `device`.
 
     The error is the worst of outputs, final states and gradients, over the three operators.
     """
@@ -50,15 +50,15 @@ def inputs(version: str, batch: int, time: int, heads: int, size: int) -> list[T
 def _error(version: str, backend: str, dtype: torch.dtype, device: str) -> float:
     # [H,N] tensors stay float32: the gradients of so few numbers would show little but bf16's rounding
     *tensors, state = inputs(version, 1, 37, 2, 64)
-    given = [*(x.to(dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float()]
-    wanted = _results(getattr(reference, version), [x.double() for x in given], "cpu")
-    found = _results(lambda *x: getattr(ops, version)(*x, backend=backend), given, device)
-    pairs = zip(found, wanted, strict=True)
+    arguments = [*(x.to(dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float()]
+    expected = _results(getattr(reference, version), [x.double() for x in arguments], "cpu")
+    results = _results(lambda *x: getattr(ops, version)(*x, backend=backend), arguments, device)
+    pairs = zip(results, expected, strict=True)
     return max(float((x.double().cpu() - y).norm() / y.norm()) for x, y in pairs)
 
 
-def _results(operator: Callable[..., tuple[Tensor, Tensor]], given: list[Tensor], device: str) -> list[Tensor]:
-    leaves = [x.to(device).requires_grad_() for x in given]
+def _results(operator: Callable[..., tuple[Tensor, Tensor]], arguments: list[Tensor], device: str) -> list[Tensor]:
+    leaves = [x.to(device).requires_grad_() for x in arguments]
     y, state = operator(*leaves)
     generator = torch.Generator().manual_seed(8)
     grads = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (y, state)]

@@ -1,4 +1,4 @@
-"""How the chunked operators cut time: tensors [B,T,H,N] seen as chunks [n,B,H,L,N], segment by segment.
+"""Layout of time in the chunked operators: tensors [B,T,H,N] seen as chunks [n,B,H,L,N], segment by segment.
 
 A segment is a run of chunks small enough that its working set stays in a core's cache.
 

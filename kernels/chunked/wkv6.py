@@ -44,12 +44,12 @@ MIN_LOG_DECAY = -1e4
 
 
 def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.wkv5`, same arguments and results; differentiable once in every argument."""
+    """RWKV-5's operator with the arguments and results of `reference.wkv5`; differentiable once in every argument."""
     return wkv6(r, k, v, w.expand(1, r.shape[1], -1, -1), u, state)
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.wkv6`, same arguments and results; differentiable once in every argument."""
+    """RWKV-6's operator with the arguments and results of `reference.wkv6`; differentiable once in every argument."""
     return _Wkv6.apply(r, k, v, w, u, initial_state(r, state))
 
 
@@ -88,7 +88,7 @@ class _Wkv6(torch.autograd.Function):
 
 @dataclass
 class _Segment:
-    """What a segment is made of; all [n,B,H,L,N] unless said otherwise."""
+    """Tensors of a segment, [n,B,H,L,N] unless said otherwise."""
 
     r: Tensor
     k: Tensor

@@ -38,7 +38,7 @@ from rwkv_cluster.kernels.sizes import CHUNK
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.wkv7`, same arguments and results; differentiable once in every argument."""
+    """RWKV-7's operator with the arguments and results of `reference.wkv7`; differentiable once in every argument."""
     return _Wkv7.apply(r, w, k, v, a, b, initial_state(r, state))
 
 
@@ -115,8 +115,8 @@ def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
     )
     products = (left @ _t(right)).mul_(mask)
     ab = products[..., :CHUNK, :CHUNK]
-    one = torch.eye(CHUNK, dtype=ab.dtype, device=ab.device).expand_as(ab)
-    solver = torch.linalg.solve_triangular(-ab, one, upper=False, unitriangular=True)
+    identity = torch.eye(CHUNK, dtype=ab.dtype, device=ab.device).expand_as(ab)
+    solver = torch.linalg.solve_triangular(-ab, identity, upper=False, unitriangular=True)
     n, heads, _, size = uv.shape
     states = uv.new_empty(n + 1, heads, size, size)
     return _Segment(rate, scale, inverse_c, total, left, right, right * total, products, solver, uv, states)

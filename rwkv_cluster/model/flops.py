@@ -46,7 +46,7 @@ class FlopsPerToken:
         return 3 * self.forward
 
     def hardware(self, *, grad_cp: bool) -> int:
-        """`training`, and with grad_cp the forward pass of the blocks once more. What HFU is computed from.
+        """Count of `training`, and with grad_cp the forward pass of the blocks once more: the numerator of HFU.
 
         The backward pass of WKV recomputes states within 16 steps; that is the kernel's own and not counted.
         """

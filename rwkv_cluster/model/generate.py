@@ -89,7 +89,7 @@ def stream(
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """One token id from fp32 logits [V] on the CPU.
 
-    As the `rwkv` package's sample_logits: top_p selects on the plain probabilities, then the temperature
+    The rule of the `rwkv` package's sample_logits: top_p selects on the plain probabilities, then the temperature
     reshapes what is left.
     """
     if not logits.isfinite().all():
@@ -97,8 +97,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature == 0:
         return int(logits.argmax())
     ordered, order = torch.softmax(logits, dim=-1).sort(descending=True, stable=True)  # [V]
-    kept = 1 + int((ordered.cumsum(0) < top_p).sum())  # the fewest that reach top_p
-    weights = torch.softmax(logits[order[:kept]] / temperature, dim=-1)
+    n_tokens = 1 + int((ordered.cumsum(0) < top_p).sum())  # the fewest that reach top_p
+    weights = torch.softmax(logits[order[:n_tokens]] / temperature, dim=-1)
     return int(order[torch.multinomial(weights, 1, generator=generator)])
 
 

@@ -1,4 +1,4 @@
-"""Building blocks that the three versions share: dense products, norms and the token shift.
+"""Building blocks that the versions share: dense products, norms and the token shift.
 
 Parameters may be fp32 masters while activations are bf16 or fp16: every layer uses its weights in the dtype
 of its input (`weight.to(x.dtype)`, free when equal), which equals training on a low-precision copy that is
@@ -147,7 +147,7 @@ def previous_tokens(x: Tensor, before: Tensor | None) -> Tensor:
 
 
 def mixed(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str) -> list[Tensor]:
-    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: see `kernels.fused`."""
+    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: the form of the pass, e.g. "auto"."""
     if before is None:
         return list(fused.mix(x, mixes, choice=choice))
     return list(fused.blend(x, shift_delta(x, before), mixes, choice="plain"))

@@ -45,8 +45,8 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, ch
     """
     elements = LOGITS_IN_FLIGHT["cuda" if hidden.is_cuda else "cpu"]
     rows = chunk_rows or max(16, elements // weight.shape[0])
-    wanted = torch.is_grad_enabled()  # inside a Function it never is
-    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, wanted)
+    has_gradient = torch.is_grad_enabled()  # inside a Function it never is
+    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, has_gradient)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -58,9 +58,9 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         l2wrap: float,
         chunk_rows: int,
-        wanted: bool,
+        has_gradient: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight = (has_gradient and needed for needed in ctx.needs_input_grad[:2])
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=hidden.device)
         cast_weight = weight.to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""What a file is that was named as weights and holds none: by its first bytes, its archive's names, its tensors' names.
+"""Kinds of files that were named as weights and hold none: by first bytes, an archive's names, tensors' names.
 
 Each sentence says what it is and what to do, and nothing of the file is run. This module does not need torch.
 """
@@ -44,7 +44,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "weights", "para
 
 
 def require_weights_file(path: Path) -> None:
-    """There is a file that begins as torch.save's do. Raises MissingCheckpointError, CheckpointError."""
+    """Raise MissingCheckpointError or CheckpointError unless a file is there that begins as torch.save's do."""
     if not path.exists():
         raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
     if path.is_dir():
@@ -70,14 +70,14 @@ def require_weights_file(path: Path) -> None:
 
 
 def _kind(head: bytes, size: int) -> tuple[str, str] | None:
-    """(What begins so, what to do)."""
+    """(Kind of a file with these first bytes and this size, what to do); None for an unknown one."""
     if size == 0:
         return "empty", "Download or save it again"
     if not head.strip(b"\0"):
         return "zeros where the weights should be: a download or copy that was cut off", "Download or save it again"
-    for magic, found in _MAGIC.items():
+    for magic, kind in _MAGIC.items():
         if head.startswith(magic):
-            return found
+            return kind
     if _PAGE.match(head):
         return "a web page (HTML), not the weights", _DOWNLOAD
     if head[257:262] == b"ustar":
@@ -101,8 +101,8 @@ def archive_fault(archive: zipfile.ZipFile) -> str | None:
         return "it is NumPy's .npz. Save its arrays as tensors: torch.save({name: torch.from_numpy(array)}, path)"
     if any(name.endswith((".pth", ".pt", ".safetensors")) for name in names):
         return f"it is a zip archive with a weights file in it. {_UNPACK}"
-    listed = ", ".join(f"{name!r:.40}" for name in names[:3]) or "nothing"
-    return f"it is a zip archive of something else: it holds {listed}. Name an RWKV .pth"
+    first_names = ", ".join(f"{name!r:.40}" for name in names[:3]) or "nothing"
+    return f"it is a zip archive of something else: it holds {first_names}. Name an RWKV .pth"
 
 
 def content_fault(content: Mapping[object, object]) -> str | None:
@@ -120,18 +120,18 @@ def content_fault(content: Mapping[object, object]) -> str | None:
 
 def names_fault(names: Iterable[str]) -> str | None:
     """What tensors of these names are beside a model's weights or in their place, and what to do; None: not known."""
-    listed = list(names)
-    if name := next((name for name in listed if _NOT_MERGED.search(name.replace("lora_", "lora."))), None):
+    names = list(names)
+    if name := next((name for name in names if _NOT_MERGED.search(name.replace("lora_", "lora."))), None):
         return f"they hold a LoRA that is not merged ({name!r:.80}). Merge it into the weights that it was trained on"
-    if name := next((name for name in listed if name.endswith("time_state")), None):
+    if name := next((name for name in names if name.endswith("time_state")), None):
         return (
             f"they hold a tuned state ({name!r:.80}), which is no part of a model. Leave the tensors *.time_state out, "
             "or name the weights that it was tuned for"
         )
-    if any(name.startswith(("exp_avg/", "exp_avg_sq/")) for name in listed):
+    if any(name.startswith(("exp_avg/", "exp_avg_sq/")) for name in names):
         return "they are the moments of an optimizer. Name the weights.pth beside them"
-    if any(".attention." in name or name.startswith("rwkv.") for name in listed):
+    if any(".attention." in name or name.startswith("rwkv.") for name in names):
         return "they have the names of the package transformers. Use the .pth of the same model"
-    if any(re.search(r"(^|\.)layers\.\d+\.", name) for name in listed):
+    if any(re.search(r"(^|\.)layers\.\d+\.", name) for name in names):
         return "they have the names of flash-linear-attention or another program. Use the .pth of the same model"
     return None

@@ -19,7 +19,7 @@ from rwkv_cluster.model.versions.table import version_of
 
 
 class BlockState(NamedTuple):
-    """What a block carries from one segment of a sequence to the next."""
+    """State that a block carries from one segment of a sequence to the next."""
 
     att_shift: Tensor  # [B,C] last input of the time mix
     wkv: Tensor  # [B,H,N,N] fp32; [key, value] in RWKV-5 and 6, [value, key] in RWKV-7
@@ -45,7 +45,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: BlockState | None
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
-        """x [B,T,C], v_first [B,T,C] of RWKV-7 (None before block 0 and elsewhere); a state if one came."""
+        """Output [B,T,C], v_first and state; v_first [B,T,C] is RWKV-7's, None before block 0; a state if one came."""
         before, wkv, ffn_before = state or (None, None, None)
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, before, wkv)
@@ -66,8 +66,8 @@ class RWKV(nn.Module):
     Args:
         config: architecture; `vocab_size` must be set.
         grad_cp: recompute each block in the backward pass instead of keeping its activations.
-        wkv_backend: which WKV operator, see `rwkv_cluster.kernels.ops`.
-        fused: compiled or plain token shift, key preparation and reading, see `rwkv_cluster.kernels.fused.ops`.
+        wkv_backend: which form of the WKV operator, one of `rwkv_cluster.kernels.ops.BACKENDS`.
+        fused: which form of token shift, key preparation and reading, one of `rwkv_cluster.kernels.fused.ops.CHOICES`.
 
     Raises:
         ConfigError: `vocab_size` is not set.

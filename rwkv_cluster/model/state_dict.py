@@ -70,7 +70,7 @@ def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
 
 
 def peek_pth(path: Path) -> dict[str, Tensor]:
-    """The same tensors without a look at their values: those are mapped, and no checksum of them is computed.
+    """Tensors of a weights file without a look at their values: those are mapped, without a checksum.
 
     Costs milliseconds for any size. Raises MissingCheckpointError, CheckpointError as `load_pth`.
     """
@@ -121,7 +121,7 @@ def infer_model_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
 
 
 def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, Tensor]:
-    """The tensors as `model.load_state_dict` wants them: names without wrapper prefixes, the model's dtypes.
+    """Tensors as `model.load_state_dict` takes them: names without wrapper prefixes, the model's dtypes.
 
     Tensors of block 0 that no computation uses (v0, v1, v2 of RWKV-7) are dropped, or filled with initial values, as
     the model has them or not.
@@ -130,25 +130,25 @@ def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, T
         CheckpointError: names or shapes differ, all listed; or a value is not finite.
     """
     tensors = strip_prefixes(state_dict)
-    wanted = model.state_dict()
+    expected = model.state_dict()
     for name in unused_names():
-        if name in wanted and name not in tensors:
-            tensors[name] = initial_value(model.config, name, wanted[name].shape, seed=0)
-        elif name not in wanted:
+        if name in expected and name not in tensors:
+            tensors[name] = initial_value(model.config, name, expected[name].shape, seed=0)
+        elif name not in expected:
             tensors.pop(name, None)
     differences = _differences(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in expected.items()},
     )
     if differences:
-        listed = "; ".join(differences[:LISTED_DIFFERENCES])
+        first_ones = "; ".join(differences[:LISTED_DIFFERENCES])
         left_out = len(differences) - LISTED_DIFFERENCES
         more = f"; and {left_out} more" if left_out > 0 else ""
         raise CheckpointError(
-            f"weights do not fit the configured model: {listed}{more}. Set model.* to the weights' shape"
+            f"weights do not fit the configured model: {first_ones}{more}. Set model.* to the weights' shape"
         )
     check_finite(tensors, "weights are not usable")
-    return {name: tensors[name].to(target.dtype) for name, target in wanted.items()}
+    return {name: tensors[name].to(target.dtype) for name, target in expected.items()}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -184,7 +184,7 @@ def check_finite(state_dict: Mapping[str, Tensor], what: str) -> None:
 
 
 def _check_archive(path: Path, *, checksums: bool = True) -> None:
-    """Every record of the zip file is whole, and its pickle builds tensors. Raises CheckpointError."""
+    """Raise CheckpointError unless every record of the zip file is whole and its pickle builds tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             if fault := archive_fault(archive):
@@ -222,7 +222,7 @@ def _damaged_record(archive: zipfile.ZipFile, path: Path) -> str | None:
 
 
 def _check_pickle(path: Path, pickled: bytes) -> None:
-    """Only what builds tensors may be named in the pickle; torch.load's own list is the second wall."""
+    """Raise CheckpointError for a pickle that names more than tensors need; torch.load's list is the second wall."""
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickled):
         if isinstance(argument, str) and opcode.name not in ("GLOBAL", "INST"):
@@ -290,12 +290,12 @@ def _n_layer(shapes: Shapes) -> int:
     return len(layers)
 
 
-def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    missing = [f"{name} is missing" for name in wanted if name not in found]
-    unknown = [f"{name} is not part of the model" for name in found if name not in wanted]
+def _differences(actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    missing = [f"{name} is missing" for name in expected if name not in actual]
+    unknown = [f"{name} is not part of the model" for name in actual if name not in expected]
     shapes = [
-        f"{name} is {found[name]}, the model has {wanted[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
+        f"{name} is {actual[name]}, the model has {expected[name]}"
+        for name in expected
+        if name in actual and actual[name] != expected[name]
     ]
     return shapes + missing + unknown

@@ -35,7 +35,7 @@ _WORKSPACE_CHUNKED = 16
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes a block. wkv: "tensor_cores", "native", "chunked" or "reference"; fused: as in `kernels.fused`."""
+    """Forms that compute a block. wkv: "tensor_cores", "native", "chunked", "reference"; fused: "plain" or another."""
 
     device: str
     wkv: str
@@ -43,7 +43,7 @@ class Kernels:
 
     @classmethod
     def of(cls, training: TrainingConfig, model: ModelConfig, device: str) -> Kernels:
-        """What "auto" is on "cpu" or "cuda" where the compiled libraries and Triton are at hand. fla counts as auto."""
+        """Forms that "auto" takes on "cpu" or "cuda" with compiled libraries and Triton at hand. fla is as auto."""
         head_size, on_gpu = model.head_size_a, device == "cuda"
         wkv: str = training.wkv_backend
         if wkv in ("auto", "fla", "native"):
@@ -79,18 +79,18 @@ class Activations:
 
     @property
     def one_block(self) -> float:
-        """Of the three that grad_cp computes anew."""
+        """Bytes of one block, of the three parts that grad_cp computes anew."""
         return (self.block + self.wkv + self.weights) / self.n_layer
 
     def saved(self, *, grad_cp: bool) -> float:
-        """At the end of the forward pass; with grad_cp without the block that the backward pass computes anew."""
+        """Bytes at the end of the forward pass; with grad_cp without the block that the backward pass computes anew."""
         return self.outside + (self.inputs if grad_cp else self.block + self.wkv + self.weights)
 
 
 def activations(
     model: ModelConfig, vocab_size: int, kernels: Kernels, *, micro_bsz: int, precision: str, bf16_parameters: bool
 ) -> Activations:
-    """Of a micro batch. bf16_parameters: whether parameters have the training precision (ZeRO 1 to 3)."""
+    """Activations of a micro batch. bf16_parameters: whether they have the training precision (ZeRO 1 to 3)."""
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
@@ -108,7 +108,7 @@ def activations(
 
 
 def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
-    """Saved by all blocks for one token, without WKV's states."""
+    """Bytes that all blocks save for one token, without WKV's states."""
     widths, saved, L = model_dims(model), version_of(model).saved, model.n_layer
     of_attention = saved.of_attention + (0 if kernels.fused == "compile" else saved.of_attention_uncompiled)
     elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
@@ -120,7 +120,7 @@ def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
 
 
 def _wkv_bytes(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
-    """Saved by one block's WKV: states, and where the operator says so a vector of each token (native.saved_bytes).
+    """Bytes that one block's WKV saves: states, and a vector of each token where the operator saves one.
 
     In chunked form the state at the segments' boundaries; by the time loop that of every token.
     """
@@ -152,7 +152,7 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
 
 
 def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, device: str) -> float:
-    """Of `model.loss.head_loss` at work.
+    """Bytes of `model.loss.head_loss` at work.
 
     Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed; the
     chunk's product for the weight's gradient; the weight in the training precision.

@@ -16,7 +16,7 @@ _STATES = ("weights", "gradients", "masters", "moments", "buckets", "gathered")
 
 
 def text(plan: RunPlan) -> str:
-    """Rows of a name and what there is to say, and the table of memory."""
+    """Text of a plan: rows of a name and a value, and the table of memory."""
     rows = {
         "model": _model(plan),
         "parameters": _parameters(plan),
@@ -33,7 +33,7 @@ def text(plan: RunPlan) -> str:
 
 
 def data(plan: RunPlan) -> dict[str, Any]:
-    """Bytes, seconds and operations; None for what is not known."""
+    """Data of a plan for JSON: bytes, seconds and operations; None for what is not known."""
     run, flops = plan.length, plan.flops
     return {
         "work_dir": plan.config.work_dir,
@@ -136,10 +136,10 @@ def _flops(plan: RunPlan) -> str:
 def _disk(plan: RunPlan) -> str:
     disk = plan.disk
     exports = "exports unknown" if disk.exports is None else f"{_gb(disk.exports)} of exports"
-    found = "data not prepared" if disk.data is None else f"{_gb(disk.data)} of data"
+    tokens = "data not prepared" if disk.data is None else f"{_gb(disk.data)} of data"
     return (
         f"checkpoint {_gb(disk.checkpoint)}, weights {_gb(disk.weights)}; needed {_gb(disk.checkpoints)} for "
-        f"{plan.config.checkpoint.keep_last} checkpoints and one under way, {exports}, {found}; free {_gb(disk.free)}"
+        f"{plan.config.checkpoint.keep_last} checkpoints and one under way, {exports}, {tokens}; free {_gb(disk.free)}"
     )
 
 
@@ -199,18 +199,18 @@ def _verdict(plan: RunPlan) -> list[str]:
         return ["Give --gpu NAME or --gpu-memory-gb G to see what fits."]
     configured = plan.configured
     factor, context = ALLOWANCE
-    wanted = f"{needed(configured.memory) / 1e9:.1f} GB: the peak, {factor - 1:.0%} and {context / 1e9:g} GB for CUDA"
+    need = f"{needed(configured.memory) / 1e9:.1f} GB: the peak, {factor - 1:.0%} and {context / 1e9:g} GB for CUDA"
     if configured.fits:
-        return [f"The configured setting fits {limit:g} GB: it needs {wanted}."]
-    said = f"The configured setting does not fit {limit:g} GB: it needs {wanted}. "
+        return [f"The configured setting fits {limit:g} GB: it needs {need}."]
+    refusal = f"The configured setting does not fit {limit:g} GB: it needs {need}. "
     if plan.to_fit is not None:
         options = " ".join(f"--{change}" for change in _overrides(plan, plan.to_fit))
-        return [f"{said}Change first: {options}"]
-    return [f"{said}No setting does. Use more ranks, a larger GPU, or a smaller model.ctx_len or model"]
+        return [f"{refusal}Change first: {options}"]
+    return [f"{refusal}No setting does. Use more ranks, a larger GPU, or a smaller model.ctx_len or model"]
 
 
 def _overrides(plan: RunPlan, setting: Setting) -> list[str]:
-    """What to add to the command line for `setting`; the global batch stays as it is."""
+    """Fields to add to the command line for `setting`; the global batch stays as it is."""
     configured, changes = plan.configured.setting, []
     if setting.grad_cp != configured.grad_cp:
         changes.append(f"training.grad_cp={int(setting.grad_cp)}")

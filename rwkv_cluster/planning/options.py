@@ -1,4 +1,4 @@
-"""What a plan takes from its options, because no configuration says it: ranks, speed, GPU."""
+"""Assumptions of a plan that come from its options, because no configuration says it: ranks, speed, GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_RANKS = 1_000_000
 
 @dataclass(frozen=True)
 class Assumptions:
-    """ranks: of the run. tokens_per_s: of all ranks; mfu: instead of it. None where nothing was said."""
+    """Ranks of the run, tokens_per_s of all ranks or mfu instead of it, and a GPU. None where nothing was said."""
 
     ranks: int
     tokens_per_s: float | None
@@ -36,20 +36,20 @@ class Assumptions:
         gpu: str | None = None,
         gpu_memory_gb: str | None = None,
     ) -> Assumptions:
-        """From the options as they were typed. Raises ConfigError for one that is no sensible number."""
+        """Assumptions from the options as typed. Raises ConfigError for one that is no sensible number."""
         known: Gpu | None = find_gpu(gpu) if gpu else None
-        made = cls(
+        assumptions = cls(
             ranks=_count("--ranks", ranks) or config.launch.num_nodes * ranks_per_node(config),
             tokens_per_s=_number("--tokens-per-s", tokens_per_s),
             mfu=_number("--mfu", mfu, largest=1.0),
             peak_tflops=_number("--peak-tflops", peak_tflops) or (known.peak_tflops if known else None),
             gpu_memory_gb=_number("--gpu-memory-gb", gpu_memory_gb) or (known.memory_gb if known else None),
         )
-        if made.mfu is not None and made.peak_tflops is None:
+        if assumptions.mfu is not None and assumptions.peak_tflops is None:
             raise ConfigError("--mfu needs the GPU's peak. Give --gpu NAME or --peak-tflops P")
-        if made.mfu is not None and made.tokens_per_s is not None:
+        if assumptions.mfu is not None and assumptions.tokens_per_s is not None:
             raise ConfigError("--mfu and --tokens-per-s both say the speed. Give one of them")
-        return made
+        return assumptions
 
 
 def _count(option: str, text: str | None) -> int | None:
@@ -68,6 +68,6 @@ def _number(option: str, text: str | None, largest: float = math.inf) -> float |
     except ValueError:
         value = math.nan
     if not (0 < value < math.inf and value <= largest):
-        wanted = "a number > 0" if largest == math.inf else f"a number > 0 and <= {largest:g}"
-        raise ConfigError(f"{option} is {text[:40]!a}, expected {wanted}")
+        expected = "a number > 0" if largest == math.inf else f"a number > 0 and <= {largest:g}"
+        raise ConfigError(f"{option} is {text[:40]!a}, expected {expected}")
     return value

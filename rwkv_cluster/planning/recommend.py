@@ -14,7 +14,7 @@ from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
 from rwkv_cluster.planning.model_states import Sharding
 
 ALLOWANCE = 1.05, 1e9
-"""Beside a peak: a factor for the allocator's fragments, and bytes for the CUDA context, cuBLAS and NCCL. Assumed."""
+"""Factor for the allocator's fragments, and bytes for the CUDA context, cuBLAS and NCCL, beside a peak. Assumed."""
 
 
 def needed(memory: Memory) -> float:
@@ -24,7 +24,7 @@ def needed(memory: Memory) -> float:
 
 
 def shardings(ranks: int, precision: str) -> list[Sharding]:
-    """Every one there is, from the one that keeps all to the one that keeps least. DeepSpeed refuses fp16."""
+    """Every sharding, from the one that keeps all to the one that keeps least. DeepSpeed refuses fp16."""
     if precision == "fp16":
         return [Sharding(ranks)]
     plain = [Sharding(ranks), Sharding(ranks, 0)]
@@ -53,5 +53,5 @@ def _keeping_less(configured: Sharding, precision: str) -> list[Sharding]:
     """Stages above the configured one, then those with offloading. One rank has nobody to share with."""
     stage = configured.stage or 0
     more = [s for s in shardings(configured.ranks, precision) if s.stage and s.stage >= max(stage, 1)]
-    kept = [s for s in more if not s.offload_optimizer and s.stage != stage and s.ranks > 1]
-    return kept + [s for s in more if s.offload_optimizer and s != configured]
+    on_device = [s for s in more if not s.offload_optimizer and s.stage != stage and s.ranks > 1]
+    return on_device + [s for s in more if s.offload_optimizer and s != configured]

@@ -17,7 +17,9 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Length:
-    """accumulate: micro batches per optimizer step. horizon: None where it hangs on data that is not there.
+    """Tokens, steps and epochs of a run.
+
+    accumulate: micro batches per optimizer step. horizon: None where it depends on data that is not there.
 
     is_upper_bound: the data, once it is there, may end the run earlier. epochs: None where unknown.
     """
@@ -31,7 +33,10 @@ class Length:
 
 
 def length(config: Config, ranks: int, manifest: DataManifest | None) -> Length:
-    """Raises ConfigError for a batch that the ranks cannot share, DataError for too little data."""
+    """Length of a run on `ranks` ranks, with the data of `manifest` where it is prepared.
+
+    Raises ConfigError for a batch that the ranks cannot share, DataError for too little data.
+    """
     training, ctx_len = config.training, config.model.ctx_len
     accumulate = accumulation(
         micro_bsz=training.micro_bsz,
@@ -42,10 +47,17 @@ def length(config: Config, ranks: int, manifest: DataManifest | None) -> Length:
     batch = training.micro_bsz * ranks * accumulate
     prime = require_magic_prime(manifest.n_tokens, ctx_len) if manifest else 0
     needs_data = not manifest and training.samples_per_epoch is None
-    found = _horizon(config, SamplePlan(ctx_len, prime, batch), needs_data=needs_data)
-    epochs = None if found is None or needs_data else found.total_steps * batch / found.epoch_samples
+    run_horizon = _horizon(config, SamplePlan(ctx_len, prime, batch), needs_data=needs_data)
+    epochs = None if run_horizon is None or needs_data else run_horizon.total_steps * batch / run_horizon.epoch_samples
     bounded_by_data = needs_data and training.num_epochs is not None
-    return Length(accumulate, batch, batch * ctx_len, found, bounded_by_data and found is not None, epochs)
+    return Length(
+        accumulate=accumulate,
+        global_batch_size=batch,
+        tokens_per_step=batch * ctx_len,
+        horizon=run_horizon,
+        is_upper_bound=bounded_by_data and run_horizon is not None,
+        epochs=epochs,
+    )
 
 
 def _horizon(config: Config, plan: SamplePlan, *, needs_data: bool) -> Horizon | None:
@@ -62,7 +74,7 @@ def _horizon(config: Config, plan: SamplePlan, *, needs_data: bool) -> Horizon |
 
 
 def learning_rates(config: Config, run: Length) -> dict[int, float]:
-    """By step (from 0): the first, the first after warm-up, quarters, and the last. Before a group's multiplier."""
+    """Learning rate by step (from 0), without a group's multiplier: first, end of warm-up, quarters, last."""
     if run.horizon is None:
         return {}
     last = run.horizon.total_steps - 1
