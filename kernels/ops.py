@@ -1,4 +1,4 @@
-"""The WKV operators as the model calls them: shapes are checked once, and a backend is picked.
+"""Public WKV operators: shape checks and backend choice.
 
 Arguments, layouts and results are those of `rwkv_cluster.kernels.reference`. Backends:
 

@@ -146,7 +146,7 @@ def previous_tokens(x: Tensor, before: Tensor | None) -> Tensor:
     return torch.cat([before.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
 
 
-def mixed(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str) -> list[Tensor]:
+def token_shift_mix(x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str) -> list[Tensor]:
     """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C]. choice: the form of the pass, e.g. "auto"."""
     if before is None:
         return list(fused.mix(x, mixes, choice=choice))

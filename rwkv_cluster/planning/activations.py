@@ -28,7 +28,7 @@ from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
 _WORKSPACE = 2
-"""[B,T,F] tensors that a block's backward pass has at a time and nobody saved. Measured on a CPU."""
+"""[B,T,F] tensors that a block's backward pass has at a time beside the saved ones. Measured on a CPU."""
 _WORKSPACE_CHUNKED = 16
 """fp32 tensors of a segment that the chunked WKV has at a time in its backward pass. Measured on a CPU."""
 

@@ -50,7 +50,7 @@ def _cheapest_first(configured: Setting, precision: str) -> Iterator[Setting]:
 
 
 def _keeping_less(configured: Sharding, precision: str) -> list[Sharding]:
-    """Stages above the configured one, then those with offloading. One rank has nobody to share with."""
+    """Stages above the configured one, then those with offloading. ZeRO needs more than one rank."""
     stage = configured.stage or 0
     more = [s for s in shardings(configured.ranks, precision) if s.stage and s.stage >= max(stage, 1)]
     on_device = [s for s in more if not s.offload_optimizer and s.stage != stage and s.ranks > 1]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import Linear, mixed, uninitialized
+from rwkv_cluster.model.layers import Linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 
 
@@ -30,5 +30,7 @@ class GatedChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
         mixes = [self.get_parameter(name) for name in self.mix_names]
-        x_k, x_r = mixed(x, before, [1 - m.to(x.dtype) for m in mixes] if self.mixes_current else mixes, self.fused)
+        x_k, x_r = token_shift_mix(
+            x, before, [1 - m.to(x.dtype) for m in mixes] if self.mixes_current else mixes, self.fused
+        )
         return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))

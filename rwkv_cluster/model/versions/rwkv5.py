@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, mixed, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, zeros
@@ -43,7 +43,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, None, Tensor]:
         """x [B,T,C], before [B,C], wkv [B,H,N,N] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x_r, x_k, x_v, x_g = mixed(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused)
+        x_r, x_k, x_v, x_g = token_shift_mix(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, mixed, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, lora_orthogonal, small_orthogonal, zeros
 from rwkv_cluster.model.versions.version import ModelDims
@@ -70,7 +70,7 @@ class TimeMix(nn.Module):
 
     def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        return mixed(x, before, mixes, self.fused)  # 6 x [B,T,C]
+        return token_shift_mix(x, before, mixes, self.fused)  # 6 x [B,T,C]
 
     def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
         return z.unflatten(-1, (self.n_head, -1))
@@ -88,7 +88,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(widths.ffn, widths.embd)
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        (k,) = mixed(x, before, (self.x_k,), self.fused)
+        (k,) = token_shift_mix(x, before, (self.x_k,), self.fused)
         return self.value(fused.squared_relu(self.key(k), choice=self.fused))
 
 

@@ -1,4 +1,4 @@
-"""How many bytes a run writes next, and whether the disk has room for them: asked while nothing is lost yet.
+"""Bytes that a run writes next, and whether the disk has space for them: asked while nothing is lost yet.
 
 Torch-free, because a plan of a run asks the same.
 """
@@ -33,7 +33,7 @@ def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer = ADA
 
 
 def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, *, begins: bool) -> int:
-    """Size of the next checkpoint, a weights file beside it and, where the run `begins`, the initial weights."""
+    """Bytes that the next save writes: a checkpoint, a weights file, and the initial weights where a run `begins`."""
     return checkpoint_bytes(shapes, world_size) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
 
 

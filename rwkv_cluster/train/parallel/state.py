@@ -1,7 +1,7 @@
 """What a rank holds of a run's weights and optimizer, behind one interface for every strategy.
 
 ReplicatedState   everything, as alone, under DDP and ZeRO stage 0; rank 0 saves for all
-ZeroShardedState    a part of it, under ZeRO stages 1 to 3 (`train.zero`); every rank saves its own
+ZeroShardedState  a part of it, under ZeRO stages 1 to 3 (`parallel.zero`); every rank saves its own
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ModelAndOptimizerState(Protocol):
     clips_in_update: bool
 
     def clip_gradients(self, limit: float) -> float:
-        """After the last backward pass of a step and before its update. Returns the global norm before clipping."""
+        """Clip after the last backward pass of a step, before its update. Returns the global norm before clipping."""
 
     def grad_norm(self) -> float:
-        """After the update: the global norm of its gradients before clipping."""
+        """Global norm of the gradients of the last update, before clipping."""
 
     def update_count(self) -> int:
         """Updates that the optimizer has made."""
