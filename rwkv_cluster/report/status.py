@@ -20,6 +20,7 @@ from rwkv_cluster.runtime import lock
 from rwkv_cluster.runtime.lock import Holder
 from rwkv_cluster.runtime.terminal.live_line import clock_time
 from rwkv_cluster.train.checkpoint.files import newest_good
+from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.workdir import WorkDir
 
 RATE_STEPS = 100  # of which the speed is the median
@@ -164,15 +165,15 @@ def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -
     )
 
 
-def _training_saved(state: dict[str, Any], config: Config | None, data: DataManifest | None) -> Training | None:
+def _training_saved(state: CheckpointState, config: Config | None, data: DataManifest | None) -> Training | None:
     """What the newest checkpoint tells of it, where the logs are gone."""
-    step, tokens, loss = (number(state, name) for name in ("step", "tokens_seen", "loss"))
-    if step is None or tokens is None or loss is None:
+    step, tokens, loss = state.step, state.tokens_seen, state.loss
+    if loss is None:
         return None
     end = run_files.end_of_run(config, data, {"step": step, "tokens": tokens}) if config and data else None
-    val_loss = number(state, "val_loss")
+    val_loss = state.val_loss
     return Training(
-        step=int(step),
+        step=step,
         total_steps=end.total_steps if end else None,
         tokens=int(tokens),
         loss=loss,

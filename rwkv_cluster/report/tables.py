@@ -193,10 +193,9 @@ def checkpoints(runs: Sequence[Run]) -> str:
         [
             *([run.name] if len(runs) > 1 else []),
             f"{one.step:,}",
-            *(
-                _state(one.state, name, decimals)
-                for name, decimals in (("tokens_seen", 0), ("loss", 4), ("val_loss", 4))
-            ),
+            _number(one.state.tokens_seen, 0),
+            _number(one.state.loss, 4),
+            _number(one.state.val_loss, 4),
             f"{one.n_bytes / 1e6:,.1f} MB",
             moment(one.path.stat().st_mtime),
         ]
@@ -209,11 +208,6 @@ def checkpoints(runs: Sequence[Run]) -> str:
     first = columns.index("step")
     note = '<p class="note">Their files have the sizes that their manifests say. No checksum was computed for this.</p>'
     return section("Checkpoints", table("Checkpoints", columns, rows, numbers=range(first, len(columns))), note)
-
-
-def _state(state: Mapping[str, Any], name: str, decimals: int) -> str:
-    value = state.get(name)
-    return _number(float(value), decimals) if isinstance(value, int | float) else NONE
 
 
 def events(runs: Sequence[Run]) -> str:

@@ -156,7 +156,7 @@ def _run_session(
         config.training,
         session.plan,
         session.horizon,
-        found=session.found,
+        resume_checkpoint=session.resume_checkpoint,
         votes=after_step.votes,
         events=events,
     )
@@ -200,7 +200,7 @@ def _require_disk_space(session: Session) -> None:
     """Room for what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
     shapes = expected_shapes(session.config.model)
-    is_new = session.found is None and not work.initial_weights.exists()
+    is_new = session.resume_checkpoint is None and not work.initial_weights.exists()
     n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, begins=is_new)
     require_disk_space(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
@@ -230,7 +230,7 @@ def _announce(session: Session, n_parameters: int) -> None:
         if placement.world_size > 1
         else placement.accelerator
     )
-    begin = f"continuing at step {session.start_step}" if session.found else "starting"
+    begin = f"continuing at step {session.start_step}" if session.resume_checkpoint else "starting"
     log.info(
         f"{begin}: {model.model_type} of {n_parameters:,} parameters, {session.horizon.total_steps:,} steps of "
         f"{session.plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
@@ -240,7 +240,7 @@ def _announce(session: Session, n_parameters: int) -> None:
 def _tell_begin(session: Session, events: Events) -> None:
     facts: dict[str, Any] = {"host": socket.gethostname(), "world_size": session.placement.world_size}
     facts |= {"total_steps": session.horizon.total_steps, "tokens_per_step": session.plan.tokens_per_step}
-    if session.found is not None:
+    if session.resume_checkpoint is not None:
         events.add("resume", session.start_step, from_step=session.start_step, **facts)
     else:
         events.add("start", 0, **facts)

@@ -34,7 +34,7 @@ SPIKE = 10.0  # times the loss, where a test wants a spike
 class TrainingModule(LightningModule):
     """RWKV with its loss, optimizer and schedule.
 
-    found: the checkpoint to continue, or None at the beginning; its weights are in `model` already.
+    resume_checkpoint: to continue, or None at the beginning; its weights are in `model` already.
     votes: whether this rank wants to stop and to save after the step, and whether its part of a checkpoint is written;
     asked on every rank at every step, whose one small all-reduce makes every rank see the same answer. One vote is
     enough to stop or to save; a checkpoint is written when all have written. events: where values that are not finite
@@ -48,7 +48,7 @@ class TrainingModule(LightningModule):
         plan: SamplePlan,
         horizon: Horizon,
         *,
-        found: Checkpoint | None = None,
+        resume_checkpoint: Checkpoint | None = None,
         votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
         events: Events | None = None,
     ) -> None:
@@ -57,13 +57,13 @@ class TrainingModule(LightningModule):
         self.training_config = training
         self.plan = plan
         self.horizon = horizon
-        self.step = found.step if found else 0
+        self.step = resume_checkpoint.step if resume_checkpoint else 0
         self.should_stop = False
         self.should_save = False
         self.all_written = False
         self.result: StepResult | None = None
         self.state: ModelAndOptimizerState
-        self._found = found
+        self._resume_checkpoint = resume_checkpoint
         self._votes = votes
         self._events = events or Events(None)
         self._micro_losses: list[Tensor] = []
@@ -76,10 +76,10 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.state = strategy.train_state(self.trainer, self.model)
-        if self._found is not None:
-            rng_state.restore(self._found.state["random_states"], rank())
-            self.state.restore(self._found)
-            if self.scaler is not None and (scale := self._found.state.get("loss_scale")) is not None:
+        if self._resume_checkpoint is not None:
+            rng_state.restore(self._resume_checkpoint.state.random_states, rank())
+            self.state.restore(self._resume_checkpoint)
+            if self.scaler is not None and (scale := self._resume_checkpoint.state.loss_scale) is not None:
                 _restore_scale(self.scaler, scale)
 
     @property

@@ -14,10 +14,9 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.guards.early_stop import EarlyStopState
-from rwkv_cluster.train.guards.spike_guard import Spike, SpikeState
+from rwkv_cluster.train.guards.spike_guard import Spike
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.session import Session
+from rwkv_cluster.train.session import Session, guard_states
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -34,11 +33,12 @@ def roll_back(session: Session, spike: Spike, events: Events) -> Session:
         step, first_skipped = collectives.broadcast_object(_choose(session, spike) if rank() == 0 else (None, 0))
         if rank() == 0:
             _remove_checkpoints_after(session, step or 0)
-        found = save_load.verify(checkpoint_path(session.work.checkpoints, step)) if step is not None else None
-    state = found.state if found else {}
-    spikes = replace(SpikeState.of(state), rollbacks=session.spikes.rollbacks + 1)
+        path = checkpoint_path(session.work.checkpoints, step) if step is not None else None
+        checkpoint = save_load.verify(path) if path is not None else None
+    spikes, improvement = guard_states(checkpoint)
+    spikes = replace(spikes, rollbacks=session.spikes.rollbacks + 1)
     plan = session.plan.without(first_skipped, spike.last_step)
-    resumed = replace(session, found=found, plan=plan, spikes=spikes, improvement=EarlyStopState.of(state))
+    resumed = replace(session, resume_checkpoint=checkpoint, plan=plan, spikes=spikes, improvement=improvement)
     n_left_out = spike.last_step + 1 - first_skipped
     facts = {"to_step": resumed.start_step, "skipped_steps": n_left_out, "skipped": plan.skipped}
     events.add("rollback", spike.last_step + 1, **facts, rollbacks=spikes.rollbacks)
@@ -75,10 +75,10 @@ def _choose(session: Session, spike: Spike) -> tuple[int | None, int]:
     """
     first_skipped = max(0, spike.first_step - session.config.guard.spike_lead_steps)
     steps = list_steps(session.work.checkpoints)
-    found = _first_whole(session, (step for step in reversed(steps) if step <= first_skipped))
-    if found is None and first_skipped > 0:
-        found = _first_whole(session, (step for step in steps if first_skipped < step <= spike.first_step))
-    return (None, first_skipped) if found is None else (found.step, max(found.step, first_skipped))
+    checkpoint = _first_whole(session, (step for step in reversed(steps) if step <= first_skipped))
+    if checkpoint is None and first_skipped > 0:
+        checkpoint = _first_whole(session, (step for step in steps if first_skipped < step <= spike.first_step))
+    return (None, first_skipped) if checkpoint is None else (checkpoint.step, max(checkpoint.step, first_skipped))
 
 
 def _first_whole(session: Session, steps: Iterable[int]) -> Checkpoint | None:
@@ -98,7 +98,7 @@ def _remove_checkpoints_after(session: Session, step: int) -> None:
 
 
 def _release_memory() -> None:
-    """Of the model and optimizer that were given up, before new ones are made: they hold each other in cycles."""
+    """Free the abandoned model and optimizer, which are in reference cycles, before new ones are built."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -237,11 +237,11 @@ def _prepared(
         return _without_inputs(config, work, tokenizer, name, error)
     fingerprint = None
     if change is not None:  # otherwise no checkpoint has to be read and hashed for this
-        found = save_load.newest_verified(work.checkpoints)
+        checkpoint = save_load.newest_verified(work.checkpoints)
         if _is_prepared(work):
-            resume.require_unchanged_data(found, change)
-        elif found is not None:
-            fingerprint = found.state["data_fingerprint"]
+            resume.require_unchanged_data(checkpoint, change)
+        elif checkpoint is not None:
+            fingerprint = checkpoint.state.data_fingerprint
     return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name, mend=mend, fingerprint=fingerprint)
 
 
@@ -286,23 +286,24 @@ def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
 
 
 def _already_complete(session: Session) -> TrainResult:
-    assert session.found is not None
+    checkpoint, path = session.resume_checkpoint, session.work.final_weights
+    assert checkpoint is not None
     reason, remedy = "complete", "training.num_epochs, max_steps or max_tokens"
     if session.ended_early:
         reason = f"complete, as its validation loss was not below {session.improvement.best} any more,"
         remedy = "training.early_stop_patience"
     log.info("this run is %s at step %d; raise %s to go on", reason, session.start_step, remedy)
-    if rank() == 0 and not session.work.final_weights.exists():
-        log.info("%s was gone and is written again, from %s", session.work.final_weights, session.found.path)
-        save_pth(session.work.final_weights, dict(session.found.weights()), DTYPES[session.config.training.precision])
+    if rank() == 0 and not path.exists():
+        log.info("%s was gone and is written again, from %s", path, checkpoint.path)
+        save_pth(path, dict(checkpoint.weights()), DTYPES[session.config.training.precision])
     return TrainResult(
         step=session.start_step,
         total_steps=session.horizon.total_steps,
-        tokens_seen=session.found.state["tokens_seen"],
-        loss=session.found.state["loss"],
-        val_loss=session.found.state["val_loss"],
+        tokens_seen=checkpoint.state.tokens_seen,
+        loss=checkpoint.state.loss,
+        val_loss=checkpoint.state.val_loss,
         work_dir=session.work.root,
-        final_path=session.work.final_weights,
+        final_path=path,
         already_complete=True,
         ended_early=session.ended_early,
         sample=None,

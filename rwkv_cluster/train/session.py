@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,10 @@ from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, lo
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import resume
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified
+from rwkv_cluster.train.checkpoint.state import RunIdentity
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
+from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.parallel.strategy import place
 from rwkv_cluster.train.placement import DTYPES, Placement
 from rwkv_cluster.train.vocabulary_size import with_vocabulary
@@ -40,7 +41,7 @@ log = logging.getLogger("rwkv_cluster")
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part of a run. `found` is the checkpoint it continues, None at the beginning.
+    """One process's part of a run. resume_checkpoint: that it continues, None at the beginning.
 
     spikes, improvement: what the guard against spikes and early stopping know there. group: names the process group;
     rank 0's holds for all.
@@ -53,19 +54,19 @@ class Session:
     plan: SamplePlan
     horizon: Horizon
     accumulate: int
-    found: Checkpoint | None
+    resume_checkpoint: Checkpoint | None
     spikes: SpikeState
     improvement: EarlyStopState
     group: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def start_step(self) -> int:
-        return self.found.step if self.found else 0
+        return self.resume_checkpoint.step if self.resume_checkpoint else 0
 
     @property
-    def unfinished(self) -> dict[str, Any] | None:
+    def unfinished(self) -> StepRecord | None:
         """The last step's record, where a stop has cut short what follows the step: its validation, or a sample."""
-        return self.found.state.get("unfinished") if self.found else None
+        return self.resume_checkpoint.state.unfinished if self.resume_checkpoint else None
 
     @property
     def recorded_step(self) -> int:
@@ -83,9 +84,10 @@ class Session:
         return self.recorded_step == self.horizon.total_steps or self.ended_early
 
     @property
-    def identity(self) -> dict[str, Any]:
-        return resume.run_identity(
-            self.config,
+    def identity(self) -> RunIdentity:
+        """What this run must not change on its way."""
+        return RunIdentity(
+            self.config.model_dump(mode="json"),
             data_fingerprint=self.manifest.fingerprint,
             global_batch_size=self.plan.global_batch_size,
             magic_prime=self.plan.magic_prime,
@@ -109,15 +111,14 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     """
     config, placement, accumulate = resolve(config, manifest.vocab_size)
     training = config.training
-    found = newest_verified(work.checkpoints)
-    state = found.state if found else {}
-    if found is not None:
-        accumulate = resume.accumulation_of(found, training, placement.world_size) or accumulate
+    checkpoint = newest_verified(work.checkpoints)
+    if checkpoint is not None:
+        accumulate = resume.accumulation_of(checkpoint, training, placement.world_size) or accumulate
     plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
         global_batch_size=training.micro_bsz * placement.world_size * accumulate,
-        skipped=tuple((first, end) for first, end in state.get("skipped", ())),
+        skipped=checkpoint.state.skipped if checkpoint else (),
     )
     end = horizon(
         plan,
@@ -126,13 +127,19 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    spikes, improvement = SpikeState.of(state), EarlyStopState.of(state)
-    session = Session(config, work, manifest, placement, plan, end, accumulate, found, spikes, improvement)
+    session = Session(config, work, manifest, placement, plan, end, accumulate, checkpoint, *guard_states(checkpoint))
     _require_validation(session)
-    if found is not None:
-        resume.require_same_run(found, session.identity, work.out / "rwkv-init.pth")
-        resume.finished_beyond(found, end.total_steps)
+    if checkpoint is not None:
+        resume.require_same_run(checkpoint, session.identity, work.out / "rwkv-init.pth")
+        resume.finished_beyond(checkpoint, end.total_steps)
     return session
+
+
+def guard_states(checkpoint: Checkpoint | None) -> tuple[SpikeState, EarlyStopState]:
+    """What the spike guard and early stopping know when `checkpoint`, or a run from its beginning, goes on."""
+    spikes = checkpoint.state.spikes if checkpoint else None
+    improvement = checkpoint.state.improvement if checkpoint else None
+    return spikes or SpikeState.at_start(), improvement or EarlyStopState.at_start()
 
 
 def _require_validation(session: Session) -> None:
@@ -175,8 +182,8 @@ def build_model(session: Session) -> RWKV:
         wkv_backend=training.wkv_backend,
         fused=training.fused,
     )
-    if session.found is not None:
-        model.load_state_dict(fit_state_dict(dict(session.found.weights()), model))
+    if session.resume_checkpoint is not None:
+        model.load_state_dict(fit_state_dict(dict(session.resume_checkpoint.weights()), model))
     elif rank() == 0:
         path = ensure_init_file(session.config, session.work, force=training.init_from is not None)
         model.load_state_dict(fit_state_dict(load_pth(path), model))

@@ -23,7 +23,7 @@ from rwkv_cluster.train.guards.spike_guard import SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest, disable_lightning_signal_handlers
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import loggers
-from rwkv_cluster.train.metrics.metrics_file import MetricsWriter, StepRecord
+from rwkv_cluster.train.metrics.metrics_file import MetricsWriter
 from rwkv_cluster.train.metrics.profiler import StepProfile
 from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_recorder import EpochMean, StepRecorder
@@ -91,7 +91,7 @@ def build_after_step(
         recorder,
         Saver(config, work, session.identity, checkpointer, events),
     )
-    after_step.unfinished = StepRecord(**session.unfinished) if session.unfinished else None
+    after_step.unfinished = session.unfinished
     return after_step
 
 
@@ -102,16 +102,14 @@ def build_recorder(
 
     is_first_session: of this process.
     """
-    config, checkpoint, progress = session.config, session.found, None
+    config, checkpoint, progress = session.config, session.resume_checkpoint, None
     if rank() == 0:
         progress = Progress(config.logging, session.horizon.total_steps, session.start_step)
         rewind_absent(session.work.step_times, session.placement.world_size, session.start_step)
     return StepRecorder(
         timer,
         StepTimes(session.work.step_times, rank(), session.start_step),
-        EpochMean(checkpoint.state["epoch_loss_sum"], checkpoint.state["epoch_loss_count"])
-        if checkpoint
-        else EpochMean(),
+        EpochMean(checkpoint.state.epoch_loss_sum, checkpoint.state.epoch_loss_count) if checkpoint else EpochMean(),
         metrics=_metrics_writer(session, is_first_session=is_first_session) if rank() == 0 else None,
         progress=progress,
         utilization=utilization(config, session.placement),

@@ -10,6 +10,7 @@ from typing import Any
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import dump_yaml
+from rwkv_cluster.train.checkpoint.state import CheckpointState, RngState
 
 WORDS = [
     "the",
@@ -81,14 +82,24 @@ def write_config(path: Path, config: Config) -> Path:
     return path
 
 
-def state_of(step: int, **changes: Any) -> dict[str, Any]:
-    """A state.json as a run of one rank writes it, without the random states of a real one."""
-    config = {"model": {}, "training": {}}
-    random_state = {"python": [3, [], None], "numpy": ["MT19937", [], 0, 0, 0.0], "torch": ""}
-    counts = {"global_batch_size": 4, "magic_prime": 5, "step": step, "tokens_seen": 0, "epoch_loss_count": 0}
-    losses = {"epoch_loss_sum": 0.0, "loss": 2.5, "val_loss": None}
-    rest = {"data_fingerprint": "0", "optimizer_updates": step, "torch": "2", "random_states": [random_state]}
-    return {"config": config, **counts, **losses, **rest, **changes}
+def state_of(step: int, **changes: Any) -> CheckpointState:
+    """The state of a checkpoint as a run of one rank writes it, without the random states of a real one."""
+    values: dict[str, Any] = {
+        "config": {"model": {}, "training": {}},
+        "data_fingerprint": "0",
+        "global_batch_size": 4,
+        "magic_prime": 5,
+        "step": step,
+        "tokens_seen": 0,
+        "epoch_loss_sum": 0.0,
+        "epoch_loss_count": 0,
+        "loss": 2.5,
+        "val_loss": None,
+        "optimizer_updates": step,
+        "torch": "2",
+        "random_states": [RngState((3, [], None), ("MT19937", [], 0, 0, 0.0), "")],
+    }
+    return CheckpointState(**values | changes)
 
 
 def losses(work_dir: str | Path) -> list[float]:

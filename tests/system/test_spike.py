@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _with_state(path: Path, **changes: Any) -> None:
     copy = path.with_name("copy")
     shutil.copytree(path, copy)
     files = {name: entry for name, entry in entries.items() if name != "state.json"}
-    save_load.commit(copy, path, found.step, state=found.state | changes, files=files)
+    save_load.commit(copy, path, found.step, state=replace(found.state, **changes), files=files)
 
 
 def _final_tensors(run: Watched) -> dict[str, bytes]:
@@ -79,7 +80,7 @@ def test_killed_after_a_rollback_it_ends_as_if_it_had_never_had_the_samples(
     text = (other.folder / "run.yaml").read_text().replace(str(run.folder), str(other.folder))
     (other.folder / "run.yaml").write_text(text)
     state = save_load.verify(newest).state
-    _with_state(newest, skipped=[[11, 16]], spikes=state["spikes"] | {"rollbacks": 1})
+    _with_state(newest, skipped=((11, 16),), spikes=replace(state.spikes, rollbacks=1))
 
     again = start(run.folder, ranks=ranks, fault=SPIKE)
     again.complete()

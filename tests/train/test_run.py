@@ -176,7 +176,7 @@ def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeyp
     lines = (tmp_path / "unbroken/work/logs/metrics.jsonl").read_text().splitlines()
     skipped = [record["step"] for record in map(json.loads, lines) if "grad_norm" not in record]
     state = newest_verified(tmp_path / "unbroken/work/out/checkpoints").state
-    assert state["optimizer_updates"] == 12 - len(skipped)
+    assert state.optimizer_updates == 12 - len(skipped)
     assert 1 in skipped
     assert losses(configs[0].work_dir)[-1] < losses(configs[0].work_dir)[0] - 0.3
 
@@ -382,7 +382,7 @@ def test_another_number_of_ranks_keeps_the_global_batch(unbroken: Path) -> None:
     config = tiny_config(unbroken)
     found = newest_verified(WorkDir(config.work_dir).checkpoints)
     assert found is not None
-    assert found.state["global_batch_size"] == 4  # of one rank with micro_bsz 4
+    assert found.state.global_batch_size == 4  # of one rank with micro_bsz 4
     halves = config.training.model_copy(update={"micro_bsz": 1})
     assert accumulation_of(found, halves, world_size=2) == 2
     assert accumulation_of(found, config.training, world_size=1) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv_cluster.data.sampler import Horizon
 from rwkv_cluster.train.checkpoint.saver import Saver
+from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.evaluate import EvalResult, Evaluator
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard
@@ -196,27 +197,28 @@ class AfterStep(Callback):
         """Save a checkpoint. is_last: the session ends with it."""
         self._recorder.flush()
         with self._timer.pause("save", "saving a checkpoint"):
-            self._saver.save(module.step, module.state.files(), self._state(module), is_last=is_last)
+            self._saver.save(module.state.files(), self._state(module), is_last=is_last)
 
-    def _state(self, module: TrainingModule) -> dict[str, Any]:
+    def _state(self, module: TrainingModule) -> CheckpointState:
         last_val = self.evaluator.last
-        return {
-            "step": module.step,
-            "tokens_seen": module.step * module.plan.tokens_per_step,
-            "epoch_loss_sum": self._recorder.epoch_mean.sum,
-            "epoch_loss_count": self._recorder.epoch_mean.count,
-            "loss": self.last_loss,
-            "val_loss": last_val.loss if last_val else None,
-            "optimizer_updates": module.state.update_count(),
-            "shapes": module.state.shapes(),
-            "skipped": module.plan.skipped,
-            "spikes": vars(self._guard.state),
-            "improvement": vars(self.evaluator.improvement),
-            "loss_scale": module.scaler.state_dict() if module.scaler is not None else None,
-            "torch": torch.__version__,
-            "random_states": None,
-            "unfinished": asdict(self.unfinished) if self.unfinished is not None else None,
-        }
+        return CheckpointState(
+            **vars(self._saver.identity),
+            step=module.step,
+            tokens_seen=module.step * module.plan.tokens_per_step,
+            epoch_loss_sum=self._recorder.epoch_mean.sum,
+            epoch_loss_count=self._recorder.epoch_mean.count,
+            loss=self.last_loss,
+            val_loss=last_val.loss if last_val else None,
+            optimizer_updates=module.state.update_count(),
+            shapes=module.state.shapes(),
+            skipped=module.plan.skipped,
+            spikes=self._guard.state,
+            improvement=self.evaluator.improvement,
+            loss_scale=module.scaler.state_dict() if module.scaler is not None else None,
+            torch=torch.__version__,
+            random_states=[],
+            unfinished=self.unfinished,
+        )
 
 
 class _CutShort(Exception):

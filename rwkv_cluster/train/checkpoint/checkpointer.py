@@ -26,6 +26,7 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.disk_space import require_disk_space
 from rwkv_cluster.train.checkpoint.save_load import Files
+from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import TEMPORARY_PREFIX
@@ -39,7 +40,7 @@ class _Part:
 
     step: int
     temporary: Path
-    state: Mapping[str, Any]
+    state: CheckpointState
     entries: dict[str, Any]
     refusal: WriteFailure | None = None
     done: bool = False
@@ -76,15 +77,15 @@ class Checkpointer:
         self.background = background
         self._part: _Part | None = None
 
-    def save(self, step: int, files: Files, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, files: Files, state: CheckpointState) -> None:
         """Begin, and finish at once. Collective; raises as `finish`."""
         self.begin(step, files, state)
         self.finish()
 
-    def begin(self, step: int, files: Files, state: Mapping[str, Any]) -> None:
+    def begin(self, step: int, files: Files, state: CheckpointState) -> None:
         """Start to write the checkpoint of `step`; one under way is finished first.
 
-        files: this rank's. state: what state.json holds; rank 0's counts.
+        files: this rank's. state: rank 0's counts.
 
         Raises CheckpointError on every rank when there is no room or the folder cannot be made. Without `background`
         all is written when this returns.

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.own_file import read_own, require_own
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
+from rwkv_cluster.train.checkpoint.state import CheckpointState
+from rwkv_cluster.train.counts import Count
 from rwkv_cluster.workdir import sha256_file
 
 FORMAT = 1
@@ -23,9 +26,6 @@ STATE = "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _WHOLE = frozenset({"weights.pth", "optimizer.pth", STATE})
 _SHARD = re.compile(r"(?:weights|optimizer)-\d{5}-of-(\d{5})\.pth")
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -43,76 +43,6 @@ class _Manifest(_Part):
     files: dict[str, _FileEntry]
 
 
-class _RunConfig(BaseModel):
-    """Sections of the configuration, which `train.resume` compares; fields may be those of another version."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    model: dict[str, Any]
-    training: dict[str, Any]
-    data: dict[str, Any] = {}
-    launch: dict[str, Any] = {}
-
-
-class _Spikes(_Part):
-    losses: list[float]
-    spiking: Count
-    rollbacks: Count
-
-
-class _Improvement(_Part):
-    best: float | None
-    stale: Count
-
-
-class _RandomStates(_Part):
-    python: Annotated[tuple[int, list[int], float | None], Strict(False)]
-    numpy: Annotated[tuple[str, list[int], int, int, float], Strict(False)]
-    torch: str
-    cuda: str | None = None
-
-
-class UnfinishedStep(_Part):
-    """Fields of `train.records.StepRecord`."""
-
-    step: Count
-    loss: float
-    grad_norm: float | None
-    lr: float
-    tokens: Count
-    tokens_per_s: float
-    memory_mb: float
-    val_loss: float | None
-    val_perplexity: float | None
-    val_bits_per_byte: float | None
-    save_wait_s: float | None
-    mfu: float | None
-    hfu: float | None
-
-
-class _State(_Part):
-    """state.json. What has a default came later than the first checkpoints."""
-
-    config: _RunConfig
-    data_fingerprint: str
-    global_batch_size: Annotated[int, Field(ge=1)]
-    magic_prime: Count
-    step: Count
-    tokens_seen: Count
-    epoch_loss_sum: float
-    epoch_loss_count: Count
-    loss: float | None
-    val_loss: float | None
-    optimizer_updates: Count
-    shapes: dict[str, list[Count]] | None = None
-    skipped: list[Annotated[tuple[Count, Count], Strict(False)]] = []
-    spikes: _Spikes | None = None
-    improvement: _Improvement | None = None
-    unfinished: UnfinishedStep | None = None
-    loss_scale: dict[str, float | int] | None = None
-    torch: str
-    random_states: Annotated[list[_RandomStates], Field(min_length=1)]
-
-
 @dataclass(frozen=True)
 class CheckpointFiles:
     """A checkpoint as its manifest describes it. n_bytes: of all files; files: names of all but the manifest."""
@@ -120,7 +50,7 @@ class CheckpointFiles:
     path: Path
     step: int
     n_bytes: int
-    state: dict[str, Any]
+    state: CheckpointState
     files: tuple[str, ...]
 
 
@@ -173,7 +103,8 @@ def _read_manifest(path: Path) -> _Manifest:
     version = body.get("format") if isinstance(body, dict) else None
     if version != FORMAT or isinstance(version, bool):
         raise CheckpointError(f"{path}: format {version!s:.40}, this version reads {FORMAT}")
-    manifest = _valid(_Manifest, body, path)
+    with _naming_the_field(path):
+        manifest = _Manifest.model_validate(body)
     if path.parent.name != checkpoint_path(path.parent, manifest.step).name:
         raise CheckpointError(f"{path}: it belongs to step {manifest.step}, not to {path.parent.name}")
     _require_all_files(path, set(manifest.files))
@@ -192,18 +123,18 @@ def _require_all_files(path: Path, names: set[str]) -> None:
         raise CheckpointError(f"{path}: it lists {strange[0]!r:.80}, which is no file of such a checkpoint")
 
 
-def _read_state(path: Path, manifest: _Manifest) -> dict[str, Any]:
+def _read_state(path: Path, manifest: _Manifest) -> CheckpointState:
     try:
-        body = _parse(read_own(path), path)
+        content = read_own(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    state = _valid(_State, body, path)
+    with _naming_the_field(path):
+        state = CheckpointState.from_json(content)
     if state.step != manifest.step:
         raise CheckpointError(f"{path}: it belongs to step {state.step}, the manifest to step {manifest.step}")
     if state.shapes is None and "weights.pth" not in manifest.files:
-        raise CheckpointError(f"{path}: shapes: there are none, which files in pieces need")
-    assert isinstance(body, dict)
-    return body
+        raise CheckpointError(f"{path}: shapes: there are none, which files in shards need")
+    return state
 
 
 def _parse(text: bytes, path: Path) -> Any:
@@ -213,10 +144,11 @@ def _parse(text: bytes, path: Path) -> Any:
         raise CheckpointError(f"{path}: it is not JSON ({error!s:.80})") from None
 
 
-def _valid(kind: type[Kind], body: Any, path: Path) -> Kind:
-    """`body` in the shape of `kind`. Raises CheckpointError naming the first field that is not."""
+@contextmanager
+def _naming_the_field(path: Path) -> Iterator[None]:
+    """Raises CheckpointError that names the first field that is wrong, in place of pydantic's ValidationError."""
     try:
-        return kind.model_validate(body)
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part)[:60] for part in first["loc"]) or "as a whole"

@@ -1,4 +1,4 @@
-"""May this checkpoint go on under this configuration? The fields that would change the run's meaning are compared."""
+"""Check that a configuration may resume a checkpoint: compare the fields that would change the run."""
 
 from __future__ import annotations
 
@@ -9,76 +9,70 @@ from typing import Any
 
 import torch
 
-from rwkv_cluster.config import Config, TrainingConfig
+from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.sampler import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.model.state_dict import load_pth, strip_prefixes
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
+from rwkv_cluster.train.checkpoint.state import RunIdentity
 
 log = logging.getLogger("rwkv_cluster")
 
 _FREE_SECTIONS = ("checkpoint", "guard", "logging")
 
 
-def run_identity(config: Config, *, data_fingerprint: str, global_batch_size: int, magic_prime: int) -> dict[str, Any]:
-    """What a checkpoint records of its run: the resolved configuration, and the numbers that fix the samples."""
-    return {
-        "config": config.model_dump(mode="json"),
-        "data_fingerprint": data_fingerprint,
-        "global_batch_size": global_batch_size,
-        "magic_prime": magic_prime,
-    }
-
-
-def accumulation_of(found: Checkpoint, training: TrainingConfig, world_size: int) -> int | None:
-    """Micro batches per optimizer step with which another number of ranks has `found`'s global batch.
+def accumulation_of(checkpoint: Checkpoint, training: TrainingConfig, world_size: int) -> int | None:
+    """Micro batches per optimizer step with which another number of ranks has `checkpoint`'s global batch.
 
     None where the number of ranks is the same, or the configuration says something new about the batch itself. Raises
     ConfigError, with numbers that would do, where the global batch cannot be kept.
     """
-    before = found.state["config"]["training"]
+    before = checkpoint.state.config["training"]
     fields = ("accumulate_grad_batches", "global_batch_size")
-    if len(found.state["random_states"]) == world_size or any(
+    if len(checkpoint.state.random_states) == world_size or any(
         before.get(name) != getattr(training, name) for name in fields
     ):
         return None
-    batch = found.state["global_batch_size"]
+    batch = checkpoint.state.global_batch_size
     per_pass = training.micro_bsz * world_size
     if batch % per_pass == 0:
-        return int(batch // per_pass)
+        return batch // per_pass
     worlds = listing([ranks for ranks in divisors(batch) if batch % (training.micro_bsz * ranks) == 0])
     remedies = [f"{worlds} rank{'' if worlds == '1' else 's'}"] if worlds else []
     if batch % world_size == 0:
         remedies.append(f"a training.micro_bsz of {listing(divisors(batch // world_size))}")
     raise ConfigError(
-        f"{found.path} has a global batch of {batch} samples, which is not a multiple of micro_bsz "
+        f"{checkpoint.path} has a global batch of {batch} samples, which is not a multiple of micro_bsz "
         f"{training.micro_bsz} * {world_size} ranks = {per_pass}. Use {', or '.join(remedies)}"
     )
 
 
-def require_same_run(found: Checkpoint, wanted: dict[str, Any], init_weights: Path) -> None:
-    """Refuse to continue `found` with another model (ConfigError), batch (ConfigError) or data (DataError).
+def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights: Path) -> None:
+    """Refuse to continue `checkpoint` with another model (ConfigError), batch (ConfigError) or data (DataError).
 
     Every difference is listed as `field: old -> new`. Other changes, a learning rate for instance, are logged.
     init_weights: those that the run began with, by which training.init_from is known under another name.
     """
-    old, new = found.state["config"], wanted["config"]
+    old, new = checkpoint.state.config, identity.config
     shape = _differences("model", old["model"], new["model"])
-    if found.state["global_batch_size"] != wanted["global_batch_size"]:
-        shape.append(f"global batch size: {found.state['global_batch_size']} -> {wanted['global_batch_size']}")
+    if checkpoint.state.global_batch_size != identity.global_batch_size:
+        shape.append(f"global batch size: {checkpoint.state.global_batch_size} -> {identity.global_batch_size}")
     starts = (old["training"].get("init_from"), new["training"]["init_from"])
     if starts[0] != starts[1] and not _is_same_start(*starts, init_weights):
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")
     data = [
-        f"{label}: {found.state[key]} -> {wanted[key]}"
-        for key, label in (("data_fingerprint", "data (fingerprint)"), ("magic_prime", "magic prime"))
-        if found.state[key] != wanted[key]
+        f"{label}: {before} -> {now}"
+        for label, before, now in (
+            ("data (fingerprint)", checkpoint.state.data_fingerprint, identity.data_fingerprint),
+            ("magic prime", checkpoint.state.magic_prime, identity.magic_prime),
+        )
+        if before != now
     ]
     if shape or data:
         kind = ConfigError if shape else DataError
         raise kind(
-            f"{found.path} was trained with other settings: {'; '.join(shape + data)}. "
+            f"{checkpoint.path} was trained with other settings: {'; '.join(shape + data)}. "
             "Put them back to continue, or choose another work_dir for a new run"
         )
     changed = [
@@ -88,7 +82,7 @@ def require_same_run(found: Checkpoint, wanted: dict[str, Any], init_weights: Pa
         for line in _differences(section, old.get(section, {}), new[section])
     ]
     for line in changed:
-        log.warning("continuing step %d with a changed setting: %s", found.step, line)
+        log.warning("continuing step %d with a changed setting: %s", checkpoint.step, line)
 
 
 def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool:
@@ -108,21 +102,21 @@ def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool
     )
 
 
-def require_unchanged_data(found: Checkpoint | None, reason: str) -> None:
+def require_unchanged_data(checkpoint: Checkpoint | None, reason: str) -> None:
     """Refuse to prepare data anew under checkpoints that were trained on what is there. Raises DataError."""
-    if found is not None:
+    if checkpoint is not None:
         raise DataError(
-            f"the data has to be prepared anew ({reason}), but {found.path} was trained on the data that is there. "
-            "Put the inputs and data settings back to continue, or go on with the data that is there by "
+            f"the data has to be prepared anew ({reason}), but {checkpoint.path} was trained on the data that is "
+            "there. Put the inputs and data settings back to continue, or go on with the data that is there by "
             "--data.inputs=[]; for a new run choose another work_dir"
         )
 
 
-def finished_beyond(found: Checkpoint, total_steps: int) -> None:
+def finished_beyond(checkpoint: Checkpoint, total_steps: int) -> None:
     """Raises CheckpointError when a checkpoint lies beyond the run's end."""
-    if found.step > total_steps:
+    if checkpoint.step > total_steps:
         raise CheckpointError(
-            f"{found.path} is at step {found.step}, beyond this configuration's last step {total_steps}. "
+            f"{checkpoint.path} is at step {checkpoint.step}, beyond this configuration's last step {total_steps}. "
             "Raise training.num_epochs, max_steps or max_tokens, or choose another work_dir"
         )
 

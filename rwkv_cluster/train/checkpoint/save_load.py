@@ -13,7 +13,6 @@ manifest: torch's own loader accepts most flipped bits in silence.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -40,6 +39,7 @@ from rwkv_cluster.train.checkpoint.files import (
     newest_good,
 )
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
+from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 
@@ -57,7 +57,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    state: dict[str, Any]
+    state: CheckpointState
     files: tuple[str, ...]
 
     def weights(self) -> dict[str, Tensor] | ShardedTensors:
@@ -74,7 +74,8 @@ class Checkpoint:
             check_finite(tensors, f"{self.path / kind}.pth is not usable")
             return tensors
         names = [name for name in self.files if name.startswith(f"{kind}-")]
-        return ShardedTensors([self.path / name for name in names], self.state["shapes"])
+        assert self.state.shapes is not None
+        return ShardedTensors([self.path / name for name in names], self.state.shapes)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -90,12 +91,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return entry_of(path)
 
 
-def commit(temporary: Path, path: Path, step: int, *, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def commit(temporary: Path, path: Path, step: int, *, state: CheckpointState, files: Mapping[str, Any]) -> None:
     """Complete the checkpoint in `temporary` with its state and manifest, and give it its name `path`.
 
     files: what `write_tensors` returned, by file name.
     """
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    (temporary / STATE).write_text(state.to_json())
     fault_point("checkpoint.before_manifest", step=step)
     entries = {**files, STATE: entry_of(temporary / STATE)}
     (temporary / MANIFEST).write_bytes(manifest_bytes({"format": FORMAT, "step": step, "files": entries}))

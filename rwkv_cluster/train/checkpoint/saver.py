@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
 from rwkv_cluster.train.checkpoint.save_load import Files
+from rwkv_cluster.train.checkpoint.state import CheckpointState, RunIdentity
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.placement import DTYPES
@@ -23,16 +24,16 @@ from rwkv_cluster.workdir import WorkDir
 class Saver:
     """Checkpoints and exported weights of a run. Every rank has one and calls the same methods at the same step.
 
-    identity: what state.json says of the run.
+    identity: what a checkpoint says of the run itself.
     """
 
     def __init__(
-        self, config: Config, work: WorkDir, identity: Mapping[str, Any], checkpointer: Checkpointer, events: Events
+        self, config: Config, work: WorkDir, identity: RunIdentity, checkpointer: Checkpointer, events: Events
     ) -> None:
         self.checkpointer = checkpointer
+        self.identity = identity
         self._config = config
         self._work = work
-        self._identity = identity
         self._events = events
         self._saved_at = time.monotonic()
 
@@ -50,15 +51,15 @@ class Saver:
         """Whether the weights at the end of `epoch` (from 0) are wanted as a file of their own."""
         return (epoch + 1) % self._config.training.epoch_save == 0
 
-    def save(self, step: int, files: Files, state: Mapping[str, Any], *, is_last: bool) -> None:
+    def save(self, files: Files, state: CheckpointState, *, is_last: bool) -> None:
         """Write a checkpoint. Collective. is_last: the session ends, and nothing may be left in the background.
 
-        files: this rank's. state: what state.json holds beside the run's identity and the random states.
+        files: this rank's. state: the random states in it are replaced by those of all ranks.
 
         Raises CheckpointError on every rank when one of them cannot write.
         """
-        random_states = collectives.gather_objects(rng_state.capture())
-        self.checkpointer.begin(step, files, {**self._identity, **state, "random_states": random_states})
+        random_states = collectives.gather_objects(rng_state.capture()) or []
+        self.checkpointer.begin(state.step, files, replace(state, random_states=random_states))
         if is_last or not self.checkpointer.background:
             self.checkpointer.finish()
         self._saved_at = time.monotonic()

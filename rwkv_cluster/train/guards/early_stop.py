@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from rwkv_cluster.train.counts import Count
 
 
 @dataclass(frozen=True)
 class EarlyStopState:
     """best: lowest validation loss, None before the first. stale: evaluations since it was found."""
 
-    best: float | None = None
-    stale: int = 0
+    best: float | None
+    stale: Count
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> EarlyStopState:
-        """From a checkpoint's state; one of a version without it has none."""
-        return cls(**(state.get("improvement") or {}))
+    def at_start(cls) -> EarlyStopState:
+        """The state of a run that has evaluated nothing yet."""
+        return cls(None, 0)
 
     def after(self, val_loss: float, min_delta: float) -> EarlyStopState:
         """With one more evaluation; only a loss lower by more than `min_delta` nats is an improvement."""
@@ -26,5 +26,5 @@ class EarlyStopState:
         return EarlyStopState(self.best, self.stale + 1)
 
     def ends(self, patience: int | None) -> bool:
-        """Whether a run of that patience is over."""
+        """Whether `stale` evaluations have reached `patience`; never where that is None."""
         return patience is not None and self.stale >= patience

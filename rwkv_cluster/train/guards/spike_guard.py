@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rwkv_cluster.config import GuardConfig
+from rwkv_cluster.train.counts import Count
 
 DEVIATIONS_PER_MAD = 1.4826  # of a normal distribution (Hampel 1974, The influence curve)
 SMALLEST_DEVIATION = 1e-3  # of the median: where the losses of a window are all alike, rounding is no spike
@@ -46,25 +45,24 @@ class Spike:
 class SpikeState:
     """What has to outlive a restart. losses: of the window. spiking: steps in a row, so far. rollbacks: of the run."""
 
-    losses: tuple[float, ...] = ()
-    spiking: int = 0
-    rollbacks: int = 0
+    losses: tuple[float, ...]
+    spiking: Count
+    rollbacks: Count
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> SpikeState:
-        """From a checkpoint's state; one of a version without this guard has none."""
-        found = state.get("spikes")
-        return cls(tuple(found["losses"]), found["spiking"], found["rollbacks"]) if found else cls()
+    def at_start(cls) -> SpikeState:
+        """The state of a run that has seen nothing yet."""
+        return cls((), 0, 0)
 
 
 class SpikeGuard:
     """Looks at the loss of every step. Every rank has one and, as losses are those of all ranks, sees the same."""
 
-    def __init__(self, config: GuardConfig, memory: SpikeState) -> None:
+    def __init__(self, config: GuardConfig, state: SpikeState) -> None:
         self._config = config
-        self._losses = deque(memory.losses, maxlen=config.spike_window_steps)
-        self._spiking = memory.spiking
-        self._rollbacks = memory.rollbacks
+        self._losses = deque(state.losses, maxlen=config.spike_window_steps)
+        self._spiking = state.spiking
+        self._rollbacks = state.rollbacks
 
     @property
     def state(self) -> SpikeState:
@@ -76,7 +74,7 @@ class SpikeGuard:
         return self._spiking > 0
 
     def update(self, step: int, loss: float) -> Spike | None:
-        """The spike that patience has ended with at `step` (from 0)."""
+        """Count the loss of `step` (from 0). Returns a Spike once patience has ended."""
         if self._config.on_spike == "ignore":
             return None
         median, limit = self._median_and_limit()

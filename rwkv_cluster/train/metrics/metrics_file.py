@@ -19,6 +19,7 @@ from typing import TextIO
 
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own, read_own
+from rwkv_cluster.train.counts import Count
 from rwkv_cluster.workdir import WorkDir, atomic_write, atomic_writer
 
 
@@ -32,11 +33,11 @@ class StepRecord:
     not known. docs/metrics.md says it all.
     """
 
-    step: int
+    step: Count
     loss: float
     grad_norm: float | None
     lr: float
-    tokens: int
+    tokens: Count
     tokens_per_s: float
     memory_mb: float
     val_loss: float | None = None

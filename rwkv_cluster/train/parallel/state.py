@@ -72,7 +72,7 @@ class ReplicatedState:
         return update_count(self._optimizer)
 
     def restore(self, found: Checkpoint) -> None:
-        restore_optimizer(self._optimizer, found.optimizer(), found.state["optimizer_updates"])
+        restore_optimizer(self._optimizer, found.optimizer(), found.state.optimizer_updates)
 
     def files(self) -> Files:
         if rank() != 0:

@@ -191,7 +191,7 @@ class ZeroShardedState:
 
     def restore(self, found: Checkpoint) -> None:
         masters, moments = found.weights(), found.optimizer()
-        self._make_moments(found.state["optimizer_updates"])
+        self._make_moments(found.state.optimizer_updates)
         for fragment in self._fragments():
             for key, target in fragment.tensors.items():
                 whole = masters[fragment.name] if key == MASTER else moments[f"{key}/{fragment.name}"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses, tiny_config
+from tiny_run import losses, state_of, tiny_config
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
@@ -122,5 +122,7 @@ def test_what_is_not_the_disks_fault_is_not_reported_as_such(tmp_path: Path) -> 
 
 def test_what_training_waited_for_a_checkpoint_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "rwkv_cluster"):
-        Checkpointer(tmp_path, 3, background=True, n_bytes=0).save(7, {"weights.pth": {"a": torch.ones(2)}}, {})
+        Checkpointer(tmp_path, 3, background=True, n_bytes=0).save(
+            7, {"weights.pth": {"a": torch.ones(2)}}, state_of(7)
+        )
     assert "checkpoint of step 7 is saved; training waited 0." in caplog.text

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _cut_up(path: Path) -> None:
     temporary.mkdir()
     files = {**_shards("weights", weights), **_shards("optimizer", moments)}
     entries = {name: save_load.write_tensors(temporary / name, pieces) for name, pieces in files.items()}
-    state = {**found.state, "shapes": {name: list(tensor.shape) for name, tensor in weights.items()}}
+    state = replace(found.state, shapes={name: list(tensor.shape) for name, tensor in weights.items()})
     save_load.commit(temporary, path, found.step, state=state, files=entries)
 
 

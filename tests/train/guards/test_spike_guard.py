@@ -24,9 +24,9 @@ LIMIT = 2.0 + 6 * 1.4826 * 0.075
 SPIKES_AT_14 = "train.spike@14-15:hit"  # patience of two: steps 14 and 15, of batches 14 and 15
 
 
-def _guard(memory: SpikeState | None = None, **changes: Any) -> SpikeGuard:
+def _guard(state: SpikeState | None = None, **changes: Any) -> SpikeGuard:
     config = GuardConfig(**{"on_spike": "stop", "spike_window_steps": 8, "spike_patience_steps": 2, **changes})
-    return SpikeGuard(config, memory or SpikeState())
+    return SpikeGuard(config, state or SpikeState.at_start())
 
 
 def _spikes(guard: SpikeGuard, values: list[float], first_step: int = 0) -> list[Spike]:
@@ -55,8 +55,7 @@ def test_a_restart_at_any_step_forgets_nothing() -> None:
     for cut in range(len(values)):
         first = _guard()
         _spikes(first, values[:cut])
-        state = {"spikes": vars(first.state)}
-        assert _spikes(_guard(SpikeState.of(state)), values[cut:], cut) == _spikes(_guard(), values)
+        assert _spikes(_guard(first.state), values[cut:], cut) == _spikes(_guard(), values)
 
 
 def test_batches_left_out_shift_those_that_follow() -> None:
@@ -130,7 +129,7 @@ def test_a_rollback_ends_where_a_run_ends_that_never_had_the_samples(
     rollback = events[5]
     assert (rollback["to_step"], rollback["skipped_steps"], rollback["skipped"]) == (8, 5, [[11, 16]])
     state = newest_verified(WorkDir(config.work_dir).checkpoints).state
-    assert (state["step"], state["skipped"], state["spikes"]["rollbacks"]) == (20, [[11, 16]], 1)
+    assert (state.step, state.skipped, state.spikes.rollbacks) == (20, ((11, 16),), 1)
 
 
 @pytest.mark.parametrize("stop_at", [6, 9, 12, 14, 15, 17])
