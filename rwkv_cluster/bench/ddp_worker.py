@@ -24,7 +24,8 @@ from rwkv_cluster.runtime.malloc import keep_freed_memory, peak_memory_mb
 from rwkv_cluster.runtime.rank_env import die_with_launcher, rank
 from rwkv_cluster.train.callbacks.ddp_fixes import StableBuckets
 from rwkv_cluster.train.distributed.collectives import leaving_group
-from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.metrics.step_recorder import StepResult
+from rwkv_cluster.train.module import TrainingModule, Votes
 from rwkv_cluster.train.session import build_model, open_session
 from rwkv_cluster.train.trainer import build_datamodule, build_trainer
 from rwkv_cluster.workdir import WorkDir
@@ -42,6 +43,14 @@ class Meter(Callback):
         self.held: dict[str, int] = {}
         self._total_steps = total_steps
 
+    def votes(self) -> Votes:
+        """No wishes: nothing is stopped or saved."""
+        return Votes()
+
+    def step_ended(self, result: StepResult, agreed: Votes) -> None:
+        """Note the step's loss."""
+        self.losses.append(result.loss)
+
     def on_before_optimizer_step(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -53,8 +62,6 @@ class Meter(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         assert isinstance(module, TrainingModule)
-        assert module.result is not None
-        self.losses.append(module.result.loss)
         self.ends.append(time.perf_counter())
         module.step += 1
 
@@ -73,7 +80,7 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     model = build_model(session)
     sizes = [parameter.numel() for parameter in model.parameters()]
     meter = Meter(session.horizon.total_steps)
-    module = TrainingModule(model, config.training, session.plan, session.horizon)
+    module = TrainingModule(model, config.training, session.plan, session.horizon, observer=meter)
     with leaving_group():
         build_trainer(session, [StableBuckets(), meter]).fit(module, datamodule=build_datamodule(session))
         kept = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]

@@ -157,7 +157,7 @@ def _run_session(
         session.plan,
         session.horizon,
         resume_checkpoint=session.resume_checkpoint,
-        votes=after_step.votes,
+        observer=after_step,
         events=events,
     )
     if is_first_session:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pytorch_lightning import LightningModule
@@ -31,14 +30,32 @@ MOST_POSITIONS = 8  # in a message
 SPIKE = 10.0  # times the loss, where a test wants a spike
 
 
+class Votes(NamedTuple):
+    """What one rank wants at a step boundary, or what all ranks have agreed on.
+
+    stop, save: after the step; one rank's wish is enough. written: its part of a checkpoint; it takes all ranks.
+    """
+
+    stop: bool = False
+    save: bool = False
+    written: bool = False
+
+
+class StepObserver(Protocol):
+    """What is asked before each optimizer step's update, and told after it. On every rank."""
+
+    def votes(self) -> Votes:
+        """This rank's votes for the step boundary that comes."""
+
+    def step_ended(self, result: StepResult, agreed: Votes) -> None:
+        """The update of a step is done. agreed: by all ranks."""
+
+
 class TrainingModule(LightningModule):
     """RWKV with its loss, optimizer and schedule.
 
     resume_checkpoint: to continue, or None at the beginning; its weights are in `model` already.
-    votes: whether this rank wants to stop and to save after the step, and whether its part of a checkpoint is written;
-    asked on every rank at every step, whose one small all-reduce makes every rank see the same answer. One vote is
-    enough to stop or to save; a checkpoint is written when all have written. events: where values that are not finite
-    are told.
+    observer: follows the steps; None where nobody does. events: where values that are not finite are told.
     """
 
     def __init__(
@@ -49,7 +66,7 @@ class TrainingModule(LightningModule):
         horizon: Horizon,
         *,
         resume_checkpoint: Checkpoint | None = None,
-        votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
+        observer: StepObserver | None = None,
         events: Events | None = None,
     ) -> None:
         super().__init__()
@@ -59,12 +76,10 @@ class TrainingModule(LightningModule):
         self.horizon = horizon
         self.step = resume_checkpoint.step if resume_checkpoint else 0
         self.should_stop = False
-        self.should_save = False
-        self.all_written = False
-        self.result: StepResult | None = None
         self.state: ModelAndOptimizerState
         self._resume_checkpoint = resume_checkpoint
-        self._votes = votes
+        self._observer = observer
+        self._agreed = Votes()
         self._events = events or Events(None)
         self._micro_losses: list[Tensor] = []
         self._gradient_sum = torch.zeros(())  # of this rank alone, before any exchange
@@ -144,31 +159,39 @@ class TrainingModule(LightningModule):
         gradient_clip_val: Any = None,
         gradient_clip_algorithm: Any = None,
     ) -> None:
-        """After the last backward pass of a step and before its update: agree on the loss, guard, clip.
+        """Between the last backward pass of a step and its update: agree with the other ranks, guard, clip.
 
         DeepSpeed asks after every micro batch.
         """
         if not strategy.completes_step(self.trainer):
             return
-        local_loss = torch.stack(self._micro_losses).double().mean()
-        self._micro_losses.clear()
-        ballot = torch.tensor([0.0, 1.0, *self._votes()], dtype=torch.float64, device=local_loss.device)
-        ballot[0] = local_loss
-        total, ranks, stop, save, written = collectives.sum_over_ranks(ballot).tolist()
-        self._local_loss, self._loss = float(local_loss), total / ranks
-        self.should_stop, self.should_save, self.all_written = stop > 0, save > 0, written == ranks
+        self._agree_with_other_ranks()
         limit = self.training_config.gradient_clip_val or math.inf
         self._require_finite(0.0 if self.state.clips_in_update else self.state.clip_gradients(limit))
 
+    def _agree_with_other_ranks(self) -> None:
+        """Exchange the step's loss and the votes, in one small all-reduce: every rank sees the same answer."""
+        local_loss = torch.stack(self._micro_losses).double().mean()
+        self._micro_losses.clear()
+        votes = self._observer.votes() if self._observer is not None else Votes()
+        ballot = torch.tensor([0.0, 1.0, *votes], dtype=torch.float64, device=local_loss.device)
+        ballot[0] = local_loss
+        total, ranks, stop, save, written = collectives.sum_over_ranks(ballot).tolist()
+        self._local_loss, self._loss = float(local_loss), total / ranks
+        self._agreed = Votes(stop > 0, save > 0, written == ranks)
+        self.should_stop = self._agreed.stop
+
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        """One micro batch under DeepSpeed, else all of a step; then what is known of a step that is complete."""
+        """Update with one micro batch under DeepSpeed, else with all of a step; tell of a step that is complete."""
         super().optimizer_step(*arguments, **named)
         if self._loss is not None:
             grad_norm = self.state.grad_norm()
             if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
                 self._require_finite(grad_norm)
-            self.result, self._loss = StepResult(self.step, self._loss, grad_norm, self.current_lr), None
+            result, self._loss = StepResult(self.step, self._loss, grad_norm, self.current_lr), None
             self._gradient_sum = torch.zeros_like(self._gradient_sum)
+            if self._observer is not None:
+                self._observer.step_ended(result, self._agreed)
 
     def _require_finite(self, grad_norm: float) -> None:
         """Raises TrainingError on every rank, before an update with values that are not finite."""

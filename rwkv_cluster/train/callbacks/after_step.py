@@ -21,14 +21,14 @@ from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.metrics.step_recorder import StepRecorder, StepResult
-from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.module import TrainingModule, Votes
 from rwkv_cluster.train.sample import Sampler
 
 
 class AfterStep(Callback):
     """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
-    As a context manager it closes the files that are written to.
+    It observes the module's steps: see `StepObserver`. As a context manager it closes the files that are written to.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class AfterStep(Callback):
         self._recorder = recorder
         self._saver = saver
         self._timer = recorder.timer
+        self._ended_step: tuple[StepResult, Votes] | None = None
 
     def __enter__(self) -> AfterStep:
         return self
@@ -65,9 +66,13 @@ class AfterStep(Callback):
         self._saver.checkpointer.abandon()
         self._recorder.close()
 
-    def votes(self) -> tuple[bool, bool, bool]:
+    def votes(self) -> Votes:
         """This rank's wish to stop and to save at the next step boundary, and whether it has written its checkpoint."""
-        return self._stop_request.requested(), self._saver.is_overdue(), self._saver.checkpointer.written()
+        return Votes(self._stop_request.requested(), self._saver.is_overdue(), self._saver.checkpointer.written())
+
+    def step_ended(self, result: StepResult, agreed: Votes) -> None:
+        """What the step was, for what follows it at the end of its last micro batch."""
+        self._ended_step = (result, agreed)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self._stop_request.begin_steps()
@@ -89,23 +94,23 @@ class AfterStep(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         assert isinstance(module, TrainingModule)
-        if module.result is None:
+        if self._ended_step is None:
             return
-        result, module.result = module.result, None
+        (result, agreed), self._ended_step = self._ended_step, None
         module.step += 1
         collectives.fault_point("train.step", step=module.step)
         with self._timer.phase("other"):
-            if module.all_written:
+            if agreed.written:
                 with self._timer.pause("save", "saving a checkpoint"):
                     self._saver.checkpointer.finish()
-            self._finish_step(module, result)
+            self._finish_step(module, result, save=agreed.save)
             self._recorder.profile_step()
         trainer.should_stop = module.should_stop
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._recorder.end()
 
-    def _finish_step(self, module: TrainingModule, result: StepResult) -> None:
+    def _finish_step(self, module: TrainingModule, result: StepResult, *, save: bool) -> None:
         self.last_loss = result.loss
         self.spike = self._guard.update(result.step, result.loss)
         if self.spike is not None:
@@ -114,12 +119,13 @@ class AfterStep(Callback):
             module.should_stop = True
             return
         self._recorder.epoch_mean.add(result.loss)
-        self._complete_step(module, partial(self._measured, module, result))
+        self._complete_step(module, partial(self._measured, module, result), save=save)
 
     def _complete_step(
-        self, module: TrainingModule, measured: Callable[[], StepRecord], *, again: bool = False
+        self, module: TrainingModule, measured: Callable[[], StepRecord], *, save: bool = False, again: bool = False
     ) -> None:
-        """What follows a step, in order. measured: its numbers. again: an earlier session was stopped in this.
+        """What follows a step, in order. measured: its numbers. save: the ranks have agreed to save a checkpoint, due
+        or not. again: an earlier session was stopped in this.
 
         A stop ends validation and sampling at once. Both then come again before the run goes on, from the same weights.
         """
@@ -154,7 +160,7 @@ class AfterStep(Callback):
                     self._export(module, str(epoch))
             if run_ends:
                 self._export(module, "final")
-            is_due = module.should_save or self._saver.is_due(module.step, epoch_ends=epoch_ends)
+            is_due = save or self._saver.is_due(module.step, epoch_ends=epoch_ends)
             if run_ends or module.should_stop:
                 self._save(module, is_last=True)
             elif is_due and not self._guard.is_spiking and not again:
