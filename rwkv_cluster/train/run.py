@@ -29,6 +29,7 @@ from rwkv_cluster.train.callbacks.rank_status import RankStatusCallback
 from rwkv_cluster.train.checkpoint import resume, save_load
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
+from rwkv_cluster.train.distributed.rank_record import SessionStart
 from rwkv_cluster.train.fit import TrainResult, fit
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
 from rwkv_cluster.train.guards.stop_request import StopRequest
@@ -76,7 +77,7 @@ def prepare_data(
 
         what = "the preparation of the data"
         is_there = _once_each(lambda: _stamp(work.data_manifest), is_prepared)
-        fingerprint = rank_monitor.wait_for_rank_0("data", what=what, is_there=is_there)
+        fingerprint = rank_monitor.wait_for_rank_0(lambda record: record.data, what=what, is_there=is_there)
         return load_manifest(work.data) if fingerprint is None else _manifest_seen_here(work, fingerprint)
 
 
@@ -91,7 +92,9 @@ def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) ->
             rank_monitor.write(initialized=True)
         else:
             what = "the initial weights"
-            rank_monitor.wait_for_rank_0("initialized", what=what, is_there=work.initial_weights.exists)
+            rank_monitor.wait_for_rank_0(
+                lambda record: record.initialized, what=what, is_there=work.initial_weights.exists
+            )
         return work.initial_weights
 
 
@@ -118,7 +121,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
             require_init_from(resolved, work)
             prepared = _verified(manifest, work) if manifest else _prepared(config, work, tokenizer)
             session = open_session(config, work, prepared)
-            begins = {"data": prepared.fingerprint, "step": session.start_step, "group": session.group}
+            begins = SessionStart(data=prepared.fingerprint, step=session.start_step, group=session.group)
             rank_monitor.write(begins=begins)
         else:
             session = _session_of_rank_0(config, work, rank_monitor)
@@ -168,10 +171,10 @@ def _session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor)
 
     what = "the preparation of the data"
     is_there = _once_each(lambda: save_load.list_steps(work.checkpoints), is_complete)
-    begins = rank_monitor.wait_for_rank_0("begins", what=what, is_there=is_there)
+    begins = rank_monitor.wait_for_rank_0(lambda record: record.begins, what=what, is_there=is_there)
     if begins is None:
         return open_session(config, work, load_manifest(work.data))
-    manifest, step = _manifest_seen_here(work, begins["data"]), begins["step"]
+    manifest, step = _manifest_seen_here(work, begins.data), begins.step
 
     def look() -> bool | None:
         return step == 0 or step in save_load.list_steps(work.checkpoints) or None
@@ -184,7 +187,7 @@ def _session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor)
             f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "
             f"{session.start_step}. Look whether both machines see the same directory"
         )
-    return replace(session, group=begins["group"])
+    return replace(session, group=begins.group)
 
 
 def _once_each(stamp: Callable[[], Any], look: Callable[[], bool]) -> Callable[[], bool]:

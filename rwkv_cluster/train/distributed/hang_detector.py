@@ -7,11 +7,10 @@ import logging
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from rwkv_cluster.runtime.heartbeat import BEAT_S
 from rwkv_cluster.runtime.own_file import open_own
-from rwkv_cluster.train.distributed.rank_record import name_and_step
+from rwkv_cluster.train.distributed.rank_record import RankRecord
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -39,20 +38,20 @@ class HangDetector:
             self._longest_s = max(self._longest_s, self.still_s)
         self.still_s, self._told = 0.0, False
 
-    def poll(self, record: dict[str, Any]) -> None:
+    def poll(self, record: RankRecord) -> None:
         """To be called about every BEAT_S, from another thread. record: this rank's."""
         now = time.monotonic()
         self.still_s += min(now - self._looked_at, 2 * BEAT_S)  # a process that was suspended has not stalled
         self._looked_at = now
-        if record["doing"] in WATCHED and self.still_s >= max(self.limit_s, SLOWER * self._longest_s):
+        if record.doing in WATCHED and self.still_s >= max(self.limit_s, SLOWER * self._longest_s):
             self.write(record)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: RankRecord) -> None:
         """Write the stacks, and say so, unless that has been done or the rank has not been still for so long."""
         if self._told or self.still_s < self.limit_s:
             return
         self._told = True
-        sentence = f"{name_and_step(record)} has not gone on for {self.still_s:.0f} s: it is {record['doing']}"
+        sentence = f"{record.name_and_step} has not gone on for {self.still_s:.0f} s: it is {record.doing}"
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", opener=open_own) as file:

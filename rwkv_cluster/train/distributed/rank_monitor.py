@@ -18,8 +18,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rwkv_cluster import errors
 from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
@@ -40,15 +41,17 @@ from rwkv_cluster.runtime.terminal.live_line import clock_time
 from rwkv_cluster.train.distributed.collectives import is_collective_failure
 from rwkv_cluster.train.distributed.hang_detector import HangDetector
 from rwkv_cluster.train.distributed.rank_record import (
+    RankRecord,
     describe_dead,
     describe_late,
     describe_silent,
-    name,
-    name_and_step,
+    record_of,
 )
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
+
+T = TypeVar("T")
 
 SILENT_S = 15.0  # of a rank that shows no sign of life: rank 0 is given up during preparation, others are reported
 FIRST_SIGN_S = 300.0  # for rank 0 to start at all; a first import from a cold network disk takes minutes
@@ -74,8 +77,9 @@ class RankMonitor:
         self.rank = rank_env.rank()
         self.folder = work.ranks / hashlib.sha256(rank_env.launch_id().encode()).hexdigest()[:12]
         self.timeout_s = timeout_s
-        self._record: dict[str, Any] = {**this_process(), "id": uuid.uuid4().hex, "rank": self.rank, "step": None}
-        self._record |= {"state": "running", "doing": "starting", "beats": 0, "session": session}
+        self._record = RankRecord(
+            **this_process(), id=uuid.uuid4().hex, rank=self.rank, state="running", doing="starting", session=session
+        )
         self.interval_s = max(BEAT_S, world_size / 8)  # all ranks read all records: bounded for the file server's sake
         self.others = {rank: Watch(self.path(rank), self.interval_s) for rank in range(world_size) if rank != self.rank}
         self.hang_detector = HangDetector(work.hang / f"rank-{self.rank}.txt", hang_timeout_s)
@@ -116,11 +120,11 @@ class RankMonitor:
 
     def update(self, **facts: Any) -> None:
         """Change this rank's record; the others see it with the next beat."""
-        self._record = {**self._record, **facts}
+        self._record = replace(self._record, **facts)
 
     def set_activity(self, doing: str, **facts: Any) -> None:
         """What the main thread does from now on."""
-        self.hang_detector.reset(self._record["doing"])
+        self.hang_detector.reset(self._record.doing)
         self.update(doing=doing, **facts)
 
     def write(self, **facts: Any) -> None:
@@ -128,8 +132,12 @@ class RankMonitor:
         self.update(**facts)
         self._write()
 
-    def wait_for_rank_0(self, key: str, *, what: str, is_there: Callable[[], bool]) -> Any:
-        """Rank 0's fact `key` of this session, once it publishes it. Outside any collective, so that it may take hours.
+    def wait_for_rank_0(
+        self, read: Callable[[RankRecord], T | None], *, what: str, is_there: Callable[[], bool]
+    ) -> T | None:
+        """What rank 0's record says of this session, once it does. Outside any collective, so that it may take hours.
+
+        read: what is waited for, None while the record does not have it.
 
         is_there: whether the work directory holds `what` already, so that rank 0 would have nothing to add. Rank 0 may
         have ended before this rank looks, or may do something else: None is returned when this is true meanwhile.
@@ -142,20 +150,20 @@ class RankMonitor:
         watch.poll()
         recent = _recent(self.path(0), self.path(self.rank))
         while True:
-            record, state = watch.record, watch.record.get("state")
-            is_here = watch.alive and record.get("session") == self._record["session"]
-            is_lost = bool(record) and (watch.alive or recent) and watch.still_s >= SILENT_S
-            if state == "failed" and (watch.alive or is_lost):
+            record = record_of(watch)
+            is_here = watch.alive and record.session == self._record.session
+            is_lost = bool(watch.record) and (watch.alive or recent) and watch.still_s >= SILENT_S
+            if record.state == "failed" and (watch.alive or is_lost):
                 raise _error_of(record)
-            if is_here and key in record:
-                return record[key]
+            if is_here and (value := read(record)) is not None:
+                return value
             looked_enough = watch.alive or time.monotonic() - started > FIRST_LOOK_S
             if not is_here and looked_enough and is_there():
                 return None
-            if is_lost and state == "running":
-                raise LaunchError(f"{name(record)} has shown no sign of life for {SILENT_S:.0f} s. See its log")
+            if is_lost and record.state == "running":
+                raise LaunchError(f"{record.name} has shown no sign of life for {SILENT_S:.0f} s. See its log")
             patience_s = max(FIRST_SIGN_S, self.timeout_s) if watch.alive else FIRST_SIGN_S
-            if state != "running" and watch.still_s > patience_s:
+            if record.state != "running" and watch.still_s > patience_s:
                 raise LaunchError(f"rank 0 has not come to {what} within {patience_s:.0f} s. See its log")
             if time.monotonic() >= next_word:
                 next_word += WORD_S
@@ -171,11 +179,13 @@ class RankMonitor:
 
     def _let_others_see(self) -> None:
         """Let rank 0's record change on for a while: a failure that stands still may be one of an earlier run."""
-        if self.rank != 0 or "begins" in self._record or not rank_env.launched():  # else it launches the others itself
+        if (
+            self.rank != 0 or self._record.begins is not None or not rank_env.launched()
+        ):  # else it launches the others itself
             return
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline:
-            if all(watch.alive and watch.record.get("state") != "running" for watch in self.others.values()):
+            if all(watch.alive and record_of(watch).state != "running" for watch in self.others.values()):
                 return
             time.sleep(BEAT_S / 4)
 
@@ -189,7 +199,7 @@ class RankMonitor:
             watch.poll()
 
     def _beat(self) -> None:
-        self.update(beats=self._record["beats"] + 1)
+        self.update(beats=self._record.beats + 1)
         self._write()
         self._look_at_itself()
         if time.monotonic() >= self._next_look:
@@ -203,18 +213,18 @@ class RankMonitor:
 
     def _write(self) -> None:
         with suppress(OSError):  # a moment's trouble of a network file system; the next beat is a second away
-            write_record(self.path(self.rank), self._record)
+            write_record(self.path(self.rank), self._record.facts())
 
     def _act(self) -> None:
         """End this process when a rank has failed or is silent for too long, and nothing else has ended it."""
-        if self._record["state"] != "running":
+        if self._record.state != "running":
             return
         running = self._living_or_lost()
         for rank, watch in running.items():
             if watch.still_s >= SILENT_S and rank not in self._reported:
                 self._reported.add(rank)
                 log.warning("%s. Waiting for %.0f s in all", describe_silent(watch), self.timeout_s)
-        failed = [watch.record for watch in self.others.values() if _has_failed(watch)]
+        failed = [record_of(watch) for watch in self.others.values() if _has_failed(watch)]
         died = [watch for watch in self.others.values() if self._has_died(watch)]
         lost = [watch for watch in running.values() if watch.still_s >= max(self.timeout_s, SILENT_S) + GRACE_S]
         if not failed and not died and not lost:
@@ -236,16 +246,16 @@ class RankMonitor:
 
     def _has_died(self, watch: Watch) -> bool:
         """Whether a rank of this machine and this start is gone without a word: killed, or crashed in native code."""
-        record = watch.record
-        of_this_start = watch.alive or record.get("parent") == self._record["parent"]
-        if record.get("state") != "running" or not of_this_start or not has_died(record):
+        record = record_of(watch)
+        of_this_start = watch.alive or record.parent == self._record.parent
+        if record.state != "running" or not of_this_start or not has_died(watch.record):
             return False
         watch.poll()  # its last word may have come between the two looks
-        return watch.record.get("state") == "running"
+        return record_of(watch).state == "running"
 
     def _living_or_lost(self) -> dict[int, Watch]:
         """Ranks that have been seen in this run and have not said that they ended."""
-        return {r: watch for r, watch in self.others.items() if watch.alive and watch.record.get("state") == "running"}
+        return {r: watch for r, watch in self.others.items() if watch.alive and record_of(watch).state == "running"}
 
     def _explained(self, error: BaseException) -> RWKVClusterError:
         """Why a collective failed: whom this rank has waited for. Takes a few seconds, in which the others say too."""
@@ -255,7 +265,7 @@ class RankMonitor:
             running = list(self._living_or_lost().values())  # before failures: the next beat may find one at any moment
             for watch in self.others.values():
                 if _has_failed(watch):
-                    return _error_of(watch.record)
+                    return _error_of(record_of(watch))
                 if self._has_died(watch):
                     return TrainingError(describe_dead(watch))
             if time.monotonic() >= deadline or all(map(self._accounted_for, running)):
@@ -266,7 +276,7 @@ class RankMonitor:
 
     @staticmethod
     def _accounted_for(watch: Watch) -> bool:
-        return watch.still_s >= GONE_S or watch.record.get("doing") == "waiting for the other ranks"
+        return watch.still_s >= GONE_S or record_of(watch).doing == "waiting for the other ranks"
 
     def _who_was_missing(self, running: list[Watch]) -> str:
         silent = [describe_silent(watch) for watch in running if watch.still_s >= GONE_S]
@@ -276,34 +286,35 @@ class RankMonitor:
         absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
         if absent:
             return f"rank {', '.join(absent[:4])} has not started. Look at its log, or raise training.timeout_s"
-        names = [name_and_step(watch.record) for watch in running[:4]]
+        names = [record_of(watch).name_and_step for watch in running[:4]]
         return (
             f"{' and '.join(names) or 'another rank'} cannot be reached over the network from "
-            f"{self._record['host']}, although its process lives. Look at the network between these machines"
+            f"{self._record.host}, although its process lives. Look at the network between these machines"
         )
 
     def _end_frozen_neighbours(self) -> None:
         """Kill silent ranks of this machine: launchers only ask a process to end, which a stopped one does not hear."""
         for watch in self._living_or_lost().values():
-            record = watch.record
-            same = record.get("machine") == machine() and record.get("started") is not None
-            if same and watch.still_s >= GONE_S and start_tick(record["pid"]) == record["started"]:
+            record = record_of(watch)
+            if record.machine != machine() or record.started is None or record.pid is None:
+                continue
+            if watch.still_s >= GONE_S and start_tick(record.pid) == record.started:
                 log.warning(
                     "%s. It is ended", describe_silent(watch)
                 )  # before this rank, where it is a child of that one
                 with suppress(OSError):
-                    os.kill(record["pid"], signal.SIGKILL)
+                    os.kill(record.pid, signal.SIGKILL)
 
     def _leave(self) -> None:
         """Remove the records when every rank has ended; until then rank 0's word is there for those that look later."""
-        if all(read_record(self.path(rank)).get("state") == "ended" for rank in self.others):
+        if all(RankRecord.of(read_record(self.path(rank))).state == "ended" for rank in self.others):
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):
                 self.folder.parent.rmdir()
 
 
 def _has_failed(watch: Watch) -> bool:
-    return watch.alive and watch.record.get("state") == "failed"
+    return watch.alive and record_of(watch).state == "failed"
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -314,11 +325,11 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"error": "TrainingError", "message": f"{type(error).__name__}: {error}"}
 
 
-def _error_of(record: dict[str, Any]) -> RWKVClusterError:
+def _error_of(record: RankRecord) -> RWKVClusterError:
     """What rank `record` has raised, to be raised here too."""
-    kind = getattr(errors, str(record.get("error")), TrainingError)
-    message = str(record.get("message"))
-    return kind(message if quoted_rank(message) is not None else f"rank {record.get('rank')}: {message}")
+    kind = getattr(errors, str(record.error), TrainingError)
+    message = str(record.message)
+    return kind(message if quoted_rank(message) is not None else f"rank {record.rank}: {message}")
 
 
 def _recent(path: Path, now: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from rwkv_cluster.train.distributed import hang_detector
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.distributed.hang_detector import HangDetector
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
+from rwkv_cluster.train.distributed.rank_record import RankRecord
 from rwkv_cluster.train.run import train
 
-COMPUTING = {"rank": 3, "host": "node", "pid": 17, "step": 41, "doing": "computing"}
+COMPUTING = RankRecord(rank=3, host="node", pid=17, step=41, doing="computing")
 
 
 class Clock:
@@ -24,7 +26,7 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(hang_detector.time, "monotonic", lambda: self.now)
 
-    def pass_s(self, seconds: int, watched: HangDetector, record: dict[str, Any] = COMPUTING) -> None:
+    def pass_s(self, seconds: int, watched: HangDetector, record: RankRecord = COMPUTING) -> None:
         for _ in range(seconds):
             self.now += 1.0
             watched.poll(record)
@@ -52,7 +54,7 @@ def test_slow_steps_and_pauses_are_no_stall(tmp_path: Path, monkeypatch: pytest.
     clock = Clock(monkeypatch)
     watched = HangDetector(tmp_path / "rank-0.txt", limit_s=10)
     for doing in ("evaluating", "saving a checkpoint", "exporting weights", "starting", "ending"):
-        clock.pass_s(100, watched, COMPUTING | {"doing": doing})
+        clock.pass_s(100, watched, replace(COMPUTING, doing=doing))
         watched.reset(doing)
     for seconds in (9, 25, 70):  # each less than three times the longest so far
         clock.pass_s(seconds, watched)
@@ -69,7 +71,7 @@ def test_a_rank_that_ends_while_it_is_still_writes_whatever_it_does(
 ) -> None:
     clock = Clock(monkeypatch)
     watched = HangDetector(tmp_path / "rank-0.txt", limit_s=10)
-    saving = COMPUTING | {"doing": "saving a checkpoint"}
+    saving = replace(COMPUTING, doing="saving a checkpoint")
     clock.pass_s(9, watched, saving)
     watched.write(saving)
     assert not watched.path.exists()
@@ -81,13 +83,13 @@ def test_a_rank_that_ends_while_it_is_still_writes_whatever_it_does(
 def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the hang_detector's clock stands still in evaluations and checkpoints."""
     said: list[str] = []
-    do = RankMonitor.do
+    set_activity = RankMonitor.set_activity
 
     def noted(rank_monitor: RankMonitor, doing: str, **facts: Any) -> None:
         said.append(doing)
-        do(rank_monitor, doing, **facts)
+        set_activity(rank_monitor, doing, **facts)
 
-    monkeypatch.setattr(RankMonitor, "do", noted)
+    monkeypatch.setattr(RankMonitor, "set_activity", noted)
     train(tiny_config(tmp_path, training={"max_steps": 2}))
     steps = ["loading data", "computing", "loading data", "computing"]
     assert said[:-2] == [*steps, "evaluating", "exporting weights", "exporting weights", "saving a checkpoint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.runtime.heartbeat import Watch, write_record
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
+from rwkv_cluster.train.distributed.rank_record import RankRecord, SessionStart
 from rwkv_cluster.workdir import WorkDir
 
 
@@ -24,8 +26,8 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_still_named(
     other = rank_monitor.others[0]
 
     def seen(**facts: Any) -> None:
-        record = {"rank": 0, "host": "node0", "pid": 7, "step": 94, "state": "running"}
-        write_record(rank_monitor.path(0), record | {"doing": "waiting for the other ranks"} | facts)
+        record = RankRecord(rank=0, host="node0", pid=7, step=94, state="running", doing="waiting for the other ranks")
+        write_record(rank_monitor.path(0), replace(record, **facts).facts())
         other.poll()
 
     def accounted_for(watch: Watch) -> bool:
@@ -40,3 +42,13 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_still_named(
     named = r"rank 0 on node0, process 7, last finished step 94, cannot be reached over the network"
     with pytest.raises(TrainingError, match=named), rank_monitor.running():
         raise lost
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    record = RankRecord(rank=0, state="running", beats=2)
+    assert RankRecord.of(record.facts()) == record
+    assert "begins" not in record.facts()
+    assert record.facts()["step"] is None
+    begun = replace(record, begins=SessionStart("f5ba", 4, "group"), error="DataError", message="gone")
+    assert RankRecord.of({**begun.facts(), "of a later version": 1}) == begun
+    assert RankRecord.of({}) == RankRecord()
