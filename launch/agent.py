@@ -28,7 +28,7 @@ from types import FrameType
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
-from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, quoted_rank, read_exit_report
+from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, ExitReport, read_exit_report
 from rwkv_cluster.runtime.rank_env import die_with_parent
 
 ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
@@ -145,7 +145,7 @@ def run(
 
 
 def wait_for_end(node: Node, ranks: Ranks) -> None:
-    """Until the ranks have ended, passing a request to stop on, and on."""
+    """Wait until the ranks have ended, and meanwhile repeat a request to stop to them."""
     next_signal, all_told = 0.0, None
     while ranks.process.poll() is None:
         now = time.monotonic()
@@ -160,7 +160,7 @@ def wait_for_end(node: Node, ranks: Ranks) -> None:
 
 
 def wait_for_other_nodes(node: Node) -> None:
-    """The first node to end makes srun kill the others, which may still be writing the checkpoint."""
+    """Wait for the reports of all ranks: the first node to end makes srun kill the others, which may still save."""
     deadline = time.monotonic() + LEAVE_S
     while time.monotonic() < deadline and not all(
         read_exit_report(node.state, rank) for rank in range(node.world_size)
@@ -168,8 +168,8 @@ def wait_for_other_nodes(node: Node) -> None:
         time.sleep(POLL_S)
 
 
-def exit_reports(node: Node) -> dict[int, dict[str, object] | None]:
-    """What each rank of this node said of its end; None where it has said nothing."""
+def exit_reports(node: Node) -> dict[int, ExitReport | None]:
+    """Exit report of each rank of this node; None where there is none yet."""
     if node.is_numbered:
         return {rank: read_exit_report(node.state, rank) for rank in node.ranks}
     numbers = [int(path.name.removeprefix("rank-")) for path in node.state.glob("rank-*") if path.suffix != ".tmp"]
@@ -178,35 +178,33 @@ def exit_reports(node: Node) -> dict[int, dict[str, object] | None]:
 
 
 def classify_exit(node: Node, ranks: Ranks) -> int:
-    """How this node's ranks ended, as an exit code; the first node to fail or to be stopped leaves word for the job."""
-    ends = exit_reports(node)
-    codes = {end["code"] for end in ends.values() if end is not None}
-    if codes == {0} and None not in ends.values():
+    """Exit code of this node, from how its ranks ended. The first node to fail or be stopped writes the outcome."""
+    reports = exit_reports(node)
+    codes = {report.code for report in reports.values() if report is not None}
+    if codes == {0} and None not in reports.values():
         return 0
-    if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in ends.values():
+    if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in reports.values():
         reason = f"after {ranks.stop_signal}" if ranks.stop_signal else "by a STOP file"
         _write_outcome(node, "preempted" if ranks.stop_signal else "stopped", PREEMPTED, f"stopped {reason}")
         return PREEMPTED
-    code, message = _first_failure(node, ranks, {rank: end or {} for rank, end in ends.items()})
+    code, message = _first_failure(node, ranks, reports)
     sys.stderr.write(f"rwkv-cluster: {message}\n")
     _write_outcome(node, "failed", code, message)
     return code
 
 
-def _first_failure(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]]) -> tuple[int, str]:
+def _first_failure(node: Node, ranks: Ranks, reports: Mapping[int, ExitReport | None]) -> tuple[int, str]:
     """Exit code and sentence of the rank that failed first, as far as this node can tell."""
-    failed = [end for end in ends.values() if end.get("code") not in (None, 0, PREEMPTED)]
-    own = [end for end in failed if not re.match(r"rank \d+[: ]", str(end["message"]))]  # not of another rank
-    # A rank that quotes another may be the first to end, and its launcher then ends the other before that can speak.
-    quotes = [end for end in failed if quoted_rank(str(end["message"])) is not None]
-    silent = [rank for rank, end in ends.items() if not end]
-    if own or quotes or (failed and not silent):
-        end = (own or quotes or failed)[0]
-        code, message, number = int(str(end["code"])), str(end["message"]), int(str(end["rank"]))
-        if (other := quoted_rank(message)) is not None:
-            number, message = other, message.partition(": ")[2]
-        meaning = EXIT_CODES.get(code, f"exit code {code}")
-        return code, f"rank {number} on {_host_of(node, number)} failed ({meaning}): {message}".strip(": ")
+    failed = [report for report in reports.values() if report is not None and report.code not in (0, PREEMPTED)]
+    own = [report for report in failed if report.about is None]
+    # A rank that quotes another may be the first to end, and its launcher then ends the other before that can report.
+    quoted = [report for report in failed if report.is_quoted]
+    silent = [rank for rank, report in reports.items() if report is None]
+    if own or quoted or (failed and not silent):
+        report = (own or quoted or failed)[0]
+        meaning = EXIT_CODES.get(report.code, f"exit code {report.code}")
+        rank = f"rank {report.origin} on {_host_of(node, report.origin)}"
+        return report.code, f"{rank} failed ({meaning}): {report.message}".strip(": ")
     how = "; ".join(ranks.table) or f"its launcher ended with code {ranks.process.returncode}"
     which = f"rank {', '.join(map(str, silent))}" if node.is_numbered else f"{len(silent)} of its ranks"
     log = f"rank-{silent[0]}.log" if node.is_numbered else "rank-*.log"
@@ -216,8 +214,8 @@ def _first_failure(node: Node, ranks: Ranks, ends: dict[int, dict[str, object]])
 def _host_of(node: Node, rank: int) -> str:
     """Name of the node that rank is on; ranks are numbered node by node."""
     if not node.is_numbered:
-        end = read_exit_report(node.state, rank)
-        return str(end["host"]) if end else "another node"
+        report = read_exit_report(node.state, rank)
+        return report.host if report else "another node"
     if rank in node.ranks:
         return node.host
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")) if node.per_rank else len(node.ranks)
@@ -225,16 +223,16 @@ def _host_of(node: Node, rank: int) -> str:
 
 
 def _write_outcome(node: Node, how: str, code: int, message: str) -> None:
-    """For the batch script: one line, by whoever is first."""
+    """Write `<how> <exit code> <message>`, which the batch script reads, unless another node already did."""
     with suppress(OSError), open(node.state / "outcome", "x") as handle:
         handle.write(f"{how} {code} {' '.join(message.split())}\n")
 
 
 def _for_deepspeed(node: Node, environment: Mapping[str, str], names: str) -> Path:
     """The file from which deepspeed's launcher takes the environment of the ranks on other nodes."""
-    wanted = [LAUNCH_VARIABLE, STATE_VARIABLE, *filter(None, names.split(","))]
+    variables = [LAUNCH_VARIABLE, STATE_VARIABLE, *filter(None, names.split(","))]
     path = node.state / "ranks.env"
-    path.write_text("".join(f"{name}={environment[name]}\n" for name in wanted))
+    path.write_text("".join(f"{name}={environment[name]}\n" for name in variables))
     return path
 
 
@@ -251,22 +249,22 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
 
 
 def _copy_errors(ranks: Ranks) -> None:
-    """The launcher's stderr goes on, and its table of failed ranks is kept."""
+    """Copy the launcher's stderr to this process's, and keep its table of failed ranks."""
     assert ranks.process.stderr is not None
     rank = "?"
     for line in iter(ranks.process.stderr.readline, b""):
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
         text = line.decode(errors="replace")
-        if found := re.search(r"^\s*rank\s+: (\d+) ", text):
-            rank = found[1]
-        elif (found := re.search(r"^\s*exitcode\s+: (-?\d+) ", text)) and int(found[1]) < 0:
-            number = -int(found[1])
+        if rank_row := re.search(r"^\s*rank\s+: (\d+) ", text):
+            rank = rank_row[1]
+        elif (code_row := re.search(r"^\s*exitcode\s+: (-?\d+) ", text)) and int(code_row[1]) < 0:
+            number = -int(code_row[1])
             ranks.table.append(f"rank {rank} was killed by signal {number}, {signal.Signals(number).name}")
 
 
 def _rendezvous(node: Node, port: int | None) -> dict[str, str]:
-    """Where the ranks meet: torchrun's own variables for its options, or those of a rank."""
+    """Variables that say where the ranks meet: torchrun's own for its options, or those of a rank."""
     if port is None:
         return {}
     first = _address(node.names[0])
@@ -292,10 +290,10 @@ def _descendants(pid: int) -> list[int]:
         if entry.name.isdigit():
             with suppress(OSError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found, generation = [], [pid]
+    descendants, generation = [], [pid]
     while generation := [child for child, parent in parents.items() if parent in generation]:
-        found += generation
-    return found
+        descendants += generation
+    return descendants
 
 
 def main(argv: Sequence[str] | None = None) -> int:

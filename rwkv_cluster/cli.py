@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with listening(on_end):
-            code, message = _guarded(arguments)
+            code, failure = _guarded(arguments)
     except Interrupted as error:
-        code, message = _interrupted(error, arguments)
-    report_exit(code, message)
+        code, failure = _interrupted(error, arguments)
+    report_exit(code, failure)
     for stream in (sys.stdout, sys.stderr):
         _settle(stream)
     return code
@@ -82,8 +82,8 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
-def _guarded(argv: list[str]) -> tuple[int, str]:
-    """Exit code, and for an error of ours its sentence."""
+def _guarded(argv: list[str]) -> tuple[int, RWKVClusterError | str]:
+    """Exit code, and why it is not 0."""
     try:
         die_with_launcher()
         command = _command(argv)
@@ -97,7 +97,7 @@ def _guarded(argv: list[str]) -> tuple[int, str]:
         _complain(f"error: {error}")
         if isinstance(error, Preempted) and rank() == 0 and loses_exit_codes():
             _complain("torchrun makes exit code 1 of this 75. `rwkv-cluster launch --target torchrun` passes it on")
-        return error.exit_code, str(error)
+        return error.exit_code, error
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED, "interrupted"

@@ -13,23 +13,32 @@ import signal
 class RWKVClusterError(Exception):
     """Base of every error that is the user's to mend. Exit code 1.
 
-    what: what went wrong, what was found and what was wanted. where: the file, line or rank that it is about, if `what`
-    does not begin with it. remedy: what to do next. rank: of the rank whose failure this repeats, None for one's own.
-    As a string it is the whole sentence: "where: what. remedy".
+    what: what went wrong, what was found and what was wanted. where: the file or line that it is about, if `what` does
+    not begin with it. remedy: what to do next. rank: the other rank that the error is about; None for an error of this
+    rank's own. is_quoted: whether that rank has raised it, and this one repeats it. As a string it is one sentence:
+    "rank N: where: what. remedy".
     """
 
     exit_code = 1
 
-    def __init__(self, what: str = "", *, where: str = "", remedy: str = "", rank: int | None = None) -> None:
+    def __init__(
+        self, what: str = "", *, where: str = "", remedy: str = "", rank: int | None = None, is_quoted: bool = False
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
         self.remedy = remedy
         self.rank = rank
+        self.is_quoted = is_quoted
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> str:
+        """The text without the rank that has raised it."""
         place = f"{self.where}: " if self.where else ""
         return place + ". ".join(part for part in (self.what, self.remedy) if part)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.message}" if self.is_quoted else self.message
 
 
 class ConfigError(RWKVClusterError, ValueError):

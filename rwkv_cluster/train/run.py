@@ -185,7 +185,8 @@ def _session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor)
     if session.start_step != step:
         raise CheckpointError(
             f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "
-            f"{session.start_step}. Look whether both machines see the same directory"
+            f"{session.start_step}. Look whether both machines see the same directory",
+            rank=0,
         )
     return replace(session, group=begins.group)
 

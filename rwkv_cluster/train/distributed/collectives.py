@@ -132,7 +132,7 @@ def wait_for(ready: Callable[[], T | None], *, what: str, timeout_s: float, poll
     deadline = time.monotonic() + timeout_s
     while (value := ready()) is None:
         if time.monotonic() > deadline:
-            raise LaunchError(f"rank {rank()} waited {timeout_s:.0f} s for {what}. See the log of rank 0")
+            raise LaunchError(f"rank {rank()} waited {timeout_s:.0f} s for {what}. See the log of rank 0", rank=0)
         time.sleep(poll_s)
     return value
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from rwkv_cluster import errors
 from rwkv_cluster.errors import ConfigError, Interrupted, LaunchError, Preempted, RWKVClusterError, TrainingError
 from rwkv_cluster.runtime import rank_env
-from rwkv_cluster.runtime.exit_report import quoted_rank, report_exit
+from rwkv_cluster.runtime.exit_report import report_exit
 from rwkv_cluster.runtime.heartbeat import (
     BEAT_S,
     Watch,
@@ -124,7 +124,7 @@ class RankMonitor:
 
     def set_activity(self, doing: str, **facts: Any) -> None:
         """What the main thread does from now on."""
-        self.hang_detector.reset(self._record.doing)
+        self.hang_detector.reset(self._record.doing or "")
         self.update(doing=doing, **facts)
 
     def write(self, **facts: Any) -> None:
@@ -161,10 +161,12 @@ class RankMonitor:
             if not is_here and looked_enough and is_there():
                 return None
             if is_lost and record.state == "running":
-                raise LaunchError(f"{record.name} has shown no sign of life for {SILENT_S:.0f} s. See its log")
+                silent = f"{record.name} has shown no sign of life for {SILENT_S:.0f} s"
+                raise LaunchError(silent, remedy="See its log", rank=0)
             patience_s = max(FIRST_SIGN_S, self.timeout_s) if watch.alive else FIRST_SIGN_S
             if record.state != "running" and watch.still_s > patience_s:
-                raise LaunchError(f"rank 0 has not come to {what} within {patience_s:.0f} s. See its log")
+                late = f"rank 0 has not come to {what} within {patience_s:.0f} s"
+                raise LaunchError(late, remedy="See its log", rank=0)
             if time.monotonic() >= next_word:
                 next_word += WORD_S
                 log.info("rank %d has waited %s for %s", self.rank, clock_time(time.monotonic() - started), what)
@@ -191,8 +193,8 @@ class RankMonitor:
 
     def _let_origin_speak(self, error: BaseException) -> None:
         """Launchers end all ranks when one has ended: the rank whose failure this one repeats goes first."""
-        number = quoted_rank(str(error))
-        watch = self.others.get(number) if number is not None else None
+        quoted = error.rank if isinstance(error, RWKVClusterError) and error.is_quoted else None
+        watch = None if quoted is None else self.others.get(quoted)
         deadline = time.monotonic() + GRACE_S
         while watch is not None and not has_died(watch.record) and time.monotonic() < deadline:
             time.sleep(BEAT_S / 8)
@@ -232,8 +234,7 @@ class RankMonitor:
         if self._failed_since is None:
             self._failed_since = time.monotonic()
         if lost or time.monotonic() - self._failed_since >= GRACE_S:
-            texts = [*map(describe_dead, died), *map(describe_silent, lost)]
-            self._end(_error_of(failed[0]) if failed else TrainingError("; ".join(texts[:4])))
+            self._end(_error_of(failed[0]) if failed else _error_about(died, lost))
 
     def _end(self, error: RWKVClusterError) -> None:
         """From the thread, for a main thread that hangs in a collective, in the data or while it ends."""
@@ -241,7 +242,7 @@ class RankMonitor:
         self.write(state="failed", **_failure(error))
         log.error("rwkv-cluster: rank %d: error: %s", self.rank, error)
         self._end_frozen_neighbours()
-        report_exit(error.exit_code, str(error))
+        report_exit(error.exit_code, error)
         os._exit(error.exit_code)
 
     def _has_died(self, watch: Watch) -> bool:
@@ -267,30 +268,35 @@ class RankMonitor:
                 if _has_failed(watch):
                     return _error_of(record_of(watch))
                 if self._has_died(watch):
-                    return TrainingError(describe_dead(watch))
+                    return TrainingError(describe_dead(watch), rank=record_of(watch).rank)
             if time.monotonic() >= deadline or all(map(self._accounted_for, running)):
                 break
             time.sleep(BEAT_S / 4)
         self._end_frozen_neighbours()
-        return TrainingError(f"{self._who_was_missing(running)} (torch: {str(error).splitlines()[0][:200]})")
+        who, number = self._who_was_missing(running)
+        return TrainingError(f"{who} (torch: {str(error).splitlines()[0][:200]})", rank=number)
 
     @staticmethod
     def _accounted_for(watch: Watch) -> bool:
         return watch.still_s >= GONE_S or record_of(watch).doing == "waiting for the other ranks"
 
-    def _who_was_missing(self, running: list[Watch]) -> str:
-        silent = [describe_silent(watch) for watch in running if watch.still_s >= GONE_S]
-        dawdling = [describe_late(watch) for watch in running if not self._accounted_for(watch)]
-        if silent or dawdling:
-            return "; ".join((silent + dawdling)[:4])
-        absent = [str(rank) for rank, watch in self.others.items() if not watch.alive]
+    def _who_was_missing(self, running: list[Watch]) -> tuple[str, int | None]:
+        """Sentence about the ranks that this one has waited for, and the number of the first."""
+        silent = [watch for watch in running if watch.still_s >= GONE_S]
+        late = [watch for watch in running if not self._accounted_for(watch)]
+        if silent or late:
+            texts = [*map(describe_silent, silent), *map(describe_late, late)]
+            return "; ".join(texts[:4]), record_of((silent + late)[0]).rank
+        absent = [rank for rank, watch in self.others.items() if not watch.alive]
         if absent:
-            return f"rank {', '.join(absent[:4])} has not started. Look at its log, or raise training.timeout_s"
+            numbers = ", ".join(map(str, absent[:4]))
+            return f"rank {numbers} has not started. Look at its log, or raise training.timeout_s", absent[0]
         names = [record_of(watch).name_and_step for watch in running[:4]]
-        return (
+        sentence = (
             f"{' and '.join(names) or 'another rank'} cannot be reached over the network from "
             f"{self._record.host}, although its process lives. Look at the network between these machines"
         )
+        return sentence, record_of(running[0]).rank if running else None
 
     def _end_frozen_neighbours(self) -> None:
         """Kill silent ranks of this machine: launchers only ask a process to end, which a stopped one does not hear."""
@@ -319,17 +325,24 @@ def _has_failed(watch: Watch) -> bool:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     if isinstance(error, RWKVClusterError):
-        return {"error": type(error).__name__, "message": str(error)}
+        quotes = error.rank if error.is_quoted else None
+        return {"error": type(error).__name__, "message": error.message, "quotes": quotes}
     if isinstance(error, Interrupted):
         return {"error": "Preempted", "message": str(error)}
     return {"error": "TrainingError", "message": f"{type(error).__name__}: {error}"}
 
 
+def _error_about(died: list[Watch], lost: list[Watch]) -> TrainingError:
+    """Error that names ranks that have died and ranks that are silent; one of them at least."""
+    texts = [*map(describe_dead, died), *map(describe_silent, lost)]
+    return TrainingError("; ".join(texts[:4]), rank=record_of((died + lost)[0]).rank)
+
+
 def _error_of(record: RankRecord) -> RWKVClusterError:
-    """What rank `record` has raised, to be raised here too."""
+    """Error that rank `record` has raised, to be raised here too."""
     kind = getattr(errors, str(record.error), TrainingError)
-    message = str(record.message)
-    return kind(message if quoted_rank(message) is not None else f"rank {record.rank}: {message}")
+    number = record.rank if record.quotes is None else record.quotes
+    return kind(str(record.message), rank=number, is_quoted=True)
 
 
 def _recent(path: Path, now: Path) -> bool:

@@ -81,6 +81,9 @@ class RankRecord:
     message: str | None = field(default=None, metadata=_WHEN_SET)
     """The error's sentence."""
 
+    quotes: int | None = field(default=None, metadata=_WHEN_SET)
+    """Number of the rank whose error it repeats, where it repeats one."""
+
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> RankRecord:
         """The record in a file's content, which is empty where there is no file."""

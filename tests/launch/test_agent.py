@@ -1,0 +1,71 @@
+"""What the agent says of a node whose ranks have failed, from their exit reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from rwkv_cluster.errors import DataError, LaunchError, MissingDataError, RWKVClusterError, TrainingError
+from rwkv_cluster.launch.agent import Node, Ranks, classify_exit
+from rwkv_cluster.runtime.exit_report import STATE_VARIABLE, ExitReport, read_exit_report, report_exit
+
+
+def outcome(folder: Path, *reports: ExitReport) -> str:
+    """The line for the batch script of a node with three ranks."""
+    for report in reports:
+        (folder / f"rank-{report.rank}").write_text(json.dumps(asdict(report)))
+    node = Node("node1", 0, ("node1",), folder, folder, ranks=(0, 1, 2), world_size=3)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    classify_exit(node, Ranks(process))
+    return (folder / "outcome").read_text()
+
+
+def ended(rank: int, code: int = 1, message: str = "", about: int | None = None, quoted: bool = False) -> ExitReport:
+    return ExitReport(rank, "node1", code, message, about, quoted)
+
+
+def test_a_ranks_own_error_comes_before_those_about_it(tmp_path: Path) -> None:
+    about = ended(0, message="rank 2 has died", about=2)
+    own = ended(2, code=3, message="rank 7 is no word of x.jsonl")
+    assert outcome(tmp_path, about, ended(1, message="lost", about=2), own) == (
+        "failed 3 rank 2 on node1 failed (data): rank 7 is no word of x.jsonl\n"
+    )
+
+
+def test_an_error_that_is_quoted_is_told_as_the_other_ranks(tmp_path: Path) -> None:
+    """The rank that has raised it may have been ended before it could report."""
+    assert outcome(tmp_path, ended(0, code=3, message="x.jsonl: bad", about=2, quoted=True), ended(1, code=0)) == (
+        "failed 3 rank 2 on node1 failed (data): x.jsonl: bad\n"
+    )
+
+
+def test_a_rank_without_a_report_is_named_where_others_only_speak_about_it(tmp_path: Path) -> None:
+    assert outcome(tmp_path, ended(0, message="rank 2 has died", about=2), ended(1, message="lost", about=2)) == (
+        f"failed 1 rank 2 on node1 ended without a word (its launcher ended with code 0). See {tmp_path}/rank-2.log\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "report"),
+    [
+        (DataError("bad"), "bad", ended(4, 3, "bad")),
+        (MissingDataError("none", rank=1, is_quoted=True), "rank 1: none", ended(4, 3, "none", 1, True)),
+        (TrainingError("rank 1 has died", rank=1), "rank 1 has died", ended(4, 1, "rank 1 has died", 1)),
+        (LaunchError(), "", ended(4, 6, "")),
+    ],
+)
+def test_an_exit_report_carries_the_fields_of_the_error(
+    error: RWKVClusterError, text: str, report: ExitReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setattr("socket.gethostname", lambda: "node1")
+    report_exit(error.exit_code, error)
+    assert str(error) == text
+    assert read_exit_report(tmp_path, 4) == report
+    assert read_exit_report(tmp_path, 5) is None
