@@ -21,7 +21,8 @@ def require(device: torch.device) -> None:
     """Raise KernelError where the package or a GPU that Triton serves is missing."""
     if device.type == "cpu":
         raise KernelError(
-            'wkv_backend "fla" is Triton code and needs a GPU, and this run is on a CPU. Use wkv_backend "auto"'
+            'wkv_backend "fla" is Triton code and needs a GPU, and this run is on a CPU',
+            remedy='Use wkv_backend "auto"',
         )
     _module("rwkv7")
 
@@ -62,6 +63,6 @@ def _module(version: str) -> Any:
         return importlib.import_module(f"fla.ops.{version}")
     except ImportError as error:
         raise KernelError(
-            f'wkv_backend "fla" needs the package flash-linear-attention ({error}). '
-            "`pip install 'rwkv-cluster[fla]'` installs it"
+            f'wkv_backend "fla" needs the package flash-linear-attention ({error})',
+            remedy="`pip install 'rwkv-cluster[fla]'` installs it",
         ) from error

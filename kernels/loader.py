@@ -34,9 +34,15 @@ class Library:
 
 @dataclass(frozen=True)
 class Missing:
-    """No library that fits. reason: a sentence on what was looked for, ending with the command that helps."""
+    """No library that fits. what: what was looked for. remedy: the command that helps."""
 
-    reason: str
+    what: str
+    remedy: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Both as whole sentences."""
+        return "".join(f"{part}. " for part in (self.what, self.remedy) if part).rstrip()
 
 
 @functools.cache
@@ -47,7 +53,7 @@ def cpu() -> Library | Missing:
         library = _load(path, manifest, faults)
         if library is not None:
             return Library(library, path, library.rwkv_kernels_target().decode())
-    return Missing(f"No compiled WKV kernels for the CPU: {_listed(faults)}. `{COMMAND} cpu` builds them.")
+    return Missing(f"No compiled WKV kernels for the CPU: {_listed(faults)}", f"`{COMMAND} cpu` builds them")
 
 
 @functools.cache
@@ -68,8 +74,8 @@ def cuda(name: str, capability: tuple[int, int]) -> Library | Missing:
         if library is not None:
             return Library(library, path, " ".join(architectures))
     arch = "".join(map(str, capability))
-    return Missing(f"No compiled WKV kernels for {name} (sm_{arch}): {_listed(faults)}. "
-                   f"`{COMMAND} cuda --arch {arch}` builds them.")  # fmt: skip
+    what = f"No compiled WKV kernels for {name} (sm_{arch}): {_listed(faults)}"
+    return Missing(what, f"`{COMMAND} cuda --arch {arch}` builds them")
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:

@@ -113,7 +113,7 @@ def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: i
 
 def _operator(version: str, backend: str, r: Tensor) -> _Operator:
     if backend not in BACKENDS:
-        raise KernelError(f'Unknown WKV backend "{backend}". Use one of: {", ".join(BACKENDS)}.')
+        raise KernelError(f'Unknown WKV backend "{backend}"', remedy=f"Use one of: {', '.join(BACKENDS)}.")
     if backend == "auto":
         backend = _automatic(r)
     else:

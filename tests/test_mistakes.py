@@ -585,14 +585,14 @@ def test_a_directory_name_means_nothing(run: Run) -> None:
 def test_a_kernel_that_is_not_here_is_refused_before_anything_is_prepared(
     run: Run, override: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. Build it."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled", "Build it"))
     refused(run, 5, sentence, "train", "run.yaml", override)
     assert not Path("work").exists()
 
 
 def test_without_a_library_a_run_trains_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ops._tell.cache_clear()
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. Build it."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled", "Build it"))
     code, lines = run("train", "run.yaml")
     ops._tell.cache_clear()
     assert code == 0

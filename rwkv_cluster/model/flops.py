@@ -57,7 +57,7 @@ def flops_per_token(model: ModelConfig, *, vocab_size: int | None = None) -> Flo
     """FLOPs per token of `model`. Raises ConfigError where neither vocab_size nor model.vocab_size is set."""
     V = vocab_size or model.vocab_size
     if V is None:
-        raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
+        raise ConfigError("model.vocab_size is not set", remedy="Set it to the tokenizer's vocabulary size")
     shapes, widths = parameter_shapes(model, V), model_dims(model)
     operator = OPERATORS[version_of(model).operator]
     return FlopsPerToken(

@@ -80,9 +80,9 @@ def stream(
     if bad is not None:
         raise ConfigError(f"prompt has token id {bad}, but the model's vocabulary is 0 to {vocab_size - 1}")
     if not temperature >= 0:
-        raise ConfigError(f"temperature is {temperature}. Use 0 (most probable token) or a positive number")
+        raise ConfigError(f"temperature is {temperature}", remedy="Use 0 (most probable token) or a positive number")
     if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}. Use a number above 0 and at most 1")
+        raise ConfigError(f"top_p is {top_p}", remedy="Use a number above 0 and at most 1")
     return _continue(model, prompt, temperature, top_p, torch.Generator("cpu").manual_seed(seed))
 
 
@@ -93,7 +93,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     reshapes what is left.
     """
     if not logits.isfinite().all():
-        raise TrainingError("the model's logits are not finite. Use an earlier checkpoint or a lower rate")
+        raise TrainingError("the model's logits are not finite", remedy="Use an earlier checkpoint or a lower rate")
     if temperature == 0:
         return int(logits.argmax())
     ordered, order = torch.softmax(logits, dim=-1).sort(descending=True, stable=True)  # [V]

@@ -46,11 +46,11 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "weights", "para
 def require_weights_file(path: Path) -> None:
     """Raise MissingCheckpointError or CheckpointError unless a file is there that begins as torch.save's do."""
     if not path.exists():
-        raise MissingCheckpointError(f"{path}: no such weights file. Check the path")
+        raise MissingCheckpointError(f"{path}: no such weights file", remedy="Check the path")
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder, not a weights file. Name the .pth that is in it")
+        raise CheckpointError(f"{path}: a folder, not a weights file", remedy="Name the .pth that is in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file. Name a weights file")
+        raise CheckpointError(f"{path}: not a regular file", remedy="Name a weights file")
     try:
         with open(path, "rb") as handle:
             head = handle.read(HEAD_BYTES)
@@ -60,13 +60,13 @@ def require_weights_file(path: Path) -> None:
         return
     if head[:1] == b"\x80":
         raise CheckpointError(
-            f"{path}: refused: it has the pickle format from before torch 1.6, which cannot be verified. "
-            "Load it in an environment you trust and save it again with torch.save"
+            f"{path}: refused: it has the pickle format from before torch 1.6, which cannot be verified",
+            remedy="Load it in an environment you trust and save it again with torch.save",
         )
     what, remedy = _kind(head, path.stat().st_size) or (None, "")
     if what is None:
         raise CheckpointError(f"{path}: not a weights file: starts with {head[:4]!r}, wanted {ZIP!r}")
-    raise CheckpointError(f"{path}: it is {what}. {remedy}")
+    raise CheckpointError(f"{path}: it is {what}", remedy=f"{remedy}")
 
 
 def _kind(head: bytes, size: int) -> tuple[str, str] | None:

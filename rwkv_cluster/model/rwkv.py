@@ -78,7 +78,7 @@ class RWKV(nn.Module):
     ) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("model.vocab_size is not set. Set it to the tokenizer's vocabulary size")
+            raise ConfigError("model.vocab_size is not set", remedy="Set it to the tokenizer's vocabulary size")
         self.config = config
         self.grad_cp = grad_cp
         self.compute_dtype: torch.dtype | None = None

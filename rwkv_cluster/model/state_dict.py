@@ -145,7 +145,7 @@ def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, T
         left_out = len(differences) - LISTED_DIFFERENCES
         more = f"; and {left_out} more" if left_out > 0 else ""
         raise CheckpointError(
-            f"weights do not fit the configured model: {first_ones}{more}. Set model.* to the weights' shape"
+            f"weights do not fit the configured model: {first_ones}{more}", remedy="Set model.* to the weights' shape"
         )
     check_finite(tensors, "weights are not usable")
     return {name: tensors[name].to(target.dtype) for name, target in expected.items()}
@@ -168,7 +168,9 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         while bare.startswith(WRAPPER_PREFIXES):
             bare = bare.split(".", 1)[1]
         if bare in stripped:
-            raise CheckpointError(f"weights have {bare!r:.80} twice, once with a wrapper's prefix. Keep one of the two")
+            raise CheckpointError(
+                f"weights have {bare!r:.80} twice, once with a wrapper's prefix", remedy="Keep one of the two"
+            )
         stripped[bare] = tensor
     if fault := names_fault(stripped):
         raise CheckpointError(f"weights cannot be used: {fault}")
@@ -180,7 +182,7 @@ def check_finite(state_dict: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in state_dict.items():
         # the sum settles almost every tensor in one pass; a finite one may overflow it, so look closely then
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise CheckpointError(f"{what}: {name} has a NaN or infinite value. Use an earlier checkpoint")
+            raise CheckpointError(f"{what}: {name} has a NaN or infinite value", remedy="Use an earlier checkpoint")
 
 
 def _check_archive(path: Path, *, checksums: bool = True) -> None:
@@ -203,9 +205,9 @@ def _check_archive(path: Path, *, checksums: bool = True) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged headers make zipfile raise anything
-        raise CheckpointError(f"{path}: damaged or truncated: {error}. Use another copy") from error
+        raise CheckpointError(f"{path}: damaged or truncated: {error}", remedy="Use another copy") from error
     if bad is not None:
-        raise CheckpointError(f"{path}: damaged: record {bad} fails its checksum. Use another copy")
+        raise CheckpointError(f"{path}: damaged: record {bad} fails its checksum", remedy="Use another copy")
 
 
 def _damaged_record(archive: zipfile.ZipFile, path: Path) -> str | None:
@@ -235,11 +237,14 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
         else:
             continue
         if name.startswith("torch._utils._rebuild_q"):
-            raise CheckpointError(f"{path}: its tensors are quantised. Use the weights that they were made from")
+            raise CheckpointError(
+                f"{path}: its tensors are quantised", remedy="Use the weights that they were made from"
+            )
         if not TENSOR_BUILDERS.fullmatch(name):
             raise CheckpointError(
                 f"{path}: refused: it names the Python object {name!r:.80}, where only dense tensors may be. "
-                "Nothing of it was run. Save the tensors alone: torch.save(model.state_dict(), path)"
+                "Nothing of it was run",
+                remedy="Save the tensors alone: torch.save(model.state_dict(), path)",
             )
 
 
@@ -257,7 +262,7 @@ def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name!r:.80} is a {type(value).__name__}, expected a tensor")
         if value.dtype in (torch.int8, torch.uint8):
             raise CheckpointError(
-                f"{path}: {name!r:.80} is quantised to {value.dtype}. Use weights in bf16, fp16 or fp32"
+                f"{path}: {name!r:.80} is quantised to {value.dtype}", remedy="Use weights in bf16, fp16 or fp32"
             )
         if not value.is_floating_point() or value.layout != torch.strided:
             raise CheckpointError(f"{path}: {name!r:.80} has dtype {value.dtype}, expected dense floats")
@@ -278,7 +283,7 @@ def _recognised(shapes: Shapes) -> Version:
     oldest = next(iter(VERSIONS.values()))
     *others, newest = (f"{version.title} ({version.name})" for version in VERSIONS.values())
     raise CheckpointError(
-        f"weights are those of an RWKV before {oldest.title}. Supported: {', '.join(others)} and {newest}"
+        f"weights are those of an RWKV before {oldest.title}", remedy=f"Supported: {', '.join(others)} and {newest}"
     )
 
 

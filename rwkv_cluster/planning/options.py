@@ -46,9 +46,9 @@ class Assumptions:
             gpu_memory_gb=_number("--gpu-memory-gb", gpu_memory_gb) or (known.memory_gb if known else None),
         )
         if assumptions.mfu is not None and assumptions.peak_tflops is None:
-            raise ConfigError("--mfu needs the GPU's peak. Give --gpu NAME or --peak-tflops P")
+            raise ConfigError("--mfu needs the GPU's peak", remedy="Give --gpu NAME or --peak-tflops P")
         if assumptions.mfu is not None and assumptions.tokens_per_s is not None:
-            raise ConfigError("--mfu and --tokens-per-s both say the speed. Give one of them")
+            raise ConfigError("--mfu and --tokens-per-s both say the speed", remedy="Give one of them")
         return assumptions
 
 

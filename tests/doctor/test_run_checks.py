@@ -94,7 +94,7 @@ def test_without_torch_it_is_the_first_thing_to_fix(with_config: bool, tmp_path:
 
 
 def test_a_missing_library_is_said_with_what_serves_instead(monkeypatch: Any) -> None:
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled. `build` builds them."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled", "`build` builds them"))
     (row,) = libraries(CheckContext())
     text = "Nothing compiled. The chunked PyTorch form serves instead, more slowly"
     assert row == Row("WKV kernels, CPU", "warning", text, "`build` builds them")

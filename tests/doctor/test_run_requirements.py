@@ -73,7 +73,7 @@ def test_deepspeed_that_cannot_be_imported(tmp_path: Path, monkeypatch: Any) -> 
 
 
 def test_kernels_that_are_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("No library. Build it."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("No library", "Build it"))
     error = first(tmp_path, training={"wkv_backend": "native"})
     assert error.exit_code == 5
     assert "No library" in str(error)

@@ -149,14 +149,14 @@ def test_what_the_native_form_does_not_take_goes_the_plain_way(monkeypatch):
     given = [x.float() for x in tensors]
     assert not fused_cpu.serves(given[0], 12)
     assert all(map(torch.equal, run("mix", given, 12, "native"), run("mix", given, 12, "plain")))
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here"))
     assert not fused_cpu.serves(torch.zeros(1, 2, 16), 16)
 
 
 def test_a_choice_that_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(KernelError, match=r'^training\.fused "native" is for CPUs'):
         fused.require("native", "cuda")
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here."))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here"))
     with pytest.raises(KernelError, match=r'^Nothing here\. training\.fused "native" needs them'):
         fused.require("native", "cpu")
     monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "Triton")

@@ -206,7 +206,7 @@ def test_auto_takes_the_compiled_kernel_but_for_a_few_tokens_and_float64(version
 
 def test_without_a_library_auto_says_why_once_and_the_others_refuse(monkeypatch, caplog):
     reason = "There is no CPU library here. Run `build`."
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing(reason))
+    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("There is no CPU library here", "Run `build`"))
     ops._tell.cache_clear()
     inputs = [x.float() for x in random_inputs("wkv7", 1, 20, 1, 4)]
     with caplog.at_level(logging.WARNING, "rwkv_cluster"):

@@ -23,8 +23,7 @@ def libraries(context: CheckContext) -> list[Row]:
     rows = []
     for name, library in found.items():
         if isinstance(library, loader.Missing):
-            text, _, remedy = library.reason.rpartition(". ")
-            rows.append(warning(name, f"{text}. {INSTEAD}", remedy.rstrip(".")))
+            rows.append(warning(name, f"{library.what}. {INSTEAD}", library.remedy))
         else:
             rows.append(ok(name, f"{library.target}, {library.path}"))
     return rows
