@@ -1,4 +1,4 @@
-"""The one process on each node of a job: checks the node, starts the ranks, passes signals on, and tells how it ended.
+"""The one process on each node of a job: checks the node, starts the ranks, passes signals on, reports how it ended.
 
     python -m rwkv_cluster.launch.agent [OPTION...] -- COMMAND ARGUMENT...
 
@@ -42,7 +42,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal
 
 @dataclass(frozen=True)
 class Node:
-    """Where in the job this agent is.
+    """Place of this agent in the job.
 
     ranks: numbers of the ranks that run below it; without Slurm on several nodes only as many as these, for torchrun
     numbers the nodes when they meet.

@@ -65,8 +65,8 @@ class Command:
 
 def refuse_control_characters(text: str, what: str) -> None:
     """Raise LaunchError, naming `what`, where `text` holds a control, invisible or undecodable character."""
-    if (found := hidden_character(text)) is not None:
-        raise LaunchError(f"{what} has {found}. Control and invisible characters are not passed to a shell")
+    if (character := hidden_character(text)) is not None:
+        raise LaunchError(f"{what} has {character}. Control and invisible characters are not passed to a shell")
 
 
 def _quote_program(program: str) -> str:

@@ -1,4 +1,4 @@
-"""Before the ranks start: every node of the job is there, sees the same directory and runs the same code."""
+"""Checks before the ranks start: every node is there, sees the same directory and runs the same code."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool) 
 
 
 def installation() -> dict[str, Any]:
-    """What a node runs, for `require_alike`."""
+    """Code and packages of this node, as `require_alike` compares them."""
     return {"code": code_digest(), "packages": packages()}
 
 
@@ -71,20 +71,20 @@ def require_alike(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> No
             )
 
 
-def check_gpus(wanted: int, host: str) -> None:
-    """Raises BadNode where fewer GPUs than `wanted` are seen: by nvidia-smi, without it by their device files."""
-    if wanted == 0:
+def check_gpus(expected: int, host: str) -> None:
+    """Raises BadNode where fewer GPUs than `expected` are seen: by nvidia-smi, without it by their device files."""
+    if expected == 0:
         return
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-        found = len(re.findall(r"^GPU \d+:", done.stdout, re.MULTILINE))
-        said = " ".join(f"{done.stdout} {done.stderr}".split())[:200] or "nothing"
+        n_gpus = len(re.findall(r"^GPU \d+:", done.stdout, re.MULTILINE))
+        answer = " ".join(f"{done.stdout} {done.stderr}".split())[:200] or "nothing"
     except FileNotFoundError:
-        found, said = len(list(Path("/dev").glob("nvidia[0-9]*"))), "no such program"
+        n_gpus, answer = len(list(Path("/dev").glob("nvidia[0-9]*"))), "no such program"
     except subprocess.TimeoutExpired:
-        found, said = 0, "nothing for 60 s"
-    if found < wanted:
-        raise BadNode(host, f"has {found} GPUs, but launch.gpus_per_node is {wanted}; nvidia-smi -L: {said}")
+        n_gpus, answer = 0, "nothing for 60 s"
+    if n_gpus < expected:
+        raise BadNode(host, f"has {n_gpus} GPUs, but launch.gpus_per_node is {expected}; nvidia-smi -L: {answer}")
 
 
 def code_digest() -> str:
@@ -98,10 +98,10 @@ def code_digest() -> str:
 
 def packages() -> dict[str, str]:
     """Version of Python and of each installed package: what an image or an environment consists of."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for path in distributions():
-        found.setdefault(path.metadata["Name"], path.version)
-    return found
+        versions.setdefault(path.metadata["Name"], path.version)
+    return versions
 
 
 def _difference(report: dict[str, Any], first: dict[str, Any]) -> str:
@@ -112,7 +112,7 @@ def _difference(report: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:
-    """By lock and rename, which a run's checkpoints and its work directory's lock need too."""
+    """Write facts with flock and rename: this also tests that the file system supports both."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with open(temporary, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,7 +121,7 @@ def write_facts(path: Path, facts: dict[str, Any]) -> None:
 
 
 def patience_s() -> float:
-    """Of the first node; the others wait longer, so that it is the one to say who is missing."""
+    """How long node 0 waits for the others. Others wait longer, so that node 0 reports the missing one."""
     return float(os.environ.get("RWKV_CLUSTER_MEET_S", MEET_S))
 
 

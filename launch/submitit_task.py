@@ -1,4 +1,4 @@
-"""What submitit runs on each node: the agent, while submitit owns the signal and queues the job again.
+"""The task that submitit runs on each node: the agent, while submitit owns the signal and queues the job again.
 
 submitit itself would count every job that is shorter than ten minutes as timed out and give up after a few, and would
 call a task whose ranks have saved and ended a success. Here no end counts as timed out, `requeued` in the launch
@@ -57,7 +57,7 @@ class NodeTask:
         while not self._has_ended():
             time.sleep(POLL_S)
         code = self._agent.wait()
-        if code == Preempted.exit_code and _word().startswith("preempted") and "SIGTERM" not in _word():
+        if code == Preempted.exit_code and _outcome().startswith("preempted") and "SIGTERM" not in _outcome():
             time.sleep(SLURM_ENDS_US_S)  # returning would leave a result that says success
         if code:
             sys.exit(code if code > 0 else 128 - code)
@@ -71,7 +71,7 @@ class NodeTask:
             with suppress(ProcessLookupError):
                 os.kill(self._agent.pid, signal.SIGUSR2)
             time.sleep(REPEAT_S)
-        if self._agent is None or not _word().startswith("preempted") or self.max_requeues is None:
+        if self._agent is None or not _outcome().startswith("preempted") or self.max_requeues is None:
             return None
         launch, attempt = Path(os.environ[LAUNCH_VARIABLE]), os.environ[ATTEMPT_VARIABLE]
         with open(launch / "requeued", "a+") as handle:
@@ -82,7 +82,7 @@ class NodeTask:
         return submission(self.argv, self.max_requeues)
 
     def _has_ended(self) -> bool:
-        """Without Popen.poll and its lock, which the code that the signal handler interrupts may hold."""
+        """Like Popen.poll(), but safe inside a signal handler: poll's lock may be held by the interrupted code."""
         assert self._agent is not None
         if self._agent.returncode is not None:
             return True
@@ -90,16 +90,16 @@ class NodeTask:
 
 
 def submission(argv: Sequence[str], max_requeues: int | None) -> DelayedSubmission:
-    """What submitit's process on each node loads and calls."""
+    """The pickled call that submitit's process on each node loads and makes."""
     from submitit.core.utils import DelayedSubmission
 
-    made = DelayedSubmission(NodeTask(argv, max_requeues))
-    made.set_timeout(NEVER_MIN, 1)
-    return made
+    call = DelayedSubmission(NodeTask(argv, max_requeues))
+    call.set_timeout(NEVER_MIN, 1)
+    return call
 
 
-def _word() -> str:
-    """How the job ended, by the first node to say so; empty while none has."""
+def _outcome() -> str:
+    """Line that the first node to end has written about the job: how, exit code and message; empty before."""
     try:
         return (state_of(os.environ) / "outcome").read_text()
     except FileNotFoundError:

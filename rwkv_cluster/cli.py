@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -26,6 +25,7 @@ from rwkv_cluster.runtime.interrupt import listening
 from rwkv_cluster.runtime.own_file import reason
 from rwkv_cluster.runtime.rank_env import die_with_launcher, message_prefix, rank
 from rwkv_cluster.runtime.terminal.console import log_to_stderr, print_result
+from rwkv_cluster.runtime.terminal.nearest import suggestion
 from rwkv_cluster.runtime.terminal.text_safety import visible
 
 TOP_LEVEL_FIELDS = ("work_dir",)  # fields outside every section; sections' fields are known by their dot
@@ -122,9 +122,7 @@ def _command(argv: Sequence[str]) -> Subcommand | None:
 def _run(argv: list[str]) -> int:
     verb, command = argv[0] if argv else "", _command(argv)
     if verb and not verb.startswith("-") and command is None:
-        near = difflib.get_close_matches(verb, COMMANDS, 1)
-        nearest = f"Nearest: {near[0]}" if near else f"Verbs: {', '.join(COMMANDS)}"
-        raise ConfigError(f"'{verb}' is not a verb. {nearest}")
+        raise ConfigError(f"'{verb}' is not a verb. {suggestion(verb, COMMANDS, 'Verbs')}")
     overrides: list[str] = []
     if command is not None and command.takes_config:
         argv, overrides = split_overrides(argv)
@@ -212,10 +210,10 @@ def _unknown_option(argument: str, command: Subcommand) -> str:
     name = argument.removeprefix("--").partition("=")[0]
     if command.takes_config and argument.startswith("--"):
         from rwkv_cluster.config import Config
-        from rwkv_cluster.config.field_types import unknown_field
+        from rwkv_cluster.config.field_types import nearest_field
 
-        sentence = unknown_field(Config, "", name.replace("-", "_")).partition(". ")[2]
-        return f"{argument} is not an option of {command.name}. {sentence}"
+        nearest = nearest_field(Config, "", name.replace("-", "_"))
+        return f"{argument} is not an option of {command.name}. {nearest}"
     return f"{argument} is not an argument of {command.name}. See rwkv-cluster {command.name} --help"
 
 

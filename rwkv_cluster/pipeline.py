@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, Missing
 from rwkv_cluster.runtime.paths import written_out
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.console import log_to_stderr_by_default
+from rwkv_cluster.runtime.terminal.nearest import suggestion
 from rwkv_cluster.tokenizer import (
     GenericTokenizer,
     IntegerTokenizer,
@@ -477,8 +477,7 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
     names = [name for section in sections for name in section.model_fields]
     for name in overrides:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            nearest = f"Nearest: {near[0]}" if near else f"Use one of {', '.join(names)}"
+            nearest = suggestion(name, names, "Fields")
             raise ConfigError(
                 f"override_config has '{name}', no field of ModelConfig or TrainingConfig", remedy=f"{nearest}"
             )

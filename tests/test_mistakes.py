@@ -186,10 +186,10 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
     [
         (["--model.n_embd=96", "--model.head_size_a=64"], "--model.n_embd=96: model: n_embd is 96, which is not a multiple of head_size_a 64. Use n_embd 64 or 128, or a head_size_a that divides 96"),
         (["--model.n_embd=100", "--model.head_size_a=64"], "--model.n_embd=100: model: n_embd is 100, which is not a multiple of head_size_a 64. Use n_embd 64 or 128, or a head_size_a that divides 100"),
-        (["--model.model_type=x080"], "--model.model_type=x080: model.model_type is 'x080', expected x052, x060 or x070. Nearest valid value: x070"),
+        (["--model.model_type=x080"], "--model.model_type=x080: model.model_type is 'x080', expected x052, x060 or x070. Nearest: x070"),
         (["--model.model_type=rwkv"], "--model.model_type=rwkv: model.model_type is 'rwkv', expected x052, x060 or x070"),
-        (["--model.n_lay=3"], "--model.n_lay=3: model has no field 'n_lay'. Nearest valid name: model.n_layer"),
-        (["--n_layer=3"], "--n_layer=3 is not an option of train. Nearest valid name: model.n_layer"),
+        (["--model.n_lay=3"], "--model.n_lay=3: model has no field 'n_lay'. Nearest: model.n_layer"),
+        (["--n_layer=3"], "--n_layer=3 is not an option of train. Nearest: model.n_layer"),
         (["--model.n_layer=0"], "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
         (["--model.n_layer=two"], "--model.n_layer=two: model.n_layer is 'two', expected an integer >= 1 and <= 1024"),
         (["--model.vocab_size=100"], "model.vocab_size is 100, but the tokenizer has ids up to 256. Use at least 257, or leave model.vocab_size out"),
@@ -221,8 +221,8 @@ def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:
     code, lines = run("train", "wrong.yaml")
     assert code == 2
     assert lines == [
-        "rwkv-cluster: error: wrong.yaml:3: model has no field 'n_layers'. Nearest valid name: model.n_layer",
-        "wrong.yaml:4: the configuration has no field 'trainings'. Nearest valid name: training",
+        "rwkv-cluster: error: wrong.yaml:3: model has no field 'n_layers'. Nearest: model.n_layer",
+        "wrong.yaml:4: the configuration has no field 'trainings'. Nearest: training",
     ]
 
 

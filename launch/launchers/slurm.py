@@ -109,7 +109,7 @@ class Slurm:
             return
         is_running = self.state(folder)[0] == "RUNNING"  # a job that waits has nothing to save
         for number in job_numbers(folder):
-            run_slurm("scancel", *(["--signal=USR2"] if is_running else []), number)
+            run_slurm("scancel", "--signal=USR2", number) if is_running else run_slurm("scancel", number)
 
 
 def _submissions(scripts: list[str], dependency: str) -> list[Command]:

@@ -119,12 +119,14 @@ def batch_script(config: Config, cwd: str, verb: str, *, through_submitit: bool)
     else:
         task, what = node_command(config, cwd), f" {verb} {CONFIG}"
     srun = Command(("srun", *srun_options(config, cwd), *task.argv))
+    # srun of Slurm 22.05 to 23.02 does not inherit it.
+    inherited = [f"export SRUN_CPUS_PER_TASK={cpus}"] if cpus else []
     lines = [
         *_directives(config, options, "job.log"),
         'export RWKV_CLUSTER_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         'RWKV_CLUSTER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\\n" " ")',
         "export RWKV_CLUSTER_NODES",
-        *([f"export SRUN_CPUS_PER_TASK={cpus}"] if cpus else []),  # srun of Slurm 22.05 to 23.02 does not inherit it
+        *inherited,
         'echo "rwkv-cluster: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"',
     ]
     head = CHECK_NODES.replace("SRUN", check.shell()) + (follow if again else "")

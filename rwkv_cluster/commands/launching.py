@@ -33,13 +33,14 @@ def launch(options: argparse.Namespace) -> Result:
     from rwkv_cluster.launch.plan import plan
     from rwkv_cluster.launch.submit import submit
 
-    found = named_config(options, [f"--launch.target={options.target}"] if options.target else [])
-    found.require_own_tokenizer()
-    found.require_own_launch()
-    planned = plan(found.resolved.config, Path.cwd(), "doctor" if options.doctor else "train")
+    target = [f"--launch.target={options.target}"] if options.target else []
+    run = named_config(options, target)
+    run.require_own_tokenizer()
+    run.require_own_launch()
+    planned = plan(run.resolved.config, Path.cwd(), "doctor" if options.doctor else "train")
     if options.dry_run:
         return _dry_run(planned)
-    return _launched(submit(planned), found.resolved.config.work_dir)
+    return _launched(submit(planned), run.resolved.config.work_dir)
 
 
 def _dry_run(planned: Plan) -> Result:

@@ -21,10 +21,10 @@ def named_config(options: argparse.Namespace, overrides: Sequence[str] = ()) -> 
     """Configuration that `options` name, with their overrides and then `overrides`. Raises ConfigError."""
     from rwkv_cluster.config.recipes import find_config
 
-    found = find_config(options.config, [*options.overrides, *overrides])
-    if found.notice:
-        logger.info(found.notice)
-    return found
+    run = find_config(options.config, [*options.overrides, *overrides])
+    if run.notice:
+        logger.info(run.notice)
+    return run
 
 
 def trusted_config(options: argparse.Namespace, overrides: Sequence[str] = ()) -> Config:
@@ -32,9 +32,9 @@ def trusted_config(options: argparse.Namespace, overrides: Sequence[str] = ()) -
 
     Raises ConfigError.
     """
-    found = named_config(options, overrides)
-    found.require_own_tokenizer()
-    return found.resolved.config
+    run = named_config(options, overrides)
+    run.require_own_tokenizer()
+    return run.resolved.config
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from pydantic.fields import FieldInfo
 from rwkv_cluster.config.schema import Config, Section
 from rwkv_cluster.config.yaml_reader import Node, parse_scalar, shown
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.runtime.terminal.nearest import nearest
 
 _LARGEST_INTEGER = 2**63 - 1
 _LONGEST_NAME = 80  # that is compared with the valid ones
@@ -63,8 +63,8 @@ def _converted(name: str, field: FieldInfo, annotation: Any, node: Node) -> Any:
         return {key: _converted(f"{name}.{shown(key)}", field, arguments[1], item) for key, item in value.items()}
     if origin is Literal:
         if type(value) not in map(type, arguments) or value not in arguments:
-            near = difflib.get_close_matches(node.text[:_LONGEST_NAME], [str(choice) for choice in arguments], 1, 0.7)
-            raise mismatch(name, field, node, f"Nearest valid value: {near[0]}" if near else "")
+            near = nearest(node.text[:_LONGEST_NAME], map(str, arguments), 0.7)
+            raise mismatch(name, field, node, f"Nearest: {near}" if near else "")
         return value
     if annotation is str:
         return _text(name, field, node)
@@ -134,19 +134,19 @@ def _reads_as_number(text: str) -> bool:
 def unknown_field(section: type[Section], prefix: str, name: str) -> str:
     """Sentence about a field that `section`, at dotted `prefix`, does not have, with the nearest name."""
     where = f"{prefix[:-1]} has" if prefix else "the configuration has"
-    start = f"{where} no field '{shown(name)}'"
+    return f"{where} no field '{shown(name)}'. {nearest_field(section, prefix, name)}"
+
+
+def nearest_field(section: type[Section], prefix: str, name: str) -> str:
+    """Sentence with the field most like `name`: of `section`, else of any section, else all fields of `section`."""
+    if near := nearest(name[:_LONGEST_NAME], section.model_fields):
+        return f"Nearest: {prefix}{near}"
     every = [field for field, _ in iterate_fields(Config)]
-    same = [field for field in every if field.rpartition(".")[2] == name]
-    name = name[:_LONGEST_NAME]
-    near = difflib.get_close_matches(name, list(section.model_fields), 1, 0.6)
-    if near:
-        return f"{start}. Nearest valid name: {prefix}{near[0]}"
-    if not same:
+    same = next((field for field in every if field.rpartition(".")[2] == name), None)
+    if same is None:
         last_names = {field.rpartition(".")[2]: field for field in every}
-        same = [last_names[match] for match in difflib.get_close_matches(name, list(last_names), 1, 0.8)]
-    if same:
-        return f"{start}. Nearest valid name: {same[0]}"
-    return f"{start}. Valid names: {', '.join(section.model_fields)}"
+        same = last_names.get(nearest(name[:_LONGEST_NAME], last_names, 0.8) or "")
+    return f"Nearest: {same}" if same else f"Valid names: {', '.join(section.model_fields)}"
 
 
 def is_section(annotation: Any) -> TypeGuard[type[Section]]:

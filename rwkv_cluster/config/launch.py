@@ -142,7 +142,7 @@ class LaunchConfig(Section):
         120, ge=1, le=65_535, description="Slurm: ask for a checkpoint this many seconds before the time limit"
     )
     requeue: bool = Field(True, description="Slurm: after a preemption or time limit, queue the same job again")
-    max_requeues: int = Field(100, ge=0, le=1_000_000, description="Slurm: and this often at most")
+    max_requeues: int = Field(100, ge=0, le=1_000_000, description="Slurm: queue it again at most this often")
     exclude_bad_nodes: bool = Field(
         False, description="Slurm: after a node has failed its checks, queue the job again without it"
     )  # fmt: skip
@@ -251,10 +251,10 @@ class LaunchConfig(Section):
         options = [argument for argument in self.container.extra_args if argument.startswith("--env=")]
         in_options = [name for option in options for name in re.findall(r"[=,](\w+)=", option)]
         for field, names in (("env", self.env), ("container.extra_args", in_options)):
-            found = next((name for name in names if looks_secret(name) and name not in self.not_secret), None)
-            if found is not None:
+            secret = next((name for name in names if looks_secret(name) and name not in self.not_secret), None)
+            if secret is not None:
                 raise ValueError(
-                    f"{field} has {found}, which looks like a secret and would be written to scripts. Put the name "
+                    f"{field} has {secret}, which looks like a secret and would be written to scripts. Put the name "
                     "into launch.pass_env instead and set the variable where you launch; if it is no secret, put the "
                     "name into launch.not_secret"
                 )
@@ -311,16 +311,18 @@ def _check_word(field: str, value: str | None) -> str | None:
     }
     if field in ("python", "hostfile"):
         return _checked(value, re.compile(r"[^-].*"), field, "a path without `..`", path=True)
-    pattern, wanted = rules.get(field, (_WORD, "letters, digits and .,:;@/+=*|&[](){}-_ without blanks"))
-    return _checked(value, pattern, field, wanted)
+    pattern, expected = rules.get(field, (_WORD, "letters, digits and .,:;@/+=*|&[](){}-_ without blanks"))
+    return _checked(value, pattern, field, expected)
 
 
-def _checked(value: str | None, pattern: re.Pattern[str], field: str, wanted: str, *, path: bool = False) -> str | None:
+def _checked(
+    value: str | None, pattern: re.Pattern[str], field: str, expected: str, *, path: bool = False
+) -> str | None:
     if value is None:
         return None
     _refuse_hidden(value, field)
     if not pattern.fullmatch(value) or (path and ".." in value.split("/")):
-        raise ValueError(f"{field} is {value[:80]!a}. Use {wanted}")
+        raise ValueError(f"{field} is {value[:80]!a}. Use {expected}")
     return value
 
 
@@ -332,5 +334,5 @@ def _variable(name: str, field: str) -> None:
 
 
 def _refuse_hidden(text: str, field: str) -> None:
-    if (found := hidden_character(text)) is not None:
-        raise ValueError(f"{field} has {found}. Use visible characters only")
+    if (character := hidden_character(text)) is not None:
+        raise ValueError(f"{field} has {character}. Use visible characters only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rwkv_cluster.config.schema import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.own_file import require_own
+from rwkv_cluster.runtime.terminal.nearest import nearest
 from rwkv_cluster.workdir import WorkDir
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
@@ -113,10 +113,10 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
         content = resources.files("rwkv_cluster.configs").joinpath(path.name).read_bytes()
         notice = f"{argument} does not exist here: using the recipe {path.name} shipped with rwkv-cluster"
         return FoundConfig(parse_config(content, path.name, overrides), notice)
-    near = difflib.get_close_matches(path.name, recipes, 1, 0.5)
-    nearest = f" Nearest: {near[0]}." if near else ""
+    near = nearest(path.name, recipes, 0.5)
+    hint = f" Nearest: {near}." if near else ""
     raise ConfigError(
-        f"{argument}: there is no such file.{nearest} Name a YAML file, the work directory of a run, "
+        f"{argument}: there is no such file.{hint} Name a YAML file, the work directory of a run, "
         f"or a shipped recipe: {', '.join(recipes)}"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.paths import written_out
+from rwkv_cluster.runtime.terminal.nearest import suggestion
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,8 +135,7 @@ def _sentence(fault: ErrorDetails, names: list[str]) -> str:
     """A fault for people. names: fields of the section, for the nearest one to an unknown name."""
     field = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, names, 1)
-        return f"there is no field '{field}'. " + (f"Nearest: {near[0]}" if near else f"Fields: {', '.join(names)}")
+        return f"there is no field '{field}'. {suggestion(field, names, 'Fields')}"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     return f"{field} is {fault['input']!r}. {fault['msg']}"

@@ -6,11 +6,11 @@ half of it. Memory is what is sold, in 10^9 bytes.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.runtime.terminal.nearest import suggestion
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def find_gpu(name: str) -> Gpu:
     """The GPU that a person calls `name`. Raises ConfigError with the nearest known name."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), GPUS, 1)
-    known = f"Nearest: {near[0]}" if near else f"Known: {', '.join(GPUS)}"
+    known = suggestion(name.lower(), GPUS, "Known")
     raise ConfigError(
         f"--gpu is {name[:40]!a}, which is not in the table", remedy=f"{known}; or give the numbers themselves"
     )

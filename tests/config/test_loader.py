@@ -114,7 +114,7 @@ def test_scalars_in_a_file() -> None:
         ("checkpoint: {save_interval_s: 3 parsecs}",
          "run.yaml:1: checkpoint.save_interval_s is '3 parsecs', expected a number > 0, or null"),
         ("training: {precision: bf-16}",
-         "run.yaml:1: training.precision is 'bf-16', expected fp32, bf16 or fp16. Nearest valid value: bf16"),
+         "run.yaml:1: training.precision is 'bf-16', expected fp32, bf16 or fp16. Nearest: bf16"),
         ("training: {strategy: dpd}",
          "run.yaml:1: training.strategy is 'dpd', expected auto, ddp, deepspeed, deepspeed_stage_0, deepspeed_stage_1, "
          "deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_1_offload, deepspeed_stage_2_offload or "
@@ -142,11 +142,11 @@ def test_scalars_in_a_file() -> None:
          "run.yaml:1: model is 3, expected a section with model_type, n_layer, n_embd, ctx_len, vocab_size, head_size_a, "
          "dim_att, dim_ffn, mix_lora_rank, decay_lora_rank, a_lora_rank, v_lora_rank, gate_lora_rank, "
          "block0_value_residual"),
-        ("model:\n  n_layers: 3", "run.yaml:2: model has no field 'n_layers'. Nearest valid name: model.n_layer"),
-        ("n_layer: 3", "run.yaml:1: the configuration has no field 'n_layer'. Nearest valid name: model.n_layer"),
-        ("models:\n  n_layer: 3", "run.yaml:1: the configuration has no field 'models'. Nearest valid name: model"),
+        ("model:\n  n_layers: 3", "run.yaml:2: model has no field 'n_layers'. Nearest: model.n_layer"),
+        ("n_layer: 3", "run.yaml:1: the configuration has no field 'n_layer'. Nearest: model.n_layer"),
+        ("models:\n  n_layer: 3", "run.yaml:1: the configuration has no field 'models'. Nearest: model"),
         ("data:\n  tokenizer:\n    typ: byte",
-         "run.yaml:3: data.tokenizer has no field 'typ'. Nearest valid name: data.tokenizer.type"),
+         "run.yaml:3: data.tokenizer has no field 'typ'. Nearest: data.tokenizer.type"),
         ("zzz: 3",
          "run.yaml:1: the configuration has no field 'zzz'. "
          "Valid names: work_dir, model, data, training, checkpoint, guard, logging, launch"),
@@ -165,7 +165,7 @@ def test_every_fault_is_told_at_once() -> None:
     message = fault("model:\n  n_layer: six\n  n_embd: 100\n  vocab_size: 1\nwork: x\n")
     assert message.splitlines() == [
         "run.yaml:2: model.n_layer is 'six', expected an integer >= 1 and <= 1024",
-        "run.yaml:5: the configuration has no field 'work'. Nearest valid name: work_dir",
+        "run.yaml:5: the configuration has no field 'work'. Nearest: work_dir",
         "run.yaml:4: model.vocab_size is 1, expected an integer >= 2 and <= 8388608, or null",
     ]
 
@@ -320,7 +320,7 @@ def test_the_last_override_wins_and_a_mapping_leaves_its_neighbours() -> None:
     [
         ("model.n_layer=six", "--model.n_layer=six: model.n_layer is 'six', expected an integer >= 1 and <= 1024"),
         ("model.n_layer=0", "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
-        ("--model.n_lay=3", "--model.n_lay=3: model has no field 'n_lay'. Nearest valid name: model.n_layer"),
+        ("--model.n_lay=3", "--model.n_lay=3: model has no field 'n_lay'. Nearest: model.n_layer"),
         ("work_dir=", "--work_dir=: work_dir is null, expected text that is not empty"),
         ("model.n_layer", "model.n_layer: an override is written --section.field=value"),
         ("model..n_layer=3", "model..n_layer=3: an override is written --section.field=value"),
