@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rwkv_cluster.config.launch import LaunchConfig
 from rwkv_cluster.config.section import InvalidFields, Section, path_text
+from rwkv_cluster.errors import ConfigError
 
 __all__ = ["Config", "InvalidFields", "Section"]
 
@@ -423,3 +424,15 @@ class Config(Section):
             if isinstance(section, Section):
                 self.__dict__[name] = section.frozen()
         self._is_frozen = True
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """`config` with model.vocab_size filled in from the tokenizer. Raises ConfigError when it is too small."""
+    configured = config.model.vocab_size
+    if configured is not None and configured < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {configured}, but the tokenizer has ids up to {vocab_size - 1}",
+            remedy=f"Use at least {vocab_size}, or leave model.vocab_size out",
+        )
+    model = config.model.model_copy(update={"vocab_size": configured or vocab_size})
+    return config.model_copy(update={"model": model})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from rwkv_cluster.errors import ConfigError, DataError
+from rwkv_cluster.errors import DataError
 
 _MILLER_RABIN_BASES = (
     2,
@@ -137,83 +137,3 @@ class SamplePlan:
         """
         mine = self.samples(step)[rank::world_size]
         return [list(mine[start : start + micro_bsz]) for start in range(0, len(mine), micro_bsz)]
-
-
-def accumulation(
-    *, micro_bsz: int, world_size: int, accumulate_grad_batches: int | None, global_batch_size: int | None
-) -> int:
-    """Micro batches per optimizer step. Raises ConfigError, with values that would do, when they do not fit."""
-    if global_batch_size is None:
-        return accumulate_grad_batches or 1
-    per_pass = micro_bsz * world_size
-    if global_batch_size % per_pass == 0:
-        return global_batch_size // per_pass
-    below = global_batch_size // per_pass * per_pass
-    batches = f"{below} or {below + per_pass}" if below else str(per_pass)
-    if global_batch_size % world_size:
-        remedy = f"Use training.global_batch_size {batches}"
-    else:
-        sizes = listing(divisors(global_batch_size // world_size))
-        remedy = f"Use training.global_batch_size {batches}, or a training.micro_bsz of {sizes}"
-    raise ConfigError(
-        f"training.global_batch_size {global_batch_size} is not a multiple of micro_bsz {micro_bsz} * "
-        f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}",
-        remedy=f"{remedy}",
-    )
-
-
-def divisors(number: int) -> list[int]:
-    """Of a positive number, ascending."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def listing(numbers: list[int]) -> str:
-    """Numbers for a sentence, the middle of many left out: "1, 2 or 4"."""
-    if not numbers:
-        return ""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    shown = numbers if len(numbers) <= 12 else [*numbers[:11], numbers[-1]]
-    return ", ".join(map(str, shown[:-1])) + f" or {shown[-1]}"
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """Where a run ends. `tokens` is the learning rate's horizon; it can be below steps * tokens_per_step."""
-
-    total_steps: int
-    tokens: int
-    epoch_samples: int
-    global_batch_size: int
-
-    def epoch_end(self, epoch: int) -> int:
-        """Number of steps after which epoch `epoch` (from 0) is complete, at most `total_steps`."""
-        return min(self.total_steps, -(-(epoch + 1) * self.epoch_samples // self.global_batch_size))
-
-    def epoch_of(self, step: int) -> int:
-        """Epoch that optimizer step `step` (from 0) belongs to."""
-        return step * self.global_batch_size // self.epoch_samples
-
-
-def horizon(
-    plan: SamplePlan,
-    *,
-    num_epochs: int | None,
-    max_steps: int | None,
-    max_tokens: int | None,
-    samples_per_epoch: int | None,
-) -> Horizon:
-    """The earliest of the given bounds; one epoch when none is given."""
-    epoch_samples = samples_per_epoch or plan.magic_prime
-    if num_epochs is None and max_steps is None and max_tokens is None:
-        num_epochs = 1
-    bounds = []
-    if num_epochs is not None:
-        steps = -(-num_epochs * epoch_samples // plan.global_batch_size)
-        bounds.append((steps, steps * plan.tokens_per_step))
-    if max_steps is not None:
-        bounds.append((max_steps, max_steps * plan.tokens_per_step))
-    if max_tokens is not None:
-        bounds.append((-(-max_tokens // plan.tokens_per_step), max_tokens))
-    total_steps, tokens = min(bounds)
-    return Horizon(total_steps, tokens, epoch_samples, plan.global_batch_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rwkv_cluster.data.sampler import divisors
+from rwkv_cluster.data.batch_size import divisors
 from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
 from rwkv_cluster.planning.model_states import Sharding
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.data.batch_size import accumulation
+from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest
-from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
+from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.train.schedule import learning_rate
 
 UNKNOWN = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.config.schema import with_vocabulary
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
@@ -20,7 +21,6 @@ from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes, weights_bytes
 from rwkv_cluster.train.optimizers.table import optimizer_of
-from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 
 

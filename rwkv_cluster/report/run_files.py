@@ -11,8 +11,9 @@ from typing import Any
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import load_config
+from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.data.sampler import Horizon, SamplePlan, horizon, require_magic_prime
+from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.runtime.own_file import open_own, require_own
 from rwkv_cluster.workdir import WorkDir

@@ -16,6 +16,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.preparation.prepare import load_manifest
+from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.loss import next_token_loss
@@ -25,7 +26,6 @@ from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")

@@ -10,7 +10,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from rwkv_cluster.config import TrainingConfig
-from rwkv_cluster.data.sampler import Horizon, SamplePlan
+from rwkv_cluster.data.horizon import Horizon
+from rwkv_cluster.data.sampler import SamplePlan
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV

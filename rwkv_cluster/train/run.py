@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.config.schema import with_vocabulary
 from rwkv_cluster.data.preparation.prepare import (
     DataManifest,
     load_manifest,
@@ -39,7 +40,6 @@ from rwkv_cluster.train.parallel.strategy import require_script
 from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, require_init_from, resolve
-from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir, remove_temporaries
 
 __all__ = ["TrainResult", "initialize", "prepare_data", "train"]

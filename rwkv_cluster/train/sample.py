@@ -14,6 +14,7 @@ import torch
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
+from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
@@ -24,7 +25,6 @@ from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.train.vocabulary_size import tokenizer_of_run
 from rwkv_cluster.workdir import WorkDir, atomic_write
 
 log = logging.getLogger("rwkv_cluster")

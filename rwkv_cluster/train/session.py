@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import Config, ModelConfig
+from rwkv_cluster.config.schema import with_vocabulary
+from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
+from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.preparation.prepare import DataManifest
-from rwkv_cluster.data.sampler import Horizon, SamplePlan, accumulation, horizon, require_magic_prime
+from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
@@ -31,7 +34,6 @@ from rwkv_cluster.train.guards.spike_guard import SpikeState
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.parallel.strategy import place
 from rwkv_cluster.train.placement import DTYPES, Placement
-from rwkv_cluster.train.vocabulary_size import with_vocabulary
 from rwkv_cluster.workdir import WorkDir
 
 INIT_FROM_REMEDY = "training.init_from names it, and model.* must have its shape"

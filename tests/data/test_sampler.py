@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_cluster.data.batch_size import accumulation
+from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.sampler import (
-    Horizon,
     SamplePlan,
-    accumulation,
-    horizon,
     is_prime,
     largest_magic_prime,
     require_magic_prime,

@@ -133,11 +133,11 @@ def _initial_weights(config: Config) -> str:
 
 def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
+    from rwkv_cluster.config.schema import with_vocabulary
     from rwkv_cluster.model.state_dict import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
     from rwkv_cluster.train.checkpoint.save_load import list_steps
     from rwkv_cluster.train.placement import DTYPES
-    from rwkv_cluster.train.vocabulary_size import with_vocabulary
 
     try:
         shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)

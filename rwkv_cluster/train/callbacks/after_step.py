@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rwkv_cluster.data.sampler import Horizon
+from rwkv_cluster.data.horizon import Horizon
 from rwkv_cluster.train.checkpoint.saver import Saver
 from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed import collectives

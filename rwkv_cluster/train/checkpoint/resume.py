@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_cluster.config import TrainingConfig
-from rwkv_cluster.data.sampler import divisors, listing
+from rwkv_cluster.data.batch_size import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.model.state_dict import load_pth, strip_prefixes

@@ -32,7 +32,7 @@ class HangDetector:
         self._told = False
         self._looked_at = time.monotonic()
 
-    def reset(self, did: str) -> None:
+    def reset(self, did: str | None) -> None:
         """The main thread has come to something new. did: what it has done until now."""
         if did in WATCHED and not self._told:
             self._longest_s = max(self._longest_s, self.still_s)

@@ -181,9 +181,8 @@ class RankMonitor:
 
     def _let_others_see(self) -> None:
         """Let rank 0's record change on for a while: a failure that stands still may be one of an earlier run."""
-        if (
-            self.rank != 0 or self._record.begins is not None or not rank_env.launched()
-        ):  # else it launches the others itself
+        launches_the_others = not rank_env.launched()
+        if self.rank != 0 or self._record.begins is not None or launches_the_others:
             return
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline:
