@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.binidx import open_tokens
@@ -39,7 +39,7 @@ PREPARED = {f"work/data/{name}" for name in ("train.bin", "train.idx", "vocab.tx
 def _a_run_of_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """run.yaml in the current folder: it trains on text.jsonl into work."""
     monkeypatch.chdir(tmp_path)
-    config = tiny_config(tmp_path, training={"max_steps": 2}, data={"validation_fraction": 0.0})
+    config = tiny_run_config(tmp_path, training={"max_steps": 2}, data={"validation_fraction": 0.0})
     write_config(tmp_path / "run.yaml", config)
     text = (tmp_path / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace(f"{tmp_path}/", ""))

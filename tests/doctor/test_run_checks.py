@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.doctor.checks.image import image
@@ -57,7 +57,7 @@ def test_the_shape_of_the_json_and_the_table(tmp_path: Path, monkeypatch: Any, c
 
 
 def test_a_run_that_can_start(tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    config = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     assert main(["doctor", str(config), "--json", "--training.max_steps=3"]) == 0, capsys.readouterr().err
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["run"]["text"] == "1 rank on cpu, fp32, wkv_backend auto, 4 samples a step"
@@ -81,7 +81,7 @@ def test_every_check_of_a_rank_is_a_check() -> None:
 @pytest.mark.parametrize("with_config", [False, True])
 def test_without_torch_it_is_the_first_thing_to_fix(with_config: bool, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is not here')\n")
-    config = [str(write_config(tmp_path / "run.yaml", tiny_config(tmp_path)))] if with_config else []
+    config = [str(write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path)))] if with_config else []
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "rwkv_cluster", "doctor", *config]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
@@ -118,7 +118,7 @@ def test_a_damaged_library_is_named_and_refused_by_a_run_that_wants_it(
         assert row.state == "warning"
         assert f"{tmp_path / build.library_name('cpu')} is not what its manifest says" in row.text
         assert row.remedy == "`python -m rwkv_cluster.kernels.build cpu` builds them"
-        config = write_config(tmp_path / "run.yaml", tiny_config(tmp_path, training={"wkv_backend": "native"}))
+        config = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"wkv_backend": "native"}))
         assert main(["doctor", str(config)]) == 5
         assert "is not what its manifest says" in capsys.readouterr().err
     finally:

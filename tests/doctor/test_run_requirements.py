@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.preparation.prepare import prepare
@@ -26,7 +26,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 def first(folder: Path, **sections: dict[str, Any]) -> RWKVClusterError:
     """The first problem of a run with these changes."""
-    context = CheckContext(tiny_config(folder, **sections))
+    context = CheckContext(tiny_run_config(folder, **sections))
     found = first_problem([*tools.launch_tools(context), *run_requirements.run_needs(context)])
     assert found is not None
     return found
@@ -89,7 +89,9 @@ def test_a_program_that_the_launch_needs(target: str, tmp_path: Path, monkeypatc
 
 
 def test_what_runs_elsewhere_is_not_asked_of_this_machine(tmp_path: Path, monkeypatch: Any) -> None:
-    config = tiny_config(tmp_path, training={"accelerator": "cuda"}, launch={"target": "sbatch", "gpus_per_node": 8})
+    config = tiny_run_config(
+        tmp_path, training={"accelerator": "cuda"}, launch={"target": "sbatch", "gpus_per_node": 8}
+    )
     rows = run_requirements.run_needs(CheckContext(config))
     assert [row.state for row in rows] == ["ok", "ok", "note"]
     assert "--doctor" in rows[-1].remedy
@@ -99,7 +101,7 @@ def test_what_runs_elsewhere_is_not_asked_of_this_machine(tmp_path: Path, monkey
 
 
 def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    config = write_config(tmp_path / "run.yaml", tiny_config(tmp_path, checkpoint={"keep_last": 10_000_000}))
+    config = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, checkpoint={"keep_last": 10_000_000}))
     assert main(["doctor", str(config)]) == 0
     table = capsys.readouterr().out
     assert "warning  room" in table
@@ -110,7 +112,7 @@ def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeyp
 
 
 def test_inputs_that_are_gone_after_they_were_prepared(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     n_tokens = prepare(config.data, ByteTokenizer(), WorkDir(config.work_dir).data).n_tokens
     (tmp_path / "text.jsonl").unlink()
     assert run_requirements._data(config) == f"prepared: {n_tokens:,} tokens, from inputs that are gone"

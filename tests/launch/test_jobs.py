@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.errors import LaunchError
@@ -31,7 +31,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_local_launch_is_followed_and_leaves_private_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_config(tmp_path / "run.yaml", tiny_config(tmp_path, training={"max_steps": 2}))
+    write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"max_steps": 2}))
     dry = run(tmp_path, "launch", "run.yaml", "--dry-run")
     assert not (tmp_path / "work").exists()
     done = run(tmp_path, "launch", "run.yaml")
@@ -57,7 +57,7 @@ def test_a_local_launch_is_followed_and_leaves_private_files(
 
 def test_the_exit_code_is_the_ranks(tmp_path: Path) -> None:
     """C10."""
-    write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     with open(tmp_path / "text.jsonl", "a") as handle:
         handle.write('{"text": 5}\n')
     done = run(tmp_path, "launch", "run.yaml", "--target", "torchrun", "--launch.ranks_per_node=2")
@@ -76,7 +76,7 @@ def test_slurm_that_is_not_here_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     assert cli.main(["launch", str(path), "--target=sbatch"]) == 6
     assert "sbatch is not here. Launch on a machine of the cluster" in capsys.readouterr().err
     assert os.environ["PATH"] == str(tmp_path)
@@ -165,7 +165,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Path("work/launch/1/command.json").write_text('{"target": "local"}')
         os.chmod("work/launch", 0o700)
         os.mkdir("locked", 0o700)
-        write_config(Path("run.yaml"), tiny_config(Path(name)))
+        write_config(Path("run.yaml"), tiny_run_config(Path(name)))
         for command in (["status", "work"], ["launch", "run.yaml", "--dry-run"], ["inspect", "absent.pth"]):
             cli.main(command)  # so that all is imported
         yield Path(name)

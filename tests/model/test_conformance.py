@@ -43,7 +43,7 @@ for name, prompt, n_tokens in json.load(open(sys.argv[1])):
 def _trained(folder, model_type):
     """out/rwkv-final.pth of a short run."""
     folder.mkdir()
-    config = tiny_run.tiny_config(
+    config = tiny_run.tiny_run_config(
         folder, model={"model_type": model_type}, training={"max_steps": 30, "lr_init": 5e-3, "micro_bsz": 8}
     )
     train(config)

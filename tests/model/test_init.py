@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import VERSIONS, some_tokens, tiny_config
+from tiny_models import VERSIONS, some_tokens, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.model.init import initialize
@@ -109,7 +109,7 @@ def test_small_vocabulary_has_the_plain_head_gain():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_fresh_model_predicts_uniformly_and_is_the_identity(version):
-    model = initialised(tiny_config(version, n_embd=128, head_size_a=64))
+    model = initialised(tiny_model_config(version, n_embd=128, head_size_a=64))
     tokens = some_tokens(2, 30)
     loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), some_tokens(2, 30, seed=9).flatten())
     assert abs(loss.item() - math.log(50)) < 0.3
@@ -119,7 +119,7 @@ def test_a_fresh_model_predicts_uniformly_and_is_the_identity(version):
 
 def test_the_seed_decides_and_nothing_else():
     def weights_of(seed, **changes):
-        return initialised(tiny_config("x070", **changes), seed).state_dict()
+        return initialised(tiny_model_config("x070", **changes), seed).state_dict()
 
     first, again, other = weights_of(5), weights_of(5), weights_of(6)
     torch.manual_seed(77)
@@ -132,13 +132,13 @@ def test_the_seed_decides_and_nothing_else():
 
 
 def test_initialising_in_bf16_rounds_the_fp32_weights():
-    model = RWKV(tiny_config("x060")).bfloat16()
+    model = RWKV(tiny_model_config("x060")).bfloat16()
     initialize(model, 0)
-    wanted = initialised(tiny_config("x060")).state_dict()
+    wanted = initialised(tiny_model_config("x060")).state_dict()
     assert all(torch.equal(tensor, wanted[name].bfloat16()) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_one_layer_is_allowed(version):
-    model = initialised(tiny_config(version, n_layer=1))
+    model = initialised(tiny_model_config(version, n_layer=1))
     assert all(parameter.isfinite().all() for parameter in model.parameters())

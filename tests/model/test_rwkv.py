@@ -4,7 +4,7 @@ import pytest
 import torch
 from naive_wkv import relative_errors
 from numpy_rwkv import NumpyRWKV
-from tiny_models import VERSIONS, relative_error, some_tokens, tiny_config, tiny_model
+from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
@@ -117,14 +117,14 @@ def test_backends_agree():
     for model_type in VERSIONS:
         logits = []
         for backend in ("reference", "chunked"):
-            model = RWKV(tiny_config(model_type), wkv_backend=backend)
+            model = RWKV(tiny_model_config(model_type), wkv_backend=backend)
             model.load_state_dict(tiny_model(model_type).state_dict())
             logits.append(model(tokens))
         assert relative_error(*logits) < 1e-5
 
 
 def test_a_model_that_was_never_initialised_gives_nan():
-    assert RWKV(tiny_config("x070"))(some_tokens(1, 3)).isnan().all()
+    assert RWKV(tiny_model_config("x070"))(some_tokens(1, 3)).isnan().all()
 
 
 def test_vocab_size_is_required():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import VERSIONS, tiny_config, tiny_model
+from tiny_models import VERSIONS, tiny_model, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError, RWKVClusterError
@@ -319,7 +319,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("fields", CONFIGS, ids=str)
 def test_the_architecture_is_read_back(fields):
-    config = tiny_config(**fields)
+    config = tiny_model_config(**fields)
     weights = {f"_forward_module.model.{name}": torch.empty(shape) for name, shape in expected_shapes(config).items()}
     found = infer_model_config(weights)
     assert (found.model_type, found.n_layer, found.n_embd) == (
@@ -359,7 +359,7 @@ def test_differences_are_listed():
     weights = weights_of("x070", n_layer=3)
     weights["emb.weight"] = torch.ones(60, 32)
     with pytest.raises(CheckpointError) as caught:
-        fit_state_dict(weights, RWKV(tiny_config("x070")))
+        fit_state_dict(weights, RWKV(tiny_model_config("x070")))
     message = str(caught.value)
     assert "emb.weight is (60, 32), the model has (50, 32)" in message
     assert "blocks.2.ln1.weight is not part of the model" in message
@@ -367,21 +367,21 @@ def test_differences_are_listed():
     weights = weights_of("x060")
     del weights["head.weight"]
     with pytest.raises(CheckpointError, match=r"head\.weight is missing"):
-        fit_state_dict(weights, RWKV(tiny_config("x060")))
+        fit_state_dict(weights, RWKV(tiny_model_config("x060")))
 
 
 def test_not_finite_is_never_restored():
     weights = weights_of("x052")
     weights["ln_out.bias"][3] = float("nan")
     with pytest.raises(CheckpointError, match=r"ln_out\.bias has a NaN"):
-        fit_state_dict(weights, RWKV(tiny_config("x052")))
+        fit_state_dict(weights, RWKV(tiny_model_config("x052")))
 
 
 def test_block_0_value_residual_is_optional_both_ways():
-    without = RWKV(tiny_config("x070", block0_value_residual=False))
+    without = RWKV(tiny_model_config("x070", block0_value_residual=False))
     fitted = fit_state_dict(weights_of("x070"), without)
     assert fitted.keys() == without.state_dict().keys()
-    full = RWKV(tiny_config("x070"))
+    full = RWKV(tiny_model_config("x070"))
     full.load_state_dict(fit_state_dict(fitted, full))
     assert all(parameter.isfinite().all() for parameter in full.parameters())
     assert not full.blocks[0].att.v1.any()

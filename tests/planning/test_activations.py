@@ -9,7 +9,7 @@ import pytest
 import torch
 from real_memory import model_of, peak_bytes, saved_bytes, some_batch
 from tiny_models import VERSIONS
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.kernels import loader, native
@@ -126,7 +126,7 @@ def test_the_peak_on_a_gpu(model_type: str, grad_cp: int, tmp_path: Path) -> Non
         pytest.skip("torch finds no CUDA device")
     model = {"model_type": model_type, "n_layer": 8, "n_embd": 1024, "head_size_a": 64, "ctx_len": 512}
     training = {"accelerator": "cuda", "precision": "bf16", "micro_bsz": 4, "grad_cp": grad_cp, "max_steps": 4}
-    config = tiny_config(tmp_path, model={**model, "vocab_size": 65536}, training=training)
+    config = tiny_run_config(tmp_path, model={**model, "vocab_size": 65536}, training=training)
     train(config)
     lines = (tmp_path / "work/logs/metrics.jsonl").read_text().splitlines()
     measured = max(json.loads(line)["memory_mb"] for line in lines)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_models import VERSIONS, some_tokens, tiny_config, tiny_model
+from tiny_models import VERSIONS, some_tokens, tiny_model, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.loss import next_token_loss
@@ -78,7 +78,7 @@ def test_what_the_recorded_bench_has_allocated(strategy: str, ranks: int) -> Non
 @pytest.mark.parametrize("model_type", VERSIONS)
 def test_a_real_optimizer(model_type: str) -> None:
     """Exactly: parameters that are not trained have no gradient and no moments."""
-    config = tiny_config(model_type)
+    config = tiny_model_config(model_type)
     model = tiny_model(model_type)
     optimizer = build_optimizer(model, config.model_type, TrainingConfig(precision="fp32"))
     next_token_loss(model, some_tokens(2, 9)).backward()

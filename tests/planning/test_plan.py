@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.train.run import train
@@ -24,7 +24,7 @@ def plan(path: Path, *options: str, capsys: Capture) -> dict[str, Any]:
 
 def test_the_run_does_what_the_plan_says(tmp_path: Path, capsys: Capture) -> None:
     """Before anything is there, and after: steps, rates, parameters, the size of a checkpoint and of the weights."""
-    config = tiny_config(tmp_path, checkpoint={"save_interval_steps": 8})
+    config = tiny_run_config(tmp_path, checkpoint={"save_interval_steps": 8})
     path = write_config(tmp_path / "run.yaml", config)
     before = plan(path, capsys=capsys)
     assert not (tmp_path / "work").exists()
@@ -47,7 +47,7 @@ def test_the_run_does_what_the_plan_says(tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_the_end_of_a_run_may_hang_on_its_data(tmp_path: Path, capsys: Capture) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path, training={"max_steps": None}))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"max_steps": None}))
     assert plan(path, capsys=capsys)["total_steps"] is None
     assert cli.main(["plan", str(path), "--tokens-per-s", "1000"]) == 0
     text = capsys.readouterr().out
@@ -61,11 +61,13 @@ def test_the_end_of_a_run_may_hang_on_its_data(tmp_path: Path, capsys: Capture) 
 
 
 def test_data_may_end_a_run_earlier(tmp_path: Path, capsys: Capture) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path, training={"num_epochs": 1, "max_steps": 10**6}))
+    path = write_config(
+        tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"num_epochs": 1, "max_steps": 10**6})
+    )
     assert cli.main(["plan", str(path)]) == 0
     assert "at most 1,000,000 steps" in capsys.readouterr().out
     path = write_config(
-        tmp_path / "run.yaml", tiny_config(tmp_path, training={"samples_per_epoch": 40, "max_steps": 20})
+        tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"samples_per_epoch": 40, "max_steps": 20})
     )
     assert plan(path, capsys=capsys)["epochs"] == 2
 
@@ -73,7 +75,7 @@ def test_data_may_end_a_run_earlier(tmp_path: Path, capsys: Capture) -> None:
 def test_ranks_come_from_the_launch_section_or_the_option(tmp_path: Path, capsys: Capture) -> None:
     launch = {"target": "sbatch", "num_nodes": 2, "gpus_per_node": 4}
     training = {"global_batch_size": 64, "strategy": "deepspeed_stage_2", "precision": "bf16"}
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path, launch=launch, training=training))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, launch=launch, training=training))
     found = plan(path, capsys=capsys)
     assert (found["ranks"], found["accumulate_grad_batches"], found["tokens_per_step"]) == (8, 2, 64 * 32)
     (row,) = [row for row in found["memory"] if row["configured"]]
@@ -87,7 +89,7 @@ def test_what_fits_and_what_to_change(tmp_path: Path, capsys: Capture) -> None:
     model = {"model_type": "x070", "n_layer": 24, "n_embd": 2048, "head_size_a": 64, "vocab_size": 65536}
     training = {"precision": "bf16", "micro_bsz": 16, "max_steps": 10}
     path = write_config(
-        tmp_path / "run.yaml", tiny_config(tmp_path, model={**model, "ctx_len": 4096}, training=training)
+        tmp_path / "run.yaml", tiny_run_config(tmp_path, model={**model, "ctx_len": 4096}, training=training)
     )
     options = ["--ranks", "8", "--gpu", "a100-40gb"]
     assert cli.main(["plan", str(path), *options]) == 0
@@ -106,7 +108,7 @@ def test_what_fits_and_what_to_change(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_time_by_utilisation(tmp_path: Path, capsys: Capture) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     found = plan(path, "--mfu", "0.5", "--peak-tflops", "2", "--ranks", "1", capsys=capsys)
     assert found["tokens_per_s"] == pytest.approx(1e12 / found["flops_per_token"]["six_n"])
     assert found["flops_per_token"]["six_n"] == 6 * (
@@ -131,7 +133,7 @@ def test_time_by_utilisation(tmp_path: Path, capsys: Capture) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(options: list[str], message: str, tmp_path: Path, capsys: Capture) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     assert cli.main(["plan", str(path), *options]) == 2
     written = capsys.readouterr()
     assert written.out == ""
@@ -146,7 +148,7 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path, capsys: Capture) -> None
 
 
 def test_damaged_data_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     (tmp_path / "work/data").mkdir(parents=True)
     (tmp_path / "work/data/manifest.json").write_text("{")
     assert cli.main(["plan", str(path)]) == 3
@@ -167,7 +169,7 @@ def test_the_text_of_a_recipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_verb_leaves_torch_alone(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     code = f"from rwkv_cluster.cli import main; assert main(['plan', {str(path)!r}]) == 0"
     code += "\nimport sys; assert not {'torch', 'pytorch_lightning', 'deepspeed'} & set(sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

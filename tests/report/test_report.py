@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_page import Page, records
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.config.loader import dump_yaml, load_config
@@ -26,7 +26,7 @@ from rwkv_cluster.train.run import train
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 steps with checkpoints of 4 and 8: stopped after step 3, killed at step 6, continued from 3 and from 4."""
     folder = tmp_path_factory.mktemp("trained")
-    config = tiny_config(folder, training={"max_steps": 10, "val_interval_steps": 4})
+    config = tiny_run_config(folder, training={"max_steps": 10, "val_interval_steps": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FAULT_VARIABLE, "train.step@2:signal=SIGUSR1")
         with pytest.raises(Preempted):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from report_page import Page, records
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.report import draw, run_data, series
@@ -25,7 +25,7 @@ from rwkv_cluster.workdir import WorkDir
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train(tiny_config(folder, training={"max_steps": 3}, data={"validation_fraction": 0.0}))
+    train(tiny_run_config(folder, training={"max_steps": 3}, data={"validation_fraction": 0.0}))
     return folder / "work"
 
 

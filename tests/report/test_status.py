@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.data.preparation.publish import temporary_folder
@@ -26,7 +26,7 @@ from rwkv_cluster.workdir import WorkDir
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train(tiny_config(folder))
+    train(tiny_run_config(folder))
     return folder / "work"
 
 

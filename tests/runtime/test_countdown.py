@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.runtime.terminal import time_left
@@ -62,7 +62,7 @@ def test_other_ranks_say_nothing(
 def test_every_long_command_counts_down_to_its_end(
     talkative: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(tmp_path, training={"max_steps": 2})
+    config = tiny_run_config(tmp_path, training={"max_steps": 2})
     run_yaml, work = str(write_config(tmp_path / "run.yaml", config)), config.work_dir
     train(config)
     pth = f"{work}/out/rwkv-final.pth"

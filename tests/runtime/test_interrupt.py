@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import Interrupted
@@ -123,7 +123,7 @@ def test_train_that_has_not_begun_is_preempted_and_other_verbs_are_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rwkv_cluster.config.recipes.find_config", lambda *_: send(signal.SIGTERM))
-    run_yaml = str(write_config(tmp_path / "run.yaml", tiny_config(tmp_path)))
+    run_yaml = str(write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path)))
     assert main(["train", run_yaml]) == 75
     assert capsys.readouterr().err == "rwkv-cluster: interrupted by SIGTERM. The same command again continues\n"
     assert main(["plan", run_yaml]) == 143

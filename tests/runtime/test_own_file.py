@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import ConfigError
@@ -87,7 +87,7 @@ def test_a_regular_file_is_opened_as_ever(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with run.yaml and the work directory of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(folder, training={"max_steps": 2}, logging={"sample_tokens": 3, "progress_bar": False})
+    config = tiny_run_config(folder, training={"max_steps": 2}, logging={"sample_tokens": 3, "progress_bar": False})
     path = write_config(folder / "run.yaml", config)
     path.write_text(path.read_text().replace(f"{folder}/", ""))
     with pytest.MonkeyPatch.context() as patch:

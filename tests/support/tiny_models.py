@@ -9,13 +9,13 @@ from rwkv_cluster.model.rwkv import RWKV
 VERSIONS = ("x052", "x060", "x070")
 
 
-def tiny_config(model_type, **changes):
+def tiny_model_config(model_type, **changes):
     fields = {"n_layer": 2, "n_embd": 32, "vocab_size": 50, "head_size_a": 16}
     return ModelConfig(model_type=model_type, **{**fields, **changes})
 
 
 def tiny_model(model_type, *, noise=0.1, **changes):
-    model = RWKV(tiny_config(model_type, **changes))
+    model = RWKV(tiny_model_config(model_type, **changes))
     initialize(model, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

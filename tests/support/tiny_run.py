@@ -45,7 +45,7 @@ def write_text(path: Path, n_words: int = 1500, seed: int = 0) -> Path:
     return path
 
 
-def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
+def tiny_run_config(folder: Path, **sections: dict[str, Any]) -> Config:
     """A valid run in `folder`/work on text in `folder`/text.jsonl, with changes by section."""
     source = folder / "text.jsonl"
     if not source.exists():

@@ -10,7 +10,7 @@ from typing import Any
 
 from system.processes import Watched, wait_until
 from system.slurm_cluster import Cluster
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 
 def new_run(
@@ -20,7 +20,7 @@ def new_run(
     folder.mkdir(exist_ok=True)
     launch = {"target": "sbatch", "num_nodes": 2, "ranks_per_node": 1} | launch
     training = {"max_steps": 30, "micro_bsz": 2, "timeout_s": 60} | (training or {})
-    config = tiny_config(
+    config = tiny_run_config(
         folder, training=training, checkpoint={"save_interval_steps": save_interval_steps}, launch=launch
     )
     write_config(folder / "run.yaml", config)

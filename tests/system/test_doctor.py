@@ -16,7 +16,7 @@ from system.hosts import hosts, reason_not_to
 from system.processes import Job
 from system.slurm_cluster import Cluster, needs_slurm
 from system.slurm_runs import finish, launch, launch_folder, new_run
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 pytestmark = pytest.mark.system
 
@@ -25,7 +25,7 @@ IS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
 
 def _new_run(folder: Path, **launch: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_config(folder / "run.yaml", tiny_config(folder, launch=launch))
+    return write_config(folder / "run.yaml", tiny_run_config(folder, launch=launch))
 
 
 def _rows(text: str) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, Watched
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 pytestmark = [
     pytest.mark.system,
@@ -26,7 +26,7 @@ RENAME = re.compile(r'rename(?:at2?)?\((?:AT_FDCWD(?:<.*?>)?, )?"(.+?)", (?:AT_F
 def test_synced_before_the_rename_and_the_folder_after(
     background: bool, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
-    config = tiny_config(
+    config = tiny_run_config(
         tmp_path, training={"max_steps": 4}, checkpoint={"save_interval_steps": 4, "background": background}
     )
     write_config(tmp_path / "run.yaml", config)

@@ -16,7 +16,7 @@ from system.engine import IMAGE, LIMITS, ROOT, Engine, engine, reason_not_to
 from system.processes import Job, Watched, alive, descendants, stopped_steps, wait_for_end, wait_until
 from system.slurm_cluster import cluster, needs_slurm
 from system.slurm_runs import finish, launch, new_run, wait_for_steps
-from tiny_run import losses, tiny_config, write_config, write_text
+from tiny_run import losses, tiny_run_config, write_config, write_text
 
 import rwkv_cluster
 
@@ -259,7 +259,7 @@ def test_launch_starts_it(containers: Engine, tmp_path: Path, start: Callable[..
     """By the product's own command, with the directories at their own paths; the files belong to the caller."""
     container = {"image": IMAGE, "shm_size": "64m", "extra_args": [*LIMITS, "--network=none"]}
     launch = {"target": containers.program, "ranks_per_node": 2, "container": container}
-    config = tiny_config(tmp_path, training={"micro_bsz": 2, "global_batch_size": 4}, launch=launch)
+    config = tiny_run_config(tmp_path, training={"micro_bsz": 2, "global_batch_size": 4}, launch=launch)
     write_config(tmp_path / "run.yaml", config)
     job = start(tmp_path, verb="launch", environment=containers.environment)
     job.complete()
@@ -274,7 +274,7 @@ def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, cont
     """On two nodes, each with a container: the signal reaches the ranks inside, the requeue happens outside."""
     plain = tmp_path / "plain"
     plain.mkdir()
-    write_config(plain / "run.yaml", tiny_config(plain, training={"max_steps": 40, "micro_bsz": 4}))
+    write_config(plain / "run.yaml", tiny_run_config(plain, training={"max_steps": 40, "micro_bsz": 4}))
     Job(plain).complete()
     by_name = ("--volume=/etc/hosts:/etc/hosts:ro", "--volume=/etc/hostname:/etc/hostname:ro")
     container = {"runtime": containers.program, "image": IMAGE, "extra_args": [*LIMITS, *by_name]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, Watched, descendants, wait_for_end, wait_until
-from tiny_run import tiny_config, write_config, write_text
+from tiny_run import tiny_run_config, write_config, write_text
 
 pytestmark = pytest.mark.system
 
@@ -21,7 +21,7 @@ SAVE_POINTS = ("after_weights", "after_optimizer", "before_manifest", "before_co
 
 def _new_run(folder: Path, max_steps: int) -> Watched:
     folder.mkdir(exist_ok=True)
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         training={"max_steps": max_steps, "val_interval_steps": 50},
         checkpoint={"save_interval_steps": SAVE_INTERVAL},
@@ -101,7 +101,7 @@ def test_killed_while_preparing_data(kills: int, tmp_path: Path, start: Callable
         folder = tmp_path / name
         folder.mkdir()
         (folder / "text.jsonl").write_bytes(text)
-        config = tiny_config(folder, data={"n_epochs_duplication": 2, "num_workers": 2}, training={"max_steps": 4})
+        config = tiny_run_config(folder, data={"n_epochs_duplication": 2, "num_workers": 2}, training={"max_steps": 4})
         write_config(folder / "run.yaml", config)
         runs.append(Watched(folder))
     killed, unbroken = runs

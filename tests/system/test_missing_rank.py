@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from system.processes import END_S, Job, Watched, by_hand, free_port, wait_for_end, wait_until
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.train.distributed.rank_monitor import SILENT_S
 
@@ -42,7 +42,7 @@ def _new_run(folder: Path, *, preparation_s: float | None = None, **training: An
         (folder / "slow.py").write_text(SLOW_TOKENIZER.format(seconds=preparation_s))
         data["tokenizer"] = {"type": "slow:Slow"}
     training = {"max_steps": 20, "micro_bsz": 2, "timeout_s": TIMEOUT_S} | training
-    config = tiny_config(folder, data=data, training=training, checkpoint={"save_interval_steps": 5000})
+    config = tiny_run_config(folder, data=data, training=training, checkpoint={"save_interval_steps": 5000})
     write_config(folder / "run.yaml", config)
     return Watched(folder)
 
@@ -126,7 +126,7 @@ def test_preparation_may_take_longer_than_the_timeout(tmp_path: Path, start: Cal
 def test_a_shared_directory_that_shows_files_late(tmp_path: Path, start: Callable[..., Job]) -> None:
     """C13: rank 1 sees everything ten seconds after rank 0 has written it."""
     run = _new_run(tmp_path)
-    late = tiny_config(
+    late = tiny_run_config(
         tmp_path, training={"max_steps": 20, "micro_bsz": 2, "timeout_s": 60}, work_dir=str(tmp_path / "late")
     )
     write_config(tmp_path / "late.yaml", late)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, Watched
-from tiny_run import tiny_config, write_config, write_text
+from tiny_run import tiny_run_config, write_config, write_text
 
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.errors import LaunchError, MissingDataError
@@ -56,7 +56,7 @@ print("codes", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in
 
 
 def _new_run(folder: Path, **training: object) -> Watched:
-    config = tiny_config(folder, training=training, data={"n_epochs_duplication": 10})
+    config = tiny_run_config(folder, training=training, data={"n_epochs_duplication": 10})
     write_config(folder / "run.yaml", config)
     return Watched(folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from system.processes import Job, Watched, stopped_steps, wait_for_end, wait_until
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 pytestmark = pytest.mark.system
 
@@ -20,7 +20,7 @@ TOTAL_STEPS = 100
 
 def _new_run(folder: Path, *, data: dict[str, Any] | None = None, **training: Any) -> Watched:
     folder.mkdir(exist_ok=True)
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         data=data or {},
         training={"max_steps": TOTAL_STEPS, "micro_bsz": 2, **training},

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 from report_page import records
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.train.run import train
@@ -31,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         message = "Chromium is not installed (apt-get install chromium)"
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
     folder = tmp_path_factory.mktemp("run")
-    train(tiny_config(folder))
+    train(tiny_run_config(folder))
     assert cli.main(["report", str(folder / "work")]) == 0
     return folder / "work" / "report" / "index.html"
 

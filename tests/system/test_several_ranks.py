@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, Watched, by_hand, free_port, wait_until
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 pytestmark = pytest.mark.system
 
@@ -72,7 +72,7 @@ def test_every_method_of_the_python_face(
 
 
 def _run(folder: Path, **training: object) -> Watched:
-    write_config(folder / "run.yaml", tiny_config(folder, training={"max_steps": 2, "micro_bsz": 2, **training}))
+    write_config(folder / "run.yaml", tiny_run_config(folder, training={"max_steps": 2, "micro_bsz": 2, **training}))
     return Watched(folder)
 
 

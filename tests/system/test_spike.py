@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from system.processes import Job, Watched, wait_for_end, wait_until
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.metrics.events import read_events
@@ -26,7 +26,7 @@ SPIKE = "train.spike@14-15:hit"
 def _new_run(folder: Path, **training: Any) -> Watched:
     guard = {"spike_window_steps": 8, "spike_patience_steps": 2, "spike_lead_steps": 3, "on_spike": "rollback"}
     training = {"max_steps": 24, "micro_bsz": 2, "lr_init": 1e-4} | training
-    config = tiny_config(folder, training=training, guard=guard, checkpoint={"save_interval_steps": 4})
+    config = tiny_run_config(folder, training=training, guard=guard, checkpoint={"save_interval_steps": 4})
     write_config(folder / "run.yaml", config)
     return Watched(folder)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, stopped_steps
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 pytestmark = pytest.mark.system
 
@@ -22,7 +22,7 @@ def _steps(folder: Path, rank: int) -> dict[int, dict[str, float]]:
 
 def test_each_rank_tells_of_its_own_steps(tmp_path: Path, start: Callable[..., Job]) -> None:
     """Rank 1 waits for its data in step 6, and rank 0 for rank 1; both have a profile of the steps before."""
-    config = tiny_config(tmp_path, training={"micro_bsz": 2}, logging={"sample_tokens": 0, "profile_steps": 2})
+    config = tiny_run_config(tmp_path, training={"micro_bsz": 2}, logging={"sample_tokens": 0, "profile_steps": 2})
     write_config(tmp_path / "run.yaml", config)
     start(tmp_path, ranks=2, fault="data.batch@5#1:sleep=0.6").complete()
     ranks = [_steps(tmp_path, rank) for rank in (0, 1)]
@@ -38,7 +38,7 @@ def test_each_rank_tells_of_its_own_steps(tmp_path: Path, start: Callable[..., J
 
 
 def test_a_stopped_run_goes_on_with_fewer_ranks(tmp_path: Path, start: Callable[..., Job]) -> None:
-    config = tiny_config(tmp_path, training={"global_batch_size": 4, "micro_bsz": 2})
+    config = tiny_run_config(tmp_path, training={"global_batch_size": 4, "micro_bsz": 2})
     write_config(tmp_path / "run.yaml", config)
     stopped = start(tmp_path, ranks=2, fault="train.step@5#1:signal=SIGUSR1")
     assert stopped.wait() == 1

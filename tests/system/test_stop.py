@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning import LightningModule, Trainer
 from system.processes import Job, Watched, stopped_steps, wait_until
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.runtime import interrupt
@@ -29,7 +29,7 @@ REPEATED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by terminals, agen
 
 def _new_run(folder: Path) -> Watched:
     """A run that saves only when it is stopped and at its end."""
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         training={"max_steps": TOTAL_STEPS, "val_interval_steps": 50},
         checkpoint={"save_interval_steps": TOTAL_STEPS},
@@ -107,7 +107,7 @@ def test_one_rank_that_is_asked_ends_the_validation_of_all(tmp_path: Path, start
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
         training = {"max_steps": 8, "val_interval_steps": 4, "micro_bsz": 2, "timeout_s": 30}
-        write_config(tmp_path / name / "run.yaml", tiny_config(tmp_path / name, training=training))
+        write_config(tmp_path / name / "run.yaml", tiny_run_config(tmp_path / name, training=training))
         runs.append(Watched(tmp_path / name))
     unbroken, stopped = runs
     start(unbroken.folder, ranks=2).complete()
@@ -127,7 +127,7 @@ def _val_losses(run: Watched) -> list[float | None]:
 
 def test_a_rank_that_waits_for_others_hears_a_signal(tmp_path: Path, start: Callable[..., Job]) -> None:
     """torch waits for them in C++, where Python runs no handler."""
-    write_config(tmp_path / "run.yaml", tiny_config(tmp_path, training={"timeout_s": 300}))
+    write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"timeout_s": 300}))
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -146,7 +146,7 @@ def test_a_signal_while_the_trainer_starts(tmp_path: Path, monkeypatch: pytest.M
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StableBuckets, "on_train_start", interrupt)
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 1 of 8"):
         train(config)
     assert Watched(tmp_path).newest_checkpoint() == 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from system.processes import Job, Watched
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.model.state_dict import load_pth
@@ -26,7 +26,7 @@ BREAK = 27  # between the checkpoints of 20 and 40
 def _new_run(folder: Path, **training: Any) -> Watched:
     """A run whose steps take accumulation, clipping that bites, and activation checkpointing."""
     folder.mkdir(exist_ok=True)
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         training={
             "max_steps": STEPS,
@@ -208,7 +208,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     shutil.copytree(source.work.root, run.work.root)
     for step in list_steps(run.work.checkpoints)[1:]:
         shutil.rmtree(checkpoint_path(run.work.checkpoints, step))
-    config = tiny_config(
+    config = tiny_run_config(
         run.folder,
         training={
             "max_steps": 21,

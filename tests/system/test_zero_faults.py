@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import Job, Watched, wait_for_end, wait_until
-from tiny_run import losses, tiny_config, write_config
+from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified
 from rwkv_cluster.train.metrics.events import read_events
@@ -25,7 +25,7 @@ END_S = 10.0
 
 def _new_run(folder: Path, max_steps: int, *, background: bool = False, **training: object) -> Watched:
     folder.mkdir(exist_ok=True)
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         training={"max_steps": max_steps, "micro_bsz": 2, "zero_stage": 2, **training},
         checkpoint={"save_interval_steps": SAVE_INTERVAL, "background": background},

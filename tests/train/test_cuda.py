@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
-from tiny_run import fingerprint, losses, tiny_config, write_config
+from tiny_run import fingerprint, losses, tiny_run_config, write_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.kernels import native, ops
@@ -52,7 +52,7 @@ def test_a_run_follows_the_cpu(model_type: str, precision: str, sizes: dict[str,
         folder = tmp_path / accelerator
         folder.mkdir()
         training = {"accelerator": accelerator, "precision": its_precision, "lr_init": 3e-4}
-        train(tiny_config(folder, model={"model_type": model_type, **sizes}, training=training))
+        train(tiny_run_config(folder, model={"model_type": model_type, **sizes}, training=training))
         curves[accelerator] = losses(folder / "work")
     tolerance = 1e-4 if precision == "fp32" else 3e-2
     assert curves["cuda"] == pytest.approx(curves["cpu"], rel=tolerance)
@@ -67,7 +67,7 @@ def test_continues_exactly(
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
         training = {"accelerator": "cuda", "precision": precision}
-        configs.append(tiny_config(tmp_path / name, model=sizes, training=training))
+        configs.append(tiny_run_config(tmp_path / name, model=sizes, training=training))
     train(configs[0])
     monkeypatch.setenv(FAULT_VARIABLE, "train.step@3:signal=SIGUSR1")
     with pytest.raises(Preempted):
@@ -84,7 +84,7 @@ def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path
         training = {"accelerator": "cuda", "precision": "bf16", "grad_cp": 1}
         model = {"n_embd": 128, "head_size_a": 64}
         logging = {"profile_steps": steps, "peak_tflops": 1000.0}
-        train(tiny_config(tmp_path / name, model=model, training=training, logging=logging))
+        train(tiny_run_config(tmp_path / name, model=model, training=training, logging=logging))
         results.append(fingerprint(tmp_path / name / "work"))
         logs = tmp_path / name / "work/logs"
         lines = [json.loads(line) for line in (logs / "events/rank-0.jsonl").read_text().splitlines()]
@@ -102,7 +102,7 @@ def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path
 @pytest.mark.skipif(torch.cuda.device_count() < 2 or os.geteuid() != 0, reason="needs two GPUs, and root for a mount")
 def test_two_gpus_without_shared_memory(tmp_path: Path) -> None:
     """On a /dev/shm of 1 MB, in which NCCL's own transport would end the run."""
-    config = tiny_config(tmp_path, training={"accelerator": "cuda", "strategy": "ddp", "micro_bsz": 2})
+    config = tiny_run_config(tmp_path, training={"accelerator": "cuda", "strategy": "ddp", "micro_bsz": 2})
     write_config(tmp_path / "run.yaml", config)
     script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     train_it = ("--standalone", "--nproc-per-node=2", "-m", "rwkv_cluster", "train", "run.yaml")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import tiny_config, write_config
+from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import RWKVTrainingPipeline
 from rwkv_cluster.cli import main
@@ -79,7 +79,7 @@ def test_weights_that_the_run_starts_from_are_the_users_own(work: WorkDir) -> No
 
 
 def test_a_refused_directory_stays_as_it_was(tmp_path: Path, work: WorkDir, capfd: pytest.CaptureFixture[str]) -> None:
-    path = write_config(tmp_path / "run.yaml", tiny_config(tmp_path))
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     for name in NAMES:
         put(work, name)
     before = sorted(work.root.rglob("*"))
@@ -107,7 +107,7 @@ def test_the_pipeline_refuses_too_and_takes_a_pair_in_its_data(tmp_path: Path, w
 
 
 def test_a_work_directory_copied_without_hidden_files_is_known(tmp_path: Path, work: WorkDir) -> None:
-    config = tiny_config(tmp_path, training={"max_steps": 1})
+    config = tiny_run_config(tmp_path, training={"max_steps": 1})
     path = write_config(tmp_path / "run.yaml", config)
     assert main(["prepare", str(path)]) == 0
     for name in (".lock", "data/.prepare.lock"):

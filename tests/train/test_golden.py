@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from golden_files import Golden
-from tiny_run import losses, tiny_config
+from tiny_run import losses, tiny_run_config
 
 from rwkv_cluster.train.run import train
 
 
 def _curve(folder: Path, model_type: str) -> list[float]:
-    config = tiny_config(
+    config = tiny_run_config(
         folder,
         model={"model_type": model_type, "n_embd": 64},
         data={"validation_fraction": 0.0, "write_jsonl": False},

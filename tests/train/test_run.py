@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import fingerprint, losses, tiny_config, write_text
+from tiny_run import fingerprint, losses, tiny_run_config, write_text
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchError, Preempted, TrainingError
@@ -30,13 +30,13 @@ from rwkv_cluster.workdir import WorkDir
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("unbroken")
-    train(tiny_config(folder))
+    train(tiny_run_config(folder))
     return folder
 
 
 def _copy_of(unbroken: Path, folder: Path) -> Config:
     shutil.copytree(unbroken, folder, dirs_exist_ok=True)
-    return tiny_config(folder)
+    return tiny_run_config(folder)
 
 
 def _run_in_sessions(config: Config, stops: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def _run_in_sessions(config: Config, stops: list[int], monkeypatch: pytest.Monke
 
 
 def test_the_same_config_twice_is_equal(unbroken: Path, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path))
+    train(tiny_run_config(tmp_path))
     assert fingerprint(tmp_path / "work") == fingerprint(unbroken / "work")
 
 
@@ -88,7 +88,7 @@ def test_a_gpu_would_add_up_in_fp32_while_training_and_as_before_afterwards(
         return forward(module, batch)
 
     monkeypatch.setattr(TrainingModule, "forward", look)
-    train(tiny_config(tmp_path, training={"max_steps": 1}))
+    train(tiny_run_config(tmp_path, training={"max_steps": 1}))
     assert seen == {(False, False)}
     assert setting() == (True, True)
 
@@ -102,7 +102,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(unbroken: Path) -> None:
 def test_stopped_and_continued_equals_unbroken(
     stops: list[int], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     _run_in_sessions(config, stops, monkeypatch)
     assert fingerprint(config.work_dir) == fingerprint(unbroken / "work")
 
@@ -124,7 +124,7 @@ def test_every_version_and_precision_continues_exactly(
     for folder in folders:
         folder.mkdir()
         configs.append(
-            tiny_config(folder, model={"model_type": model_type, "n_embd": 64, "n_layer": 1}, training=training)
+            tiny_run_config(folder, model={"model_type": model_type, "n_embd": 64, "n_layer": 1}, training=training)
         )
     train(configs[0])
     _run_in_sessions(configs[1], [3], monkeypatch)
@@ -148,7 +148,7 @@ def test_noise_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fingerprints = []
     for name in ("unbroken", "stopped", "noise lost"):
         (tmp_path / name).mkdir()
-        config = tiny_config(tmp_path / name)
+        config = tiny_run_config(tmp_path / name)
         _seed_all(1)
         if name != "unbroken":
             monkeypatch.setenv(FAULT_VARIABLE, "train.step@3:signal=SIGUSR1")
@@ -169,7 +169,7 @@ def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeyp
     configs = []
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
-        configs.append(tiny_config(tmp_path / name, training={"precision": "fp16", "max_steps": 12}))
+        configs.append(tiny_run_config(tmp_path / name, training={"precision": "fp16", "max_steps": 12}))
     train(configs[0])
     _run_in_sessions(configs[1], [1, 6], monkeypatch)
     assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
@@ -182,7 +182,7 @@ def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeyp
 
 
 def test_accumulation_gives_the_same_curve(unbroken: Path, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, training={"micro_bsz": 1, "global_batch_size": 4}))
+    train(tiny_run_config(tmp_path, training={"micro_bsz": 1, "global_batch_size": 4}))
     assert losses(tmp_path / "work") == pytest.approx(losses(unbroken / "work"), rel=1e-6)
 
 
@@ -190,7 +190,7 @@ def test_a_request_between_micro_batches_waits_for_the_step(tmp_path: Path, monk
     configs = []
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
-        configs.append(tiny_config(tmp_path / name, training={"micro_bsz": 1, "accumulate_grad_batches": 4}))
+        configs.append(tiny_run_config(tmp_path / name, training={"micro_bsz": 1, "accumulate_grad_batches": 4}))
     train(configs[0])
     monkeypatch.setenv(FAULT_VARIABLE, "train.loss@3:signal=SIGTERM")  # at the first of step 3's four
     with pytest.raises(Preempted, match="SIGTERM after step 4 of 8"):
@@ -201,7 +201,7 @@ def test_a_request_between_micro_batches_waits_for_the_step(tmp_path: Path, monk
 
 
 def test_activation_checkpointing_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, training={"grad_cp": 1}))
+    train(tiny_run_config(tmp_path, training={"grad_cp": 1}))
     assert losses(tmp_path / "work") == losses(unbroken / "work")
 
 
@@ -228,7 +228,7 @@ def test_final_weights_that_are_gone_are_written_again(unbroken: Path, tmp_path:
 
 def test_more_steps_go_on_from_the_end(unbroken: Path, tmp_path: Path) -> None:
     _copy_of(unbroken, tmp_path)
-    result = train(tiny_config(tmp_path, training={"max_steps": 10, "lr_init": 2e-3}))
+    result = train(tiny_run_config(tmp_path, training={"max_steps": 10, "lr_init": 2e-3}))
     assert (result.step, len(losses(tmp_path / "work"))) == (10, 10)
     assert losses(tmp_path / "work")[:8] == losses(unbroken / "work")
 
@@ -236,7 +236,7 @@ def test_more_steps_go_on_from_the_end(unbroken: Path, tmp_path: Path) -> None:
 def test_fewer_steps_than_done_is_refused(unbroken: Path, tmp_path: Path) -> None:
     _copy_of(unbroken, tmp_path)
     with pytest.raises(CheckpointError, match="at step 8, beyond this configuration's last step 3"):
-        train(tiny_config(tmp_path, training={"max_steps": 3}))
+        train(tiny_run_config(tmp_path, training={"max_steps": 3}))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_another_run_is_refused_and_nothing_is_touched(
     manifest = (tmp_path / "work" / "data" / "manifest.json").read_bytes()
     before = fingerprint(tmp_path / "work")
     with pytest.raises(kind) as caught:
-        train(tiny_config(tmp_path, **changes))
+        train(tiny_run_config(tmp_path, **changes))
     assert difference in str(caught.value)
     assert fingerprint(tmp_path / "work") == before
     assert (tmp_path / "work" / "data" / "manifest.json").read_bytes() == manifest
@@ -273,7 +273,7 @@ def test_changed_input_under_checkpoints_is_refused(unbroken: Path, tmp_path: Pa
 
 def test_an_allowed_change_is_logged(unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _copy_of(unbroken, tmp_path)
-    train(tiny_config(tmp_path, training={"max_steps": 9, "lr_final": 5e-5}))
+    train(tiny_run_config(tmp_path, training={"max_steps": 9, "lr_final": 5e-5}))
     assert "training.lr_final: 6e-05 -> 5e-05" in caplog.text
 
 
@@ -305,7 +305,7 @@ def test_leftovers_of_a_killed_save_are_removed(unbroken: Path, tmp_path: Path) 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row G1."""
-    config = tiny_config(tmp_path, checkpoint={"save_interval_steps": 2})
+    config = tiny_run_config(tmp_path, checkpoint={"save_interval_steps": 2})
     monkeypatch.setenv(FAULT_VARIABLE, f"train.{what}@5:hit")
     with pytest.raises(TrainingError, match=rf"step 5: the {what} is .*rank 0.*Samples 21 to 24") as caught:
         train(config)
@@ -317,7 +317,7 @@ def test_what_is_not_finite_stops_before_the_update(what: str, tmp_path: Path, m
 
 
 def test_a_truncated_init_file_is_refused_until_renewed(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     path = initialize(config)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"rwkv-init\.pth.*init --force"):
@@ -327,21 +327,21 @@ def test_a_truncated_init_file_is_refused_until_renewed(tmp_path: Path) -> None:
 
 
 def test_a_work_dir_with_another_models_init_is_refused(tmp_path: Path) -> None:
-    initialize(tiny_config(tmp_path, model={"n_embd": 64}))
+    initialize(tiny_run_config(tmp_path, model={"n_embd": 64}))
     with pytest.raises(CheckpointError, match=r"rwkv-init\.pth cannot start this run"):
-        train(tiny_config(tmp_path))
+        train(tiny_run_config(tmp_path))
 
 
 def test_init_from_another_runs_weights(unbroken: Path, tmp_path: Path) -> None:
     source = unbroken / "work/out/rwkv-final.pth"
-    train(tiny_config(tmp_path, training={"init_from": str(source), "max_steps": 2}))
+    train(tiny_run_config(tmp_path, training={"init_from": str(source), "max_steps": 2}))
     started = load_pth(tmp_path / "work/out/rwkv-init.pth")
     assert all(torch.equal(started[name], tensor) for name, tensor in load_pth(source).items())
     assert losses(tmp_path / "work")[0] < losses(unbroken / "work")[0] - 0.5
 
 
 def test_a_held_work_dir_is_refused(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     work = WorkDir(config.work_dir)
     with work.lock(), pytest.raises(LaunchError, match=r"in use by process \d+ on \S+ since"):
         train(config)
@@ -349,17 +349,17 @@ def test_a_held_work_dir_is_refused(tmp_path: Path) -> None:
 
 def test_too_little_data_says_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"too few for ctx_len 4096.*model\.ctx_len of at most"):
-        train(tiny_config(tmp_path, model={"ctx_len": 4096}))
+        train(tiny_run_config(tmp_path, model={"ctx_len": 4096}))
     assert not (tmp_path / "work/out/rwkv-init.pth").exists()
 
 
 @pytest.mark.parametrize("micro_bsz", [11, 256])
 def test_any_batch_size_trains(micro_bsz: int, tmp_path: Path) -> None:
-    assert train(tiny_config(tmp_path, training={"micro_bsz": micro_bsz, "max_steps": 1})).step == 1
+    assert train(tiny_run_config(tmp_path, training={"micro_bsz": micro_bsz, "max_steps": 1})).step == 1
 
 
 def test_epochs_are_passes_over_the_slots(tmp_path: Path) -> None:
-    config = tiny_config(
+    config = tiny_run_config(
         tmp_path,
         training={"max_steps": None, "num_epochs": 2, "micro_bsz": 64},
         checkpoint={"save_interval_steps": None},
@@ -374,12 +374,12 @@ def test_epochs_are_passes_over_the_slots(tmp_path: Path) -> None:
 
 def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):
-        train(tiny_config(tmp_path, training={"precision": "fp16", "accelerator": "cpu"}))
+        train(tiny_run_config(tmp_path, training={"precision": "fp16", "accelerator": "cpu"}))
 
 
 def test_another_number_of_ranks_keeps_the_global_batch(unbroken: Path) -> None:
     """Row A6: accumulation follows; what does not divide is refused with the numbers that would."""
-    config = tiny_config(unbroken)
+    config = tiny_run_config(unbroken)
     found = newest_verified(WorkDir(config.work_dir).checkpoints)
     assert found is not None
     assert found.state.global_batch_size == 4  # of one rank with micro_bsz 4
@@ -400,5 +400,5 @@ def test_deepspeed_that_cannot_be_imported_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"ZeRO stage 2 needs the package deepspeed, which cannot be imported: .*ddp"):
-        train(tiny_config(tmp_path, training={"zero_stage": 2}))
+        train(tiny_run_config(tmp_path, training={"zero_stage": 2}))
     assert not (tmp_path / "work").exists()

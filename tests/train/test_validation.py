@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import fingerprint, losses, tiny_config, write_config
+from tiny_run import fingerprint, losses, tiny_run_config, write_config
 
 from rwkv_cluster import cli
 from rwkv_cluster.config import Config, TrainingConfig
@@ -53,7 +53,7 @@ def test_bytes_of_tokens(tmp_path: Path) -> None:
 def test_bits_per_byte_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "vocab.txt").write_text(BYTES + PAIRS)
     tokenizer = {"type": "generic", "vocab_file": str(tmp_path / "vocab.txt")}
-    config = tiny_config(tmp_path, data={"tokenizer": tokenizer}, training={"max_steps": 2, "val_max_tokens": 100})
+    config = tiny_run_config(tmp_path, data={"tokenizer": tokenizer}, training={"max_steps": 2, "val_max_tokens": 100})
     train(config)
     record = _records(config)[-1]
     tokens = open_tokens(WorkDir(config.work_dir).data / "val")
@@ -93,7 +93,7 @@ def test_bytes_are_their_own_bits_and_integers_have_none(tmp_path: Path) -> None
         if data:
             np.save(folder / "numbers.npy", np.random.default_rng(0).integers(0, 360, (40, 60)))
             data |= {"inputs": [str(folder / "numbers.npy")]}
-        config = tiny_config(folder, data=data, training={"max_steps": 1})
+        config = tiny_run_config(folder, data=data, training={"max_steps": 1})
         train(config)
         (record,) = _records(config)
         if data:
@@ -107,7 +107,7 @@ def test_samples_disturb_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     for name, interval in (("without", None), ("with", 3)):
         (tmp_path / name).mkdir()
         records = {"sample_interval_steps": interval, "sample_tokens": 30, "sample_prompt": "the river"}
-        config = tiny_config(tmp_path / name, logging=records)
+        config = tiny_run_config(tmp_path / name, logging=records)
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
@@ -141,7 +141,7 @@ def _ending_early(folder: Path, patience: int | None = 2, **training: Any) -> Co
     """No loss improves by 100 nats: the evaluation at step 2 is the best, and those at 4 and 6 end the run."""
     folder.mkdir(exist_ok=True)
     training = {"max_steps": 12, "val_interval_steps": 2, "early_stop_min_delta": 100.0} | training
-    return tiny_config(folder, training={**training, "early_stop_patience": patience})
+    return tiny_run_config(folder, training={**training, "early_stop_patience": patience})
 
 
 def test_an_early_end_is_an_end(
@@ -215,7 +215,7 @@ def test_what_follows_the_last_step_comes_again_too(kind: str, tmp_path: Path, m
         (tmp_path / name).mkdir()
         data = {} if kind == "validation" else {"validation_fraction": 0.0}
         samples = {"sample_interval_steps": 8, "sample_tokens": 4}
-        configs.append(tiny_config(tmp_path / name, data=data, logging=samples if kind == "sample" else {}))
+        configs.append(tiny_run_config(tmp_path / name, data=data, logging=samples if kind == "sample" else {}))
     unbroken, stopped = configs
     train(unbroken)
     monkeypatch.setenv(FAULT_VARIABLE, "train.aside@8:signal=SIGUSR1")
@@ -250,7 +250,7 @@ def test_a_kill_after_a_validation_that_came_again_leaves_no_trace(
 
 def test_early_stopping_without_validation_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"early_stop_patience is set, but .* has no validation data"):
-        train(tiny_config(tmp_path, data={"validation_fraction": 0.0}, training={"early_stop_patience": 3}))
+        train(tiny_run_config(tmp_path, data={"validation_fraction": 0.0}, training={"early_stop_patience": 3}))
     assert not list_steps(WorkDir(tmp_path / "work").checkpoints)
 
 

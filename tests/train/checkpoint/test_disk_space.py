@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses, state_of, tiny_config
+from tiny_run import losses, state_of, tiny_run_config
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth
@@ -24,7 +24,7 @@ from rwkv_cluster.workdir import WorkDir
 def test_sizes_are_those_of_what_is_written(model_type: str, precision: str, tmp_path: Path) -> None:
     """Row B6. To a tenth, which is what `SPARE` covers, of the smallest of models: its values are not much of it."""
     model = {"model_type": model_type, "n_layer": 2, "n_embd": 32, "head_size_a": 16, "ctx_len": 32}
-    result = train(tiny_config(tmp_path, model=model, training={"max_steps": 1, "precision": precision}))
+    result = train(tiny_run_config(tmp_path, model=model, training={"max_steps": 1, "precision": precision}))
     shapes = {name: list(tensor.shape) for name, tensor in load_pth(result.final_path).items()}
     folder = WorkDir(result.work_dir).checkpoints / "step-00000001"
     written = sum(file.stat().st_size for file in folder.iterdir())
@@ -50,13 +50,13 @@ def test_a_run_without_room_is_refused_before_it_starts(
     monkeypatch.setattr(
         "rwkv_cluster.train.fit.require_disk_space", lambda folder, n_bytes, what: asked.append(n_bytes)
     )
-    train(tiny_config(tmp_path, training={"max_steps": 1}))
+    train(tiny_run_config(tmp_path, training={"max_steps": 1}))
     monkeypatch.undo()
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: int(factor * asked[0]))
     with pytest.raises(CheckpointError) as caught:
-        train(tiny_config(other))
+        train(tiny_run_config(other))
     checkpoints = WorkDir(other / "work").checkpoints
     assert str(caught.value) == (
         f"there is no room for the next checkpoint and the weights beside it: it needs {int(asked[0] * 1.1):,} bytes "
@@ -73,7 +73,7 @@ def test_a_disk_that_fills_up_while_it_trains_is_found_before_the_save(
 ) -> None:
     frees = iter([1 << 40, 1 << 40, 1000])  # at the start, at the save of step 4, at that of step 8
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: next(frees))
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"no room for the checkpoint of step 8: it needs [\d,]+ bytes and 1,000"):
         train(config)
     checkpoints = WorkDir(config.work_dir).checkpoints
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_while_it_trains_is_found_before_the_save(
 
 
 def test_a_complete_run_on_a_full_disk_still_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, training={"max_steps": 1})
+    config = tiny_run_config(tmp_path, training={"max_steps": 1})
     train(config)
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 0)
     assert train(config).already_complete

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import losses, tiny_config
+from tiny_run import losses, tiny_run_config
 from torch import Tensor
 
 from rwkv_cluster.cli import main
@@ -64,7 +64,7 @@ def _forge(path: Path, name: str, content: Any) -> None:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run that ended after step 8, with its checkpoints of steps 4 and 8 in pieces."""
     folder = tmp_path_factory.mktemp("sharded")
-    config = tiny_config(folder)
+    config = tiny_run_config(folder)
     train(config)
     for step in (4, 8):
         _cut_up(save_load.checkpoint_path(WorkDir(config.work_dir).checkpoints, step))
@@ -85,8 +85,8 @@ def _newest(run: WorkDir) -> Path:
 def test_goes_on_from_pieces_as_from_whole_tensors(run: WorkDir, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     for folder in (tmp_path, tmp_path / "whole"):
-        train(tiny_config(folder, training={"max_steps": 8}))
-        train(tiny_config(folder, training={"max_steps": 10}))
+        train(tiny_run_config(folder, training={"max_steps": 8}))
+        train(tiny_run_config(folder, training={"max_steps": 10}))
     assert losses(run.root) == losses(tmp_path / "whole/work")
     finals = [load_pth(work / "out/rwkv-final.pth") for work in (run.root, tmp_path / "whole/work")]
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[1])
@@ -158,7 +158,7 @@ def test_a_run_with_damaged_shards_only_never_starts_anew(run: WorkDir, tmp_path
     for step in (4, 8):
         (save_load.checkpoint_path(run.checkpoints, step) / SHARDS[-1]).write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as caught:
-        train(tiny_config(tmp_path, training={"max_steps": 10}))
+        train(tiny_run_config(tmp_path, training={"max_steps": 10}))
     assert str(caught.value).count(f"{SHARDS[-1]}: 0 bytes, expected") == 2
 
 
@@ -178,7 +178,7 @@ def test_code_in_a_shard_does_not_run(
     canary = tmp_path / "canary"
     _forge(_newest(run), name, {"emb.weight@0": torch.ones(1), "x@0": _Bomb(canary)})
     with pytest.raises(CheckpointError, match=rf"{name}: refused: it names the Python object 'posix\.system'"):
-        train(tiny_config(tmp_path, training={"max_steps": 10}))
+        train(tiny_run_config(tmp_path, training={"max_steps": 10}))
     code = main(["consolidate", str(run.root)])
     if name.startswith("weights"):  # it reads nothing else
         assert code == 4
@@ -198,13 +198,13 @@ def test_a_value_that_is_not_finite_is_refused_by_name(name: str, value: float, 
     _forge(path, name, pieces)
     tensor = key.partition("@")[0]
     with pytest.raises(CheckpointError, match=rf"{name} is not usable: {tensor} has a NaN or infinite value"):
-        train(tiny_config(tmp_path, training={"max_steps": 10}))
+        train(tiny_run_config(tmp_path, training={"max_steps": 10}))
 
 
 @pytest.mark.parametrize("kind", ["weights", "optimizer"])
 def test_a_value_that_is_not_finite_in_whole_tensors_too(kind: str, tmp_path: Path) -> None:
     """Row G2, without pieces."""
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     train(config)
     path = save_load.checkpoint_path(WorkDir(config.work_dir).checkpoints, 8)
     tensors = load_pth(path / f"{kind}.pth")
@@ -212,7 +212,7 @@ def test_a_value_that_is_not_finite_in_whole_tensors_too(kind: str, tmp_path: Pa
     tensors[name][0, 0] = math.nan
     _forge(path, f"{kind}.pth", tensors)
     with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not usable: {name} has a NaN or infinite value"):
-        train(tiny_config(tmp_path, training={"max_steps": 10}))
+        train(tiny_run_config(tmp_path, training={"max_steps": 10}))
 
 
 @pytest.mark.parametrize("kind", ["weights", "optimizer"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.train.distributed import hang_detector
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
@@ -90,7 +90,7 @@ def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         set_activity(rank_monitor, doing, **facts)
 
     monkeypatch.setattr(RankMonitor, "set_activity", noted)
-    train(tiny_config(tmp_path, training={"max_steps": 2}))
+    train(tiny_run_config(tmp_path, training={"max_steps": 2}))
     steps = ["loading data", "computing", "loading data", "computing"]
     assert said[:-2] == [*steps, "evaluating", "exporting weights", "exporting weights", "saving a checkpoint"]
     assert said[-1] == "ending"
@@ -99,7 +99,7 @@ def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An endless wait for data, which comes at last."""
     monkeypatch.setenv(FAULT_VARIABLE, "data.batch@2:sleep=6")
-    assert train(tiny_config(tmp_path, guard={"hang_timeout_s": 1}, training={"max_steps": 3})).step == 3
+    assert train(tiny_run_config(tmp_path, guard={"hang_timeout_s": 1}, training={"max_steps": 3})).step == 3
     text = (tmp_path / "work" / "logs" / "hang" / "rank-0.txt").read_text()
     assert "last finished step 2, has not gone on for" in text
     assert "in fault_point" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import fingerprint, losses, tiny_config
+from tiny_run import fingerprint, losses, tiny_run_config
 
 from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.data.sampler import SamplePlan
@@ -88,7 +88,7 @@ def _config(folder: Path, on_spike: str = "rollback", *, save_interval_steps: in
     folder.mkdir(exist_ok=True)
     guard = {"on_spike": on_spike, "spike_window_steps": 8, "spike_patience_steps": 2, "spike_lead_steps": 3} | guard
     training = {"max_steps": 20, "lr_init": 1e-4, "val_interval_steps": 5}
-    return tiny_config(
+    return tiny_run_config(
         folder, training=training, guard=guard, checkpoint={"save_interval_steps": save_interval_steps, "keep_last": 2}
     )
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
@@ -18,7 +18,7 @@ log = logging.getLogger("rwkv_cluster")
 
 
 def test_a_run_appends_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, logging={"log_interval_steps": 2, "sample_tokens": 0})
+    config = tiny_run_config(tmp_path, logging={"log_interval_steps": 2, "sample_tokens": 0})
     monkeypatch.setenv(FAULT_VARIABLE, "train.loss@5:hit")
     level, handlers = log.level, list(log.handlers)
     with pytest.raises(TrainingError) as caught:

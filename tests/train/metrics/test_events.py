@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.errors import CheckpointError, Preempted, TrainingError
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
@@ -25,7 +25,7 @@ def _last(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def test_a_run_that_is_stopped_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, training={"val_interval_steps": 4})
+    config = tiny_run_config(tmp_path, training={"val_interval_steps": 4})
     monkeypatch.setenv(FAULT_VARIABLE, "train.step@5:signal=SIGUSR1")
     with pytest.raises(Preempted):
         train(config)
@@ -45,7 +45,7 @@ def test_a_run_that_is_stopped_and_continued(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_not_finite_is_told_with_its_place_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     monkeypatch.setenv(FAULT_VARIABLE, "train.loss@5:hit")
     with pytest.raises(TrainingError) as caught:
         train(config)

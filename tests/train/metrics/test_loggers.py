@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import losses, tiny_config
+from tiny_run import losses, tiny_run_config
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import ConfigError, TrainingError
@@ -33,7 +33,7 @@ def _train_with_a_crash(config: Config, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_tensorboard_has_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, logging={"tensorboard": True, "peak_tflops": 1.0, "sample_tokens": 0})
+    config = tiny_run_config(tmp_path, logging={"tensorboard": True, "peak_tflops": 1.0, "sample_tokens": 0})
     _train_with_a_crash(config, monkeypatch)
     events = EventAccumulator(str(tmp_path / "work/logs/tensorboard"))
     events.Reload()
@@ -52,7 +52,7 @@ def test_weights_and_biases_have_every_step_once(tmp_path: Path, monkeypatch: py
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = tiny_config(tmp_path, logging={"wandb_project": "mine", "peak_tflops": 1.0, "sample_tokens": 0})
+    config = tiny_run_config(tmp_path, logging={"wandb_project": "mine", "peak_tflops": 1.0, "sample_tokens": 0})
     _train_with_a_crash(config, monkeypatch)
     files = sorted((tmp_path / "work/logs/wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.parent.name)
     assert len(files) == 2
@@ -98,7 +98,7 @@ def test_an_account_is_asked_for_before_anything_is_written(tmp_path: Path, monk
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"finds no API key.*`wandb login`.*WANDB_MODE=offline"):
-        train(tiny_config(tmp_path, logging={"wandb_project": "mine"}))
+        train(tiny_run_config(tmp_path, logging={"wandb_project": "mine"}))
     assert not (tmp_path / "work").exists()
 
 
@@ -114,5 +114,5 @@ def test_a_missing_package_is_said_before_anything_is_written(
         importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
     )
     with pytest.raises(ConfigError, match=rf"{package} is not installed.*pip install 'rwkv-cluster\[{package}\]'"):
-        train(tiny_config(tmp_path, logging=setting))
+        train(tiny_run_config(tmp_path, logging=setting))
     assert not (tmp_path / "work").exists()

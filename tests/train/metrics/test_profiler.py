@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import fingerprint, tiny_config, write_config
+from tiny_run import fingerprint, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.train.metrics.profile_breakdown import PARTS, break_down, read_trace
@@ -26,7 +26,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(folder: Path, **logging: Any) -> Any:
     training = {"grad_cp": 1, "micro_bsz": 2, "accumulate_grad_batches": 2}
-    return tiny_config(folder, training=training, logging={"sample_tokens": 0, **logging})
+    return tiny_run_config(folder, training=training, logging={"sample_tokens": 0, **logging})
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -82,7 +82,9 @@ def test_pauses_of_the_profiler_do_not_count_as_training(profiled: Path) -> None
 def test_a_session_shorter_than_its_profile(
     max_steps: int, steps: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tiny_config(tmp_path, training={"max_steps": max_steps}, logging={"sample_tokens": 0, "profile_steps": 50})
+    config = tiny_run_config(
+        tmp_path, training={"max_steps": max_steps}, logging={"sample_tokens": 0, "profile_steps": 50}
+    )
     train(config)
     path = tmp_path / "work/logs/profile/rank-0.txt"
     if steps:

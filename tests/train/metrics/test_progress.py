@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.config import LoggingConfig
@@ -159,7 +159,7 @@ def test_the_first_checkpoint_shown_is_the_one_that_is_continued(caplog: pytest.
 
 def test_a_whole_run_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live line at the foot, and in logs/train.log the plain lines with everything that was said."""
-    (tmp_path / "run.yaml").write_text(dump_yaml(tiny_config(tmp_path, logging={"log_interval_steps": 4})))
+    (tmp_path / "run.yaml").write_text(dump_yaml(tiny_run_config(tmp_path, logging={"log_interval_steps": 4})))
     with _terminal(monkeypatch, 130) as reader:
         assert main(["train", str(tmp_path / "run.yaml")]) == 0
         print("closed", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
@@ -139,7 +139,7 @@ def _lines(work: Path, rank: int = 0) -> list[dict[str, float]]:
 
 
 def test_a_run_writes_what_the_timer_measured(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, training={"val_interval_steps": 3, "micro_bsz": 2, "accumulate_grad_batches": 2}))
+    train(tiny_run_config(tmp_path, training={"val_interval_steps": 3, "micro_bsz": 2, "accumulate_grad_batches": 2}))
     work = tmp_path / "work"
     metrics = [json.loads(line) for line in (work / "logs/metrics.jsonl").read_text().splitlines()]
     lines = _lines(work)
@@ -156,7 +156,7 @@ def test_a_run_writes_what_the_timer_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_continued_run_has_each_step_once(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_run_config(tmp_path)
     monkeypatch.setenv(FAULT_VARIABLE, f"train.step@{stop}:signal=SIGUSR1")
     with pytest.raises(Preempted):
         train(config)

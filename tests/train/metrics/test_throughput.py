@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.model.flops import flops_per_token
@@ -26,7 +26,7 @@ def _records(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("grad_cp", [0, 1])
 def test_mfu_and_hfu_are_those_of_the_formulas(grad_cp: int, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, training={"grad_cp": grad_cp}, logging={"sample_tokens": 0, "peak_tflops": 0.5})
+    config = tiny_run_config(tmp_path, training={"grad_cp": grad_cp}, logging={"sample_tokens": 0, "peak_tflops": 0.5})
     train(config)
     flops = flops_per_token(config.model, vocab_size=257)
     hardware = flops.training + grad_cp * (flops.blocks + flops.wkv)
@@ -40,7 +40,7 @@ def test_mfu_and_hfu_are_those_of_the_formulas(grad_cp: int, tmp_path: Path) -> 
 
 
 def test_no_mfu_where_the_peak_is_not_known(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, training={"max_steps": 1}))
+    train(tiny_run_config(tmp_path, training={"max_steps": 1}))
     assert not {"mfu", "hfu"} & _records(tmp_path)[0].keys()
 
 
@@ -84,7 +84,7 @@ def test_pauses_do_not_lower_the_throughput(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Checkpointer, "begin", slow(Checkpointer.begin))
     monkeypatch.setattr("rwkv_cluster.train.fit.sample_text", lambda *args: None)
     training = {"val_interval_steps": 2, "samples_per_epoch": 8}
-    train(tiny_config(tmp_path, training=training, checkpoint={"save_interval_steps": 2}))
+    train(tiny_run_config(tmp_path, training=training, checkpoint={"save_interval_steps": 2}))
     records = _records(tmp_path)
     assert skipped[0] >= 12_000
     assert all(128 / record["tokens_per_s"] < 500 for record in records)
