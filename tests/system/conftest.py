@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from system.processes import Job
+from system.processes import Job, Watched
 from system.slurm_cluster import Cluster, cluster
 
 
@@ -21,6 +21,25 @@ def start() -> Iterator[Callable[..., Job]]:
     yield begin
     for job in jobs:
         job.end()
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
+    """`unbroken(make, ranks, **training)`: the run of `make(folder, **training)` that nothing interrupts.
+
+    Each is made when it is first asked for, and is not to be changed.
+    """
+    complete: dict[tuple[object, ...], Watched] = {}
+
+    def run_of(make: Callable[..., Watched], ranks: int | None = None, **training: object) -> Watched:
+        key = (make.__module__, make.__name__, ranks, *sorted(training.items()))
+        if key not in complete:
+            run = make(tmp_path_factory.mktemp("unbroken"), **training)
+            Job(run.folder, ranks=ranks).complete()
+            complete[key] = run
+        return complete[key]
+
+    return run_of
 
 
 @pytest.fixture(scope="session")

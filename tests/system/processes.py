@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tiny_run import fingerprint
+from tiny_run import fingerprint, tiny_run_config, write_config
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
@@ -238,6 +239,13 @@ class Watched:
         state = json.loads((newest / "state.json").read_text())
         books = ("step", "tokens_seen", "epoch_loss_sum", "epoch_loss_count", "val_loss", "data_fingerprint")
         return fingerprint(self.work.root) | {name: state[name] for name in books}
+
+
+def new_run(folder: Path, **sections: Any) -> Watched:
+    """A tiny run in `folder`, made where it is not there, with changes by section as `tiny_run_config` takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / "run.yaml", tiny_run_config(folder, **sections))
+    return Watched(folder)
 
 
 def stopped_steps(text: str) -> dict[int, int]:

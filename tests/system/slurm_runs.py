@@ -8,23 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from system import processes
 from system.processes import Watched, wait_until
 from system.slurm_cluster import Cluster
-from tiny_run import tiny_run_config, write_config
 
 
 def new_run(
     folder: Path, training: dict[str, Any] | None = None, *, save_interval_steps: int = 100_000, **launch: Any
 ) -> Watched:
     """A tiny run for two nodes with a rank each. launch: fields of that section."""
-    folder.mkdir(exist_ok=True)
     launch = {"target": "sbatch", "num_nodes": 2, "ranks_per_node": 1} | launch
     training = {"max_steps": 30, "micro_bsz": 2, "timeout_s": 60} | (training or {})
-    config = tiny_run_config(
+    return processes.new_run(
         folder, training=training, checkpoint={"save_interval_steps": save_interval_steps}, launch=launch
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
 
 
 def launch(slurm: Cluster, run: Watched, *arguments: str) -> str:

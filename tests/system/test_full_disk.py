@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.processes import PAUSE, Job, Watched
-from tiny_run import losses, state_of, tiny_run_config, write_config
+from system.processes import PAUSE, Job, Watched, new_run
+from tiny_run import losses, state_of
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.state_dict import load_pth, save_pth
@@ -112,11 +112,7 @@ def test_a_weights_file_on_a_full_disk_leaves_the_one_before(mount: Mount, tmp_p
 
 
 def _new_run(folder: Path, max_steps: int = 3000, **training: object) -> Watched:
-    config = tiny_run_config(
-        folder, training={"max_steps": max_steps, **training}, checkpoint={"save_interval_steps": 10}
-    )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
+    return new_run(folder, training={"max_steps": max_steps, **training}, checkpoint={"save_interval_steps": 10})
 
 
 def _assert_refused(run: Watched, job: Job, *, reason: str, step: int) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from system.processes import Job, Watched, descendants, wait_for_end, wait_until
-from tiny_run import tiny_run_config, write_config, write_text
+from system.processes import Job, Watched, descendants, new_run, wait_for_end, wait_until
+from tiny_run import write_text
 
 pytestmark = pytest.mark.system
 
@@ -20,26 +20,19 @@ SAVE_POINTS = ("after_weights", "after_optimizer", "before_manifest", "before_co
 
 
 def _new_run(folder: Path, max_steps: int) -> Watched:
-    folder.mkdir(exist_ok=True)
-    config = tiny_run_config(
+    return new_run(
         folder,
         training={"max_steps": max_steps, "val_interval_steps": 50},
         checkpoint={"save_interval_steps": SAVE_INTERVAL},
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
-
-
-def _unbroken(folder: Path, max_steps: int, start: Callable[..., Job]) -> dict[str, object]:
-    run = _new_run(folder, max_steps)
-    start(run.folder).complete()
-    return run.result()
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_times(kills: int, tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_killed_at_random_times(
+    kills: int, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
+) -> None:
     draw = random.Random(20)
-    run = _new_run(tmp_path / "killed", 300)
+    run = _new_run(tmp_path, 300)
     for kill in range(kills):
         sessions, saved = run.sessions(), run.newest_checkpoint()
         job = start(run.folder)
@@ -53,7 +46,7 @@ def test_killed_at_random_times(kills: int, tmp_path: Path, start: Callable[...,
         assert run.newest_checkpoint() >= saved
         assert run.steps_logged() - run.newest_checkpoint() <= SAVE_INTERVAL
     start(run.folder).complete()
-    assert run.result() == _unbroken(tmp_path / "unbroken", 300, start)
+    assert run.result() == unbroken(_new_run, max_steps=300).result()
 
 
 @pytest.mark.parametrize(
@@ -65,10 +58,14 @@ def test_killed_at_random_times(kills: int, tmp_path: Path, start: Callable[...,
     ids=["at some points", "at every point"],
 )
 def test_killed_inside_the_save(
-    by_itself: tuple[str, ...], from_outside: tuple[str, ...], tmp_path: Path, start: Callable[..., Job]
+    by_itself: tuple[str, ...],
+    from_outside: tuple[str, ...],
+    unbroken: Callable[..., Watched],
+    tmp_path: Path,
+    start: Callable[..., Job],
 ) -> None:
     draw = random.Random(10)
-    run = _new_run(tmp_path / "killed", 60)
+    run = _new_run(tmp_path, 60)
     for point in by_itself:
         saved = run.newest_checkpoint()
         job = start(run.folder, fault=f"checkpoint.{point}@{saved + SAVE_INTERVAL}:signal=SIGKILL")
@@ -89,7 +86,7 @@ def test_killed_inside_the_save(
     assert run.half_written("weights.pth") or run.newest_checkpoint() == 2 * SAVE_INTERVAL
     start(run.folder).complete()
     assert not list(run.work.checkpoints.glob(".tmp-*"))
-    assert run.result() == _unbroken(tmp_path / "unbroken", 60, start)
+    assert run.result() == unbroken(_new_run, max_steps=60).result()
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
@@ -101,9 +98,8 @@ def test_killed_while_preparing_data(kills: int, tmp_path: Path, start: Callable
         folder = tmp_path / name
         folder.mkdir()
         (folder / "text.jsonl").write_bytes(text)
-        config = tiny_run_config(folder, data={"n_epochs_duplication": 2, "num_workers": 2}, training={"max_steps": 4})
-        write_config(folder / "run.yaml", config)
-        runs.append(Watched(folder))
+        data = {"n_epochs_duplication": 2, "num_workers": 2}
+        runs.append(new_run(folder, data=data, training={"max_steps": 4}))
     killed, unbroken = runs
     found_workers = False
     for _ in range(kills):

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 from system.hosts import INTERFACE, hosts, reason_not_to
-from system.processes import Job, Watched, alive, descendants, wait_for_end, wait_until
-from tiny_run import losses, tiny_run_config, write_config
+from system.processes import Job, Watched, alive, descendants, new_run, wait_for_end, wait_until
+from tiny_run import losses
 
 pytestmark = pytest.mark.system
 
 
 def _new_run(folder: Path, training: dict[str, Any], **launch: Any) -> Watched:
-    folder.mkdir(exist_ok=True)
     training = {"micro_bsz": 2, "global_batch_size": 4, "timeout_s": 60} | training
-    config = tiny_run_config(folder, training=training, checkpoint={"save_interval_steps": 5000}, launch=launch)
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
+    return new_run(folder, training=training, checkpoint={"save_interval_steps": 5000}, launch=launch)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.processes import END_S, Job, Watched, by_hand, free_port, wait_for_end, wait_until
+from system.processes import END_S, Job, Watched, by_hand, free_port, new_run, wait_for_end, wait_until
 from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.train.distributed.rank_monitor import SILENT_S
@@ -42,9 +42,7 @@ def _new_run(folder: Path, *, preparation_s: float | None = None, **training: An
         (folder / "slow.py").write_text(SLOW_TOKENIZER.format(seconds=preparation_s))
         data["tokenizer"] = {"type": "slow:Slow"}
     training = {"max_steps": 20, "micro_bsz": 2, "timeout_s": TIMEOUT_S} | training
-    config = tiny_run_config(folder, data=data, training=training, checkpoint={"save_interval_steps": 5000})
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
+    return new_run(folder, data=data, training=training, checkpoint={"save_interval_steps": 5000})
 
 
 def test_bad_data_on_rank_0_without_an_agent(tmp_path: Path, start: Callable[..., Job]) -> None:

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from system.processes import Job, Watched
-from tiny_run import tiny_run_config, write_config, write_text
+from system.processes import Job, Watched, new_run
+from tiny_run import write_text
 
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.errors import LaunchError, MissingDataError
@@ -56,9 +56,7 @@ print("codes", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in
 
 
 def _new_run(folder: Path, **training: object) -> Watched:
-    config = tiny_run_config(folder, training=training, data={"n_epochs_duplication": 10})
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
+    return new_run(folder, training=training, data={"n_epochs_duplication": 10})
 
 
 def test_the_second_run_ends_at_once_and_names_the_first(tmp_path: Path, start: Callable[..., Job]) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.processes import Job, Watched, stopped_steps, wait_for_end, wait_until
-from tiny_run import tiny_run_config, write_config
+from system.processes import Job, Watched, new_run, stopped_steps, wait_for_end, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -19,46 +18,28 @@ TOTAL_STEPS = 100
 
 
 def _new_run(folder: Path, *, data: dict[str, Any] | None = None, **training: Any) -> Watched:
-    folder.mkdir(exist_ok=True)
-    config = tiny_run_config(
+    return new_run(
         folder,
         data=data or {},
         training={"max_steps": TOTAL_STEPS, "micro_bsz": 2, **training},
         checkpoint={"save_interval_steps": 50},
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched]:
-    """The run of a precision on two ranks that nothing interrupted, made when it is first asked for."""
-    made: dict[str, Watched] = {}
-
-    def run_of(precision: str) -> Watched:
-        if precision not in made:
-            run = _new_run(tmp_path_factory.mktemp(precision), precision=precision)
-            Job(run.folder, ranks=2).complete()
-            made[precision] = run
-        return made[precision]
-
-    return run_of
 
 
 def test_the_same_config_twice_is_equal(
-    unbroken: Callable[[str], Watched], tmp_path: Path, start: Callable[..., Job]
+    unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path)
     start(run.folder, ranks=2).complete()
-    assert run.result() == unbroken("fp32").result()
+    assert run.result() == unbroken(_new_run, 2, precision="fp32").result()
 
 
 def test_devices_without_a_launcher_is_the_same_run(
-    unbroken: Callable[[str], Watched], tmp_path: Path, start: Callable[..., Job]
+    unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path, devices=2)
     start(run.folder).complete()
-    assert run.result() == unbroken("fp32").result()
+    assert run.result() == unbroken(_new_run, 2, precision="fp32").result()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +48,7 @@ def test_devices_without_a_launcher_is_the_same_run(
 def test_one_ranks_request_stops_all_at_one_step_and_continues_exactly(
     request_stop: str,
     precision: str,
-    unbroken: Callable[[str], Watched],
+    unbroken: Callable[..., Watched],
     tmp_path: Path,
     start: Callable[..., Job],
 ) -> None:
@@ -86,7 +67,7 @@ def test_one_ranks_request_stops_all_at_one_step_and_continues_exactly(
     assert set(steps.values()) == {run.newest_checkpoint()}
     assert run.newest_checkpoint() < TOTAL_STEPS
     start(run.folder, ranks=2).complete()
-    assert run.result() == unbroken(precision).result()
+    assert run.result() == unbroken(_new_run, 2, precision=precision).result()
 
 
 def test_only_rank_0_prepares_while_rank_1_waits(tmp_path: Path, start: Callable[..., Job]) -> None:

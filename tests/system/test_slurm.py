@@ -59,7 +59,7 @@ def test_two_nodes_with_two_ranks_follow_one_process(slurm: Cluster, one_process
 
 
 @pytest.fixture(scope="module")
-def unbroken(running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def unbroken_result(running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Result of a run of `STEPS` that nothing interrupts."""
     run = new_run(tmp_path_factory.mktemp("unbroken"), {"max_steps": STEPS})
     finish(running_slurm, run, launch(running_slurm, run))
@@ -102,7 +102,7 @@ def send_signal(slurm: Cluster, job: str) -> None:
 def test_interruptions_leave_no_trace(
     interruptions: tuple[Callable[[Cluster, str], None], ...],
     slurm: Cluster,
-    unbroken: dict[str, object],
+    unbroken_result: dict[str, object],
     tmp_path: Path,
 ) -> None:
     """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
@@ -116,11 +116,11 @@ def test_interruptions_leave_no_trace(
         wait_for_restarts(slurm, job, number)
     finish(slurm, run, job)
     assert run.sessions() == len(interruptions) + 1
-    assert run.result() == unbroken
+    assert run.result() == unbroken_result
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_submitit_is_preempted(times: int, slurm: Cluster, unbroken: dict[str, object], tmp_path: Path) -> None:
+def test_submitit_is_preempted(times: int, slurm: Cluster, unbroken_result: dict[str, object], tmp_path: Path) -> None:
     """A5: jobs of less than ten minutes are no timeouts, and no task that goes on leaves a result."""
     run = new_run(tmp_path, {"max_steps": STEPS}, target="slurm")
     job = launch(slurm, run)
@@ -131,7 +131,7 @@ def test_submitit_is_preempted(times: int, slurm: Cluster, unbroken: dict[str, o
         assert not list(launch_folder(run).glob("*_result.pkl"))
     finish(slurm, run, job)
     assert run.sessions() == times + 1
-    assert run.result() == unbroken
+    assert run.result() == unbroken_result
     for task in range(2):
         with open(launch_folder(run) / f"{job}_{task}_result.pkl", "rb") as handle:
             assert pickle.load(handle) == ("success", None)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.processes import Job, Watched, wait_for_end, wait_until
-from tiny_run import losses, tiny_run_config, write_config
+from system.processes import Job, Watched, new_run, wait_for_end, wait_until
+from tiny_run import losses
 
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.metrics.events import read_events
@@ -26,9 +26,7 @@ SPIKE = "train.spike@14-15:hit"
 def _new_run(folder: Path, **training: Any) -> Watched:
     guard = {"spike_window_steps": 8, "spike_patience_steps": 2, "spike_lead_steps": 3, "on_spike": "rollback"}
     training = {"max_steps": 24, "micro_bsz": 2, "lr_init": 1e-4} | training
-    config = tiny_run_config(folder, training=training, guard=guard, checkpoint={"save_interval_steps": 4})
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
+    return new_run(folder, training=training, guard=guard, checkpoint={"save_interval_steps": 4})
 
 
 def _kinds(run: Watched) -> list[str]:
@@ -63,7 +61,6 @@ def _final_tensors(run: Watched) -> dict[str, bytes]:
 def test_killed_after_a_rollback_it_ends_as_if_it_had_never_had_the_samples(
     training: dict[str, Any], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
-    (tmp_path / "killed").mkdir()
     run, ranks = _new_run(tmp_path / "killed", **training), None if "devices" in training else 2
     job = start(run.folder, ranks=ranks, fault=SPIKE)
     wait_until(lambda: "rollback" in _kinds(run), what="the rollback")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from pytorch_lightning import LightningModule, Trainer
-from system.processes import Job, Watched, stopped_steps, wait_until
+from system.processes import Job, Watched, new_run, stopped_steps, wait_until
 from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.errors import Preempted
@@ -29,20 +29,11 @@ REPEATED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by terminals, agen
 
 def _new_run(folder: Path) -> Watched:
     """A run that saves only when it is stopped and at its end."""
-    config = tiny_run_config(
+    return new_run(
         folder,
         training={"max_steps": TOTAL_STEPS, "val_interval_steps": 50},
         checkpoint={"save_interval_steps": TOTAL_STEPS},
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    run = _new_run(tmp_path_factory.mktemp("unbroken"))
-    Job(run.folder).complete()
-    return run
 
 
 @pytest.mark.parametrize(
@@ -51,7 +42,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     ids=str,
 )
 def test_stops_with_75_and_continues_exactly(
-    request_stop: signal.Signals | str, unbroken: Watched, tmp_path: Path, start: Callable[..., Job]
+    request_stop: signal.Signals | str, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path)
     job = start(run.folder)
@@ -64,11 +55,11 @@ def test_stops_with_75_and_continues_exactly(
     assert stopped_steps(job.text) == {0: run.newest_checkpoint()}
     assert "Run the same command again to continue" in job.text
     start(run.folder).complete()
-    assert run.result() == unbroken.result()
+    assert run.result() == unbroken(_new_run).result()
 
 
 def test_more_signals_during_the_save_change_nothing(
-    unbroken: Watched, tmp_path: Path, start: Callable[..., Job]
+    unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path)
     job = start(run.folder, fault="checkpoint.after_weights:sleep=1")
@@ -80,12 +71,12 @@ def test_more_signals_during_the_save_change_nothing(
     assert job.wait(10) == 75
     assert stopped_steps(job.text) == {0: run.newest_checkpoint()}
     start(run.folder).complete()
-    assert run.result() == unbroken.result()
+    assert run.result() == unbroken(_new_run).result()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_second_press_ends_a_save_and_costs_only_that(
-    number: signal.Signals, unbroken: Watched, tmp_path: Path, start: Callable[..., Job]
+    number: signal.Signals, unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     run = _new_run(tmp_path)
     job = start(run.folder, fault="checkpoint.after_weights:sleep=300")
@@ -99,16 +90,14 @@ def test_a_second_press_ends_a_save_and_costs_only_that(
     assert "once more: ending now" in job.text
     assert "Traceback" not in job.text
     start(run.folder).complete()
-    assert run.result() == unbroken.result()
+    assert run.result() == unbroken(_new_run).result()
 
 
 def test_one_rank_that_is_asked_ends_the_validation_of_all(tmp_path: Path, start: Callable[..., Job]) -> None:
     runs = []
     for name in ("unbroken", "stopped"):
-        (tmp_path / name).mkdir()
         training = {"max_steps": 8, "val_interval_steps": 4, "micro_bsz": 2, "timeout_s": 30}
-        write_config(tmp_path / name / "run.yaml", tiny_run_config(tmp_path / name, training=training))
-        runs.append(Watched(tmp_path / name))
+        runs.append(new_run(tmp_path / name, training=training))
     unbroken, stopped = runs
     start(unbroken.folder, ranks=2).complete()
     job = start(stopped.folder, ranks=2, fault="train.aside@4#1:signal=SIGUSR1")

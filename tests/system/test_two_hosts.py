@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from system.cable import Cable, Host, reason_not_to, two_hosts
-from system.processes import Job, Watched, descendants, wait_for_end
-from tiny_run import tiny_run_config, write_config
+from system.processes import Job, Watched, descendants, new_run, wait_for_end
 
 REASON = None if os.environ.get("CI") else reason_not_to()
 pytestmark = [pytest.mark.system, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -28,12 +27,8 @@ def network() -> Iterator[tuple[list[Host], Cable]]:
 
 
 def _new_run(folder: Path, **training: Any) -> Watched:
-    folder.mkdir(exist_ok=True)
     training = {"max_steps": 5, "micro_bsz": 2, "timeout_s": 60} | training
-    write_config(
-        folder / "run.yaml", tiny_run_config(folder, training=training, checkpoint={"save_interval_steps": 5000})
-    )
-    return Watched(folder)
+    return new_run(folder, training=training, checkpoint={"save_interval_steps": 5000})
 
 
 def _begin(run: Watched, hosts: list[Host], rendezvous: str, start: Callable[..., Job]) -> list[Job]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from system.processes import Job, Watched
+from system.processes import Job, Watched, new_run
 from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
@@ -25,8 +25,7 @@ BREAK = 27  # between the checkpoints of 20 and 40
 
 def _new_run(folder: Path, **training: Any) -> Watched:
     """A run whose steps take accumulation, clipping that bites, and activation checkpointing."""
-    folder.mkdir(exist_ok=True)
-    config = tiny_run_config(
+    return new_run(
         folder,
         training={
             "max_steps": STEPS,
@@ -41,28 +40,10 @@ def _new_run(folder: Path, **training: Any) -> Watched:
         },
         checkpoint={"save_interval_steps": 20},
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
 
 
 def _curve(run: Watched, key: str) -> list[float]:
     return [json.loads(line)[key] for line in (run.work.logs / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
-    """The run of a strategy that nothing interrupted, made when it is first asked for."""
-    made: dict[str, Watched] = {}
-
-    def run_of(ranks: int | None, **training: Any) -> Watched:
-        key = f"{ranks} {training}"
-        if key not in made:
-            run = _new_run(tmp_path_factory.mktemp("unbroken"), **training)
-            Job(run.folder, ranks=ranks).complete()
-            made[key] = run
-        return made[key]
-
-    return run_of
 
 
 def _assert_close(run: Watched, reference: Watched) -> None:
@@ -88,8 +69,8 @@ def _assert_close(run: Watched, reference: Watched) -> None:
 )
 def test_two_ranks_give_the_curve_of_one_process(training: dict[str, Any], unbroken: Callable[..., Watched]) -> None:
     """Row G8."""
-    alone = unbroken(None)
-    _assert_close(unbroken(2, **training), alone)
+    alone = unbroken(_new_run)
+    _assert_close(unbroken(_new_run, 2, **training), alone)
     clipped = [norm > 0.5 for norm in _curve(alone, "grad_norm")]
     assert any(clipped)
 
@@ -102,7 +83,7 @@ def test_offload_and_the_community_s_names(
 ) -> None:
     run = _new_run(tmp_path, strategy=strategy)
     start(run.folder, ranks=2).complete()
-    _assert_close(run, unbroken(None))
+    _assert_close(run, unbroken(_new_run))
 
 
 def _broken(folder: Path, start: Callable[..., Job], *, ranks: int | None, **training: Any) -> Watched:
@@ -127,7 +108,7 @@ def test_a_resume_on_as_many_ranks_is_equal(
     """Row A1, A3: equal bits of weights, optimizer and losses, so the same run twice is equal too."""
     run = _broken(tmp_path, start, ranks=2, zero_stage=stage, precision=precision)
     start(run.folder, ranks=2).complete()
-    whole = unbroken(2, zero_stage=stage) if precision == "fp32" else unbroken(2, zero_stage=stage, precision="bf16")
+    whole = unbroken(_new_run, 2, zero_stage=stage, **({} if precision == "fp32" else {"precision": precision}))
     assert losses(run.work.root) == losses(whole.work.root)
     for step in (40, STEPS):
         found, wanted = (verify(checkpoint_path(which.work.checkpoints, step)) for which in (run, whole))
@@ -167,7 +148,7 @@ def test_other_numbers_of_ranks_and_stages_go_on(
         fault = f"train.step@{stop}:signal=SIGUSR1" if stop else None
         code = start(run.folder, ranks=ranks, fault=fault).wait()
         assert (code == 0) == (stop is None)
-    _assert_close(run, unbroken(None))
+    _assert_close(run, unbroken(_new_run))
 
 
 def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[..., Job]) -> None:
@@ -190,7 +171,7 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
 def test_every_stage_exports_what_its_checkpoint_holds(stage: int, unbroken: Callable[..., Watched]) -> None:
     """out/rwkv-final.pth is the checkpoint's masters in the training precision, consolidated offline or by the run."""
     for training in ({"zero_stage": stage}, {"zero_stage": stage, "precision": "bf16"}):
-        run = unbroken(2, **training)
+        run = unbroken(_new_run, 2, **training)
         assert main(["consolidate", str(run.folder / "run.yaml")]) == 0
         offline = load_pth(run.work.out / f"step-{STEPS:08d}.pth")
         _assert_equal_tensors(load_pth(run.work.final_weights), offline)
@@ -204,7 +185,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
 ) -> None:
     """A step with a rate of zero changes no weight: whichever stage makes it writes the same file."""
     run = _new_run(tmp_path)
-    source = unbroken(2, zero_stage=2)
+    source = unbroken(_new_run, 2, zero_stage=2)
     shutil.copytree(source.work.root, run.work.root)
     for step in list_steps(run.work.checkpoints)[1:]:
         shutil.rmtree(checkpoint_path(run.work.checkpoints, step))
@@ -232,7 +213,7 @@ def test_gradients_travel_in_the_dtype_that_is_asked_for(
 ) -> None:
     run = _new_run(tmp_path, zero_stage=2, communication_dtype=dtype, ds_bucket_mb=1)
     start(run.folder, ranks=2).complete()
-    found, wanted = (torch.tensor(_curve(which, "loss")) for which in (run, unbroken(None)))
+    found, wanted = (torch.tensor(_curve(which, "loss")) for which in (run, unbroken(_new_run)))
     error = ((found - wanted).abs() / wanted).max()
     assert error < 1e-6 if dtype == "fp32" else 1e-6 < error < 1e-2
 
@@ -247,7 +228,7 @@ def test_saving_in_the_background_changes_nothing(
     run.wait_for_steps(job, sessions=0, step=23)
     assert list_steps(run.work.checkpoints) == []  # rank 1 is still writing
     job.complete()
-    assert losses(run.work.root) == losses(unbroken(2, zero_stage=2).work.root)
+    assert losses(run.work.root) == losses(unbroken(_new_run, 2, zero_stage=2).work.root)
     assert list_steps(run.work.checkpoints) == [20, 40, 50]
     assert any("save_wait_s" in line for line in (run.work.logs / "metrics.jsonl").read_text().splitlines())
 

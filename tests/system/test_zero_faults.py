@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from system.processes import Job, Watched, wait_for_end, wait_until
-from tiny_run import losses, tiny_run_config, write_config
+from system.processes import Job, Watched, new_run, wait_for_end, wait_until
+from tiny_run import losses
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified
 from rwkv_cluster.train.metrics.events import read_events
@@ -24,14 +24,11 @@ END_S = 10.0
 
 
 def _new_run(folder: Path, max_steps: int, *, background: bool = False, **training: object) -> Watched:
-    folder.mkdir(exist_ok=True)
-    config = tiny_run_config(
+    return new_run(
         folder,
         training={"max_steps": max_steps, "micro_bsz": 2, "zero_stage": 2, **training},
         checkpoint={"save_interval_steps": SAVE_INTERVAL, "background": background},
     )
-    write_config(folder / "run.yaml", config)
-    return Watched(folder)
 
 
 def _result(run: Watched) -> dict[str, object]:
