@@ -479,7 +479,7 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
         if name not in names:
             nearest = suggestion(name, names, "Fields")
             raise ConfigError(
-                f"override_config has '{name}', no field of ModelConfig or TrainingConfig", remedy=f"{nearest}"
+                f"override_config has '{name}', no field of ModelConfig or TrainingConfig", remedy=nearest
             )
     return {
         section: {name: value for name, value in overrides.items() if name in section.model_fields}

@@ -393,7 +393,7 @@ def test_generate_takes_the_tokenizer_of_a_foreign_file(install: Install, capsys
     assert main(["generate", "x.pth", "--vocab-file", "[odd] name.txt"]) == 0
     assert chosen == [TokenizerConfig("angle"), TokenizerConfig("generic", "[odd] name.txt")]
     assert main(["generate", "x.pth", "--tokenizer", "anglo"]) == 2
-    assert "tokenizer type is 'anglo'. Use one of byte, integer, angle" in capsys.readouterr().err
+    assert re.search("tokenizer.*'anglo'.*byte, integer, angle", capsys.readouterr().err)
 
 
 def test_bench_passes_its_arguments_through(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,7 +422,7 @@ def test_inspect_prints_the_architecture_or_why_not(install: Install, capsys: py
     assert all(re.search(line, text) for line in ("size +1.2 MB", "parameters +12,345", "model_type +x070"))
     install("model.checkpoint_info", inspect_rwkv_checkpoint=lambda path: facts | {"detection_error": "no att"})
     assert main(["inspect", "x.pth"]) == 4
-    assert "x.pth: this is not an RWKV-5, 6 or 7 weights file: no att" in capsys.readouterr().err
+    assert re.search(r"x\.pth: .*no att", capsys.readouterr().err)
 
 
 def command(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -495,8 +495,8 @@ print(json.dumps(found))
         ("2>/dev/full", "config run.yaml", 0, ""),
         ("2>&-", "config run.yaml --model.n_layer=x", 2, ""),
         ("2>/dev/full", "config run.yaml --model.n_layer=x", 2, ""),
-        (">/dev/full", "config run.yaml", 1, "its result cannot be written to stdout: No space left on device. Run"),
-        (">/dev/full", "--version", 1, "its result cannot be written to stdout: No space left on device. Run"),
+        (">/dev/full", "config run.yaml", 1, "No space left on device"),
+        (">/dev/full", "--version", 1, "No space left on device"),
     ],
 )
 def test_streams_that_are_closed_or_full(redirection: str, arguments: str, code: int, said: str) -> None:

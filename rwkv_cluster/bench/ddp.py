@@ -172,7 +172,7 @@ def _complete(command: Sequence[str], name: str, output: Path, options: argparse
             )
     except subprocess.TimeoutExpired as error:
         remedy = "Raise --timeout-s, or lower --steps"
-        raise LaunchError(f"{name} took more than {options.timeout_s:g} s", remedy=f"{remedy}") from error
+        raise LaunchError(f"{name} took more than {options.timeout_s:g} s", remedy=remedy) from error
     if done.returncode:
         end = output.read_text(errors="replace")[-4000:]
         raise LaunchError(f"{name} ended with code {done.returncode}", remedy=f"The end of its output:\n{end}")

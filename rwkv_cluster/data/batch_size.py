@@ -24,7 +24,7 @@ def accumulation(
     raise ConfigError(
         f"training.global_batch_size {global_batch_size} is not a multiple of micro_bsz {micro_bsz} * "
         f"{world_size} rank{'s' if world_size > 1 else ''} = {per_pass}",
-        remedy=f"{remedy}",
+        remedy=remedy,
     )
 
 

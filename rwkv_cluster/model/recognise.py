@@ -66,7 +66,7 @@ def require_weights_file(path: Path) -> None:
     what, remedy = _kind(head, path.stat().st_size) or (None, "")
     if what is None:
         raise CheckpointError(f"{path}: not a weights file: starts with {head[:4]!r}, wanted {ZIP!r}")
-    raise CheckpointError(f"{path}: it is {what}", remedy=f"{remedy}")
+    raise CheckpointError(f"{path}: it is {what}", remedy=remedy)
 
 
 def _kind(head: bytes, size: int) -> tuple[str, str] | None:

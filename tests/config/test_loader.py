@@ -3,6 +3,7 @@
 # ruff: noqa: E501 -- one case of a table a line reads better
 
 import json
+import re
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,82 +84,55 @@ def test_scalars_in_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("model:\n  n_layer: six", "run.yaml:2: model.n_layer is 'six', expected an integer >= 1 and <= 1024"),
-        ("model:\n  n_layer: '6'", "run.yaml:2: model.n_layer is '6', expected an integer >= 1 and <= 1024. Remove the quotes"),
-        ("model: {n_layer: 3.0}", "run.yaml:1: model.n_layer is 3.0, expected an integer >= 1 and <= 1024. Write 3"),
-        ("model: {n_layer: 3.5}", "run.yaml:1: model.n_layer is 3.5, expected an integer >= 1 and <= 1024"),
-        ("model: {n_layer: true}", "run.yaml:1: model.n_layer is true, expected an integer >= 1 and <= 1024"),
-        ("model: {n_layer: null}", "run.yaml:1: model.n_layer is null, expected an integer >= 1 and <= 1024"),
-        ("model:\n  n_layer:\n    - 1", "run.yaml:2: model.n_layer is a list, expected an integer >= 1 and <= 1024"),
-        ("model: {n_layer: {a: 1}}", "run.yaml:1: model.n_layer is a section, expected an integer >= 1 and <= 1024"),
-        ("model: {n_layer: 0}", "run.yaml:1: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
-        ("model: {n_layer: 99999999999999999999}",
-         "run.yaml:1: model.n_layer is 99999999999999999999, expected an integer >= 1 and <= 1024. The largest integer is 2^63 - 1"),
-        ("training:\n\n  beta1: 2", "run.yaml:3: training.beta1 is 2, expected a number >= 0 and < 1"),
-        ("training: {lr_init: .nan}",
-         "run.yaml:1: training.lr_init is .nan, expected a number >= 0. The number must be finite"),
-        ("training: {lr_init: 1e999}",
-         "run.yaml:1: training.lr_init is 1e999, expected a number >= 0. The number must be finite"),
-        ("training: {max_tokens: 1e9}",
-         "run.yaml:1: training.max_tokens is 1e9, expected an integer >= 1, or null. Write 1000000000"),
-        ("training: {max_tokens: 1_000_000}",
-         "run.yaml:1: training.max_tokens is '1_000_000', expected an integer >= 1, or null. Write 1000000"),
-        ("training: {max_tokens: 5M}",
-         "run.yaml:1: training.max_tokens is '5M', expected an integer >= 1, or null. "
-         "Write the number without a unit: 5000000"),
-        ("checkpoint: {save_interval_s: 10m}",
-         "run.yaml:1: checkpoint.save_interval_s is '10m', expected a number > 0, or null. "
-         "Write the number without a unit: 600"),
-        ("checkpoint: {save_interval_s: 3 parsecs}",
-         "run.yaml:1: checkpoint.save_interval_s is '3 parsecs', expected a number > 0, or null"),
-        ("training: {precision: bf-16}",
-         "run.yaml:1: training.precision is 'bf-16', expected fp32, bf16 or fp16. Nearest: bf16"),
-        ("training: {strategy: dpd}",
-         "run.yaml:1: training.strategy is 'dpd', expected auto, ddp, deepspeed, deepspeed_stage_0, deepspeed_stage_1, "
-         "deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_1_offload, deepspeed_stage_2_offload or "
-         "deepspeed_stage_3_offload"),
-        ("training:\n  strategy: ddp\n  zero_stage: 2",
-         "run.yaml:2: training: strategy ddp and zero_stage 2 contradict each other. Keep one"),
-        ("training:\n  strategy: deepspeed_stage_1\n  zero_stage: 2",
-         "run.yaml:2: training: strategy deepspeed_stage_1 and zero_stage 2 contradict each other. Keep one"),
-        ("training: {offload_optimizer: true}",
-         "run.yaml:1: training: offload_optimizer needs ZeRO stage 1 to 3, and there is no ZeRO stage. Set zero_stage"),
-        ("training: {offload_parameters: true, zero_stage: 2}",
-         "run.yaml:1: training: offload_parameters needs ZeRO stage 3, and the stage is 2. Set zero_stage to 3"),
-        ("training: {precision: fp16, strategy: deepspeed}",
-         "run.yaml:1: training: precision fp16 works with strategy auto or ddp only. Use bf16 with DeepSpeed"),
-        ("data: {shuffle: yes}", "run.yaml:1: data.shuffle is 'yes', expected true or false. Write true"),
-        ("data: {shuffle: 0}", "run.yaml:1: data.shuffle is 0, expected true or false. Write false"),
-        ("data: {text_field: 5}", 'run.yaml:1: data.text_field is 5, expected text. Put it in quotes: "5"'),
-        ("data: {text_field: true}", 'run.yaml:1: data.text_field is true, expected text. Put it in quotes: "true"'),
-        ("data: {inputs: a.txt}",
-         "run.yaml:1: data.inputs is 'a.txt', expected a list of text such as [a, b]. Write [a.txt]"),
-        ("data:\n  inputs:\n    - a\n    - 7",
-         'run.yaml:4: data.inputs[1] is 7, expected a list of text such as [a, b]. Put it in quotes: "7"'),
-        ("work_dir: ''", "run.yaml:1: work_dir is '', expected text that is not empty"),
-        ("model: 3",
-         "run.yaml:1: model is 3, expected a section with model_type, n_layer, n_embd, ctx_len, vocab_size, head_size_a, "
-         "dim_att, dim_ffn, mix_lora_rank, decay_lora_rank, a_lora_rank, v_lora_rank, gate_lora_rank, "
-         "block0_value_residual"),
-        ("model:\n  n_layers: 3", "run.yaml:2: model has no field 'n_layers'. Nearest: model.n_layer"),
-        ("n_layer: 3", "run.yaml:1: the configuration has no field 'n_layer'. Nearest: model.n_layer"),
-        ("models:\n  n_layer: 3", "run.yaml:1: the configuration has no field 'models'. Nearest: model"),
-        ("data:\n  tokenizer:\n    typ: byte",
-         "run.yaml:3: data.tokenizer has no field 'typ'. Nearest: data.tokenizer.type"),
-        ("zzz: 3",
-         "run.yaml:1: the configuration has no field 'zzz'. "
-         "Valid names: work_dir, model, data, training, checkpoint, guard, logging, launch"),
-        ("model:\n  n_layer: 2\n  n_embd: 100",
-         "run.yaml:3: model: n_embd is 100, which is not a multiple of head_size_a 64. "
-         "Use n_embd 64 or 128, or a head_size_a that divides 100"),
-        ("training:\n  global_batch_size: 8\n  accumulate_grad_batches: 2",
-         "run.yaml:2: training: set global_batch_size or accumulate_grad_batches, not both: one follows from the other"),
+        ("model:\n  n_layer: six", ("run.yaml:2: model.n_layer", "'six'", ">= 1", "<= 1024")),
+        ("model:\n  n_layer: '6'", ("run.yaml:2: model.n_layer", "'6'", "quotes")),
+        ("model: {n_layer: 3.0}", ("run.yaml:1: model.n_layer", "3.0", "3")),
+        ("model: {n_layer: 3.5}", ("run.yaml:1: model.n_layer", "3.5", ">= 1", "<= 1024")),
+        ("model: {n_layer: true}", ("run.yaml:1: model.n_layer", "true", ">= 1", "<= 1024")),
+        ("model: {n_layer: null}", ("run.yaml:1: model.n_layer", "null", ">= 1", "<= 1024")),
+        ("model:\n  n_layer:\n    - 1", ("run.yaml:2: model.n_layer", "a list", ">= 1", "<= 1024")),
+        ("model: {n_layer: {a: 1}}", ("run.yaml:1: model.n_layer", "a section", ">= 1", "<= 1024")),
+        ("model: {n_layer: 0}", ("run.yaml:1: model.n_layer", "0", ">= 1", "<= 1024")),
+        ("model: {n_layer: 99999999999999999999}", ("run.yaml:1: model.n_layer", "99999999999999999999", "2^63 - 1")),
+        ("training:\n\n  beta1: 2", ("run.yaml:3: training.beta1", "2", ">= 0", "< 1")),
+        ("training: {lr_init: .nan}", ("run.yaml:1: training.lr_init", ".nan", "finite")),
+        ("training: {lr_init: 1e999}", ("run.yaml:1: training.lr_init", "1e999", "finite")),
+        ("training: {max_tokens: 1e9}", ("run.yaml:1: training.max_tokens", "1e9", "1000000000")),
+        ("training: {max_tokens: 1_000_000}", ("run.yaml:1: training.max_tokens", "'1_000_000'", "1000000")),
+        ("training: {max_tokens: 5M}", ("run.yaml:1: training.max_tokens", "'5M'", "5000000")),
+        ("checkpoint: {save_interval_s: 10m}", ("run.yaml:1: checkpoint.save_interval_s", "'10m'", "600")),
+        ("checkpoint: {save_interval_s: 3 parsecs}", ("run.yaml:1: checkpoint.save_interval_s", "'3 parsecs'", "> 0", "null")),
+        ("training: {precision: bf-16}", ("run.yaml:1: training.precision", "'bf-16'", "bf16")),
+        ("training: {strategy: dpd}", ("run.yaml:1: training.strategy", "'dpd'", "auto", "deepspeed_stage_3_offload")),
+        ("training:\n  strategy: ddp\n  zero_stage: 2", ("run.yaml:2:", "training:", "ddp", "zero_stage", "2")),
+        ("training:\n  strategy: deepspeed_stage_1\n  zero_stage: 2", ("run.yaml:2:", "training:", "deepspeed_stage_1", "zero_stage", "2")),
+        ("training: {offload_optimizer: true}", ("run.yaml:1:", "training:", "offload_optimizer", "1", "3", "zero_stage")),
+        ("training: {offload_parameters: true, zero_stage: 2}", ("run.yaml:1:", "training:", "offload_parameters", "3", "2", "zero_stage", "3")),
+        ("training: {precision: fp16, strategy: deepspeed}", ("run.yaml:1:", "training:", "fp16", "ddp", "bf16")),
+        ("data: {shuffle: yes}", ("run.yaml:1: data.shuffle", "'yes'", "true")),
+        ("data: {shuffle: 0}", ("run.yaml:1: data.shuffle", "0", "false")),
+        ("data: {text_field: 5}", ("run.yaml:1: data.text_field", "5", '"5"')),
+        ("data: {text_field: true}", ("run.yaml:1: data.text_field", "true", '"true"')),
+        ("data: {inputs: a.txt}", ("run.yaml:1: data.inputs", "'a.txt'", "[a.txt]")),
+        ("data:\n  inputs:\n    - a\n    - 7", ("run.yaml:4: data.inputs[1]", "7", '"7"')),
+        ("work_dir: ''", ("run.yaml:1: work_dir", "''")),
+        ("model: 3", ("run.yaml:1: model", "3", "model_type", "block0_value_residual")),
+        ("model:\n  n_layers: 3", ("run.yaml:2:", "'n_layers'", "model.n_layer")),
+        ("n_layer: 3", ("run.yaml:1:", "'n_layer'", "model.n_layer")),
+        ("models:\n  n_layer: 3", ("run.yaml:1:", "'models'", "name: model")),
+        ("data:\n  tokenizer:\n    typ: byte", ("run.yaml:3:", "'typ'", "data.tokenizer.type")),
+        ("zzz: 3", ("run.yaml:1:", "'zzz'", "work_dir")),
+        ("model:\n  n_layer: 2\n  n_embd: 100", ("run.yaml:3:", "model:", "n_embd", "100", "head_size_a", "64", "n_embd", "64", "128", "head_size_a", "100")),
+        ("training:\n  global_batch_size: 8\n  accumulate_grad_batches: 2", ("run.yaml:2:", "training:", "global_batch_size", "accumulate_grad_batches")),
     ],
 )  # fmt: skip
-def test_a_mistake_gets_one_exact_sentence(text: str, message: str) -> None:
-    assert fault(text) == message
+def test_a_mistake_is_told_with_its_place_value_and_remedy(text: str, words: tuple[str, ...]) -> None:
+    """Whole sentences are in tests/test_mistakes.py."""
+    message = fault(text)
+    assert "\n" not in message
+    assert re.match(".*".join(map(re.escape, words)), message), message
 
 
 def test_every_fault_is_told_at_once() -> None:
@@ -316,25 +290,26 @@ def test_the_last_override_wins_and_a_mapping_leaves_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "words"),
     [
-        ("model.n_layer=six", "--model.n_layer=six: model.n_layer is 'six', expected an integer >= 1 and <= 1024"),
-        ("model.n_layer=0", "--model.n_layer=0: model.n_layer is 0, expected an integer >= 1 and <= 1024"),
-        ("--model.n_lay=3", "--model.n_lay=3: model has no field 'n_lay'. Nearest: model.n_layer"),
-        ("work_dir=", "--work_dir=: work_dir is null, expected text that is not empty"),
-        ("model.n_layer", "model.n_layer: an override is written --section.field=value"),
-        ("model..n_layer=3", "model..n_layer=3: an override is written --section.field=value"),
-        ("=3", "=3: an override is written --section.field=value"),
-        ("model.n_layer.deep=3", "run.yaml:2: model.n_layer is a section, expected an integer >= 1 and <= 1024"),
-        ("work_dir=a\x1bb", "--work_dir=a\\x1bb: character '\\x1b' is not allowed here. Remove it"),
-        ("work_dir=\udcff", "--work_dir=\\udcff: character '\\udcff' is not allowed here. Remove it"),
-        ("model.n_embd=100",
-         "--model.n_embd=100: model: n_embd is 100, which is not a multiple of head_size_a 64. "
-         "Use n_embd 64 or 128, or a head_size_a that divides 100"),
+        ("model.n_layer=six", ("--model.n_layer=six: model.n_layer", "'six'", ">= 1", "<= 1024")),
+        ("model.n_layer=0", ("--model.n_layer=0: model.n_layer", "0", ">= 1", "<= 1024")),
+        ("--model.n_lay=3", ("--model.n_lay=3:", "'n_lay'", "model.n_layer")),
+        ("work_dir=", ("--work_dir=: work_dir", "null")),
+        ("model.n_layer", ("model.n_layer:", "--section.field=value")),
+        ("model..n_layer=3", ("model..n_layer=3:", "--section.field=value")),
+        ("=3", ("=3:", "--section.field=value")),
+        ("model.n_layer.deep=3", ("run.yaml:2: model.n_layer", "a section", ">= 1", "<= 1024")),
+        ("work_dir=a\x1bb", ("--work_dir=a\\x1bb:", "'\\x1b'")),
+        ("work_dir=\udcff", ("--work_dir=\\udcff:", "'\\udcff'")),
+        ("model.n_embd=100", ("--model.n_embd=100:", "model:", "n_embd", "100", "head_size_a", "64", "n_embd", "64", "128", "head_size_a", "100")),
     ],
 )  # fmt: skip
-def test_a_wrong_override_is_named(override: str, message: str) -> None:
-    assert fault("model:\n  n_layer: 5\n", [override]) == message
+def test_a_wrong_override_is_named(override: str, words: tuple[str, ...]) -> None:
+    """As the command line has it, with the value."""
+    message = fault("model:\n  n_layer: 5\n", [override])
+    assert "\n" not in message
+    assert re.match(".*".join(map(re.escape, words)), message), message
 
 
 def test_sources_name_line_override_or_default(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rwkv_next
 import torch
-from tiny_models import some_tokens, tiny_config
+from tiny_models import some_tokens, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.kernels.sizes import OPERATORS
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 def config(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     """A model of the version "next"; which no file may name, because `ModelType` does not."""
     monkeypatch.setitem(VERSIONS, rwkv_next.ROW.name, rwkv_next.ROW)
-    return tiny_config("x060").model_copy(update={"model_type": "next"})
+    return tiny_model_config("x060").model_copy(update={"model_type": "next"})
 
 
 def test_a_further_version_is_counted(config: ModelConfig) -> None:

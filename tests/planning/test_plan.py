@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ def test_the_end_of_a_run_may_hang_on_its_data(tmp_path: Path, capsys: Capture) 
     assert plan(path, capsys=capsys)["total_steps"] is None
     assert cli.main(["plan", str(path), "--tokens-per-s", "1000"]) == 0
     text = capsys.readouterr().out
-    assert "unknown: one epoch is one pass over the data, which is not prepared. Run `rwkv-cluster prepare" in text
-    assert "unknown, because the end is; at 1,000 tokens/s" in text
+    assert re.search(r"unknown.*rwkv-cluster prepare", text)
+    assert re.search(r"unknown.*1,000 tokens/s", text)
     assert cli.main(["prepare", str(path)]) == 0
     capsys.readouterr()
     found = plan(path, "--tokens-per-s", "1000", capsys=capsys)
@@ -94,7 +95,7 @@ def test_what_fits_and_what_to_change(tmp_path: Path, capsys: Capture) -> None:
     options = ["--ranks", "8", "--gpu", "a100-40gb"]
     assert cli.main(["plan", str(path), *options]) == 0
     text = capsys.readouterr().out
-    assert "The configured setting does not fit 40 GB" in text
+    assert "does not fit 40 GB" in text
     advice = text.rpartition("Change first: ")[2].split()
     assert advice[0] == "--training.grad_cp=1"
     found = plan(path, *options, *advice, capsys=capsys)
@@ -102,9 +103,9 @@ def test_what_fits_and_what_to_change(tmp_path: Path, capsys: Capture) -> None:
     assert [row["fits"] for row in found["memory"] if row["configured"]] == [True]
     assert found["to_fit"] == []
     assert cli.main(["plan", str(path), *options, *advice]) == 0
-    assert "The configured setting fits 40 GB" in capsys.readouterr().out
+    assert "setting fits 40 GB" in capsys.readouterr().out
     assert cli.main(["plan", str(path), "--gpu-memory-gb", "2"]) == 0
-    assert "No setting does. Use more ranks, a larger GPU, or a smaller model" in capsys.readouterr().out
+    assert "No setting does" in capsys.readouterr().out
 
 
 def test_time_by_utilisation(tmp_path: Path, capsys: Capture) -> None:

@@ -187,7 +187,7 @@ class DocumentEncoder:
             else:
                 documents.append(self.encode_list(value, f"{name}:{number}"))
         if bad and not self._skip_bad_lines:
-            raise DataError(f"{bad[0]}", remedy=f"{remedy}")
+            raise DataError(f"{bad[0]}", remedy=remedy)
         encoded = self._collect(documents)
         encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
         encoded.bad_lines = bad[:_SHOWN_BAD_LINES]

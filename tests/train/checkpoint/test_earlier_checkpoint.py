@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.train.run import train
@@ -22,7 +22,7 @@ EARLIER = Path(__file__).parents[2] / "golden" / "checkpoint.tar.gz"
 
 def _config(folder: Path) -> Config:
     ranks = {f"{name}_lora_rank": 2 for name in ("decay", "a", "v", "gate")}
-    return tiny_config(
+    return tiny_run_config(
         folder,
         model={"n_layer": 1, "n_embd": 8, "head_size_a": 8, "ctx_len": 16, **ranks},
         data={"write_jsonl": False},
