@@ -1,1 +1,1 @@
-"""From a configuration to a command, and from there to a process. Needs no GPU, never imports torch."""
+"""Turn a configuration into a command, and a command into a process. Needs no GPU, never imports torch."""

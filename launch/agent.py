@@ -126,7 +126,7 @@ def run(
         raise
     except OSError as error:
         raise LaunchError(
-            f"{node.host}: {error.strerror}: {error.filename}. Every node must see this directory"
+            f"{node.host}: {error.strerror}: {error.filename}", remedy="Every node must see this directory"
         ) from None
     environment = {**os.environ, STATE_VARIABLE: str(node.state), **_rendezvous(node, port)}
     if forward is not None:
@@ -245,7 +245,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
     try:
         return subprocess.Popen(list(command), env=dict(environment), stderr=subprocess.PIPE, preexec_fn=prepare)
     except OSError as error:
-        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}. Look at launch.python") from None
+        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}", remedy="Look at launch.python") from None
 
 
 def _copy_errors(ranks: Ranks) -> None:

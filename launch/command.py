@@ -45,12 +45,14 @@ class Command:
             refuse_control_characters(argument, f"argument {position} of the command")
         for name, value in self.env.items():
             if not _VARIABLE.fullmatch(name):
-                raise LaunchError(f"{name!a} is not the name of an environment variable. Use letters, digits and _")
+                raise LaunchError(
+                    f"{name!a} is not the name of an environment variable", remedy="Use letters, digits and _"
+                )
             refuse_control_characters(value, f"environment variable {name}")
         if self.cwd is not None:
             refuse_control_characters(self.cwd, "the directory of the command")
             if not self.cwd:
-                raise LaunchError("the directory of the command is an empty name. Leave it out or name one")
+                raise LaunchError("the directory of the command is an empty name", remedy="Leave it out or name one")
 
     def shell(self) -> str:
         """One line for bash or sh that does the same: `cd DIR && NAME=value program argument ...`."""
@@ -66,7 +68,9 @@ class Command:
 def refuse_control_characters(text: str, what: str) -> None:
     """Raise LaunchError, naming `what`, where `text` holds a control, invisible or undecodable character."""
     if (character := hidden_character(text)) is not None:
-        raise LaunchError(f"{what} has {character}. Control and invisible characters are not passed to a shell")
+        raise LaunchError(
+            f"{what} has {character}", remedy="Control and invisible characters are not passed to a shell"
+        )
 
 
 def _quote_program(program: str) -> str:

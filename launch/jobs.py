@@ -41,15 +41,15 @@ def newest(work_dir: Path) -> Path:
         os.listdir(work_dir / "launch")
     except PermissionError as error:
         raise LaunchError(
-            f"{error.filename} belongs to {owner(error.filename)}, and only they may look into it. Ask them, or "
-            "become that user"
+            f"{error.filename} belongs to {owner(error.filename)}, and only they may look into it",
+            remedy="Ask them, or become that user",
         ) from error
     except OSError:  # not there
         pass
     folders = sorted(path.parent for path in work_dir.glob(f"launch/*/{COMMAND}"))
     if not folders:
         raise LaunchError(
-            f"{work_dir} has no launch. Name the work directory of a run that rwkv-cluster launch started"
+            f"{work_dir} has no launch", remedy="Name the work directory of a run that rwkv-cluster launch started"
         )
     return folders[-1]
 
@@ -107,7 +107,7 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
         _wait_for_end(folder, launcher.end_s)
     after = status(folder)
     if not after.has_ended:
-        raise LaunchError(f"{folder}: it is {after.state} still, {after.detail}. Run cancel again")
+        raise LaunchError(f"{folder}: it is {after.state} still, {after.detail}", remedy="Run cancel again")
     return after
 
 

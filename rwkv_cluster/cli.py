@@ -122,7 +122,7 @@ def _command(argv: Sequence[str]) -> Subcommand | None:
 def _run(argv: list[str]) -> int:
     verb, command = argv[0] if argv else "", _command(argv)
     if verb and not verb.startswith("-") and command is None:
-        raise ConfigError(f"'{verb}' is not a verb. {suggestion(verb, COMMANDS, 'Verbs')}")
+        raise ConfigError(f"'{verb}' is not a verb", remedy=f"{suggestion(verb, COMMANDS, 'Verbs')}")
     overrides: list[str] = []
     if command is not None and command.takes_config:
         argv, overrides = split_overrides(argv)
@@ -133,7 +133,7 @@ def _run(argv: list[str]) -> int:
         print_result(f"rwkv-cluster {__version__}")
         return 0
     if not options.verb:
-        raise ConfigError(f"no verb given. Verbs: {', '.join(COMMANDS)}; --help explains them")
+        raise ConfigError("no verb given", remedy=f"Verbs: {', '.join(COMMANDS)}; --help explains them")
     return _dispatch(COMMANDS[options.verb], options, extra)
 
 

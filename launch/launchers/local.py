@@ -136,7 +136,7 @@ class Local:
         """Signal the agent, or kill container and processes. Raises LaunchError for those of another machine."""
         state, detail = self.state(folder)
         if state == "unknown":
-            raise LaunchError(f"{folder}: {detail}. Cancel it there")
+            raise LaunchError(f"{folder}: {detail}", remedy="Cancel it there")
         record = _process(folder)
         if not now:
             self._ask_to_stop(folder, record["pid"])

@@ -56,7 +56,7 @@ class Slurm:
         """Raise LaunchError where submitit is to start the job and is not installed."""
         if self.through_submitit and find_spec("submitit") is None:
             raise LaunchError(
-                "launch.target is slurm, but submitit is not installed. `pip install submitit`, or use sbatch"
+                "launch.target is slurm, but submitit is not installed", remedy="`pip install submitit`, or use sbatch"
             )
 
     def script(self, config: Config, cwd: Path, verb: str) -> Plan:
@@ -158,10 +158,10 @@ def _sbatch(argv: list[str], folder: Path) -> str:
         done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         raise LaunchError(
-            f"{argv[0]} is not here. Launch on a machine of the cluster, or with another target"
+            f"{argv[0]} is not here", remedy="Launch on a machine of the cluster, or with another target"
         ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"{argv[0]} gave no answer for 120 s. Look at `sinfo` and `squeue --me`") from None
+        raise LaunchError(f"{argv[0]} gave no answer for 120 s", remedy="Look at `sinfo` and `squeue --me`") from None
     number = re.match(r"\d+", done.stdout)
     if done.returncode or not number:
         answer = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"

@@ -39,7 +39,7 @@ def run_slurm(*argv: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
     except FileNotFoundError:
-        raise LaunchError(f"{argv[0]} is not here. Use a machine of the cluster") from None
+        raise LaunchError(f"{argv[0]} is not here", remedy="Use a machine of the cluster") from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{argv[0]} gave no answer for 60 s") from None
 

@@ -85,7 +85,7 @@ PLAN = Subcommand(
 def doctor(options: argparse.Namespace) -> Result:
     """What this machine, or the job that this rank is part of, has for training."""
     if options.config is None and options.overrides:
-        raise ConfigError(f"{options.overrides[0]} is a field of a run. Name its CONFIG too")
+        raise ConfigError(f"{options.overrides[0]} is a field of a run", remedy="Name its CONFIG too")
     config = None if options.config is None else trusted_config(options)
     from rwkv_cluster.doctor import results
     from rwkv_cluster.doctor.run_checks import examine

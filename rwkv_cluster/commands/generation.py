@@ -66,7 +66,7 @@ def _check(options: argparse.Namespace) -> None:
     try:
         options.prompt.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError("--prompt is not UTF-8 text. Check the terminal's encoding") from error
+        raise ConfigError("--prompt is not UTF-8 text", remedy="Check the terminal's encoding") from error
 
 
 def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:
@@ -87,7 +87,9 @@ def _write(output: Path, text: str) -> None:
     try:
         atomic_write(output.absolute(), text.encode(errors="backslashreplace"))
     except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror}. Name another file") from error
+        raise ConfigError(
+            f"--output {output} cannot be written: {error.strerror}", remedy="Name another file"
+        ) from error
 
 
 GENERATE = Subcommand("generate", "continue a text with a trained model", generate, _add_generate_arguments)

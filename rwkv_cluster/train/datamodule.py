@@ -1,4 +1,4 @@
-"""Lightning's door to the token file: one loader whose order is the sampler's, for this rank."""
+"""LightningDataModule over the token file: one loader whose order is the sampler's, for this rank."""
 
 from __future__ import annotations
 

@@ -166,8 +166,8 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     prefix = manifest.validation_prefix(work.data)
     if prefix is None:
         raise DataError(
-            f"{work.data} has no validation data: data.validation_fraction was 0. "
-            "Set it and prepare the data in a new work_dir"
+            f"{work.data} has no validation data: data.validation_fraction was 0",
+            remedy="Set it and prepare the data in a new work_dir",
         )
     check_files(manifest, work.data, [bin_path(prefix).name, idx_path(prefix).name])
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
@@ -176,7 +176,8 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     if n_rows < manifest.vocab_size:
         raise CheckpointError(
             f"{weights or work.root} has {n_rows:,} vocabulary rows, but the tokens in {work.data} are ids up to "
-            f"{manifest.vocab_size - 1:,}. Use weights that were trained with the tokenizer of this data"
+            f"{manifest.vocab_size - 1:,}",
+            remedy="Use weights that were trained with the tokenizer of this data",
         )
     tokens = open_tokens(prefix, manifest.vocab_size)
     with Countdown("evaluating", tokens.n_tokens - 1, "tokens") as left:

@@ -181,8 +181,8 @@ def _session_end(
     if not complete and after_step.spike is None:
         raise Preempted(
             f"stopped by {stop_request.reason or 'another rank'} after step {module.step} of "
-            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}. "
-            "Run the same command again to continue"
+            f"{session.horizon.total_steps}; a checkpoint is in {session.work.checkpoints}",
+            remedy="Run the same command again to continue",
         )
     last_val = after_step.evaluator.last
     return _SessionEnd(module.step, after_step.last_loss, last_val.loss if last_val else None, after_step.spike, early)
@@ -206,7 +206,7 @@ def _require_disk_space(session: Session) -> None:
 
 
 def _sample(session: Session, tokenizer: Any, stop_request: StopRequest) -> str | None:
-    """From the weights on the disk: under ZeRO-3 no rank has the model, and here rank 0 is alone.
+    """Sample from the weights on the disk: under ZeRO-3 no rank has the model, and here rank 0 is alone.
 
     None also for who wants the end: the run is complete without it.
     """

@@ -39,7 +39,8 @@ def require_no_foreign_files(work: WorkDir, inputs: Sequence[str] | None, init_f
         names = ", ".join(str(path.relative_to(work.root)) for path in found[:5]) + (", ..." if found[5:] else "")
         raise ConfigError(
             f"work_dir {work.root} holds files that no run of rwkv-cluster has made, and a run would overwrite them: "
-            f"{names}. Choose another work_dir, or move them away"
+            f"{names}",
+            remedy="Choose another work_dir, or move them away",
         )
 
 

@@ -160,7 +160,7 @@ class TrainingModule(LightningModule):
         gradient_clip_val: Any = None,
         gradient_clip_algorithm: Any = None,
     ) -> None:
-        """Between the last backward pass of a step and its update: agree with the other ranks, guard, clip.
+        """Agree with the other ranks, guard and clip, between a step's last backward pass and its update.
 
         DeepSpeed asks after every micro batch.
         """
@@ -214,8 +214,9 @@ class TrainingModule(LightningModule):
         raise TrainingError(
             f"step {self.step}: the {what} is not finite{ranks} (losses {losses}, gradient norm "
             f"{grad_norm}). Samples {samples.start} to {samples.stop - 1} of the token file were not applied; those"
-            f"{ranks} begin at token {_shown(positions)}. "
-            "The same command starts again from the newest checkpoint; lower training.lr_init or look at the data"
+            f"{ranks} begin at token {_shown(positions)}",
+            remedy="The same command starts again from the newest checkpoint; lower training.lr_init or look at the "
+            "data",
         )
 
 
@@ -225,8 +226,8 @@ def _restore_scale(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
         scaler.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"the loss scale in the checkpoint is damaged or of another version: {error!r}. "
-            "Move that checkpoint away to go on from the one before"
+            f"the loss scale in the checkpoint is damaged or of another version: {error!r}",
+            remedy="Move that checkpoint away to go on from the one before",
         ) from error
 
 

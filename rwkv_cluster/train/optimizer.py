@@ -98,11 +98,13 @@ def restore_optimizer(
 
 def _moment(tensors: Mapping[str, Tensor] | ShardedTensors, key: str, parameter: nn.Parameter) -> Tensor:
     if key not in tensors.keys():  # noqa: SIM118 -- ShardedTensors are no mapping
-        raise CheckpointError(f"the checkpoint's optimizer has no {key}. Move it away to go on from the one before")
+        raise CheckpointError(
+            f"the checkpoint's optimizer has no {key}", remedy="Move it away to go on from the one before"
+        )
     moment = tensors[key]
     if moment.shape != parameter.shape:
         raise CheckpointError(
-            f"{key} of the checkpoint's optimizer is {tuple(moment.shape)}, the model has {tuple(parameter.shape)}. "
-            "Move it away to go on from the one before"
+            f"{key} of the checkpoint's optimizer is {tuple(moment.shape)}, the model has {tuple(parameter.shape)}",
+            remedy="Move it away to go on from the one before",
         )
     return moment.to(parameter.device).clone()

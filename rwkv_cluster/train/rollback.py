@@ -59,12 +59,14 @@ def _require_allowed(session: Session, spike: Spike) -> None:
     newest = f"the newest checkpoint from before it is of step {before[-1]}" if before else "no checkpoint is older"
     if guard.on_spike == "rollback":
         raise TrainingError(
-            f"{spike}. There were {guard.max_rollbacks} rollbacks already (guard.max_rollbacks); {newest}. "
-            "Lower training.lr_init, look at the data, or raise guard.max_rollbacks and run the same command again"
+            f"{spike}. There were {guard.max_rollbacks} rollbacks already (guard.max_rollbacks); {newest}",
+            remedy="Lower training.lr_init, look at the data, or raise guard.max_rollbacks and run the same command "
+            "again",
         )
     raise TrainingError(
-        f"{spike}; {newest}. The same command goes on from the newest checkpoint and meets it again: set "
-        "guard.on_spike to rollback to leave its samples out, or to ignore to go through it"
+        f"{spike}; {newest}",
+        remedy="The same command goes on from the newest checkpoint and meets it again: set "
+        "guard.on_spike to rollback to leave its samples out, or to ignore to go through it",
     )
 
 

@@ -231,8 +231,8 @@ def _prepared(
             return _verified(load_manifest(work.data), work)
         except MissingDataError as error:
             raise MissingDataError(
-                f"data.inputs is empty, and {work.data} holds no prepared data. "
-                "Name files, folders or patterns in data.inputs"
+                f"data.inputs is empty, and {work.data} holds no prepared data",
+                remedy="Name files, folders or patterns in data.inputs",
             ) from error
 
     try:
@@ -262,7 +262,7 @@ def _without_inputs(config: Config, work: WorkDir, tokenizer: Any, name: str, er
         return _verified(manifest, work)
     if _is_prepared(work):
         raise MissingDataError(
-            f"{error}. Or go on with the data that is prepared in {work.data}: --data.inputs=[]"
+            f"{error}", remedy=f"Or go on with the data that is prepared in {work.data}: --data.inputs=[]"
         ) from error
     raise error
 

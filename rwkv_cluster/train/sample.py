@@ -149,13 +149,15 @@ def generate_text(
 
 def _tokenizer_of(source: Path) -> Any:
     if not source.exists():
-        raise MissingCheckpointError(f"{source} does not exist. Name the work directory of a run, or a weights file")
+        raise MissingCheckpointError(
+            f"{source} does not exist", remedy="Name the work directory of a run, or a weights file"
+        )
     root = source if source.is_dir() else source.absolute().parent.parent
     path = root / "configs" / "config.yaml"
     if not path.exists():
         raise ConfigError(
-            f"{source} does not say which tokenizer it was trained with: there is no {path}. "
-            "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"
+            f"{source} does not say which tokenizer it was trained with: there is no {path}",
+            remedy="Name a work directory, or the tokenizer with --tokenizer and --vocab-file",
         )
     require_own(path)
     tokenizer = load_config(path).data.tokenizer

@@ -148,8 +148,8 @@ def _require_validation(session: Session) -> None:
     """Raises ConfigError where early stopping is wanted and there is nothing to judge by."""
     if session.config.training.early_stop_patience is not None and session.val_tokens() is None:
         raise ConfigError(
-            f"training.early_stop_patience is set, but {session.work.data} has no validation data. Set "
-            "data.validation_fraction in a new work_dir, or leave training.early_stop_patience out"
+            f"training.early_stop_patience is set, but {session.work.data} has no validation data",
+            remedy="Set data.validation_fraction in a new work_dir, or leave training.early_stop_patience out",
         )
 
 

@@ -140,7 +140,7 @@ def _reach_steps(guard: GuardConfig) -> int:
 
 
 def _saves_in_background(config: Config, placement: Placement) -> bool:
-    """On a GPU by default: on a CPU the writer would take the cores that train."""
+    """Whether checkpoints are written in the background: on a GPU by default; a CPU's cores train."""
     configured = config.checkpoint.background
     return placement.accelerator == "cuda" if configured is None else configured
 

@@ -26,7 +26,7 @@ from rwkv_cluster.train.sample import Sampler
 
 
 class AfterStep(Callback):
-    """After each step, on every rank and in this order: look for a spike, evaluate, record, end the epoch, save, stop.
+    """What follows a step on every rank, in this order: look for a spike, evaluate, record, end the epoch, save, stop.
 
     It observes the module's steps: see `StepObserver`. As a context manager it closes the files that are written to.
     """

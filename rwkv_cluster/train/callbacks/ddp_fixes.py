@@ -1,4 +1,4 @@
-"""Two habits of DDP and of Lightning's launcher that a run must not depend on, and what is done about each."""
+"""Workarounds: DDP's bucket reassignment after step 1, and Lightning killing rank 0 when another rank exits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StableBuckets(Callback):
 
 
 class DetachProcessWatcher(Callback):
-    """Lets rank 0 end in its own time, with its own message and exit code.
+    """Stop Lightning's process watcher before ranks exit, so that rank 0 keeps its own exit code.
 
     Lightning watches the ranks that it starts itself and kills rank 0 within seconds of another's end with a code
     other than 0. That is right for a crash during training; when all ranks stop together it is a race.

@@ -1,4 +1,4 @@
-"""Before the first step: the ranks reach each other, add up correctly, and how fast."""
+"""Callback that checks before the first step that ranks reach each other and add up correctly, and how fast."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Checkpointer:
         return Path(path)
 
     def _complete(self, part: _Part, parts: list[tuple[dict[str, Any], WriteFailure | None]]) -> str | None:
-        """On rank 0: commit, or remove what was written and say why."""
+        """Commit on rank 0, or remove what was written and say why."""
         refusals = [
             replace(refusal, reason=f"rank {number}: {refusal.reason}") if len(parts) > 1 else refusal
             for number, (_, refusal) in enumerate(parts)

@@ -42,6 +42,6 @@ def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:
     needed, free = int(n_bytes * SPARE), free_bytes(folder)
     if free < needed:
         raise CheckpointError(
-            f"there is no room for {what}: it needs {needed:,} bytes and {free:,} are free on {folder}. "
-            "Make room there, or choose another work_dir, and run the same command again"
+            f"there is no room for {what}: it needs {needed:,} bytes and {free:,} are free on {folder}",
+            remedy="Make room there, or choose another work_dir, and run the same command again",
         )

@@ -153,7 +153,7 @@ def _naming_the_field(path: Path) -> Iterator[None]:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part)[:60] for part in first["loc"]) or "as a whole"
         raise CheckpointError(
-            f"{path}: {place}: {first['msg']}. It was written by another version, or altered"
+            f"{path}: {place}: {first['msg']}", remedy="It was written by another version, or altered"
         ) from None
 
 

@@ -44,7 +44,8 @@ def accumulation_of(checkpoint: Checkpoint, training: TrainingConfig, world_size
         remedies.append(f"a training.micro_bsz of {listing(divisors(batch // world_size))}")
     raise ConfigError(
         f"{checkpoint.path} has a global batch of {batch} samples, which is not a multiple of micro_bsz "
-        f"{training.micro_bsz} * {world_size} ranks = {per_pass}. Use {', or '.join(remedies)}"
+        f"{training.micro_bsz} * {world_size} ranks = {per_pass}",
+        remedy=f"Use {', or '.join(remedies)}",
     )
 
 
@@ -106,9 +107,9 @@ def require_unchanged_data(checkpoint: Checkpoint | None, reason: str) -> None:
     """Refuse to prepare data anew under checkpoints that were trained on what is there. Raises DataError."""
     if checkpoint is not None:
         raise DataError(
-            f"the data has to be prepared anew ({reason}), but {checkpoint.path} was trained on the data that is "
-            "there. Put the inputs and data settings back to continue, or go on with the data that is there by "
-            "--data.inputs=[]; for a new run choose another work_dir"
+            f"the data has to be prepared anew ({reason}), but {checkpoint.path} was trained on the data that is there",
+            remedy="Put the inputs and data settings back to continue, or go on with the data that is there by "
+            "--data.inputs=[]; for a new run choose another work_dir",
         )
 
 
@@ -116,8 +117,8 @@ def finished_beyond(checkpoint: Checkpoint, total_steps: int) -> None:
     """Raises CheckpointError when a checkpoint lies beyond the run's end."""
     if checkpoint.step > total_steps:
         raise CheckpointError(
-            f"{checkpoint.path} is at step {checkpoint.step}, beyond this configuration's last step {total_steps}. "
-            "Raise training.num_epochs, max_steps or max_tokens, or choose another work_dir"
+            f"{checkpoint.path} is at step {checkpoint.step}, beyond this configuration's last step {total_steps}",
+            remedy="Raise training.num_epochs, max_steps or max_tokens, or choose another work_dir",
         )
 
 

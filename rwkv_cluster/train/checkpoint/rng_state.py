@@ -37,8 +37,8 @@ def restore(states: Sequence[RngState], rank: int) -> None:
         _restore(states[rank])
     except (TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
-            f"the random states of rank {rank} in the checkpoint are damaged or of another version: {error}. "
-            "Move that checkpoint away to go on from the one before"
+            f"the random states of rank {rank} in the checkpoint are damaged or of another version: {error}",
+            remedy="Move that checkpoint away to go on from the one before",
         ) from error
 
 

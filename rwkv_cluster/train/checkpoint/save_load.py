@@ -129,8 +129,8 @@ def newest_verified(directory: Path) -> Checkpoint | None:
         return Checkpoint(found.path, found.step, found.state, found.files)
     if faults:
         raise CheckpointError(
-            f"none of the {len(faults)} checkpoints in {directory} can be used: {'; '.join(faults)}. "
-            "Restore one from a copy, or move the folder away to start from the beginning"
+            f"none of the {len(faults)} checkpoints in {directory} can be used: {'; '.join(faults)}",
+            remedy="Restore one from a copy, or move the folder away to start from the beginning",
         )
     return None
 

@@ -37,7 +37,7 @@ class ShardedTensors:
                 name, _, start = key.rpartition("@")
                 if not start.isdecimal() or name.rpartition("/")[2] not in shapes:
                     raise CheckpointError(
-                        f"{path}: {key!r:.80} is not a piece of a parameter. Use an earlier checkpoint"
+                        f"{path}: {key!r:.80} is not a piece of a parameter", remedy="Use an earlier checkpoint"
                     )
                 self._pieces.setdefault(name, []).append((int(start), piece, path))
 
@@ -50,7 +50,7 @@ class ShardedTensors:
         Raises CheckpointError for a name that is not there, and where pieces are missing or not finite.
         """
         if name not in self._pieces:
-            raise CheckpointError(f"{self._folder}: it has no {name}. Use an earlier checkpoint")
+            raise CheckpointError(f"{self._folder}: it has no {name}", remedy="Use an earlier checkpoint")
         shape = self._shapes[name.rpartition("/")[2]]
         parts, size = sorted(self._pieces[name], key=lambda part: part[0]), math.prod(shape)
         ends = [0, *(start + piece.numel() for start, piece, _ in parts)]

@@ -29,8 +29,8 @@ def newest_weights(work: WorkDir) -> dict[str, Tensor]:
     if work.final_weights.exists():
         return load_pth(work.final_weights)
     raise MissingCheckpointError(
-        f"{work.root} has no trained weights: no checkpoint and no {work.final_weights.name}. "
-        "Train first: `rwkv-cluster train CONFIG`"
+        f"{work.root} has no trained weights: no checkpoint and no {work.final_weights.name}",
+        remedy="Train first: `rwkv-cluster train CONFIG`",
     )
 
 
@@ -43,7 +43,9 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
     steps = list_steps(work.checkpoints)
     if not steps or (step is not None and step not in steps):
         wanted, there = "checkpoint" if step is None else f"checkpoint of step {step}", ", ".join(map(str, steps))
-        raise MissingCheckpointError(f"{work.checkpoints} has no {wanted}. Steps that are there: {there or 'none'}")
+        raise MissingCheckpointError(
+            f"{work.checkpoints} has no {wanted}", remedy=f"Steps that are there: {there or 'none'}"
+        )
     found = newest_verified(work.checkpoints) if step is None else verify(checkpoint_path(work.checkpoints, step))
     assert found is not None
     path = work.out / f"{found.path.name}.pth"

@@ -49,8 +49,8 @@ def measure_all_reduce(device: torch.device) -> AllReduce:
         seconds, most_wrong = took.tolist()
         if most_wrong:
             raise LaunchError(
-                f"an all-reduce of {n_bytes:,} bytes over {n_ranks} ranks gave {int(most_wrong):,} wrong sums. The "
-                "network or a device of this job computes wrongly: launch on other nodes"
+                f"an all-reduce of {n_bytes:,} bytes over {n_ranks} ranks gave {int(most_wrong):,} wrong sums",
+                remedy="The network or a device of this job computes wrongly: launch on other nodes",
             )
         if seconds >= LONG_ENOUGH_S or n_bytes >= LARGEST_BYTES:
             return AllReduce(n_bytes, seconds, n_ranks)

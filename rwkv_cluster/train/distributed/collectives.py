@@ -100,7 +100,7 @@ def all_gather_floats(value: float, device: torch.device) -> list[float]:
 
 
 def gather_objects(value: T) -> list[T] | None:
-    """On rank 0 the list of every rank's `value`, in rank order; None on the others."""
+    """List of every rank's `value` on rank 0, in rank order; None on the others."""
     if not is_distributed():
         return [value]
     gathered: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -19,7 +19,7 @@ WATCHED = ("loading data", "computing")  # evaluations, checkpoints and preparat
 
 
 class HangDetector:
-    """For how long this rank has done the same, as far as its process was awake.
+    """Measures how long this rank has done the same, as far as its process was awake.
 
     path: of the stacks. limit_s: seconds without a finished micro batch after which they are written, once.
     """
@@ -39,7 +39,7 @@ class HangDetector:
         self.still_s, self._told = 0.0, False
 
     def poll(self, record: RankRecord) -> None:
-        """To be called about every BEAT_S, from another thread. record: this rank's."""
+        """Check once; called about every BEAT_S from another thread. record: this rank's."""
         now = time.monotonic()
         self.still_s += min(now - self._looked_at, 2 * BEAT_S)  # a process that was suspended has not stalled
         self._looked_at = now

@@ -1,4 +1,4 @@
-"""The ranks of a run, seen by each other through small files in `<work_dir>/.ranks/<start>/`.
+"""Detect dead, silent or failed ranks: each writes a file in `<work_dir>/.ranks/<start>/` and watches the others'.
 
 torch's collectives say that something took too long, not who was missing, and before the process group exists they say
 nothing. Here every rank renews a record once a second: where it runs, its last finished step, what it is doing, and at
@@ -100,7 +100,9 @@ class RankMonitor:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"work_dir: {error.strerror} at {error.filename}. Choose one you may write to") from error
+            raise ConfigError(
+                f"work_dir: {error.strerror} at {error.filename}", remedy="Choose one you may write to"
+            ) from error
         with every(BEAT_S, self._beat):
             try:
                 yield self
@@ -236,7 +238,7 @@ class RankMonitor:
             self._end(_error_of(failed[0]) if failed else _error_about(died, lost))
 
     def _end(self, error: RWKVClusterError) -> None:
-        """From the thread, for a main thread that hangs in a collective, in the data or while it ends."""
+        """End the process from the thread: its main thread hangs in a collective, in the data or while it ends."""
         self.hang_detector.write(self._record)
         self.write(state="failed", **_failure(error))
         log.error("rwkv-cluster: rank %d: error: %s", self.rank, error)

@@ -20,7 +20,7 @@ class EarlyStopState:
         return cls(None, 0)
 
     def after(self, val_loss: float, min_delta: float) -> EarlyStopState:
-        """With one more evaluation; only a loss lower by more than `min_delta` nats is an improvement."""
+        """Count one more evaluation; only a loss lower by more than `min_delta` nats is an improvement."""
         if self.best is None or val_loss < self.best - min_delta:
             return EarlyStopState(val_loss, 0)
         return EarlyStopState(self.best, self.stale + 1)

@@ -29,11 +29,11 @@ class StopRequest:
         return self.reason is not None
 
     def begin_steps(self) -> None:
-        """From here on a signal sets the flag: the ranks have met, and end together after a step."""
+        """Let signals set the flag from here on: the ranks have met, and end together after a step."""
         self._listener.defer("stopping after this step, with a checkpoint")
 
     def end_steps(self) -> None:
-        """From here on a signal ends the run at once: all is saved."""
+        """Let a signal end the run at once from here on: all is saved."""
         self._listener.obey()
 
     @contextmanager

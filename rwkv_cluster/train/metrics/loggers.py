@@ -36,8 +36,8 @@ def require_packages(logging_config: LoggingConfig) -> None:
 def _require(package: str, field: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{field} is set, but the package {package} is not installed. "
-            f"Install it with `pip install 'rwkv-cluster[{package}]'`, or remove {field}"
+            f"{field} is set, but the package {package} is not installed",
+            remedy=f"Install it with `pip install 'rwkv-cluster[{package}]'`, or remove {field}",
         )
 
 
@@ -48,8 +48,9 @@ def _require_wandb_account() -> None:
 
     if not wandb.api.api_key:
         raise ConfigError(
-            "logging.wandb_project is set, but Weights & Biases finds no API key on this machine. Run `wandb login`, "
-            "or set WANDB_MODE=offline and send the run later with `wandb sync`, or remove logging.wandb_project"
+            "logging.wandb_project is set, but Weights & Biases finds no API key on this machine",
+            remedy="Run `wandb login`, "
+            "or set WANDB_MODE=offline and send the run later with `wandb sync`, or remove logging.wandb_project",
         )
 
 
@@ -65,7 +66,7 @@ def loggers(logging_config: LoggingConfig, work: WorkDir, start_step: int) -> li
 
 
 def _wandb_id(path: Path) -> str:
-    """Of all sessions of the run, drawn by the first of them."""
+    """The run's W&B id: created by the first session, reused on resume."""
     if not path.exists():
         atomic_write(path, uuid.uuid4().hex[:12].encode())
     return read_own(path).decode(errors="replace").strip()

@@ -84,7 +84,7 @@ class MetricsWriter:
         self._jsonl, self._csv = _appending(self._jsonl_path), _appending(self._csv_path)
 
     def _rewrite_csv(self) -> None:
-        """From the JSON lines: what an earlier version wrote may have other columns."""
+        """Write the CSV anew from the JSON lines: an earlier version's may have other columns."""
         with atomic_writer(self._csv_path) as file:
             file.write((",".join(COLUMNS) + "\n").encode())
             for line in _lines(self._jsonl_path):

@@ -50,7 +50,7 @@ _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Of `n_steps` steps together. parts_s add up to whole_s. busy: of a GPU; None on a CPU."""
+    """Time of `n_steps` steps together. parts_s add up to whole_s. busy: of a GPU; None on a CPU."""
 
     n_steps: int
     wall_s: float
@@ -60,7 +60,7 @@ class Breakdown:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the whole, from 0 to 1."""
+        """Shares of the whole, from 0 to 1."""
         return {part: seconds / self.whole_s for part, seconds in self.parts_s.items()}
 
 
@@ -161,7 +161,7 @@ def _called(call: Call, caller: Moment) -> Moment:
 
 
 def _nearer(outer: str, own: str | None) -> str:
-    """A product inside WKV is WKV's; one inside the loss is a product."""
+    """A call has its own part, unless its caller is WKV, communication or matmul: these keep all that they call."""
     kinds = [part for part, _ in _KINDS]
     return outer if own is None or outer in kinds else own
 

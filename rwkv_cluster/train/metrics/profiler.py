@@ -43,13 +43,13 @@ class StepProfile:
         )
 
     def begin(self, step: int) -> None:
-        """At the beginning of the session, after `step` steps of the run."""
+        """Start the session, after `step` steps of the run."""
         self._first_step = step + SKIPPED_STEPS + WARM_UP_STEPS + 1
         if self._profiler is not None:
             self._profiler.start()
 
     def step(self) -> None:
-        """After each of the session's steps. Writes the profile after the last that belongs to it."""
+        """Note the end of a step. Writes the profile after the last that belongs to it."""
         self._done += 1
         if self._profiler is not None:
             self._profiler.step()
@@ -66,7 +66,7 @@ class StepProfile:
             )
 
     def close(self) -> None:
-        """Leave a profile under way."""
+        """Stop profiling without writing."""
         self._wanted = False
         self._stop()
 

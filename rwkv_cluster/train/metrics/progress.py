@@ -66,7 +66,7 @@ class Progress:
         return parts
 
     def _time_left(self, step: int) -> str:
-        """From this session's second step on: the first carries the start-up."""
+        """Time left, from this session's second step on: the first carries the start-up."""
         if self._timed_from is None:
             self._timed_from = (step, time.monotonic())
             return "?" if step < self._total else "0:00:00"

@@ -37,7 +37,7 @@ class StepParts:
 
     @classmethod
     def of(cls, step: int, timing: StepTiming) -> StepParts:
-        """To the microsecond. Waits for a device that has not done the step."""
+        """Parts of a step to the microsecond. Waits for a device that has not done the step."""
         seconds = {f"{phase}_s": round(value, 6) for phase, value in timing.phases_s().items()}
         return cls(step=step, **{field.name: seconds[field.name] for field in fields(cls) if field.name != "step"})
 
@@ -56,7 +56,7 @@ class StepTimes:
             )
 
     def add(self, step: int, timing: StepTiming) -> None:
-        """On CUDA the line is written with the next step's. Raises CheckpointError when the disk refuses a line."""
+        """Add a line; on CUDA it is written with the next step's. Raises CheckpointError when the disk refuses it."""
         self.flush()
         self._pending = (step, timing)
         if not timing.spans:

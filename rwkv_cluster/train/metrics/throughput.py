@@ -38,7 +38,7 @@ class Utilization:
 
 
 def utilization(config: Config, placement: Placement) -> Utilization | None:
-    """Of a run whose ranks all have this rank's device; None where nobody knows its peak."""
+    """Utilization of a run whose ranks all have this rank's device; None for an unknown GPU."""
     peak_tflops = config.logging.peak_tflops or _known_peak_tflops(config, placement)
     if peak_tflops is None:
         return None

@@ -50,21 +50,21 @@ def place(training: TrainingConfig) -> Placement:
     cuda = torch.cuda.is_available()
     if training.accelerator == "cuda" and not cuda:
         raise ConfigError(
-            "training.accelerator is cuda, but torch finds no CUDA device here. Use training.accelerator cpu, or look "
-            "at `nvidia-smi` and at the torch build"
+            "training.accelerator is cuda, but torch finds no CUDA device here",
+            remedy="Use training.accelerator cpu, or look at `nvidia-smi` and at the torch build",
         )
     accelerator = "cuda" if cuda and training.accelerator != "cpu" else "cpu"
     if accelerator == "cpu" and training.precision == "fp16":
         raise ConfigError(
-            "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"
+            "training.precision is fp16, which needs a CUDA device, and this run is on a CPU", remedy="Use fp32 or bf16"
         )
     require_deepspeed(training, accelerator)
     world_size = rank_env.launched_world_size() or training.devices
     devices = rank_env.launched_local_world_size() or min(training.devices, world_size)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(
-            f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices. "
-            f"Use training.devices {torch.cuda.device_count()}"
+            f"{devices} ranks were asked for on this machine, which has {torch.cuda.device_count()} CUDA devices",
+            remedy=f"Use training.devices {torch.cuda.device_count()}",
         )
     if world_size > 1 and rank_env.launched():
         rank_env.require_meeting_point()
@@ -79,7 +79,8 @@ def require_script(training: TrainingConfig) -> None:
     if getattr(sys.modules.get("__main__"), "__file__", None) is None:
         raise ConfigError(
             f"training.devices is {devices}, and a notebook, an interactive session or `python -c` has no script that "
-            "the other ranks could run. Write one, use `rwkv-cluster train`, or set training.devices to 1"
+            "the other ranks could run",
+            remedy="Write one, use `rwkv-cluster train`, or set training.devices to 1",
         )
 
 

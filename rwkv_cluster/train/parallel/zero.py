@@ -41,8 +41,8 @@ def require_deepspeed(training: TrainingConfig, accelerator: str) -> None:
         import deepspeed.ops
     except Exception as error:  # its import looks for compilers and devices, and fails in many ways
         raise ConfigError(
-            f"ZeRO stage {training.deepspeed_stage} needs the package deepspeed, which cannot be imported: {error}. "
-            "Install it with `pip install deepspeed`, or set training.strategy to ddp and zero_stage to null"
+            f"ZeRO stage {training.deepspeed_stage} needs the package deepspeed, which cannot be imported: {error}",
+            remedy="Install it with `pip install deepspeed`, or set training.strategy to ddp and zero_stage to null",
         ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile when the process group is made
 
