@@ -58,7 +58,7 @@ class StepTiming:
 
     @property
     def training_s(self) -> float:
-        """Seconds of the host, without pauses. Over many steps those of the device too: each step waits for its loss."""
+        """Seconds of the host, without pauses; over many steps of the device too: each step waits for its loss."""
         return sum(seconds for phase, seconds in self.host_s.items() if phase not in PAUSES)
 
     def phases_s(self) -> dict[Phase, float]:
