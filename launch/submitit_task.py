@@ -82,7 +82,7 @@ class NodeTask:
         return submission(self.argv, self.max_requeues)
 
     def _has_ended(self) -> bool:
-        """Like Popen.poll(), but safe inside a signal handler: poll's lock may be held by the interrupted code."""
+        """Whether the process has ended; safe inside a signal handler, where Popen.poll's lock may be held."""
         assert self._agent is not None
         if self._agent.returncode is not None:
             return True

@@ -19,14 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rwkv_cluster.errors import ConfigError, LaunchError
-from rwkv_cluster.workdir import (
-    TEMPORARY_PREFIX,
-    WorkDir,
-    atomic_write,
-    atomic_writer,
-    remove_temporaries,
-    sha256_file,
-)
+from rwkv_cluster.workdir import TEMPORARY_PREFIX, WorkDir, atomic_write, atomic_writer, remove_temporaries, sha256_file
 
 
 def test_paths_of_the_layout(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class DataPipeline:
         sequence_length: int = 1024,
         n_epochs: int = 3,
     ) -> dict[str, Any]:
-        """Same as `process_numpy`."""
+        """Convert arrays to JSONL and token files, as `process_numpy` does."""
         return self.process_numpy(data, output_dir, name, sequence_length, n_epochs)
 
     def process_numpy(

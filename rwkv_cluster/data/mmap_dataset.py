@@ -70,7 +70,7 @@ class MMapIndexedDataset:
         return self._file.doc_idx if self._doc_idx is None else self._doc_idx
 
     def get_doc_idx(self) -> np.ndarray:
-        """Same as `doc_idx`."""
+        """The index of the first item of each document, `doc_idx`."""
         return self.doc_idx
 
     def set_doc_idx(self, doc_idx_: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -116,7 +116,8 @@ def _loss(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
         if len(val.value):
             label = "validation" if alone else f"{run.name}, validation"
             curves.append(Curve(label, val.tokens, val.value, 1 if alone else color, "dashed", markers=True))
-    return _chart("loss", "Loss", "nats per token", curves, values, marks=_all_marks(runs), note=_smoothing_note(runs))
+    chart = Chart("loss", "Loss", "nats per token", curves, _all_marks(runs), note=_smoothing_note(runs))
+    return _of_values(chart, values)
 
 
 def _smoothing_note(runs: Sequence[Run]) -> str:
@@ -145,26 +146,16 @@ def _metric(
             ]
         else:
             curves.append(Curve(run.name, line.tokens, line.value / scale, color, "line"))
-    return _chart(name, title, unit, curves, values, log=name == "grad_norm")
+    return _of_values(Chart(name, title, unit, curves), values, may_be_log=name == "grad_norm")
 
 
-def _chart(
-    key: str,
-    title: str,
-    unit: str,
-    curves: Sequence[Curve],
-    values: Sequence[np.ndarray],
-    *,
-    marks: Sequence[Marks] = (),
-    log: bool = False,
-    note: str = "",
-) -> Chart | None:
-    """None where no value is finite."""
+def _of_values(chart: Chart, values: Sequence[np.ndarray], *, may_be_log: bool = False) -> Chart | None:
+    """The chart with the finite ones of `values`, None without any. may_be_log: powers of ten where they reach far."""
     finite = np.concatenate([np.empty(0), *(some[np.isfinite(some)] for some in values)])
     if not len(finite):
         return None
-    wide_range = bool(log and finite.min() > 0 and finite.max() > WIDE_RANGE * finite.min())
-    return Chart(key, title, unit, curves, marks, log=wide_range, note=note, values=finite)
+    is_log = bool(may_be_log and finite.min() > 0 and finite.max() > WIDE_RANGE * finite.min())
+    return replace(chart, log=is_log, values=finite)
 
 
 def _all_marks(runs: Sequence[Run]) -> list[Marks]:

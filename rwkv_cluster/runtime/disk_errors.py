@@ -31,7 +31,7 @@ class WriteFailure:
 
     @classmethod
     def of(cls, error: BaseException) -> WriteFailure:
-        """Behind `error`, which may be torch's: it covers the system's own error with a text about its file format."""
+        """The OSError behind `error`: torch.save hides it in a RuntimeError about its zip format."""
         found: BaseException | None = error
         while found is not None and not isinstance(found, OSError):
             found = found.__context__

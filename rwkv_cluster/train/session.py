@@ -72,7 +72,7 @@ class Session:
 
     @property
     def recorded_step(self) -> int:
-        """Up to where the record files hold steps that are complete."""
+        """Last step that the record files hold completely."""
         return self.start_step - (self.unfinished is not None)
 
     @property

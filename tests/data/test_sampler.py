@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 
 from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.horizon import Horizon, horizon
-from rwkv_cluster.data.sampler import (
-    SamplePlan,
-    is_prime,
-    largest_magic_prime,
-    require_magic_prime,
-)
+from rwkv_cluster.data.sampler import SamplePlan, is_prime, largest_magic_prime, require_magic_prime
 from rwkv_cluster.errors import ConfigError, DataError
 
 MINIPILE_TOKENS = 1_498_226_207

@@ -22,7 +22,7 @@ from rwkv_cluster.model.versions.table import VERSIONS
 from rwkv_cluster.planning.activations import Kernels
 from rwkv_cluster.planning.memory import MemoryModel, Setting
 from rwkv_cluster.planning.model_states import Sharding
-from rwkv_cluster.train.optimizer import build_optimizer
+from rwkv_cluster.train.optimizers.build import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 

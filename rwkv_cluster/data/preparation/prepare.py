@@ -24,18 +24,12 @@ from rwkv_cluster.data.binidx import TokenFileWriter
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
-from rwkv_cluster.data.manifest import (
-    VERSION,
-    DataManifest,
-    FileRecord,
-    ValidationRecord,
-    check_name,
-    load_manifest,
-)
+from rwkv_cluster.data.manifest import VERSION, DataManifest, FileRecord, ValidationRecord, check_name, load_manifest
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.data.preparation.external_tokens import check_pair
 from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
 from rwkv_cluster.data.preparation.shuffle_split import (
+    Order,
     all_documents,
     is_training,
     is_validation,
@@ -43,6 +37,7 @@ from rwkv_cluster.data.preparation.shuffle_split import (
     write_documents,
 )
 from rwkv_cluster.data.preparation.staleness import (
+    Wanted,
     array_digest,
     content_options,
     named_inputs,
@@ -155,7 +150,7 @@ def write_pair(
             store.finish()
             _require_documents(store, sources)
             with TokenFileWriter(prefix, encoder.dtype) as writer:
-                write_documents(store, writer, all_documents, folder, passes=passes, seed=seed)
+                write_documents(store, writer, all_documents, folder, Order(passes, seed))
     return writer
 
 
@@ -199,13 +194,15 @@ class _Job:
         reason = why_stale(
             manifest,
             self.out_dir,
-            name=self.name,
-            tokenizer=tokenizer_identity(self.tokenizer),
-            options=self.options,
-            n_arrays=len(self.arrays),
-            array_digests=self._array_digests,
-            named=named_inputs(self.data),
-            sources=self.sources,
+            Wanted(
+                name=self.name,
+                tokenizer=tokenizer_identity(self.tokenizer),
+                options=self.options,
+                n_arrays=len(self.arrays),
+                array_digests=self._array_digests,
+                named=named_inputs(self.data),
+                sources=self.sources,
+            ),
             refresh=refresh,
         )
         return manifest if reason is None else reason
@@ -308,11 +305,11 @@ class _Job:
         progress = Progress("writing", folder, None if fraction else store.n_tokens * passes)
         with TokenFileWriter(finished / self.name, store.dtype) as train:
             chosen = is_training(threshold) if fraction else all_documents
-            write_documents(store, train, chosen, folder, passes=passes, seed=seed, advance=progress.advance)
+            write_documents(store, train, chosen, folder, Order(passes, seed), progress.advance)
         if not fraction:
             return [train]
         with TokenFileWriter(finished / _VALIDATION, store.dtype) as held_out:
-            write_documents(store, held_out, is_validation(threshold), folder, passes=1, seed=seed, side=1)
+            write_documents(store, held_out, is_validation(threshold), folder, Order(1, seed, side=1))
         return [train, held_out]
 
     def _save_vocab(self, finished: Path) -> FileDigest:

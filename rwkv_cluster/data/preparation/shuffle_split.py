@@ -80,24 +80,32 @@ def split_threshold(store: EncodedDocuments, fraction: float) -> int:
     return min(valid)[1]
 
 
+@dataclass(frozen=True)
+class Order:
+    """How often and in which order documents are written.
+
+    passes: how often. seed: of the shuffle, None keeps the input order. side: keeps orders apart that share a seed.
+    """
+
+    passes: int
+    seed: int | None
+    side: int = 0
+
+
 def write_documents(
     store: EncodedDocuments,
     writer: TokenFileWriter,
     choose: Choose,
     scratch: Path,
-    *,
-    passes: int,
-    seed: int | None,
-    side: int = 0,
+    order: Order,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
-    """Write the chosen documents `passes` times. seed: None keeps the input order. side: keeps orders apart that
-    share a seed. advance: told the number of tokens after each write."""
-    for number in range(passes):
-        if seed is None:
+    """Write the chosen documents in `order`. advance: called with the number of tokens after each write."""
+    for number in range(order.passes):
+        if order.seed is None:
             _write_in_input_order(store, writer, choose, advance)
         else:
-            keys = np.random.SeedSequence(entropy=seed, spawn_key=(number, side))
+            keys = np.random.SeedSequence(entropy=order.seed, spawn_key=(number, order.side))
             _Shuffle(store, choose, keys, scratch).write(writer, advance)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,43 +110,49 @@ def read_cache(out_dir: Path) -> tuple[list[str], list[list[Any]]]:
     return (named, entries) if well_formed else ([], [])
 
 
-def why_stale(
-    manifest: DataManifest,
-    out_dir: Path,
-    *,
-    name: str,
-    tokenizer: dict[str, Any],
-    options: dict[str, Any],
-    n_arrays: int,
-    array_digests: Callable[[], list[str]],
-    named: list[str],
-    sources: Sequence[Source],
-    refresh: bool,
-) -> str | None:
+@dataclass(frozen=True)
+class Wanted:
+    """Data that a configuration asks for.
+
+    name: of the token file. tokenizer: see `tokenizer_identity`. options: that change the tokens. n_arrays: of arrays
+    beside the files. array_digests: () -> the arrays' digests. named: see `named_inputs`. sources: the files.
+    """
+
+    name: str
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+    n_arrays: int
+    array_digests: Callable[[], list[str]]
+    named: list[str]
+    sources: Sequence[Source]
+
+
+def why_stale(manifest: DataManifest, out_dir: Path, wanted: Wanted, *, refresh: bool) -> str | None:
     """Why the data must be prepared again, in words, or None. Reads the inputs whose record has changed.
 
-    named: see `named_inputs`. refresh: write the new records when the content has not changed.
+    refresh: write the new records when the content has not changed.
     """
-    if manifest.name != name:
-        return f"the prepared data is named '{manifest.name}', not '{name}'"
-    if manifest.tokenizer != tokenizer:
-        return f"the tokenizer changed ({_difference(manifest.tokenizer, tokenizer)})"
-    if manifest.options != options:
-        return f"the options changed ({_difference(manifest.options, options)})"
-    if manifest.n_sources != n_arrays + len(sources):
-        return f"the input has {n_arrays + len(sources)} files or arrays, it had {manifest.n_sources}"
+    if manifest.name != wanted.name:
+        return f"the prepared data is named '{manifest.name}', not '{wanted.name}'"
+    if manifest.tokenizer != wanted.tokenizer:
+        return f"the tokenizer changed ({_difference(manifest.tokenizer, wanted.tokenizer)})"
+    if manifest.options != wanted.options:
+        return f"the options changed ({_difference(manifest.options, wanted.options)})"
+    if manifest.n_sources != wanted.n_arrays + len(wanted.sources):
+        return f"the input has {wanted.n_arrays + len(wanted.sources)} files or arrays, it had {manifest.n_sources}"
     before, cache = read_cache(out_dir)
-    known = cache if len(cache) == len(sources) else [[None, ""]] * len(sources)
-    stats = [source_stat(source) for source in sources]
+    known = cache if len(cache) == len(wanted.sources) else [[None, ""]] * len(wanted.sources)
+    stats = [source_stat(source) for source in wanted.sources]
     contents = [
-        content if record == found else content_digest(source)
-        for source, found, (record, content) in zip(sources, stats, known, strict=True)
+        content if record == stat else content_digest(source)
+        for source, stat, (record, content) in zip(wanted.sources, stats, known, strict=True)
     ]
-    if source_digest(array_digests(), sources, contents) != manifest.source_digest:
-        changed = [s.path for s, new, (_, old) in zip(sources, contents, known, strict=True) if old and new != old]
+    if source_digest(wanted.array_digests(), wanted.sources, contents) != manifest.source_digest:
+        compared = zip(wanted.sources, contents, known, strict=True)
+        changed = [source.path for source, new, (_, old) in compared if old and new != old]
         return f"the content of {changed[0]} changed" if changed else "the content of the input changed"
-    if refresh and (before != named or [record for record, _ in known] != stats):
-        write_cache(out_dir, named, stats, contents)
+    if refresh and (before != wanted.named or [record for record, _ in known] != stats):
+        write_cache(out_dir, wanted.named, stats, contents)
     return None
 
 

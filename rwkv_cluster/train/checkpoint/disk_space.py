@@ -23,12 +23,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
-    """About the size of a weights file whose elements have `item_bytes`."""
+    """Approximate size of a weights file whose elements have `item_bytes`."""
     return sum(math.prod(shape) for shape in shapes.values()) * item_bytes + _TENSOR * len(shapes)
 
 
 def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer = ADAMW) -> int:
-    """About the size of a checkpoint, all its files together: masters, moments and the state of each rank."""
+    """Approximate size of a checkpoint, all its files together: masters, moments and the state of each rank."""
     return optimizer.tensors_saved * weights_bytes(shapes, _FP32) + _RANK * world_size
 
 

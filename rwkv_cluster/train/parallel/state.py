@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
-from rwkv_cluster.train.optimizer import named_parameters, optimizer_tensors, restore_optimizer, update_count
+from rwkv_cluster.train.optimizers.build import named_parameters, optimizer_tensors, restore_optimizer, update_count
 
 
 class ModelAndOptimizerState(Protocol):
@@ -35,7 +35,7 @@ class ModelAndOptimizerState(Protocol):
         """Updates that the optimizer has made."""
 
     def restore(self, found: Checkpoint) -> None:
-        """Into a model that has `found`'s weights: moments, and masters where the parameters are not the masters.
+        """Load into a model that has `found`'s weights: moments, and masters where the parameters are not the masters.
 
         Exactly as they were saved, by whatever number of ranks and whatever strategy.
         """

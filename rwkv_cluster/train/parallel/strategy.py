@@ -126,7 +126,7 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
 
 
 def leaving(training: TrainingConfig) -> AbstractContextManager[None]:
-    """Around all that trains with `trainer_arguments`: see `distributed.leaving_group`."""
+    """Context of all that trains with `trainer_arguments`; the process group is gone after it."""
     return leaving_group() if training.deepspeed_stage is None else leaving_group(leave_group)
 
 
