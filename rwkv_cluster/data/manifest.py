@@ -20,7 +20,7 @@ from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.workdir import DATA_MANIFEST, sha256_file
 
-CACHE_NAME = "inputs.json"  # see `data.freshness`
+CACHE_NAME = "inputs.json"  # see `data.preparation.staleness`
 VERSION: Literal[1] = 1
 _MAX_BYTES = 16 << 20
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"

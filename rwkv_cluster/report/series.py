@@ -51,7 +51,7 @@ def numbers(values: np.ndarray) -> list[float | None]:
 def read_columns(path: Path, names: Sequence[str], *, most_bytes: int | None = None) -> Columns:
     """Columns of a file of JSON lines; of a step that is there twice the last counts. Raises OSError without one.
 
-    most_bytes: as for `runlog.json_lines`.
+    most_bytes: as for `run_files.json_lines`.
     """
     lines = run_files.json_lines(path, most_bytes=most_bytes)
     blocks = [{name: _column(block, name) for name in ("step", *names)} for block in lines]

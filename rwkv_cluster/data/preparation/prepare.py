@@ -1,7 +1,7 @@
 """Prepare data: inputs -> `train.bin`, `train.idx`, `vocab.txt`, `manifest.json` in one directory.
 
-Documents are tokenized in input order into a store (`data.store`), by worker processes where there is much of it, then
-split and shuffled into the token files (`data.order`). Everything happens in a temporary folder of the same
+Documents are tokenized in input order into a store (`token_store`), by worker processes where there is much of it, then
+split and shuffled into the token files (`shuffle_split`). Everything happens in a temporary folder of the same
 directory; the old manifest is removed, the files are renamed into place, and the new manifest is written last, so a
 preparation that is killed at any point leaves nothing that a later run trusts. The same input, options and seed give
 the same bytes on any machine, in any directory, with any number of cores.
@@ -73,7 +73,7 @@ def prepare(
 ) -> DataManifest:
     """Prepare `arrays` and then `data.inputs` into `out_dir`, or use what is there again when nothing has changed.
 
-    arrays: 1-D or 2-D, integers or whole numbers; see `data.readers`. tokenizer: any object with encode, decode and
+    arrays: 1-D or 2-D, integers or whole numbers; see `inputs.readers`. tokenizer: any object with encode, decode and
     vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. mend: make a damaged file of
     an earlier preparation again, instead of raising DataError. fingerprint: of the data that a run was trained on, to
     refuse any other when it is ready. Raises DataError, with the document and the reason; an earlier preparation then

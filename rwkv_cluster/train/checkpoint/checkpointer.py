@@ -52,7 +52,7 @@ class Checkpointer:
     """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
 
     background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
-    checkpoint, see `train.room`. reach_steps: see `checkpoint.prune`. events: where a commit is told.
+    checkpoint, see `train.checkpoint.disk_space`. reach_steps: see `checkpoint.prune`. events: where a commit is told.
     """
 
     def __init__(

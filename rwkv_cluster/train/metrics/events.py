@@ -12,7 +12,7 @@ what was done in vain before a kill or a rollback stays in it, unlike in `metric
     validation  loss, n_tokens; for text also n_bytes, bits_per_byte
     sample      path of the text
     nonfinite   what ("loss" or "gradient"), ranks, losses of all ranks, samples, positions
-    spike       first_step, last_step, loss, median, limit: see `train.guard`
+    spike       first_step, last_step, loss, median, limit: see `train.guards.spike_guard`
     rollback    to_step, skipped_steps: how many steps' samples are left out, skipped: all batches left out so far
     early_stop  best (validation loss), stale: evaluations since then
     stop        the session ended before the run's end: reason, exit_code
