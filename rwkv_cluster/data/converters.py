@@ -1,4 +1,4 @@
-"""Array -> JSONL -> token file by hand: the names and meanings of the package `rwkv-trainer`, over `preparation.prepare`.
+"""Array -> JSONL -> token file by hand: names and meanings of the package `rwkv-trainer`, over `preparation.prepare`.
 
 Where they differ from it: the rest of a 1-D array is kept as a shorter sequence, a value that is not whole is refused
 (not cut), the shuffle is reproducible (seed 0 unless given), and a failure leaves no half-written file.

@@ -62,7 +62,7 @@ class RunStatus:
     """state: running, preparing data, complete, stopped, died (its process is gone, or silent), or not started.
 
     faults: of the data, and of checkpoints newer than `checkpoint`. event: the last line of logs/events.jsonl.
-    preparation: how far one under way has come, see `preparation.publish`. data, launch: None where there is none; `launch`
+    preparation: how far one under way has come, see `preparation.publish`. data, launch: None without one; `launch`
     is a sentence where its state cannot be known here.
     """
 

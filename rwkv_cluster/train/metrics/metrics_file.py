@@ -29,7 +29,7 @@ class StepRecord:
 
     tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
     of this process. val_bits_per_byte: None where tokens are no text. save_wait_s: seconds that training has waited for
-    checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `metrics.throughput`; None where that is
+    checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `metrics.throughput`; None where it is
     not known. docs/metrics.md says it all.
     """
 
