@@ -129,9 +129,9 @@ class WorkDir:
             with suppress(*_NOT_SEEN):
                 require_own(self.root / name)
         with suppress(*_NOT_SEEN):
-            found = os.lstat(self.stop_file).st_mode
-            if stat.S_ISDIR(found):  # any other STOP stops, and can be removed
-                raise WrongKindError(self.stop_file, found, "a regular file")
+            mode = os.lstat(self.stop_file).st_mode
+            if stat.S_ISDIR(mode):  # any other STOP stops, and can be removed
+                raise WrongKindError(self.stop_file, mode, "a regular file")
 
     @property
     def stop_file(self) -> Path:

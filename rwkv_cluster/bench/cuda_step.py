@@ -49,12 +49,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for preset in options.presets:
         n_layer, n_embd, batch = PRESETS[preset]
         for grad_cp in (0, 1):
-            found = _fitting(n_layer, n_embd, batch, grad_cp, options)
-            if peak and "step_s" in found:
-                found["mfu"] = found["model_flops"] / found["step_s"] / (peak * 1e12)
+            fitting = _fitting(n_layer, n_embd, batch, grad_cp, options)
+            if peak and "step_s" in fitting:
+                fitting["mfu"] = fitting["model_flops"] / fitting["step_s"] / (peak * 1e12)
             case = f"{preset}{' grad_cp' if grad_cp else ''}"
-            cases[case] = found
-            results.keep(settings | {"cases": cases}, options.output, _line(case, found))
+            cases[case] = fitting
+            results.keep(settings | {"cases": cases}, options.output, _line(case, fitting))
     return settings | {"cases": cases}
 
 

@@ -185,7 +185,7 @@ def _refusal(contender: dict[str, Any]) -> Iterator[None]:
 
 
 def _going_on(contenders: dict[str, dict[str, Any]]) -> list[str]:
-    return [name for name, found in contenders.items() if "refused" not in found]
+    return [name for name, result in contenders.items() if "refused" not in result]
 
 
 def _bytes(inputs: list[Tensor], dy: Tensor) -> int:
@@ -229,11 +229,11 @@ def _error(version: str, backend: str, inputs: list[Tensor], dy: Tensor) -> floa
     corners = dict.fromkeys([(0, 0), (n_rows - 1, n_heads - 1)])
     for row, head in corners:
         few[row, :CHECKED_STEPS, head] = dy[row, :CHECKED_STEPS, head]
-    found = _values(operator, inputs, few)
+    values = _values(operator, inputs, few)
     errors = []
     for corner in corners:
         wanted = _values(definition, [_part(x, *corner) for x in inputs], _part(dy, *corner))
-        errors += [_relative(_part(x, *corner), y) for x, y in zip(found, wanted, strict=True)]
+        errors += [_relative(_part(x, *corner), y) for x, y in zip(values, wanted, strict=True)]
     if backend != "exact" and native.unavailable(str(dy.device), dy.dtype, dy.shape[-1]) is None:
         pairs = zip(_values(operator, inputs, dy), _values(_operator(version, "exact"), inputs, dy), strict=True)
         errors += [_relative(x.float(), y.float()) for x, y in pairs]
@@ -246,8 +246,8 @@ def _part(x: Tensor, row: int, head: int) -> Tensor:
     return (x.detach()[row : row + 1, :CHECKED_STEPS, heads] if x.ndim == 4 else x.detach()[heads]).double().cpu()
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def _relative(values: Tensor, reference: Tensor) -> float:
+    return float((values - reference).norm() / reference.norm())
 
 
 def _values(operator: Operator, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:

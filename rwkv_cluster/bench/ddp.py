@@ -35,26 +35,26 @@ Contender = tuple[str, int]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rwkv-cluster bench ddp", description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to measure")
-    made.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    made.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
-    made.add_argument("--n-layer", type=int, default=6)
-    made.add_argument("--n-embd", type=int, default=256)
-    made.add_argument("--head-size", type=int, default=64)
-    made.add_argument("--vocab-size", type=int, default=256)
-    made.add_argument("--ctx-len", type=int, default=256)
-    made.add_argument("--micro-bsz", type=int, default=4, help="samples of a rank in a step")
-    made.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    made.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
-    made.add_argument("--ds-bucket-mb", type=int, default=200, help="training.ds_bucket_mb")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
-    made.add_argument("--steps", type=int, default=10, help="counted steps of a turn")
-    made.add_argument("--warmup", type=int, default=3, help="steps before them that are not counted")
-    made.add_argument("--repeats", type=int, default=3, help="turns of each contender")
-    made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    made.add_argument("--timeout-s", type=float, default=900.0, help="longest that one turn may take")
-    return made
+    arguments = argparse.ArgumentParser(prog="rwkv-cluster bench ddp", description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to measure")
+    arguments.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    arguments.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
+    arguments.add_argument("--n-layer", type=int, default=6)
+    arguments.add_argument("--n-embd", type=int, default=256)
+    arguments.add_argument("--head-size", type=int, default=64)
+    arguments.add_argument("--vocab-size", type=int, default=256)
+    arguments.add_argument("--ctx-len", type=int, default=256)
+    arguments.add_argument("--micro-bsz", type=int, default=4, help="samples of a rank in a step")
+    arguments.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    arguments.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
+    arguments.add_argument("--ds-bucket-mb", type=int, default=200, help="training.ds_bucket_mb")
+    arguments.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+    arguments.add_argument("--steps", type=int, default=10, help="counted steps of a turn")
+    arguments.add_argument("--warmup", type=int, default=3, help="steps before them that are not counted")
+    arguments.add_argument("--repeats", type=int, default=3, help="turns of each contender")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments.add_argument("--timeout-s", type=float, default=900.0, help="longest that one turn may take")
+    return arguments
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
@@ -138,9 +138,9 @@ def _prepare(configs: dict[Contender, Config], options: argparse.Namespace) -> N
     for config in configs.values():
         place(config.training)
     rows = np.random.default_rng(0).integers(0, options.vocab_size - 1, (64, 4 * options.ctx_len))
-    one = next(iter(configs.values()))
-    prepare_data(one, arrays=[rows])
-    initialize(one)
+    first = next(iter(configs.values()))
+    prepare_data(first, arrays=[rows])
+    initialize(first)
 
 
 def _turn(config: Config, contender: Contender, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -220,14 +220,14 @@ def _beside_theory(
 ) -> dict[str, dict[str, float | None]]:
     strategy, ranks = who
     stage = int(strategy[-1]) if strategy.startswith("deepspeed") else None
-    wanted = theory(figures["parameters"], ranks, stage, precision)
+    predicted = theory(figures["parameters"], ranks, stage, precision)
     if stage == 3:
-        wanted["whole"] = figures["parameters_kept_whole"] * (4.0 if precision == "fp32" else 2.0)
+        predicted["whole"] = figures["parameters_kept_whole"] * (4.0 if precision == "fp32" else 2.0)
     return {
         kind: {
             "measured": measured[kind],
-            "theory": wanted.get(kind),
-            "ratio": measured[kind] / wanted[kind] if wanted.get(kind) else None,
+            "theory": predicted.get(kind),
+            "ratio": measured[kind] / predicted[kind] if predicted.get(kind) else None,
         }
         for kind in KINDS
     }

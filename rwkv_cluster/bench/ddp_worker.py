@@ -83,11 +83,11 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     module = TrainingModule(model, config.training, session.plan, session.horizon, observer=meter)
     with leaving_group():
         build_trainer(session, [StableBuckets(), meter]).fit(module, datamodule=build_datamodule(session))
-        kept = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]
+        persistent = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]
     steps = [after - before for before, after in zip(meter.ends, meter.ends[1:], strict=False)]
     figures = {
         "parameters": sum(sizes),
-        "parameters_kept_whole": sum(size for size, whole in zip(sizes, kept, strict=True) if whole),
+        "parameters_kept_whole": sum(size for size, whole in zip(sizes, persistent, strict=True) if whole),
         "step_s": steps[warmup - 1 : -1],
         "losses": meter.losses,
         "held": meter.held,

@@ -21,34 +21,36 @@ from rwkv_cluster.bench import cuda_step
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
-    made.add_argument("--n-layer", type=int, default=6)
-    made.add_argument("--n-embd", type=int, default=256)
-    made.add_argument("--head-size", type=int, default=64)
-    made.add_argument("--vocab-size", type=int, default=256)
-    made.add_argument("--batch", type=int, default=4, help="samples in a step")
-    made.add_argument("--ctx-len", type=int, default=512)
-    made.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    made.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--repeats", type=int, default=5, help="counted steps of each, after one that is not")
-    made.add_argument("--wkv-backend", default="auto", help="training.wkv_backend")
-    made.add_argument("--fused", default="auto", help="training.fused")
-    made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    made.add_argument(
+    arguments = argparse.ArgumentParser(prog="rwkv-cluster bench step", description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--model-type", default="x070", choices=["x052", "x060", "x070"])
+    arguments.add_argument("--n-layer", type=int, default=6)
+    arguments.add_argument("--n-embd", type=int, default=256)
+    arguments.add_argument("--head-size", type=int, default=64)
+    arguments.add_argument("--vocab-size", type=int, default=256)
+    arguments.add_argument("--batch", type=int, default=4, help="samples in a step")
+    arguments.add_argument("--ctx-len", type=int, default=512)
+    arguments.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    arguments.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--repeats", type=int, default=5, help="counted steps of each, after one that is not")
+    arguments.add_argument("--wkv-backend", default="auto", help="training.wkv_backend")
+    arguments.add_argument("--fused", default="auto", help="training.fused")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments.add_argument(
         "--presets",
         nargs="+",
         choices=list(cuda_step.PRESETS),
         default=list(cuda_step.PRESETS),
         help="models of --device cuda",
     )
-    made.add_argument("--gpu-ctx-len", type=int, default=4096, help="context of --device cuda")
-    made.add_argument("--output", help="file that --device cuda writes after each case, as --json prints in the end")
-    made.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, where it is not a known one")
-    made.add_argument("--seed-package", help="folder that contains rwkv_trainer; default: the installed one")
-    made.add_argument("--worker", choices=["ours", "rwkv-trainer"], help=argparse.SUPPRESS)
-    return made
+    arguments.add_argument("--gpu-ctx-len", type=int, default=4096, help="context of --device cuda")
+    arguments.add_argument(
+        "--output", help="file that --device cuda writes after each case, as --json prints in the end"
+    )
+    arguments.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, where it is not a known one")
+    arguments.add_argument("--seed-package", help="folder that contains rwkv_trainer; default: the installed one")
+    arguments.add_argument("--worker", choices=["ours", "rwkv-trainer"], help=argparse.SUPPRESS)
+    return arguments
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:

@@ -133,8 +133,10 @@ class _Reader:
             return {}
         if not isinstance(node.value, dict):
             names = ", ".join(section.model_fields)
-            found = "" if isinstance(node.value, list) else f" {found_text(node)}"
-            self.faults.append(f"{node.origin}: {prefix[:-1]} is{found or ' a list'}, expected a section with {names}")
+            shown_text = "" if isinstance(node.value, list) else f" {found_text(node)}"
+            self.faults.append(
+                f"{node.origin}: {prefix[:-1]} is{shown_text or ' a list'}, expected a section with {names}"
+            )
             return {}
         values: dict[str, Any] = {}
         for name, child in node.value.items():

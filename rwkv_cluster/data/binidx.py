@@ -180,9 +180,9 @@ class IndexedTokens:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         self._require_open()
-        wanted = (stop - start) * self.dtype.itemsize
-        content = _read_exactly(self._descriptor, wanted, start * self.dtype.itemsize)
-        if len(content) != wanted:
+        n_bytes = (stop - start) * self.dtype.itemsize
+        content = _read_exactly(self._descriptor, n_bytes, start * self.dtype.itemsize)
+        if len(content) != n_bytes:
             raise DataError(
                 f"{bin_path(self.prefix)} has become shorter while it was in use", remedy="Prepare the data again"
             )

@@ -115,9 +115,9 @@ class SamplePlan:
 
         Steps before `first_step` keep theirs.
         """
-        found = sorted([*self.skipped, (self.batch(first_step), self.batch(last_step) + 1)])
-        merged = [found[0]]
-        for first, end in found[1:]:
+        skipped = sorted([*self.skipped, (self.batch(first_step), self.batch(last_step) + 1)])
+        merged = [skipped[0]]
+        for first, end in skipped[1:]:
             if first <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:

@@ -78,8 +78,8 @@ def examine(config: Config | None) -> Examination:
     """
     context = CheckContext(config)
     checks = CHECKS if rank_env.local_rank() == 0 else [check for check in CHECKS if check in OF_EACH_RANK]
-    found = [row for check in checks for row in check(context)]
+    rows_found = [row for check in checks for row in check(context)]
     world_size = rank_env.launched_world_size() or 1
     if world_size > 1 and has_torch():
-        found = examined_together(found, context, world_size)
-    return Examination(found, rows.first_problem(found))
+        rows_found = examined_together(rows_found, context, world_size)
+    return Examination(rows_found, rows.first_problem(rows_found))

@@ -87,8 +87,8 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], list[dict[str, Any]]]:
         _metric(runs, data, "mfu", "MFU", "share of the devices' peak"),
         _metric(runs, data, "memory_mb", "Peak memory of rank 0", "GB", scale=1e3),
         *(
-            _parts(run, one, number if len(runs) > 1 else None)
-            for number, (run, one) in enumerate(zip(runs, data, strict=True))
+            _parts(run, numbers, number if len(runs) > 1 else None)
+            for number, (run, numbers) in enumerate(zip(runs, data, strict=True))
         ),
     ]
     return [chart for chart in charts if chart is not None], data
@@ -102,12 +102,12 @@ def _loss(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
     alone = len(runs) == 1
     curves: list[Curve] = []
     values: list[np.ndarray] = []
-    for color, (run, one) in enumerate(zip(runs, data, strict=True)):
+    for color, (run, numbers) in enumerate(zip(runs, data, strict=True)):
         if not len(run.metrics["step"]):
             continue
         lines = {"loss": series.line(run.metrics, "loss"), "loss_smoothed": series.smoothed(run.metrics, "loss")}
         lines["val_loss"] = series.line(run.metrics, "val_loss")
-        one["series"] |= {name: line.data() for name, line in lines.items()}
+        numbers["series"] |= {name: line.data() for name, line in lines.items()}
         raw, smooth, val = lines.values()
         values += [raw.value, val.value]
         if alone:
@@ -130,15 +130,15 @@ def _metric(
 ) -> Chart | None:
     """Chart of one field; smoothed where it is noise around a trend, and for one run with the values themselves."""
     curves, values, noisy = [], [], name in NOISY
-    for color, (run, one) in enumerate(zip(runs, data, strict=True)):
+    for color, (run, numbers) in enumerate(zip(runs, data, strict=True)):
         if not np.isfinite(run.metrics[name]).any():
             continue
         line = series.line(run.metrics, name)
-        one["series"][name] = line.data()
+        numbers["series"][name] = line.data()
         values.append(line.value / scale)
         if noisy:
             smooth = series.smoothed(run.metrics, name)
-            one["series"][f"{name}_smoothed"] = smooth.data()
+            numbers["series"][f"{name}_smoothed"] = smooth.data()
             each = [Curve("each step", line.tokens, line.value / scale, color, "raw")] if len(runs) == 1 else []
             curves += [
                 *each,
@@ -169,20 +169,20 @@ def _all_marks(runs: Sequence[Run]) -> list[Marks]:
 
 def _steps(run: Run, kind: str) -> np.ndarray:
     """Steps of events of a kind, each once, and of metrics that are not finite. A stop that was continued is none."""
-    found = {float(event["step"]) for event in run.events if event["kind"] == kind}
+    steps = {float(event["step"]) for event in run.events if event["kind"] == kind}
     if kind == "stop":
-        found -= {float(event["step"]) for event in run.events if event["kind"] == "resume"}
+        steps -= {float(event["step"]) for event in run.events if event["kind"] == "resume"}
     if kind == "nonfinite":
-        found |= set(run.metrics["step"][~np.isfinite(run.metrics["loss"])].tolist())
-    return np.array(sorted(found))
+        steps |= set(run.metrics["step"][~np.isfinite(run.metrics["loss"])].tolist())
+    return np.array(sorted(steps))
 
 
-def _parts(run: Run, one: dict[str, Any], number: int | None) -> Chart | None:
+def _parts(run: Run, numbers: dict[str, Any], number: int | None) -> Chart | None:
     if not len(run.parts["step"]) or not len(run.metrics["step"]):
         return None
     means, width = series.bars(run.parts, series.PARTS)
     tokens = run.tokens_at(means["step"])
-    one["series"]["step_parts"] = {
+    numbers["series"]["step_parts"] = {
         "step": series.integers(means["step"]),
         "tokens": series.integers(tokens),
         "steps_each": width,

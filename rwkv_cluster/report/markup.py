@@ -10,7 +10,10 @@ from typing import Any
 
 def escape(text: object) -> str:
     """Text for an element or a quoted attribute; characters that HTML does not allow become visible."""
-    shown = (one if one.isprintable() or one in "\n\t" else f"\\u{ord(one):04x}" for one in str(text))
+    shown = (
+        character if character.isprintable() or character in "\n\t" else f"\\u{ord(character):04x}"
+        for character in str(text)
+    )
     return _escape("".join(shown), quote=True)
 
 
@@ -49,7 +52,7 @@ def section(title: str, *content: str) -> str:
 
 def columns(*content: str) -> str:
     """Side by side where there is room."""
-    return f'<div class="columns">{"".join(f"<div>{one}</div>" for one in content if one)}</div>\n'
+    return f'<div class="columns">{"".join(f"<div>{column}</div>" for column in content if column)}</div>\n'
 
 
 def details(summary: str, content: str, *, is_open: bool = False) -> str:

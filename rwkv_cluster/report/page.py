@@ -140,7 +140,9 @@ def _shape(marks: Marks) -> str:
 
 
 def _missing(runs: Sequence[Run]) -> str:
-    sentences = [f"{run.name}: {one}" if len(runs) > 1 else one for run in runs for one in run.missing]
+    sentences = [f"{run.name}: {missing}" if len(runs) > 1 else missing for run in runs for missing in run.missing]
     if not sentences:
         return ""
-    return section("Not shown", f'<ul class="missing">{"".join(f"<li>{escape(one)}</li>" for one in sentences)}</ul>')
+    return section(
+        "Not shown", f'<ul class="missing">{"".join(f"<li>{escape(missing)}</li>" for missing in sentences)}</ul>'
+    )

@@ -163,17 +163,17 @@ def _sessions(work: WorkDir, missing: list[str]) -> list[dict[str, Any]]:
         missing.append(f"environment: {work.environment} is not JSON")
         return []
     sessions = content.get("sessions") if isinstance(content, dict) else None
-    return [one for one in sessions if isinstance(one, dict)] if isinstance(sessions, list) else []
+    return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
 
 
 def _checkpoints(work: WorkDir, missing: list[str]) -> list[CheckpointFiles]:
     """Those whose files have the sizes that their manifests say. Newest first."""
-    found = []
+    checkpoints = []
     for step in reversed(list_steps(work.checkpoints)):
         try:
-            found.append(check(checkpoint_path(work.checkpoints, step), checksums=False))
+            checkpoints.append(check(checkpoint_path(work.checkpoints, step), checksums=False))
         except CheckpointError as error:
             missing.append(f"checkpoint of step {step}: {error}")
-    if not found:
+    if not checkpoints:
         missing.append(f"checkpoints: {work.checkpoints} has no whole one")
-    return found
+    return checkpoints

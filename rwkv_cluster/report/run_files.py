@@ -67,8 +67,8 @@ def last_with(path: Path, field: str) -> dict[str, Any] | None:
             mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             end = len(content)
-            while (found := content.rfind(f'"{field}":'.encode(), 0, end)) >= 0:
-                start, stop = content.rfind(b"\n", 0, found) + 1, content.find(b"\n", found)
+            while (position := content.rfind(f'"{field}":'.encode(), 0, end)) >= 0:
+                start, stop = content.rfind(b"\n", 0, position) + 1, content.find(b"\n", position)
                 objects = _objects([content[start : stop if stop >= 0 else len(content)]])
                 if objects and field in objects[0]:
                     return objects[0]
@@ -80,10 +80,10 @@ def last_with(path: Path, field: str) -> dict[str, Any] | None:
 
 def _objects(lines: list[bytes]) -> list[dict[str, Any]]:
     try:  # at once where all lines are whole, which is several times as fast
-        found = json.loads(b"[" + b",".join(lines) + b"]")
+        values = json.loads(b"[" + b",".join(lines) + b"]")
     except (ValueError, RecursionError):
-        found = [_object(line) for line in lines]
-    return [one for one in found if isinstance(one, dict)]
+        values = [_object(line) for line in lines]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _object(line: bytes) -> Any:
@@ -101,8 +101,8 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
 
 def events(path: Path) -> list[dict[str, Any]]:
     """What happened in a run, of `WorkDir.events`. Raises OSError where there is no file."""
-    found = [one for block in json_lines(path) for one in block]
-    return [one for one in found if isinstance(one.get("kind"), str) and number(one, "step") is not None]
+    lines = [line for block in json_lines(path) for line in block]
+    return [line for line in lines if isinstance(line.get("kind"), str) and number(line, "step") is not None]
 
 
 def moment(seconds: float) -> str:

@@ -59,16 +59,16 @@ def read_columns(path: Path, names: Sequence[str], *, most_bytes: int | None = N
     step = columns["step"]
     known = np.isfinite(step) & (step >= 0) & (step < 2**53)
     last = len(step) - 1 - np.unique(step[::-1], return_index=True)[1]
-    kept = last[known[last]]
-    return {name: values[kept] for name, values in columns.items()}
+    rows = last[known[last]]
+    return {name: values[rows] for name, values in columns.items()}
 
 
 def _column(block: list[dict[str, Any]], name: str) -> np.ndarray:
-    values = [one.get(name) for one in block]
+    values = [record.get(name) for record in block]
     try:
         return np.array(values, float)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        return np.array([_float(one, name) for one in block], float)
+        return np.array([_float(record, name) for record in block], float)
 
 
 def _float(record: dict[str, Any], name: str) -> float:
@@ -83,8 +83,8 @@ def line(columns: Columns, name: str) -> Series:
     """The values of a field that is there; every one when they are few."""
     present = _present(columns, name)
     step, tokens, value = (columns[key][present] for key in ("step", "tokens", name))
-    kept = thin(value, MOST_POINTS)
-    return Series(step[kept], tokens[kept], value[kept], len(value))
+    points = thin(value, MOST_POINTS)
+    return Series(step[points], tokens[points], value[points], len(value))
 
 
 def _present(columns: Columns, name: str) -> np.ndarray:
@@ -109,8 +109,8 @@ def smoothed(columns: Columns, name: str) -> Series:
         if weight:
             result[index] = total / weight
     n_points = MOST_POINTS // 2 if len(values) else 0
-    kept = np.unique(np.linspace(0, len(values) - 1, n_points).astype(int))
-    return Series(columns["step"][kept], columns["tokens"][kept], result[kept], len(values))
+    points = np.unique(np.linspace(0, len(values) - 1, n_points).astype(int))
+    return Series(columns["step"][points], columns["tokens"][points], result[points], len(values))
 
 
 def smoothing_span(n_steps: int) -> int:

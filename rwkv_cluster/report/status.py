@@ -143,7 +143,9 @@ def _launch(root: Path) -> jobs.Status | str | None:
 def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -> Training | None:
     path = work.metrics
     needed = ("step", "loss", "tokens")
-    records = [one for one in run_files.last_json_lines(path) if all(number(one, name) is not None for name in needed)]
+    records = [
+        record for record in run_files.last_json_lines(path) if all(number(record, name) is not None for name in needed)
+    ]
     if not records:
         return None
     last = records[-1]
@@ -155,7 +157,7 @@ def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -
         step=last["step"],
         total_steps=end.total_steps if end else None,
         tokens=last["tokens"],
-        loss=_smoothed([one["loss"] for one in records]),
+        loss=_smoothed([record["loss"] for record in records]),
         last_loss=last["loss"],
         val_loss=number(evaluated, "val_loss"),
         val_loss_step=evaluated.get("step"),
@@ -197,30 +199,32 @@ def _smoothed(values: Sequence[float]) -> float:
 def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, bool]:
     """Tokens per second of the last steps, and whether pauses count: they do where rank 0 has recorded its time."""
     timed = run_files.last_json_lines(work.step_times / "rank-0.jsonl")
-    seconds = [sum(value for name in one if name.endswith("_s") and (value := number(one, name))) for one in timed]
+    seconds = [
+        sum(value for name in record if name.endswith("_s") and (value := number(record, name))) for record in timed
+    ]
     if sum(seconds) > 0:
         return records[-1]["tokens"] / records[-1]["step"] * len(seconds) / sum(seconds), True
-    rates = sorted(rate for one in records[-RATE_STEPS:] if (rate := number(one, "tokens_per_s")))
+    rates = sorted(rate for record in records[-RATE_STEPS:] if (rate := number(record, "tokens_per_s")))
     return (rates[len(rates) // 2] if rates else None), False
 
 
 def rows(status: RunStatus) -> dict[str, str]:
     """The status as words, by name."""
-    found = {"held by": f"{status.holder}, {_sign_of_life(status.holder)}"} if status.holder else {"held by": "nobody"}
+    shown = {"held by": f"{status.holder}, {_sign_of_life(status.holder)}"} if status.holder else {"held by": "nobody"}
     if status.preparation is not None:
-        found["preparing"] = _preparation_text(status.preparation)
+        shown["preparing"] = _preparation_text(status.preparation)
     elif status.data is not None:
-        found["data"] = f"{status.data.n_tokens:,} tokens in {status.data.n_documents:,} documents"
-    found |= _training_rows(status.training) if status.training else {"step": "none yet"}
-    found["checkpoint"] = _checkpoint_text(status.checkpoint)
-    found |= {"damaged": "; ".join(status.faults)} if status.faults else {}
-    found |= {"last event": _event_text(status.event)} if status.event else {}
+        shown["data"] = f"{status.data.n_tokens:,} tokens in {status.data.n_documents:,} documents"
+    shown |= _training_rows(status.training) if status.training else {"step": "none yet"}
+    shown["checkpoint"] = _checkpoint_text(status.checkpoint)
+    shown |= {"damaged": "; ".join(status.faults)} if status.faults else {}
+    shown |= {"last event": _event_text(status.event)} if status.event else {}
     if isinstance(status.launch, jobs.Status):
-        found["launch"] = f"{status.launch.state}  {status.launch.target}, {status.launch.detail}"
-        found["in"] = str(status.launch.folder)
+        shown["launch"] = f"{status.launch.state}  {status.launch.target}, {status.launch.detail}"
+        shown["in"] = str(status.launch.folder)
     elif status.launch:
-        found["launch"] = status.launch
-    return found
+        shown["launch"] = status.launch
+    return shown
 
 
 def _sign_of_life(holder: Holder) -> str:
@@ -235,16 +239,16 @@ def _preparation_text(progress: dict[str, Any]) -> str:
 def _training_rows(training: Training) -> dict[str, str]:
     total = training.total_steps
     share = f" of {total:,} ({training.step / total:.0%})" if total else ", the end is not known"
-    found = {"step": f"{training.step:,}{share}, {training.tokens:,} tokens"}
-    found["loss"] = f"{training.loss:.4f} smoothed, {training.last_loss:.4f} last"
+    shown = {"step": f"{training.step:,}{share}, {training.tokens:,} tokens"}
+    shown["loss"] = f"{training.loss:.4f} smoothed, {training.last_loss:.4f} last"
     if training.val_loss is not None:
-        found["val loss"] = f"{training.val_loss:.4f} at step {training.val_loss_step:,}"
+        shown["val loss"] = f"{training.val_loss:.4f} at step {training.val_loss_step:,}"
     if training.tokens_per_s:
         pauses = "saves and evaluations included" if training.with_pauses else "without saves and evaluations"
-        found["speed"] = f"{training.tokens_per_s:,.0f} tokens/s, {pauses}"
+        shown["speed"] = f"{training.tokens_per_s:,.0f} tokens/s, {pauses}"
     if training.seconds_left and math.isfinite(training.seconds_left):
-        found["time left"] = f"{clock_time(training.seconds_left)} at that speed"
-    return found
+        shown["time left"] = f"{clock_time(training.seconds_left)} at that speed"
+    return shown
 
 
 def _event_text(event: dict[str, Any]) -> str:

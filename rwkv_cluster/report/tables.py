@@ -69,9 +69,11 @@ def tiles(run: Run) -> str:
 
 def comparison(runs: Sequence[Run]) -> str:
     """The summaries of several runs, a row each."""
-    found = [summary(run) for run in runs]
-    names = list(dict.fromkeys(name for one in found for name in one))
-    rows = [[run.name, *(one.get(name, (NONE, ""))[0] for name in names)] for run, one in zip(runs, found, strict=True)]
+    summaries = [summary(run) for run in runs]
+    names = list(dict.fromkeys(name for row in summaries for name in row))
+    rows = [
+        [run.name, *(row.get(name, (NONE, ""))[0] for name in names)] for run, row in zip(runs, summaries, strict=True)
+    ]
     return section("Runs", table("Runs", ["run", *map(str.lower, names)], rows, numbers=range(1, len(names) + 1)))
 
 
@@ -108,22 +110,24 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def configuration(runs: Sequence[Run]) -> str:
     """Configuration of one run: what differs from the defaults, then all; of several: what differs between them."""
-    found = [flat(run.config.model_dump(mode="json")) if run.config else {} for run in runs]
+    configurations = [flat(run.config.model_dump(mode="json")) if run.config else {} for run in runs]
     if len(runs) > 1:
-        return _differences("Configuration: fields that differ", runs, found)
-    if not found[0]:
+        return _differences("Configuration: fields that differ", runs, configurations)
+    if not configurations[0]:
         return ""
     defaults = flat(Config().model_dump(mode="json"))
-    chosen = [(name, value) for name, value in found[0].items() if value != defaults.get(name)]
-    everything = details(f"All {len(found[0])} fields", table("All fields", ["field", "value"], found[0].items()))
+    chosen = [(name, value) for name, value in configurations[0].items() if value != defaults.get(name)]
+    everything = details(
+        f"All {len(configurations[0])} fields", table("All fields", ["field", "value"], configurations[0].items())
+    )
     return section(
         "Configuration", table("Fields that are not the default", ["not the default", "value"], chosen), everything
     )
 
 
-def _differences(title: str, runs: Sequence[Run], found: Sequence[Mapping[str, str]]) -> str:
-    names = dict.fromkeys(name for one in found for name in one)
-    rows = [[name, *(one.get(name, NONE) for one in found)] for name in names]
+def _differences(title: str, runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> str:
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, NONE) for column in columns)] for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     content = table(title, ["field", *(run.name for run in runs)], rows) if rows else "<p class=note>None.</p>"
     return section(title, content)
@@ -131,8 +135,8 @@ def _differences(title: str, runs: Sequence[Run], found: Sequence[Mapping[str, s
 
 def data(runs: Sequence[Run]) -> str:
     """The manifests of the prepared data, a column each."""
-    found = [_manifest(run) for run in runs]
-    return _side_by_side("Data", runs, found)
+    manifests = [_manifest(run) for run in runs]
+    return _side_by_side("Data", runs, manifests)
 
 
 def _manifest(run: Run) -> dict[str, str]:
@@ -155,17 +159,17 @@ def _manifest(run: Run) -> dict[str, str]:
 
 
 def _side_by_side(title: str, runs: Sequence[Run], found: Sequence[Mapping[str, str]]) -> str:
-    names = dict.fromkeys(name for one in found for name in one)
+    names = dict.fromkeys(name for column in found for name in column)
     if not names:
         return ""
-    rows = [[name, *(one.get(name, NONE) for one in found)] for name in names]
+    rows = [[name, *(column.get(name, NONE) for column in found)] for name in names]
     columns = ["", "value"] if len(runs) == 1 else ["", *(run.name for run in runs)]
     return section(title, table(title, columns, rows))
 
 
 def environment(runs: Sequence[Run]) -> str:
     """Versions and machine of each run's newest session; and what changed between sessions."""
-    found = [_facts(run.sessions[-1]) if run.sessions else {} for run in runs]
+    facts = [_facts(run.sessions[-1]) if run.sessions else {} for run in runs]
     changes = [
         [run.name, f"{later.get('step', NONE)}", name, f"{earlier.get(name, NONE)}", f"{later.get(name, NONE)}"]
         for run in runs
@@ -173,7 +177,7 @@ def environment(runs: Sequence[Run]) -> str:
         for name in _facts(later)
         if name not in ("time", "step", "slurm_job") and earlier.get(name) != later.get(name)
     ]
-    shown = _side_by_side("Environment", runs, found)
+    shown = _side_by_side("Environment", runs, facts)
     if changes:
         columns = ["run", "from step", "what", "before", "after"]
         shown += details("What changed between sessions", table("Changes", columns, changes))
@@ -192,15 +196,15 @@ def checkpoints(runs: Sequence[Run]) -> str:
     rows = [
         [
             *([run.name] if len(runs) > 1 else []),
-            f"{one.step:,}",
-            _number(one.state.tokens_seen, 0),
-            _number(one.state.loss, 4),
-            _number(one.state.val_loss, 4),
-            f"{one.n_bytes / 1e6:,.1f} MB",
-            moment(one.path.stat().st_mtime),
+            f"{checkpoint.step:,}",
+            _number(checkpoint.state.tokens_seen, 0),
+            _number(checkpoint.state.loss, 4),
+            _number(checkpoint.state.val_loss, 4),
+            f"{checkpoint.n_bytes / 1e6:,.1f} MB",
+            moment(checkpoint.path.stat().st_mtime),
         ]
         for run in runs
-        for one in run.checkpoints
+        for checkpoint in run.checkpoints
     ]
     if not rows:
         return ""
@@ -212,8 +216,8 @@ def checkpoints(runs: Sequence[Run]) -> str:
 
 def events(runs: Sequence[Run]) -> str:
     """The newest events of all runs, in order of time."""
-    found = [(event, run) for run in runs for event in run.events]
-    found.sort(key=lambda pair: pair[0]["time"] if isinstance(pair[0].get("time"), int | float) else 0)
+    told = [(event, run) for run in runs for event in run.events]
+    told.sort(key=lambda pair: pair[0]["time"] if isinstance(pair[0].get("time"), int | float) else 0)
     rows = [
         [
             moment(event["time"]) if isinstance(event.get("time"), int | float) else NONE,
@@ -222,18 +226,18 @@ def events(runs: Sequence[Run]) -> str:
             event["kind"],
             _words(event),
         ]
-        for event, run in found[-MOST_EVENTS:]
+        for event, run in told[-MOST_EVENTS:]
     ]
     if not rows:
         return ""
     columns = ["time", *(["run"] if len(runs) > 1 else []), "step", "event", "details"]
-    title = f"The last {MOST_EVENTS} of {len(found):,} events" if len(found) > MOST_EVENTS else f"{len(found)} events"
+    title = f"The last {MOST_EVENTS} of {len(told):,} events" if len(told) > MOST_EVENTS else f"{len(told)} events"
     shown = table("Events", columns, rows, numbers=[columns.index("step")], unbroken=[0, columns.index("event")])
     return section("Events", details(title, shown, is_open=len(rows) <= 12))
 
 
 def _words(event: Mapping[str, Any]) -> str:
     known = {name: value for name, value in event.items() if name not in ("time", "step", "kind")}
-    found = flat({name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in known.items()})
-    words = ", ".join(f"{name} {value}" for name, value in found.items())
+    shown = flat({name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in known.items()})
+    words = ", ".join(f"{name} {value}" for name, value in shown.items())
     return words if len(words) <= 300 else f"{words[:297]}..."

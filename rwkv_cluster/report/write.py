@@ -31,11 +31,11 @@ def write(works: Sequence[WorkDir], output: Path | None = None) -> Written:
     draw.require_matplotlib()
     runs = read_runs(works)
     folder = (works[0].report if output is None else output).absolute()
-    made, numbers = charts.make(runs)
+    drawn, numbers = charts.make(runs)
     end = _end(runs)
-    files = {"index.html": page.html(runs, made, numbers, end, time.time()).encode(errors="backslashreplace")}
-    with Countdown("drawing", len(made) * len(_THEMES), "pictures") as left:
-        for chart in made:
+    files = {"index.html": page.html(runs, drawn, numbers, end, time.time()).encode(errors="backslashreplace")}
+    with Countdown("drawing", len(drawn) * len(_THEMES), "pictures") as left:
+        for chart in drawn:
             for suffix, theme in _THEMES.items():
                 files[f"{chart.key}{suffix}.png"] = draw.png(chart, theme, end)
                 left.advance(1)

@@ -32,12 +32,12 @@ class WriteFailure:
     @classmethod
     def of(cls, error: BaseException) -> WriteFailure:
         """The OSError behind `error`: torch.save hides it in a RuntimeError about its zip format."""
-        found: BaseException | None = error
-        while found is not None and not isinstance(found, OSError):
-            found = found.__context__
-        if found is None or found.errno is None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno is None:
             return cls(str(error), None)
-        return cls(os.strerror(found.errno), found.errno)
+        return cls(os.strerror(cause.errno), cause.errno)
 
     def sentence(self, path: Path, n_bytes: int) -> str:
         """Error text about `path`, a file or folder of about `n_bytes`."""

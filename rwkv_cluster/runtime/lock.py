@@ -166,9 +166,9 @@ class _LockRecord:
 
     def renew(self) -> None:
         """Show that this process lives. Ends it when another has taken over in the meantime."""
-        found = read_record(self._path)
-        if self._beats and not self.released and found.get("claim", self._record["claim"]) != self._record["claim"]:
-            self._give_way(found)
+        record = read_record(self._path)
+        if self._beats and not self.released and record.get("claim", self._record["claim"]) != self._record["claim"]:
+            self._give_way(record)
         self._beats += 1
         try:
             write_record(self._path, {**self._record, "beats": self._beats})
@@ -180,9 +180,11 @@ class _LockRecord:
         if read_record(self._path).get("claim") == self._record["claim"]:
             write_record(self._path, {**self._record, "released": True})
 
-    def _give_way(self, found: dict[str, Any]) -> None:
+    def _give_way(self, record: dict[str, Any]) -> None:
         """Exit at once: another process took the lock. An exception would not stop background writers."""
-        log.error("error: %s. This process was held up for so long that it counted as gone", _in_use(found, self._what))
+        log.error(
+            "error: %s. This process was held up for so long that it counted as gone", _in_use(record, self._what)
+        )
         os._exit(LaunchError.exit_code)
 
 

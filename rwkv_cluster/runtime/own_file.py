@@ -44,10 +44,10 @@ def open_own(path: str | Path, flags: int, mode: int = 0o666) -> int:
     with suppress(FileNotFoundError):  # a device is not even opened
         require_own(path)
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, mode)
-    found = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(found):  # put there since the look before
+    mode_found = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode_found):  # put there since the look before
         os.close(descriptor)
-        raise WrongKindError(path, found, "a regular file")
+        raise WrongKindError(path, mode_found, "a regular file")
     return descriptor
 
 
@@ -59,17 +59,17 @@ def read_own(path: str | Path) -> bytes:
 
 def require_own(path: str | Path) -> None:
     """Raises WrongKindError when `path` is there and no regular file, FileNotFoundError when it is not there."""
-    found = os.lstat(path).st_mode
-    if not stat.S_ISREG(found):
-        raise WrongKindError(path, found, "a regular file")
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise WrongKindError(path, mode, "a regular file")
 
 
 def require_folder(path: str | Path, *, may_link: bool = True) -> None:
     """Raises WrongKindError when `path` is there and no folder. may_link: a link to a folder is one too."""
     with suppress(FileNotFoundError):
-        found = os.stat(path, follow_symlinks=may_link).st_mode
-        if not stat.S_ISDIR(found):
-            raise WrongKindError(path, found, "a folder")
+        mode = os.stat(path, follow_symlinks=may_link).st_mode
+        if not stat.S_ISDIR(mode):
+            raise WrongKindError(path, mode, "a folder")
 
 
 def reason(error: OSError) -> str:

@@ -30,13 +30,13 @@ def disable_nccl_shm_if_small() -> str | None:
     try:
         free, total = usage()
     except OSError as error:
-        found = f"{PLACE} cannot be used ({error.strerror})"
+        reason = f"{PLACE} cannot be used ({error.strerror})"
     else:
         if free >= WANTED_BYTES:
             return None
-        found = f"{PLACE} has {free >> 20:,} MiB free of {total >> 20:,}, and NCCL wants {WANTED_BYTES >> 20:,}"
+        reason = f"{PLACE} has {free >> 20:,} MiB free of {total >> 20:,}, and NCCL wants {WANTED_BYTES >> 20:,}"
     os.environ[SWITCH] = "1"
     return (
-        f"{found}: NCCL goes without shared memory ({SWITCH}=1), which is slower between GPUs without a direct link. "
+        f"{reason}: NCCL goes without shared memory ({SWITCH}=1), which is slower between GPUs without a direct link. "
         f"{REMEDY}, or set {SWITCH}=0 to have it tried"
     )

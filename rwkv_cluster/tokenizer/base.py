@@ -35,11 +35,9 @@ class BaseTokenizer(ABC):
 
 def class_name(tokenizer: Any) -> str:
     """Name of a tokenizer's class for messages and manifests; with its module where it is a user's."""
-    found = type(tokenizer)
+    kind = type(tokenizer)
     return (
-        found.__qualname__
-        if found.__module__.startswith("rwkv_cluster.")
-        else f"{found.__module__}:{found.__qualname__}"
+        kind.__qualname__ if kind.__module__.startswith("rwkv_cluster.") else f"{kind.__module__}:{kind.__qualname__}"
     )
 
 

@@ -105,9 +105,9 @@ class IntegerCodec:
         if isinstance(values, np.ndarray):
             if values.ndim == 1 and (values.dtype.kind in "iu" or not values.size):
                 return values if values.size else np.empty(0, np.int64)
-            found = f"an array of type {values.dtype} and shape {values.shape}"
+            shape = f"an array of type {values.dtype} and shape {values.shape}"
             raise TokenizationError(
-                f"{found} is not a 1-D array of integers", remedy="Convert it first, e.g. with astype"
+                f"{shape} is not a 1-D array of integers", remedy="Convert it first, e.g. with astype"
             )
         values = list(values)
         for index, value in enumerate(values):
@@ -121,19 +121,19 @@ class IntegerCodec:
                 )
         return np.array(values, np.int64)
 
-    def _fault(self, found: str) -> str:
-        if re.fullmatch(r"-[0-9]+", found):
+    def _fault(self, text: str) -> str:
+        if re.fullmatch(r"-[0-9]+", text):
             what = "is below 0"
-        elif re.fullmatch(r"[0-9]+", found):
+        elif re.fullmatch(r"[0-9]+", text):
             what = f"is above {self.max_value}"
-        elif re.fullmatch(r"[-+]?[0-9]*\.[0-9]*([eE][-+]?[0-9]+)?", found):
+        elif re.fullmatch(r"[-+]?[0-9]*\.[0-9]*([eE][-+]?[0-9]+)?", text):
             what = "is not a whole number"
         else:
             what = "is not a number"
         advice = "Text needs the byte or generic tokenizer" if what == "is not a number" else "Correct the data"
         if what.startswith("is above") and self.noun == "value":
             advice += ", or raise max_value"
-        return f"{shortened(repr(found))} {what}; {self.noun}s must be 0 to {self.max_value}. {advice}"
+        return f"{shortened(repr(text))} {what}; {self.noun}s must be 0 to {self.max_value}. {advice}"
 
 
 class _ValueTokenizer(BaseTokenizer):
@@ -241,9 +241,9 @@ def _integer_vocabulary(vocab_file: str | Path) -> int:
     max_value = max(tokens) - 1
     for value in range(max_value + 1):
         if tokens.get(value + 1) != b"%d" % value:
-            found = shortened(repr(tokens[value + 1])) if value + 1 in tokens else "missing"
+            token = shortened(repr(tokens[value + 1])) if value + 1 in tokens else "missing"
             raise VocabularyError(
-                f"{vocab_file}: id {value + 1} is {found}, expected '{value}' in a vocabulary of integers",
+                f"{vocab_file}: id {value + 1} is {token}, expected '{value}' in a vocabulary of integers",
                 remedy="Use type generic",
             )
     return max_value

@@ -346,17 +346,17 @@ def _user_class(reference: str) -> Any:
             f"tokenizer type is '{reference}', but module {module_name!r} cannot be imported: {reason}",
             remedy="Install it, or put its folder on PYTHONPATH",
         ) from error
-    found = getattr(module, class_name, None)
-    if found is None:
+    attribute = getattr(module, class_name, None)
+    if attribute is None:
         raise ConfigError(f"tokenizer type is '{reference}', but module {module_name} has no class {class_name!r}")
-    if not isinstance(found, type):
+    if not isinstance(attribute, type):
         raise ConfigError(
-            f"tokenizer type is '{reference}', which is a {type(found).__name__} and no class",
+            f"tokenizer type is '{reference}', which is a {type(attribute).__name__} and no class",
             remedy="Name a class with encode, decode and vocab_size",
         )
-    missing = [name for name in ("encode", "decode") if not callable(getattr(found, name, None))]
+    missing = [name for name in ("encode", "decode") if not callable(getattr(attribute, name, None))]
     if missing:
         raise ConfigError(
             f"tokenizer {reference} has no {' and no '.join(missing)}", remedy="Add what is missing to the class"
         )
-    return found
+    return attribute

@@ -188,12 +188,12 @@ def _session_end(
     return _SessionEnd(module.step, after_step.last_loss, last_val.loss if last_val else None, after_step.spike, early)
 
 
-def _threads(wanted: int) -> int:
+def _threads(count: int) -> int:
     """No more than there are processors: threads that wait for each other make steps slower by orders of magnitude."""
-    processors = os.cpu_count() or wanted
-    if wanted > processors:
-        log.info(f"training.num_threads is {wanted}, but this machine has {processors} processors: using those")
-    return min(wanted, processors)
+    processors = os.cpu_count() or count
+    if count > processors:
+        log.info(f"training.num_threads is {count}, but this machine has {processors} processors: using those")
+    return min(count, processors)
 
 
 def _require_disk_space(session: Session) -> None:

@@ -34,9 +34,11 @@ def require_no_foreign_files(work: WorkDir, inputs: Sequence[str] | None, init_f
     """
     work.require_kinds()
     patterns = (*_OVERWRITTEN, *(() if _some_are_in(work.data, inputs) else _TOKEN_FILES))
-    found = [path for pattern in patterns for path in sorted(work.root.glob(pattern)) if not _is_same(path, init_from)]
-    if found and not _is_ours(work):
-        names = ", ".join(str(path.relative_to(work.root)) for path in found[:5]) + (", ..." if found[5:] else "")
+    foreign = [
+        path for pattern in patterns for path in sorted(work.root.glob(pattern)) if not _is_same(path, init_from)
+    ]
+    if foreign and not _is_ours(work):
+        names = ", ".join(str(path.relative_to(work.root)) for path in foreign[:5]) + (", ..." if foreign[5:] else "")
         raise ConfigError(
             f"work_dir {work.root} holds files that no run of rwkv-cluster has made, and a run would overwrite them: "
             f"{names}",

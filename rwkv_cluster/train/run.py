@@ -280,10 +280,10 @@ def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
 
     def look() -> DataManifest | None:
         try:
-            found = load_manifest(work.data)
+            manifest = load_manifest(work.data)
         except DataError:
             return None
-        return found if found.fingerprint == fingerprint else None
+        return manifest if manifest.fingerprint == fingerprint else None
 
     what = f"the data that rank 0 has prepared to be seen in {work.data} on this machine"
     return collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)

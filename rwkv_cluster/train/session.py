@@ -248,10 +248,10 @@ def _cannot_start(path: Path, remedy: str) -> Iterator[None]:
 
 def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
     """Raises CheckpointError that lists what differs."""
-    found, wanted = infer_model_config(weights), infer_model_config(model.state_dict())
-    if not (other := _differences(found, wanted)):
+    own, expected = infer_model_config(weights), infer_model_config(model.state_dict())
+    if not (other := _differences(own, expected)):
         return
-    rows, used = found.vocab_size or 0, wanted.vocab_size or 0
+    rows, used = own.vocab_size or 0, expected.vocab_size or 0
     if len(other) == 1 and rows != used:
         fewer = "which has more ids: use the tokenizer that the weights were trained with"
         more = f"of which the tokenizer uses {used:,}. Set model.vocab_size={rows}"
@@ -259,11 +259,11 @@ def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
     raise CheckpointError(f"it holds another model ({'; '.join(other)})")
 
 
-def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
+def _differences(own: ModelConfig, expected: ModelConfig) -> list[str]:
     """Fields that differ, as far as tensors tell. RWKV-LM's optional tensors of block 0 do not count."""
-    values = found.model_dump(exclude={"block0_value_residual"})
+    values = own.model_dump(exclude={"block0_value_residual"})
     return [
-        f"{name} {value}, this run has {getattr(wanted, name)}"
+        f"{name} {value}, this run has {getattr(expected, name)}"
         for name, value in values.items()
-        if value != getattr(wanted, name)
+        if value != getattr(expected, name)
     ]

@@ -58,8 +58,8 @@ def bad_json(text: str, end: int | None, error: json.JSONDecodeError) -> BadLine
     if _PYTHON_WORD.match(at):
         return BadLine(f"is not JSON at character {error.pos + 1}, but what Python prints: write it with json.dumps")
     if at and not at[0].isprintable():
-        found = f"U+{ord(at[0]):04X} at character {error.pos + 1}"
-        return BadLine(f"is not JSON: a control character or one that cannot be seen, {found}")
+        character = f"U+{ord(at[0]):04X} at character {error.pos + 1}"
+        return BadLine(f"is not JSON: a control character or one that cannot be seen, {character}")
     return _plain(error)
 
 

@@ -169,18 +169,18 @@ def refuse_format(path: Path, head: bytes, kind: str) -> None:
 
     head: at least HEAD_BYTES of the decompressed content, where there are as many. kind: as of a Source.
     """
-    found = _by_content(head, kind)
-    if found in _COMPRESSIONS:
-        found = named_format(path) or found  # a .tgz is an archive
-    if found is not None:
-        raise format_error(path, found, kind)
+    file_format = _by_content(head, kind)
+    if file_format in _COMPRESSIONS:
+        file_format = named_format(path) or file_format  # a .tgz is an archive
+    if file_format is not None:
+        raise format_error(path, file_format, kind)
 
 
 def format_error(path: Path, found: Format, kind: str) -> DataError:
     """The error for a file of another format."""
-    wanted = {"text": "plain text", "jsonl": "JSONL", "array": "a .npy array", "tokens": "a token file"}[kind]
+    expected = {"text": "plain text", "jsonl": "JSONL", "array": "a .npy array", "tokens": "a token file"}[kind]
     otherwise = "" if found.remedy == _NO_TEXT or kind != "text" else ", or leave it out by data.file_pattern"
-    return DataError(f"{path} is {found.what}, not {wanted}", remedy=f"{fill_in(found.remedy, path)}{otherwise}")
+    return DataError(f"{path} is {found.what}, not {expected}", remedy=f"{fill_in(found.remedy, path)}{otherwise}")
 
 
 def fill_in(remedy: str, path: Path) -> str:
@@ -201,9 +201,9 @@ def _decompressed(path: Path) -> Path:
 
 
 def _by_content(head: bytes, kind: str) -> Format | None:
-    for magic, found in _MAGIC:
-        if magic.match(head) and not (found is _NPY and kind == "array"):
-            return found
+    for magic, file_format in _MAGIC:
+        if magic.match(head) and not (file_format is _NPY and kind == "array"):
+            return file_format
     if head.startswith(b"PK\x03\x04"):
         return _zip_of(head)
     if 0 < int.from_bytes(head[:8], "little") < 1 << 27 and head.startswith((b'{"', b"{ "), 8):

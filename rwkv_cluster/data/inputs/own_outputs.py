@@ -29,11 +29,11 @@ def without(files: Iterable[Path], folder: Path, left_out: list[Path]) -> list[P
         return any(parent.parts[n] in _OF_A_RUN and _is_work_dir(Path(*parent.parts[:n])) for n in levels)
 
     prepared = cache(_prepared)
-    kept: list[Path] = []
+    inputs: list[Path] = []
     for file in files:
         is_own = of_a_run(file.parent) or file.name in prepared(file.parent)
-        (left_out if is_own else kept).append(file)
-    return kept
+        (left_out if is_own else inputs).append(file)
+    return inputs
 
 
 def _is_work_dir(folder: Path) -> bool:

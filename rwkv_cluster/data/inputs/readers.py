@@ -230,8 +230,8 @@ class Values:
     def _refuse(self, wrong: np.ndarray, reason: str) -> None:
         if wrong.any():
             row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-            found = self.rows[row, column]
-            raise DataError(f"{self.place(int(row), int(column))}: {found} {reason}", remedy="Correct the data")
+            value = self.rows[row, column]
+            raise DataError(f"{self.place(int(row), int(column))}: {value} {reason}", remedy="Correct the data")
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
@@ -270,8 +270,8 @@ def check_array(array: np.ndarray, name: str) -> None:
             remedy='Convert numbers with astype(int), or write each text as JSONL, {"text": "..."} a line',
         )
     if kind not in "iuf":
-        found = "booleans" if kind == "b" else f"values of dtype {array.dtype}"
-        raise DataError(f"{name} holds {found}, expected integers", remedy="Convert it, e.g. with astype(int)")
+        content = "booleans" if kind == "b" else f"values of dtype {array.dtype}"
+        raise DataError(f"{name} holds {content}, expected integers", remedy="Convert it, e.g. with astype(int)")
     if array.ndim not in (1, 2):
         raise DataError(f"{name} has shape {array.shape}, expected 1 or 2 dimensions", remedy="Reshape it")
     if array.size == 0:

@@ -80,13 +80,13 @@ def find_sources(data: DataConfig, left_out: list[Path] | None = None) -> list[S
     """
     sources = []
     for entry in data.inputs:
-        found = _expand(entry, data.file_pattern, [] if left_out is None else left_out)
-        if not found:
+        paths = _expand(entry, data.file_pattern, [] if left_out is None else left_out)
+        if not paths:
             raise MissingDataError(
                 f"data.inputs: '{entry}' has no file that matches data.file_pattern '{data.file_pattern}'",
                 remedy="Change the entry or the pattern",
             )
-        sources += found
+        sources += paths
     return sources
 
 

@@ -242,9 +242,9 @@ class DocumentEncoder:
 
     def _collect(self, documents: list[np.ndarray], terminated: bool = False) -> Encoded:
         """Put documents back to back; each gets a final 0 unless it has one. Those without a token are left out."""
-        kept = [document for document in documents if len(document) > terminated]
-        n_empty = len(documents) - len(kept)
-        bare = [document[:-1] for document in kept] if terminated else kept
+        nonempty = [document for document in documents if len(document) > terminated]
+        n_empty = len(documents) - len(nonempty)
+        bare = [document[:-1] for document in nonempty] if terminated else nonempty
         lengths = np.fromiter(map(len, bare), np.int64, len(bare)) + 1
         tokens = np.empty(int(lengths.sum()), self.dtype)
         zero = np.zeros(1, self.dtype)

@@ -94,13 +94,13 @@ def prepare(
         job.out_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(job.out_dir):
             remove_temporaries(job.out_dir)
-            found = job.reusable(refresh=True)
-            if isinstance(found, DataManifest):
-                found = job.undamaged(found, mend=mend)
-            if isinstance(found, DataManifest):
-                log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(found))
-                return found
-            log.info("preparing data in %s: %s", out_dir, found)
+            reusable = job.reusable(refresh=True)
+            if isinstance(reusable, DataManifest):
+                reusable = job.undamaged(reusable, mend=mend)
+            if isinstance(reusable, DataManifest):
+                log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(reusable))
+                return reusable
+            log.info("preparing data in %s: %s", out_dir, reusable)
             manifest = job.adopt() if job.is_in_place else job.run()
     log.info("data prepared in %s: %s", out_dir, _summary(manifest))
     return manifest
@@ -116,8 +116,8 @@ def reason_to_prepare(
 ) -> str | None:
     """Why `prepare` would do its work anew, or None when it would use what is there. Writes nothing."""
     job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
-    found = job.reusable(refresh=False)
-    return found if isinstance(found, str) else None
+    reusable = job.reusable(refresh=False)
+    return reusable if isinstance(reusable, str) else None
 
 
 def prepared_before(

@@ -58,8 +58,8 @@ def split_threshold(store: EncodedDocuments, fraction: float) -> int:
     counts = np.zeros(_DIGEST_BINS, np.int64)
     for block in store.blocks():
         counts += np.bincount((_digests(block) >> np.uint64(48)).astype(np.int64), minlength=_DIGEST_BINS)
-    wanted = fraction * store.n_documents
-    chosen = int(np.searchsorted(np.cumsum(counts), wanted))  # the bin that `wanted` falls into
+    n_held_out = fraction * store.n_documents
+    chosen = int(np.searchsorted(np.cumsum(counts), n_held_out))  # the bin that it falls into
     unique: dict[int, int] = {}
     for block in store.blocks():
         inside = _digests(block)[(_digests(block) >> np.uint64(48)) == chosen]
@@ -71,7 +71,7 @@ def split_threshold(store: EncodedDocuments, fraction: float) -> int:
         candidates.append((held_out, digest))
         held_out += unique[digest]
     candidates.append((held_out, max(unique) + 1))
-    valid = [(abs(n - wanted), threshold) for n, threshold in candidates if 0 < n < store.n_documents]
+    valid = [(abs(n - n_held_out), threshold) for n, threshold in candidates if 0 < n < store.n_documents]
     if not valid:
         raise DataError(
             f"data.validation_fraction is {fraction}, but there is only one document that is not a copy of another",

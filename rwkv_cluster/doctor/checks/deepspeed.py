@@ -34,8 +34,8 @@ def prebuilt(folder: Path) -> dict[str, bool]:
     with suppress(OSError, SyntaxError, ValueError):
         for node in ast.parse((folder / "git_version_info_installed.py").read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "installed_ops":
-                found = dict(ast.literal_eval(node.value))
-                return {name: bool(found[name]) for name in found if name != "deepspeed_not_implemented"}
+                compatible = dict(ast.literal_eval(node.value))
+                return {name: bool(compatible[name]) for name in compatible if name != "deepspeed_not_implemented"}
     return {}
 
 

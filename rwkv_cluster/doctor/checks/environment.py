@@ -42,8 +42,8 @@ def variables(context: CheckContext) -> list[Row]:
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables of `environment` that matter, sorted, with long values shortened and control characters escaped."""
-    wanted = (name for name in sorted(environment) if name in NAMES or name.startswith(PREFIXES))
-    return {name: _shown(environment[name]) for name in wanted if not looks_secret(name)}
+    names = (name for name in sorted(environment) if name in NAMES or name.startswith(PREFIXES))
+    return {name: _shown(environment[name]) for name in names if not looks_secret(name)}
 
 
 def _shown(value: str) -> str:
@@ -51,10 +51,10 @@ def _shown(value: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def _has_interface(wanted: str, here: list[str]) -> bool:
+def _has_interface(interface: str, here: list[str]) -> bool:
     """NCCL's syntax: names or their beginnings, =exact names, ^those to leave out; gloo's are exact names."""
-    if wanted.startswith("^"):
+    if interface.startswith("^"):
         return True
-    exact = wanted.startswith("=")
-    names = wanted.removeprefix("=").split(",")
+    exact = interface.startswith("=")
+    names = interface.removeprefix("=").split(",")
     return any(name == known or (not exact and known.startswith(name)) for name in names for known in here)

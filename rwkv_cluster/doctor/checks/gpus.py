@@ -30,12 +30,12 @@ class Gpu:
 @functools.cache
 def listed() -> tuple[Gpu, ...]:
     """Every GPU that the driver shows to this process, whatever CUDA_VISIBLE_DEVICES says; needs no torch."""
-    found = []
+    gpus = []
     for line in (output_of(*QUERY) or "").splitlines():
         fields = [field.strip() for field in line.rsplit(",", 3)]
         if len(fields) == 4:
-            found.append(Gpu(fields[0], _number(fields[1]), _number(fields[2]), fields[3]))
-    return tuple(found)
+            gpus.append(Gpu(fields[0], _number(fields[1]), _number(fields[2]), fields[3]))
+    return tuple(gpus)
 
 
 def driver(context: CheckContext) -> list[Row]:
@@ -57,7 +57,7 @@ def torch_cuda(context: CheckContext) -> list[Row]:
     import torch
 
     built_for = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
-    with warnings.catch_warnings(record=True) as said:  # by torch, where the driver does not suit it
+    with warnings.catch_warnings(record=True) as warned:  # by torch, where the driver does not suit it
         warnings.simplefilter("always")
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpus:
@@ -65,7 +65,7 @@ def torch_cuda(context: CheckContext) -> list[Row]:
     text = f"torch finds none ({built_for})"
     if not listed():
         return [note("CUDA", text)]
-    reason = f": {' '.join(str(said[0].message).split())[:300]}" if said else ""
+    reason = f": {' '.join(str(warned[0].message).split())[:300]}" if warned else ""
     remedy = "Install a torch that fits this driver (https://pytorch.org/get-started), or unset CUDA_VISIBLE_DEVICES"
     return [warning("CUDA", f"nvidia-smi shows GPUs, but {text}{reason}", remedy)]
 

@@ -119,8 +119,8 @@ def _size(limit: int) -> str:
 
 def _quota() -> float:
     """CPUs whose time this process's control group may use up. cpu.max holds `max 100000` or `150000 100000`."""
-    found = [text.split() for text in _control_group("cpu.max", "cpu.max")]
-    return min((int(used) / int(period) for used, period in found if used.isdigit()), default=float("inf"))
+    quotas = [text.split() for text in _control_group("cpu.max", "cpu.max")]
+    return min((int(used) / int(period) for used, period in quotas if used.isdigit()), default=float("inf"))
 
 
 def _control_group(name: str, old_name: str) -> list[str]:

@@ -26,8 +26,10 @@ def run_needs(context: CheckContext) -> list[Row]:
     config = context.config
     if config is None:
         return []
-    is_rank_0, made = rank_env.rank() == 0, _tokenizer(config)
-    rows = [made if isinstance(made, Row) else ok("tokenizer", f"{int(made.vocab_size):,} ids")]
+    is_rank_0, tokenizer_row = rank_env.rank() == 0, _tokenizer(config)
+    rows = [
+        tokenizer_row if isinstance(tokenizer_row, Row) else ok("tokenizer", f"{int(tokenizer_row.vocab_size):,} ids")
+    ]
     rows += [_asked("data", partial(_data, config))] if is_rank_0 else []
     if not context.runs_here:
         return [*rows, note("run", f"launch.target is {config.launch.target}: its ranks run elsewhere", ELSEWHERE)]
@@ -35,10 +37,10 @@ def run_needs(context: CheckContext) -> list[Row]:
         return rows
     for name, check in (("GPUs asked for", _gpus), ("loggers", _loggers), ("initial weights", _initial_weights)):
         rows.append(_asked(name, partial(check, config)))
-    if isinstance(made, Row):
+    if isinstance(tokenizer_row, Row):
         return rows
-    rows.append(_asked("run", partial(_resolved, config, made)))
-    return [*rows, *(_room(config, int(made.vocab_size), context.folder) if is_rank_0 else [])]
+    rows.append(_asked("run", partial(_resolved, config, tokenizer_row)))
+    return [*rows, *(_room(config, int(tokenizer_row.vocab_size), context.folder) if is_rank_0 else [])]
 
 
 def _asked(name: str, check: Callable[[], str]) -> Row:

@@ -31,8 +31,14 @@ def storage(context: CheckContext) -> list[Row]:
     usage = shutil.disk_usage(folder)
     free = ok("free space", f"{usage.free / 1e9:,.1f} GB of {usage.total / 1e9:,.1f} on {folder}")
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}doctor-", dir=folder) as made:
-            return [free, _speed(Path(made), folder), _locks(Path(made)), _renames(Path(made)), _clock(Path(made))]
+        with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}doctor-", dir=folder) as scratch:
+            return [
+                free,
+                _speed(Path(scratch), folder),
+                _locks(Path(scratch)),
+                _renames(Path(scratch)),
+                _clock(Path(scratch)),
+            ]
     except OSError as error:
         text = f"{folder} cannot be written: {error.strerror}"
         if context.config is None:
@@ -48,9 +54,9 @@ def _in_the_way(root: Path) -> Path | None:
     return None if os.path.isdir(nearest) else nearest
 
 
-def _speed(made: Path, folder: Path) -> Row:
+def _speed(scratch: Path, folder: Path) -> Row:
     """Blocks of random bytes, each on the disk before the next, for half a second; then read past the cache."""
-    path, block = made / "speed", os.urandom(BLOCK_BYTES)
+    path, block = scratch / "speed", os.urandom(BLOCK_BYTES)
     began, n_bytes = time.perf_counter(), 0
     with writing(path, MOST_BLOCKS * BLOCK_BYTES), open(path, "wb", buffering=0) as file:
         while n_bytes < MOST_BLOCKS * BLOCK_BYTES and time.perf_counter() - began < LONG_ENOUGH_S:
@@ -70,9 +76,9 @@ def _speed(made: Path, folder: Path) -> Row:
     return ok("disk", text, figure=write_mb_per_s)
 
 
-def _locks(made: Path) -> Row:
+def _locks(scratch: Path) -> Row:
     """Whether the kernel refuses a second lock, as a second run in the work directory must be."""
-    with open(made / "lock", "w") as first, open(made / "lock") as second:
+    with open(scratch / "lock", "w") as first, open(scratch / "lock") as second:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,9 +91,9 @@ def _locks(made: Path) -> Row:
     return problem("locks", text, NO_LOCKS, LaunchError)
 
 
-def _renames(made: Path) -> Row:
+def _renames(scratch: Path) -> Row:
     """Whether a file is replaced whole, and is durable, as checkpoints are."""
-    path = made / "renamed"
+    path = scratch / "renamed"
     try:
         atomic_write(path, b"first")
         atomic_write(path, b"second")
@@ -99,9 +105,9 @@ def _renames(made: Path) -> Row:
     return problem("renames", text, "Set work_dir to a file system that renames over a file and syncs", LaunchError)
 
 
-def _clock(made: Path) -> Row:
+def _clock(scratch: Path) -> Row:
     """This machine's time beside that of the file system, which is the file server's where there is one."""
-    path = made / "clock"
+    path = scratch / "clock"
     before = time.time()
     path.touch()
     skew_s = path.stat().st_mtime - (before + time.time()) / 2

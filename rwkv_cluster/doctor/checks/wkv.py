@@ -17,11 +17,11 @@ def libraries(context: CheckContext) -> list[Row]:
     """Compiled WKV libraries of the CPU and of each kind of GPU."""
     from rwkv_cluster.kernels import loader
 
-    found = {"WKV kernels, CPU": loader.cpu()}
+    libraries_by_name = {"WKV kernels, CPU": loader.cpu()}
     for name, capability in _kinds_of_gpu():
-        found[f"WKV kernels, {name}"] = loader.cuda(name, capability)
+        libraries_by_name[f"WKV kernels, {name}"] = loader.cuda(name, capability)
     rows = []
-    for name, library in found.items():
+    for name, library in libraries_by_name.items():
         if isinstance(library, loader.Missing):
             rows.append(warning(name, f"{library.what}. {INSTEAD}", library.remedy))
         else:

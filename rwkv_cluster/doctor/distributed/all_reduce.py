@@ -44,8 +44,8 @@ def all_reduce(meeting: Meeting, device: str, reports: Mapping[int, Report]) -> 
     if thread.is_alive():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(LEAVE_S))
-    said = meeting.gather("all-reduce", asdict(rows[-1]), range(meeting.world_size))
-    found = {rank: Report(reports[rank].host, [Row(**row)]) for rank, row in said.items()}
+    answers = meeting.gather("all-reduce", asdict(rows[-1]), range(meeting.world_size))
+    found = {rank: Report(reports[rank].host, [Row(**row)]) for rank, row in answers.items()}
     failed = {rank: report for rank, report in found.items() if report.rows[0].state != "ok"}
     return merged(failed) if failed else rows[-1:]
 
@@ -71,13 +71,13 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
                 timeout=timedelta(seconds=EXCHANGE_S),
                 device_id=place if device == "cuda" else None,
             )
-            found = measure_all_reduce(place)
+            measured = measure_all_reduce(place)
     except LaunchError as error:
         return refused("all-reduce", error)
     except (RuntimeError, ValueError, OSError) as error:  # torch's, whose words are for this person
-        said = " ".join(str(error).split())[:300]
-        return problem("all-reduce", f"{backend} does not connect the ranks: {said}", _remedy(backend), LaunchError)
-    return ok("all-reduce", f"{backend}: {str(found).removeprefix('all-reduce of ')}", figure=found.bus_gb_per_s)
+        reason = " ".join(str(error).split())[:300]
+        return problem("all-reduce", f"{backend} does not connect the ranks: {reason}", _remedy(backend), LaunchError)
+    return ok("all-reduce", f"{backend}: {str(measured).removeprefix('all-reduce of ')}", figure=measured.bus_gb_per_s)
 
 
 def _remedy(backend: str) -> str:

@@ -36,11 +36,11 @@ def _of_name(name: str, reports: Mapping[int, Report]) -> list[Row]:
             if row.name == name:
                 alike = (row.state, row.remedy, row.text if row.figure is None else "")
                 groups.setdefault(alike, {}).setdefault(rank, []).append(row)
-    found = []
+    merged_rows = []
     for by_rank in groups.values():
         every = [(row.figure or 0.0, rank, row) for rank, rows in by_rank.items() for row in rows]
         _, least, row = min(every, key=lambda entry: entry[:2])
         if row.figure is not None and len(every) > 1:
             row = replace(row, text=f"{row.text} (the least of {len(every)}: {who([least], reports)})")
-        found.append(row if len(groups) == 1 else replace(row, where=who(list(by_rank), reports)))
-    return found
+        merged_rows.append(row if len(groups) == 1 else replace(row, where=who(list(by_rank), reports)))
+    return merged_rows

@@ -87,8 +87,8 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except (DistError, OSError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise LaunchError(
-            f"the ranks do not meet at MASTER_ADDR and MASTER_PORT: {said}",
+            f"the ranks do not meet at MASTER_ADDR and MASTER_PORT: {reason}",
             remedy="Start all of them by one launcher, and look at the network between their machines",
         ) from error

@@ -42,26 +42,26 @@ def shared_directory(
 def _offer(folder: Path, stack: ExitStack) -> str:
     """A folder with a file that was renamed into it and one that is locked, until `stack` closes. Raises OSError."""
     temporary = tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}doctor-", dir=folder, ignore_cleanup_errors=True)
-    made = Path(stack.enter_context(temporary))
-    descriptor = os.open(made / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    scratch = Path(stack.enter_context(temporary))
+    descriptor = os.open(scratch / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
     stack.callback(os.close, descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    write_facts(made / FILE, {})
-    return str(made)
+    write_facts(scratch / FILE, {})
+    return str(scratch)
 
 
-def _look(made: Path) -> dict[str, Any]:
+def _look(folder: Path) -> dict[str, Any]:
     """How long it took to see the file, None for never; and whether the lock of another node counts here."""
     began = time.monotonic()
-    while not (made / FILE).exists():
+    while not (folder / FILE).exists():
         if time.monotonic() - began > SEEN_S:
             return {"seen_s": None, "lock_counts": None}
-        if made.parent.is_dir():
-            os.listdir(made.parent)  # makes a network file system look again
+        if folder.parent.is_dir():
+            os.listdir(folder.parent)  # makes a network file system look again
         time.sleep(0.05)
     seen_s = time.monotonic() - began
     try:
-        with open(made / LOCK) as held:
+        with open(folder / LOCK) as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return {"seen_s": seen_s, "lock_counts": True}

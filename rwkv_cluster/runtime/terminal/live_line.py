@@ -60,8 +60,8 @@ class LiveLine:
     def show(self, done: float, head: str, parts: Mapping[str, str]) -> None:
         """Draw `head` and the parts, if the last time is long enough ago."""
         width = self._rich.console.width
-        kept = self._fitting(head, parts, width - 1) if width < _NARROW else parts
-        self._rich.update(self._task, completed=done, description=head + ", ".join(kept.values()))
+        shown = self._fitting(head, parts, width - 1) if width < _NARROW else parts
+        self._rich.update(self._task, completed=done, description=head + ", ".join(shown.values()))
         if time.monotonic() - self._drawn_at > _REFRESH_S:
             with suppress(OSError):  # the terminal is closed: the work goes on to its end
                 self._rich.refresh()
@@ -78,12 +78,12 @@ class LiveLine:
             handler.removeFilter(self._is_wanted)
 
     def _fitting(self, head: str, parts: Mapping[str, str], width: int) -> dict[str, str]:
-        kept = dict(parts)
+        shown = dict(parts)
         for name in self._first_to_go:
-            if len(head + ", ".join(kept.values())) <= width:
+            if len(head + ", ".join(shown.values())) <= width:
                 break
-            kept.pop(name, None)
-        return kept
+            shown.pop(name, None)
+        return shown
 
     def _is_wanted(self, record: logging.LogRecord) -> bool:
         return record.name not in self._quiet

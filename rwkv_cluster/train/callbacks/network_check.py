@@ -17,6 +17,6 @@ class AllReduceCheck(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_distributed():
-            found = measure_all_reduce(pl_module.device)
+            measured = measure_all_reduce(pl_module.device)
             if trainer.is_global_zero:
-                log.info("%s", found)
+                log.info("%s", measured)

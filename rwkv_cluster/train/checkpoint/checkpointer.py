@@ -93,13 +93,13 @@ class Checkpointer:
         self.finish()
         began = time.perf_counter()
         temporary = self._make_folder(step)
-        kept = {name: _host_copy(tensors) if self.background else tensors for name, tensors in files.items()}
+        contents = {name: _host_copy(tensors) if self.background else tensors for name, tensors in files.items()}
         part = self._part = _Part(step, temporary, state, {})
         if self.background:
-            part.thread = threading.Thread(target=_write, args=(part, kept), name=f"checkpoint of step {step}")
+            part.thread = threading.Thread(target=_write, args=(part, contents), name=f"checkpoint of step {step}")
             part.thread.start()
         else:
-            _write(part, kept)
+            _write(part, contents)
         self._count_wait(part, began)
 
     def written(self) -> bool:
@@ -152,11 +152,11 @@ class Checkpointer:
         """The folder to write into, made by rank 0. Raises CheckpointError on every rank."""
         fault, path = None, ""
         if rank() == 0:
-            made = self._directory / f"{TEMPORARY_PREFIX}step-{step:08d}-{uuid.uuid4().hex[:8]}"
-            path = str(made)
+            folder = self._directory / f"{TEMPORARY_PREFIX}step-{step:08d}-{uuid.uuid4().hex[:8]}"
+            path = str(folder)
             try:
                 require_disk_space(self._directory, self._n_bytes, f"the checkpoint of step {step}")
-                made.mkdir()
+                folder.mkdir()
             except CheckpointError as error:
                 fault = str(error)
             except OSError as error:

@@ -116,10 +116,10 @@ def _require_all_files(path: Path, names: set[str]) -> None:
     counts = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
     kinds, n_ranks = ("weights", "optimizer"), max(counts, default=0)
     shards = {f"{kind}-{rank:05d}-of-{n_ranks:05d}.pth" for kind in kinds for rank in range(n_ranks)}
-    wanted = shards | {STATE} if shards else _WHOLE
-    if missing := sorted(wanted - names):
+    required = shards | {STATE} if shards else _WHOLE
+    if missing := sorted(required - names):
         raise CheckpointError(f"{path}: it does not list {missing[0]}, without which the checkpoint is not whole")
-    if strange := sorted(names - wanted):
+    if strange := sorted(names - required):
         raise CheckpointError(f"{path}: it lists {strange[0]!r:.80}, which is no file of such a checkpoint")
 
 
@@ -160,9 +160,9 @@ def _naming_the_field(path: Path) -> Iterator[None]:
 def _check_file(path: Path, entry: _FileEntry, *, checksum: bool, advance: Callable[[int], None]) -> None:
     try:
         require_own(path)
-        found = path.stat().st_size
-        if found != entry.bytes:
-            raise CheckpointError(f"{path}: {found} bytes, expected {entry.bytes}")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise CheckpointError(f"{path}: {size} bytes, expected {entry.bytes}")
         if checksum and sha256_file(path, advance) != entry.sha256:
             raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was altered")
     except OSError as error:

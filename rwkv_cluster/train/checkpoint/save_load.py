@@ -113,8 +113,8 @@ def commit(temporary: Path, path: Path, step: int, *, state: CheckpointState, fi
 
 def verify(path: Path) -> Checkpoint:
     """Check every byte of a checkpoint. Raises CheckpointError naming the file and what is wrong with it."""
-    found = check(path)
-    return Checkpoint(path, found.step, found.state, found.files)
+    checked = check(path)
+    return Checkpoint(path, checked.step, checked.state, checked.files)
 
 
 def newest_verified(directory: Path) -> Checkpoint | None:
@@ -122,11 +122,11 @@ def newest_verified(directory: Path) -> Checkpoint | None:
 
     Raises CheckpointError when there are checkpoints and none of them verifies.
     """
-    found, faults = newest_good(directory)
-    if found is not None:
+    newest, faults = newest_good(directory)
+    if newest is not None:
         for fault in faults:
-            log.warning("damaged checkpoint passed over: %s. Step %d is used instead", fault, found.step)
-        return Checkpoint(found.path, found.step, found.state, found.files)
+            log.warning("damaged checkpoint passed over: %s. Step %d is used instead", fault, newest.step)
+        return Checkpoint(newest.path, newest.step, newest.state, newest.files)
     if faults:
         raise CheckpointError(
             f"none of the {len(faults)} checkpoints in {directory} can be used: {'; '.join(faults)}",
@@ -143,9 +143,9 @@ def prune(directory: Path, keep_last: int, reach_steps: int = 0) -> None:
     """
     steps = list_steps(directory)
     firsts = {step // reach_steps: step for step in reversed(steps)} if reach_steps else {}
-    kept = {firsts[stretch] for stretch in sorted(firsts)[-3:]} | set(steps[-keep_last:])
+    kept_steps = {firsts[stretch] for stretch in sorted(firsts)[-3:]} | set(steps[-keep_last:])
     for step in steps:
-        if step not in kept:
+        if step not in kept_steps:
             remove(checkpoint_path(directory, step))
 
 

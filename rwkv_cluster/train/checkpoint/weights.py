@@ -23,9 +23,9 @@ def newest_weights(work: WorkDir) -> dict[str, Tensor]:
 
     Raises MissingCheckpointError when the directory has neither, CheckpointError when what is there is damaged.
     """
-    found = newest_verified(work.checkpoints)
-    if found is not None:
-        return dict(found.weights())
+    checkpoint = newest_verified(work.checkpoints)
+    if checkpoint is not None:
+        return dict(checkpoint.weights())
     if work.final_weights.exists():
         return load_pth(work.final_weights)
     raise MissingCheckpointError(
@@ -46,11 +46,11 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
         raise MissingCheckpointError(
             f"{work.checkpoints} has no {wanted}", remedy=f"Steps that are there: {there or 'none'}"
         )
-    found = newest_verified(work.checkpoints) if step is None else verify(checkpoint_path(work.checkpoints, step))
-    assert found is not None
-    path = work.out / f"{found.path.name}.pth"
+    checkpoint = newest_verified(work.checkpoints) if step is None else verify(checkpoint_path(work.checkpoints, step))
+    assert checkpoint is not None
+    path = work.out / f"{checkpoint.path.name}.pth"
     log.info("writing %s", path)
-    save_pth(path, dict(found.weights()), dtype)
+    save_pth(path, dict(checkpoint.weights()), dtype)
     return path
 
 

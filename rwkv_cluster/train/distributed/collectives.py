@@ -42,9 +42,9 @@ def leaving_group(destroy: Callable[[], None] = dist.destroy_process_group) -> I
     Gloo's threads let go of tensors at their leisure, for which they need Python: one that does so while the
     interpreter ends aborts a process that has done all its work. Leaving the group waits for these threads.
     """
-    found = dist.is_available() and dist.is_initialized()
+    had_group = dist.is_available() and dist.is_initialized()
     yield
-    if dist.is_available() and dist.is_initialized() and not found:
+    if dist.is_available() and dist.is_initialized() and not had_group:
         gc.collect()  # DDP and Lightning's objects, in cycles, hold the group too
         destroy()
 
@@ -162,9 +162,9 @@ def fault_point(name: str, *, step: int | None = None) -> bool:
     return action == "hit"
 
 
-def _is_among(step: int | None, wanted: str) -> bool:
-    """wanted: "" for every step, "7", or "7-9"."""
-    if not wanted or step is None:
-        return not wanted
-    first, _, last = wanted.partition("-")
+def _is_among(step: int | None, steps: str) -> bool:
+    """steps: "" for every step, "7", or "7-9"."""
+    if not steps or step is None:
+        return not steps
+    first, _, last = steps.partition("-")
     return int(first) <= step <= int(last or first)

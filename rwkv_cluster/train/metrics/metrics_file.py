@@ -144,15 +144,15 @@ def _last_step(path: Path) -> int:
     return 0
 
 
-def keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Rewrite `path` with the lines that are `wanted`. A line cut short by a kill is dropped."""
+def keep_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
+    """Rewrite `path` with the lines that are kept. A line cut short by a kill is dropped."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in _lines(path):
         try:
-            if wanted(line):
-                kept.append(line)
+            if is_kept(line):
+                lines.append(line)
         except (ValueError, KeyError, IndexError):
             continue
-    atomic_write(path, "".join(kept).encode())
+    atomic_write(path, "".join(lines).encode())

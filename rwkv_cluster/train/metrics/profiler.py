@@ -89,28 +89,30 @@ class StepProfile:
         self._tell(path, n_steps)
 
     def _tell(self, path: Path, n_steps: int) -> None:
-        found = break_down(read_trace(path), n_steps)
+        breakdown = break_down(read_trace(path), n_steps)
         last = self._first_step + n_steps - 1
         where = f"steps {self._first_step} to {last} on rank {rank()}"
-        facts = {"first_step": self._first_step, "last_step": last, "rank": rank(), **asdict(found)}
-        text = f"{table(found, where)}\ntrace {path}\n"
+        facts = {"first_step": self._first_step, "last_step": last, "rank": rank(), **asdict(breakdown)}
+        text = f"{table(breakdown, where)}\ntrace {path}\n"
         for name, content in ((f"rank-{rank()}.json", json.dumps(facts) + "\n"), (f"rank-{rank()}.txt", text)):
             with writing(self._folder / name, len(content)):
                 atomic_write(self._folder / name, content.encode())
-        if self._on_cuda and found.busy is None:
+        if self._on_cuda and breakdown.busy is None:
             log.warning("rank %d: the profiler has seen no work of the GPU; the table is of the host's time", rank())
         if rank() == 0:
             log.info(text.rstrip("\n"))
 
 
-def table(found: Breakdown, where: str) -> str:
+def table(breakdown: Breakdown, where: str) -> str:
     """The parts, for a person."""
-    step_ms = 1e3 / found.n_steps
-    head = f"profile of {where}: {step_ms * found.wall_s:.2f} ms a step"
-    if found.busy is not None:
-        head += f", of the GPU {step_ms * found.whole_s:.2f} ms, which is busy {100 * found.busy:.1f} % of the time"
+    step_ms = 1e3 / breakdown.n_steps
+    head = f"profile of {where}: {step_ms * breakdown.wall_s:.2f} ms a step"
+    if breakdown.busy is not None:
+        head += (
+            f", of the GPU {step_ms * breakdown.whole_s:.2f} ms, which is busy {100 * breakdown.busy:.1f} % of the time"
+        )
     lines = [head]
-    for part, share in found.shares.items():
+    for part, share in breakdown.shares.items():
         bar = "#" * round(40 * share)
-        lines.append(f"{part:14}{step_ms * found.parts_s[part]:10.3f} ms {100 * share:6.1f} %  {bar}".rstrip())
+        lines.append(f"{part:14}{step_ms * breakdown.parts_s[part]:10.3f} ms {100 * share:6.1f} %  {bar}".rstrip())
     return "\n".join(lines)

@@ -83,8 +83,8 @@ def rank_file(folder: Path, rank: int) -> Path:
 def rewind_absent(folder: Path, world_size: int, start_step: int) -> None:
     """Drop later steps' lines of ranks that this session does not have: an earlier one had more. For rank 0."""
     for path in folder.glob("rank-*.jsonl"):
-        found = re.fullmatch(r"rank-(\d+)\.jsonl", path.name)
-        if found and int(found[1]) >= world_size:
+        match = re.fullmatch(r"rank-(\d+)\.jsonl", path.name)
+        if match and int(match[1]) >= world_size:
             _rewind(path, start_step)
 
 

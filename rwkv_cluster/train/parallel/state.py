@@ -34,8 +34,8 @@ class ModelAndOptimizerState(Protocol):
     def update_count(self) -> int:
         """Updates that the optimizer has made."""
 
-    def restore(self, found: Checkpoint) -> None:
-        """Load into a model that has `found`'s weights: moments, and masters where the parameters are not the masters.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load into a model that has the checkpoint's weights: moments, and masters where the parameters are not the masters.
 
         Exactly as they were saved, by whatever number of ranks and whatever strategy.
         """
@@ -71,8 +71,8 @@ class ReplicatedState:
     def update_count(self) -> int:
         return update_count(self._optimizer)
 
-    def restore(self, found: Checkpoint) -> None:
-        restore_optimizer(self._optimizer, found.optimizer(), found.state.optimizer_updates)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        restore_optimizer(self._optimizer, checkpoint.optimizer(), checkpoint.state.optimizer_updates)
 
     def files(self) -> Files:
         if rank() != 0:

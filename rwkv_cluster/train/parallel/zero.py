@@ -189,9 +189,9 @@ class ZeroShardedState:
     def shapes(self) -> dict[str, list[int]] | None:
         return {name: list(_shape(parameter)) for name, parameter in self._model.named_parameters()}
 
-    def restore(self, found: Checkpoint) -> None:
-        masters, moments = found.weights(), found.optimizer()
-        self._make_moments(found.state.optimizer_updates)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        masters, moments = checkpoint.weights(), checkpoint.optimizer()
+        self._make_moments(checkpoint.state.optimizer_updates)
         for fragment in self._fragments():
             for key, target in fragment.tensors.items():
                 whole = masters[fragment.name] if key == MASTER else moments[f"{key}/{fragment.name}"]
