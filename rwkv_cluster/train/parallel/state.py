@@ -35,7 +35,7 @@ class ModelAndOptimizerState(Protocol):
         """Updates that the optimizer has made."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load moments, and masters where the parameters are not the masters, into a model that has the checkpoint's weights.
+        """Load moments, and masters that are not the parameters, into a model that has the checkpoint's weights.
 
         Exactly as they were saved, by whatever number of ranks and whatever strategy.
         """
