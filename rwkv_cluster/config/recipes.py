@@ -98,7 +98,7 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     """
     path = Path(argument)
     if path.is_dir():
-        stored = WorkDir(path).config_yaml
+        stored = path / WorkDir(path).config_yaml.relative_to(WorkDir(path).root)  # as the person names it
         return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
     if path.suffix.lower() in _OF_DATA and path.exists():
         raise ConfigError(

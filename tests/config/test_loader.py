@@ -121,7 +121,7 @@ def test_scalars_in_a_file() -> None:
         ("model: 3", ("run.yaml:1: model", "3", "model_type", "block0_value_residual")),
         ("model:\n  n_layers: 3", ("run.yaml:2:", "'n_layers'", "model.n_layer")),
         ("n_layer: 3", ("run.yaml:1:", "'n_layer'", "model.n_layer")),
-        ("models:\n  n_layer: 3", ("run.yaml:1:", "'models'", "name: model")),
+        ("models:\n  n_layer: 3", ("run.yaml:1:", "'models'", "Nearest: model")),
         ("data:\n  tokenizer:\n    typ: byte", ("run.yaml:3:", "'typ'", "data.tokenizer.type")),
         ("zzz: 3", ("run.yaml:1:", "'zzz'", "work_dir")),
         ("model:\n  n_layer: 2\n  n_embd: 100", ("run.yaml:3:", "model:", "n_embd", "100", "head_size_a", "64", "n_embd", "64", "128", "head_size_a", "100")),

@@ -79,7 +79,7 @@ def test_a_holder_that_was_killed(work: WorkDir, capsys: pytest.CaptureFixture[s
     text = say(work, capsys)
     assert text.startswith("died")
     assert "process 4711" in text
-    assert "in Slurm job 77 since 2026-01-01 00:00:00, which is gone" in text
+    assert "in Slurm job 77 since 2026-01-01 00:00:00, exited or stopped responding" in text
 
 
 def test_a_holder_on_another_machine_is_watched(
@@ -88,7 +88,7 @@ def test_a_holder_on_another_machine_is_watched(
     monkeypatch.setattr(lock, "CHECK_S", 0.5)
     work.events.unlink()
     write_record(work.lock_file, {"host": "node-7", "machine": "another", "pid": 1, "since": "then", "claim": "x"})
-    assert "held by     process 1 on node-7 since then, which is gone, or shows no sign of life" in say(work, capsys)
+    assert "held by     process 1 on node-7 since then, exited or stopped responding" in say(work, capsys)
 
 
 def test_a_preparation_under_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
