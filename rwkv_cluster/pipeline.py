@@ -346,7 +346,7 @@ class RWKVTrainingPipeline:
                 does not fit model_config.
             ConfigError: an override is unknown, or the work directory holds a run that started otherwise.
         """
-        from rwkv_cluster.model.state_dict import infer_model_config, load_pth
+        from rwkv_cluster.model.weights_file import infer_model_config, load_pth
 
         self._require_data("Data must be prepared before training")
         path = Path(written_out(checkpoint_path, "checkpoint_path"))

@@ -24,7 +24,7 @@ from tiny_run import losses, tiny_run_config, write_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.kernels import loader, ops
-from rwkv_cluster.model.state_dict import load_pth, save_pth
+from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.tokenizer import create_vocab_file_from_tokens
 
 Run = Callable[..., tuple[int, list[str]]]

@@ -31,7 +31,7 @@ from rwkv_cluster.config import CheckpointConfig, Config, LoggingConfig
 from rwkv_cluster.config.loader import dump_yaml, load_config
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
-from rwkv_cluster.model.state_dict import load_pth, save_pth
+from rwkv_cluster.model.weights_file import load_pth, save_pth
 
 PUBLIC_NAMES = """
     RWKVTrainingPipeline ModelConfig TrainingConfig DataConfig inspect_rwkv_checkpoint load_checkpoint_for_training

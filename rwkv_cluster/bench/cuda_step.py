@@ -104,7 +104,7 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     from rwkv_cluster.model.flops import flops_per_token
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
-    from rwkv_cluster.train.optimizers.build import build_optimizer
+    from rwkv_cluster.train.optimizers.param_groups import build_optimizer
 
     config = ModelConfig(
         model_type="x070", n_layer=n_layer, n_embd=n_embd, ctx_len=options.gpu_ctx_len, vocab_size=VOCAB_SIZE

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.train.module import TrainingModule
-from rwkv_cluster.train.optimizers.build import optimizer_tensors
+from rwkv_cluster.train.optimizers.param_groups import optimizer_tensors
 from rwkv_cluster.train.parallel.zero import ZeroShardedState, ZeroStrategy
 
 KINDS = ("weights", "whole", "gradients", "masters", "moments", "buckets", "other")

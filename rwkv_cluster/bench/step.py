@@ -164,7 +164,7 @@ def _our_step(options: argparse.Namespace) -> Callable[[], None]:
     from rwkv_cluster.model.loss import next_token_loss
     from rwkv_cluster.model.rwkv import RWKV
     from rwkv_cluster.runtime.malloc import keep_freed_memory
-    from rwkv_cluster.train.optimizers.build import build_optimizer
+    from rwkv_cluster.train.optimizers.param_groups import build_optimizer
     from rwkv_cluster.train.placement import DTYPES
 
     config = ModelConfig(

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
-from rwkv_cluster.data.inputs.file_kinds import HEAD_BYTES, refuse_format
+from rwkv_cluster.data.inputs.refused_formats import HEAD_BYTES, refuse_format
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, fsync_directory
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.model.state_dict import infer_model_config, load_pth
+from rwkv_cluster.model.weights_file import infer_model_config, load_pth
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Widths of a model, and name and shape of every parameter, without a tensor: what a plan of a run counts.
 
-Torch-free. `state_dict.expected_shapes` says the same from the modules themselves, and a test holds the two together.
+Torch-free. `weights_file.expected_shapes` says the same from the modules themselves, and a test holds the two together.
 
 L layers, V vocabulary, C width, A attention width.
 """

@@ -17,7 +17,7 @@ from pytorch_lightning import Callback
 
 from rwkv_cluster.config import loader
 from rwkv_cluster.errors import Interrupted, Preempted
-from rwkv_cluster.model.state_dict import expected_shapes
+from rwkv_cluster.model.weights_file import expected_shapes
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment

@@ -21,7 +21,7 @@ from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.step_recorder import StepResult
-from rwkv_cluster.train.optimizers.build import build_optimizer, set_learning_rate
+from rwkv_cluster.train.optimizers.param_groups import build_optimizer, set_learning_rate
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState
 from rwkv_cluster.train.schedule import learning_rate

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from rwkv_cluster.data.preparation.prepare import (
     reason_to_prepare,
 )
 from rwkv_cluster.data.verify import check_files
-from rwkv_cluster.errors import CheckpointError, DataError, MissingDataError, RWKVClusterError
-from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.errors import DataError, MissingDataError
+from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.runtime.rank_env import die_with_launcher, launched, launched_world_size, name_this_launch, rank
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.callbacks.rank_status import RankStatusCallback
 from rwkv_cluster.train.checkpoint import resume, save_load
-from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.distributed.rank_record import SessionStart
 from rwkv_cluster.train.fit import TrainResult, fit
@@ -40,13 +38,13 @@ from rwkv_cluster.train.parallel.strategy import require_script
 from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.sample import require_sample_prompt
 from rwkv_cluster.train.session import Session, ensure_init_file, open_session, require_init_from, resolve
+from rwkv_cluster.train.wait_for_rank_0 import manifest_seen_here, once_each, session_of_rank_0, stamp_of
 from rwkv_cluster.workdir import WorkDir, remove_temporaries
 
 __all__ = ["TrainResult", "initialize", "prepare_data", "train"]
 
 log = logging.getLogger("rwkv_cluster")
 
-SHARED_DIRECTORY_S = 120.0  # for what one machine has written to be seen on another
 _calls: Counter[tuple[str, Path]] = Counter()  # all ranks make the same calls, and so agree on which one is which
 
 
@@ -76,9 +74,9 @@ def prepare_data(
                 return prepared_before(config.data, tokenizer, work.data, name=name) is not None
 
         what = "the preparation of the data"
-        is_there = _once_each(lambda: _stamp(work.data_manifest), is_prepared)
+        is_there = once_each(lambda: stamp_of(work.data_manifest), is_prepared)
         fingerprint = rank_monitor.wait_for_rank_0(lambda record: record.data, what=what, is_there=is_there)
-        return load_manifest(work.data) if fingerprint is None else _manifest_seen_here(work, fingerprint)
+        return load_manifest(work.data) if fingerprint is None else manifest_seen_here(work, fingerprint)
 
 
 def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) -> Path:
@@ -124,7 +122,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
             begins = SessionStart(data=prepared.fingerprint, step=session.start_step, group=session.group)
             rank_monitor.write(begins=begins)
         else:
-            session = _session_of_rank_0(config, work, rank_monitor)
+            session = session_of_rank_0(config, work, rank_monitor)
         if session.is_complete:
             return _already_complete(session)
         log_path = work.train_log if rank() == 0 else None
@@ -158,63 +156,6 @@ def _holding(config: Config, work: WorkDir, action: str) -> Iterator[RankMonitor
                 remove_temporaries(folder)
             work.stop_file.unlink(missing_ok=True)
             yield rank_monitor
-
-
-def _session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor) -> Session:
-    """The session that rank 0 has opened, as seen from here, or a run that is complete and needs no rank 0 any more.
-
-    Raises CheckpointError where this machine sees other checkpoints than rank 0's.
-    """
-
-    def is_complete() -> bool:
-        return work.final_weights.exists() and open_session(config, work, load_manifest(work.data)).is_complete
-
-    what = "the preparation of the data"
-    is_there = _once_each(lambda: save_load.list_steps(work.checkpoints), is_complete)
-    begins = rank_monitor.wait_for_rank_0(lambda record: record.begins, what=what, is_there=is_there)
-    if begins is None:
-        return open_session(config, work, load_manifest(work.data))
-    manifest, step = _manifest_seen_here(work, begins.data), begins.step
-
-    def look() -> bool | None:
-        return step == 0 or step in save_load.list_steps(work.checkpoints) or None
-
-    what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
-    collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
-    session = open_session(config, work, manifest)
-    if session.start_step != step:
-        raise CheckpointError(
-            f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "
-            f"{session.start_step}. Look whether both machines see the same directory",
-            rank=0,
-        )
-    return replace(session, group=begins.group)
-
-
-def _once_each(stamp: Callable[[], Any], look: Callable[[], bool]) -> Callable[[], bool]:
-    """`look`, at most once for each value of `stamp`: it may read much. False where it cannot tell."""
-    seen: list[Any] = [None]
-
-    def is_there() -> bool:
-        now = stamp()
-        if not now or now == seen[0]:
-            return False
-        seen[0] = now
-        try:
-            return look()
-        except (RWKVClusterError, OSError):  # rank 0 finds the same, and says it
-            return False
-
-    return is_there
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _prepared(
@@ -273,20 +214,6 @@ def _is_prepared(work: WorkDir) -> bool:
     except DataError:
         return False
     return True
-
-
-def _manifest_seen_here(work: WorkDir, fingerprint: str) -> DataManifest:
-    """The manifest that rank 0 has written, once the shared directory shows it to this machine."""
-
-    def look() -> DataManifest | None:
-        try:
-            manifest = load_manifest(work.data)
-        except DataError:
-            return None
-        return manifest if manifest.fingerprint == fingerprint else None
-
-    what = f"the data that rank 0 has prepared to be seen in {work.data} on this machine"
-    return collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
 
 
 def _already_complete(session: Session) -> TrainResult:

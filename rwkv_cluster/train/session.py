@@ -24,7 +24,7 @@ from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
+from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import resume
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified

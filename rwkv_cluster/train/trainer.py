@@ -11,7 +11,7 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster.config import Config, GuardConfig
-from rwkv_cluster.model.state_dict import expected_shapes
+from rwkv_cluster.model.weights_file import expected_shapes
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.callbacks.after_step import AfterStep
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
@@ -26,10 +26,11 @@ from rwkv_cluster.train.metrics.loggers import loggers
 from rwkv_cluster.train.metrics.metrics_file import MetricsWriter
 from rwkv_cluster.train.metrics.profiler import StepProfile
 from rwkv_cluster.train.metrics.progress import Progress
-from rwkv_cluster.train.metrics.step_recorder import EpochMean, StepRecorder
+from rwkv_cluster.train.metrics.step_recorder import EpochMean, RunRecords, StepRecorder
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.metrics.step_times import StepTimes, rewind_absent
 from rwkv_cluster.train.metrics.throughput import utilization
+from rwkv_cluster.train.metrics.train_log import TrainLog
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.placement import Placement
 from rwkv_cluster.train.sample import Sampler
@@ -102,28 +103,26 @@ def build_recorder(
 
     is_first_session: of this process.
     """
-    config, checkpoint, progress = session.config, session.resume_checkpoint, None
+    config, checkpoint = session.config, session.resume_checkpoint
     if rank() == 0:
-        progress = Progress(config.logging, session.horizon.total_steps, session.start_step)
         rewind_absent(session.work.step_times, session.placement.world_size, session.start_step)
     return StepRecorder(
         timer,
         StepTimes(session.work.step_times, rank(), session.start_step),
         EpochMean(checkpoint.state.epoch_loss_sum, checkpoint.state.epoch_loss_count) if checkpoint else EpochMean(),
-        metrics=_metrics_writer(session, is_first_session=is_first_session) if rank() == 0 else None,
-        progress=progress,
+        run_records=_run_records(session, is_first_session=is_first_session) if rank() == 0 else None,
         utilization=utilization(config, session.placement),
         profile=profile,
     )
 
 
-def _metrics_writer(session: Session, *, is_first_session: bool) -> MetricsWriter:
-    return MetricsWriter(
-        session.work,
-        start_step=session.recorded_step,
-        start_epoch=session.horizon.epoch_of(session.recorded_step),
-        header=session.config.model_dump_json(),
-        is_first_session=is_first_session,
+def _run_records(session: Session, *, is_first_session: bool) -> RunRecords:
+    config, work, horizon = session.config, session.work, session.horizon
+    start_epoch = horizon.epoch_of(session.recorded_step)
+    return RunRecords(
+        MetricsWriter(work, start_step=session.recorded_step, is_first_session=is_first_session),
+        TrainLog(work, start_epoch=start_epoch, header=config.model_dump_json()),
+        Progress(config.logging, horizon.total_steps, session.start_step),
     )
 
 

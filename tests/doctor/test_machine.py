@@ -19,7 +19,7 @@ from rwkv_cluster.doctor.checks import deepspeed, environment, gpus, host, softw
 from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, refused
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.runtime import shared_memory
+from rwkv_cluster.runtime import nccl_shared_memory
 
 TWO_GPUS = "NVIDIA H100 80GB HBM3, 81559, 4, 570.86.15\nNVIDIA H100 80GB HBM3, 81559, 71000, 570.86.15"
 
@@ -84,7 +84,7 @@ def test_little_locked_memory_matters_with_infiniband(tmp_path: Path, monkeypatc
 
 
 def test_shared_memory_matters_with_several_gpus(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(shared_memory, "WANTED_BYTES", 2**60)
+    monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", 2**60)
     (row,) = host.shared_memory(CheckContext())
     assert row.state == "note"
     nvidia_smi(tmp_path, monkeypatch)

@@ -11,7 +11,7 @@ from rwkv_cluster.model.checkpoint_info import (
     load_checkpoint_for_training,
     validate_checkpoint_compatibility,
 )
-from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.model.weights_file import save_pth
 
 
 @pytest.mark.parametrize("model_type", VERSIONS)

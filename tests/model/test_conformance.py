@@ -12,7 +12,7 @@ import torch
 from tiny_models import some_tokens, tiny_model
 
 from rwkv_cluster.model.generate import generate
-from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir

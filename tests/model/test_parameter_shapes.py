@@ -10,7 +10,7 @@ from tiny_models import VERSIONS
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.model.parameter_shapes import PARTS, block_parameters, by_part, count, parameter_shapes, trained
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import expected_shapes
+from rwkv_cluster.model.weights_file import expected_shapes
 
 SHAPES: list[dict[str, Any]] = [
     {"n_layer": 1, "n_embd": 64, "vocab_size": 50},

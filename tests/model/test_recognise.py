@@ -17,7 +17,7 @@ import torch
 from tiny_models import tiny_model
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, peek_pth
+from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, peek_pth
 
 HEADER = json.dumps({"emb.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
 BYTES = {

@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.model.parameter_shapes import model_dims
-from rwkv_cluster.model.state_dict import expected_shapes
+from rwkv_cluster.model.weights_file import expected_shapes
 
 # C: ranks of w, a, v, g by the rule of RWKV-v7/train_temp
 RANKS = {

@@ -17,12 +17,12 @@ from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.parameter_shapes import block_parameters, by_part, parameter_shapes
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import expected_shapes
 from rwkv_cluster.model.versions.table import VERSIONS
+from rwkv_cluster.model.weights_file import expected_shapes
 from rwkv_cluster.planning.activations import Kernels
 from rwkv_cluster.planning.memory import MemoryModel, Setting
 from rwkv_cluster.planning.model_states import Sharding
-from rwkv_cluster.train.optimizers.build import build_optimizer
+from rwkv_cluster.train.optimizers.param_groups import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 

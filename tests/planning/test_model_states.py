@@ -14,7 +14,7 @@ from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
 from rwkv_cluster.planning.model_states import Sharding, model_states
-from rwkv_cluster.train.optimizers.build import build_optimizer, optimizer_tensors
+from rwkv_cluster.train.optimizers.param_groups import build_optimizer, optimizer_tensors
 
 RECORDED = Path(__file__).parents[2] / "kernels/benchmarks/ddp-cpu-2026-11-26.json"
 SHAPES = parameter_shapes(ModelConfig(model_type="x052", n_layer=24, n_embd=1024, vocab_size=65536), 65536)

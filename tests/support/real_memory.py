@@ -13,7 +13,7 @@ from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.train.optimizers.build import build_optimizer
+from rwkv_cluster.train.optimizers.param_groups import build_optimizer
 from rwkv_cluster.train.placement import DTYPES
 
 

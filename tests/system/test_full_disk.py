@@ -17,7 +17,7 @@ from system.processes import PAUSE, Job, Watched, new_run
 from tiny_run import losses, state_of
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import load_pth, save_pth
+from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer

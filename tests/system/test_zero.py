@@ -14,7 +14,7 @@ from system.processes import Job, Watched, new_run
 from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
-from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.model.weights_file import load_pth
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
 
 pytestmark = pytest.mark.system

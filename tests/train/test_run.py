@@ -16,7 +16,7 @@ from tiny_run import fingerprint, losses, tiny_run_config, write_text
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, LaunchError, Preempted, TrainingError
-from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.model.weights_file import load_pth
 from rwkv_cluster.train.checkpoint.resume import accumulation_of
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE

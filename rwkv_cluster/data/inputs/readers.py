@@ -8,7 +8,7 @@ JSONL, one document a line (message: `file:line: reason`):
   are refused. Where a key occurs twice, the last one counts. Other fields are ignored.
 - `text_field` holds a string, or a list of integers (not 1.0, not true). A lone surrogate escape is refused; an
   escaped NUL (backslash u0000) is text like any other, a raw one is not JSON.
-- What is another format altogether (see `data.inputs.file_kinds`) is refused, whatever `skip_bad_lines` says.
+- What is another format altogether (see `refused_formats`) is refused, whatever `skip_bad_lines` says.
 - `skip_bad_lines` leaves out the lines that break a rule above, counts them and reports the first ones. It does not
   cover text that the tokenizer cannot encode.
 
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rwkv_cluster.data.inputs.bad_lines import ONE_A_LINE, SPLIT_ARRAY, BadLine, bad_bytes, bad_json
-from rwkv_cluster.data.inputs.file_kinds import HEAD_BYTES, format_error, named_format, refuse_format
+from rwkv_cluster.data.inputs.refused_formats import HEAD_BYTES, format_error, named_format, refuse_format
 from rwkv_cluster.data.inputs.sources import Source, read_blocks
 from rwkv_cluster.errors import DataError
 

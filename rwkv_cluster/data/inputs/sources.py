@@ -37,7 +37,7 @@ import zstandard
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import bin_path, idx_path
 from rwkv_cluster.data.inputs import own_outputs
-from rwkv_cluster.data.inputs.file_kinds import HEAD_BYTES, refuse_format
+from rwkv_cluster.data.inputs.refused_formats import HEAD_BYTES, refuse_format
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
 

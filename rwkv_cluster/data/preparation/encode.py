@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.data.inputs.bad_lines import FIX, BadLine
-from rwkv_cluster.data.inputs.file_kinds import fill_in
 from rwkv_cluster.data.inputs.readers import LineBlock, Values, decode_text, document_blocks, parse_line
+from rwkv_cluster.data.inputs.refused_formats import fill_in
 from rwkv_cluster.data.inputs.sources import Source
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import (

@@ -10,8 +10,8 @@ from rwkv_cluster.doctor.checks.gpus import listed
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, warning
+from rwkv_cluster.runtime import nccl_shared_memory as shm
 from rwkv_cluster.runtime import rank_env
-from rwkv_cluster.runtime import shared_memory as shm
 
 OPEN_FILES = 1024  # what Linux gives by default; each rank has sockets to others, libraries and the data's files
 LOCKED_BYTES = 64 * 2**20  # far below what an InfiniBand adapter registers

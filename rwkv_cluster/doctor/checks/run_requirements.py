@@ -136,7 +136,7 @@ def _initial_weights(config: Config) -> str:
 def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
     from rwkv_cluster.config.schema import with_vocabulary
-    from rwkv_cluster.model.state_dict import expected_shapes
+    from rwkv_cluster.model.weights_file import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
     from rwkv_cluster.train.checkpoint.save_load import list_steps
     from rwkv_cluster.train.placement import DTYPES

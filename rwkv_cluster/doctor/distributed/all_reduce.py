@@ -14,7 +14,7 @@ from rwkv_cluster.doctor.distributed.merge import Report, merged
 from rwkv_cluster.doctor.distributed.rank_store import Meeting
 from rwkv_cluster.doctor.results import Row, ok, problem, refused
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.runtime import rank_env, shared_memory
+from rwkv_cluster.runtime import nccl_shared_memory, rank_env
 
 EXCHANGE_S = 60.0  # for one exchange; the first makes the connections
 WHOLE_S = 120.0
@@ -59,7 +59,7 @@ def _measured(meeting: Meeting, backend: str, device: str) -> Row:
 
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a late exchange raises, and aborts no process
     if backend == "nccl":
-        shared_memory.disable_nccl_shm_if_small()  # as training does; the row of shared memory tells it
+        nccl_shared_memory.disable_nccl_shm_if_small()  # as training does; the row of shared memory tells it
     place = torch.device(device, rank_env.local_rank()) if device == "cuda" else torch.device(device)
     try:
         with leaving_group():

@@ -52,7 +52,7 @@ class Checkpointer:
     """Checkpoints of a run, newest `keep_last` kept. Every rank has one and calls the same methods at the same step.
 
     background: write while training goes on, from a copy in the host's memory. n_bytes: about the size of a whole
-    checkpoint, see `train.checkpoint.disk_space`. reach_steps: see `checkpoint.prune`. events: where a commit is told.
+    checkpoint, see `train.checkpoint.disk_space`. reach_steps: see `prune`. events: where a commit is told.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Checkpointer:
                 files = {name: entry for entries, _ in parts for name, entry in entries.items()}
                 path = save_load.checkpoint_path(self._directory, part.step)
                 save_load.commit(part.temporary, path, part.step, state=part.state, files=files)
-                save_load.prune(self._directory, self._keep_last, self._reach_steps)
+                prune(self._directory, self._keep_last, self._reach_steps)
         except OSError as error:
             refusals = [WriteFailure.of(error)]
         if refusals:
@@ -190,6 +190,20 @@ class Checkpointer:
         """The free bytes in it are those that it finds after a failed attempt has been removed."""
         whole = replace(refusals[0], reason="; ".join(refusal.reason for refusal in refusals))
         return f"checkpoint {whole.sentence(save_load.checkpoint_path(self._directory, step), self._n_bytes)}"
+
+
+def prune(directory: Path, keep_last: int, reach_steps: int = 0) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and those by which one can go back.
+
+    reach_steps: how far, 0 for not at all. Steps are split into windows of so many, and the first checkpoint of each of
+    the last 3 windows is kept, so that one is always at least `reach_steps` old.
+    """
+    steps = save_load.list_steps(directory)
+    firsts = {step // reach_steps: step for step in reversed(steps)} if reach_steps else {}
+    kept_steps = {firsts[window] for window in sorted(firsts)[-3:]} | set(steps[-keep_last:])
+    for step in steps:
+        if step not in kept_steps:
+            save_load.remove(save_load.checkpoint_path(directory, step))
 
 
 def _write(part: _Part, files: Files) -> None:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rwkv_cluster.errors import CheckpointError
+from rwkv_cluster.runtime.counts import Count
 from rwkv_cluster.runtime.own_file import read_own, require_own
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.train.checkpoint.state import CheckpointState
-from rwkv_cluster.train.counts import Count
 from rwkv_cluster.workdir import sha256_file
 
 FORMAT = 1

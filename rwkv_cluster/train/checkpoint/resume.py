@@ -13,7 +13,7 @@ from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.batch_size import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.model.parameter_shapes import unused_names
-from rwkv_cluster.model.state_dict import load_pth, strip_prefixes
+from rwkv_cluster.model.weights_file import load_pth, strip_prefixes
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.checkpoint.state import RunIdentity
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import check_finite, load_pth
+from rwkv_cluster.model.weights_file import check_finite, load_pth
 from rwkv_cluster.train.checkpoint.files import (
     FORMAT,
     MANIFEST,
@@ -133,20 +133,6 @@ def newest_verified(directory: Path) -> Checkpoint | None:
             remedy="Restore one from a copy, or move the folder away to start from the beginning",
         )
     return None
-
-
-def prune(directory: Path, keep_last: int, reach_steps: int = 0) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and those by which one can go back.
-
-    reach_steps: how far, 0 for not at all. Then the first checkpoint is kept of each of the last three stretches of so
-    many steps. The newest two stretches can be young both; the third lies back far enough.
-    """
-    steps = list_steps(directory)
-    firsts = {step // reach_steps: step for step in reversed(steps)} if reach_steps else {}
-    kept_steps = {firsts[stretch] for stretch in sorted(firsts)[-3:]} | set(steps[-keep_last:])
-    for step in steps:
-        if step not in kept_steps:
-            remove(checkpoint_path(directory, step))
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.model.state_dict import save_pth
+from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import check_finite, load_pth
+from rwkv_cluster.model.weights_file import check_finite, load_pth
 
 
 def shard_key(name: str, start: int) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
-from rwkv_cluster.train.counts import Count
+from rwkv_cluster.runtime.counts import Count
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
 from rwkv_cluster.train.metrics.metrics_file import StepRecord

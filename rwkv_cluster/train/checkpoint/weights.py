@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import fit_state_dict, infer_model_config, load_pth, save_pth
+from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified, verify
 from rwkv_cluster.workdir import WorkDir
 

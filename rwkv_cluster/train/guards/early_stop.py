@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rwkv_cluster.train.counts import Count
+from rwkv_cluster.runtime.counts import Count
 
 
 @dataclass(frozen=True)

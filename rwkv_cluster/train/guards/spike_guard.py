@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from rwkv_cluster.config import GuardConfig
-from rwkv_cluster.train.counts import Count
+from rwkv_cluster.runtime.counts import Count
 
 DEVIATIONS_PER_MAD = 1.4826  # of a normal distribution (Hampel 1974, The influence curve)
 SMALLEST_DEVIATION = 1e-3  # of the median: where the losses of a window are all alike, rounding is no spike

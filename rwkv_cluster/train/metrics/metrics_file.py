@@ -1,4 +1,4 @@
-"""What a run writes down: per-step metrics as JSON lines and CSV, and RWKV-LM's train_log.txt.
+"""Metrics of each step, as JSON lines and CSV.
 
 A resumed run first drops the lines of steps that it is going to repeat, so that every file reads as if the run had
 never been interrupted.
@@ -7,19 +7,17 @@ never been interrupted.
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
+from rwkv_cluster.runtime.counts import Count
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own, read_own
-from rwkv_cluster.train.counts import Count
 from rwkv_cluster.workdir import WorkDir, atomic_write, atomic_writer
 
 
@@ -56,32 +54,21 @@ COLUMNS = tuple(field.name for field in fields(StepRecord))
 
 
 class MetricsWriter:
-    """Appends to the record files of a work directory. Only rank 0 has one.
+    """Appends to the metrics files of a work directory. Only rank 0 has one.
 
-    start_step: up to where the files hold steps that are complete; later lines go. start_epoch: the first whose end is
-    still to come. header: JSON of the configuration. is_first_session: of this process. logged_step: up to where an
-    earlier session has recorded, and logged, numbers that are the same to the bit; whether or not a checkpoint holds
-    them. After a rollback others come.
+    start_step: up to where the files hold steps that are complete; later lines go. is_first_session: of this process.
+    logged_step: up to where an earlier session has recorded, and logged, numbers that are the same to the bit; whether
+    or not a checkpoint holds them. After a rollback others come.
     """
 
-    def __init__(
-        self, work: WorkDir, *, start_step: int, start_epoch: int, header: str, is_first_session: bool = True
-    ) -> None:
-        self._start_epoch = start_epoch
-        self._jsonl_path = work.logs / "metrics.jsonl"
-        self._csv_path = work.logs / "metrics.csv"
-        self._log_path = work.out / "train_log.txt"
-        with writing(work.logs, len(header)):
+    def __init__(self, work: WorkDir, *, start_step: int, is_first_session: bool = True) -> None:
+        self._jsonl_path, self._csv_path = work.metrics, work.metrics_csv
+        with writing(work.logs, 0):
             recorded_step = _last_step(self._jsonl_path)
-            self._open(start_step, start_epoch)
+            keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
+            self._rewrite_csv()
+            self._jsonl, self._csv = appending(self._jsonl_path), appending(self._csv_path)
         self.logged_step = recorded_step if is_first_session else start_step
-        self._append_log(f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{header}\n")
-
-    def _open(self, start_step: int, start_epoch: int) -> None:
-        keep_lines(self._jsonl_path, lambda line: json.loads(line)["step"] <= start_step)
-        keep_lines(self._log_path, lambda line: not line[:1].isdigit() or int(line.split()[0]) < start_epoch)
-        self._rewrite_csv()
-        self._jsonl, self._csv = _appending(self._jsonl_path), _appending(self._csv_path)
 
     def _rewrite_csv(self) -> None:
         """Write the CSV anew from the JSON lines: an earlier version's may have other columns."""
@@ -91,7 +78,7 @@ class MetricsWriter:
                 file.write(_csv_row(json.loads(line)).encode())
 
     def step(self, record: StepRecord) -> None:
-        """Raises CheckpointError, as `epoch` does, when the disk refuses the line."""
+        """Write the step's line. Raises CheckpointError when the disk refuses it."""
         values = record.metrics()
         for path, file, line in (
             (self._jsonl_path, self._jsonl, json.dumps(values) + "\n"),
@@ -100,25 +87,14 @@ class MetricsWriter:
             with writing(path, len(line)):
                 file.write(line)
 
-    def epoch(self, epoch: int, mean_loss: float, lr: float) -> None:
-        """RWKV-LM's line: index, mean loss, its exponential, lr of the last step, time, epoch of this session."""
-        perplexity = math.exp(mean_loss) if mean_loss < 700 else math.inf
-        self._append_log(
-            f"{epoch} {mean_loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.datetime.now()} {epoch - self._start_epoch}\n"
-        )
-
-    def _append_log(self, text: str) -> None:
-        with writing(self._log_path, len(text)), _appending(self._log_path) as handle:
-            handle.write(text)
-
     def close(self) -> None:
         for file in (self._jsonl, self._csv):
             with suppress(OSError):  # lines are written at once: what is left is one that the disk has refused
                 file.close()
 
 
-def _appending(path: Path) -> TextIO:
-    """One of the files, to which each line goes at once."""
+def appending(path: Path) -> TextIO:
+    """Open a record file for appending; each line goes to it at once."""
     return open(path, "a", encoding="utf-8", buffering=1, newline="", opener=open_own)
 
 

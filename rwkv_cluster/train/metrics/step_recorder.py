@@ -17,6 +17,7 @@ from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.metrics.step_times import StepTimes
 from rwkv_cluster.train.metrics.throughput import Utilization
+from rwkv_cluster.train.metrics.train_log import TrainLog
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,24 @@ class EpochMean:
         return mean
 
 
+@dataclass(frozen=True)
+class RunRecords:
+    """Files and lines that rank 0 writes for all ranks."""
+
+    metrics: MetricsWriter
+    train_log: TrainLog
+    progress: Progress
+
+    def close(self) -> None:
+        """Close the files, and end the live line."""
+        self.metrics.close()
+        self.progress.close()
+
+
 class StepRecorder:
     """Measures the steps of this rank and writes them down. Every rank has one; what all share is written by rank 0.
 
-    metrics, progress: None on every rank but 0. utilization: None where the devices' peak is not known. profile: None
+    run_records: None on every rank but 0. utilization: None where the devices' peak is not known. profile: None
     where none is wanted.
     """
 
@@ -64,16 +79,14 @@ class StepRecorder:
         step_times: StepTimes,
         epoch_mean: EpochMean,
         *,
-        metrics: MetricsWriter | None,
-        progress: Progress | None,
+        run_records: RunRecords | None,
         utilization: Utilization | None,
         profile: StepProfile | None,
     ) -> None:
         self.timer = timer
         self.epoch_mean = epoch_mean
         self._step_times = step_times
-        self._metrics = metrics
-        self._progress = progress
+        self._run_records = run_records
         self._utilization = utilization
         self._profile = profile
 
@@ -104,18 +117,17 @@ class StepRecorder:
 
     def record(self, record: StepRecord, loggers: Sequence[Logger], committed_step: int | None) -> None:
         """Write one step's numbers. committed_step: of the newest checkpoint that this session has committed."""
-        if self._metrics is not None:
-            self._metrics.step(record)
-        if self._progress is not None:
-            self._progress.show(record, committed_step)
-        if self._metrics is not None:
-            log_metrics(loggers, record.metrics(), record.step, self._metrics.logged_step)
+        if self._run_records is not None:
+            metrics = self._run_records.metrics
+            metrics.step(record)
+            self._run_records.progress.show(record, committed_step)
+            log_metrics(loggers, record.metrics(), record.step, metrics.logged_step)
 
     def end_epoch(self, epoch: int, lr: float) -> None:
         """Write the epoch's mean loss; the next epoch's begins. lr: of its last step."""
         mean = self.epoch_mean.take()
-        if self._metrics is not None:
-            self._metrics.epoch(epoch, mean, lr)
+        if self._run_records is not None:
+            self._run_records.train_log.epoch(epoch, mean, lr)
 
     def profile_step(self) -> None:
         """Let the profiler do its work between two steps."""
@@ -135,6 +147,6 @@ class StepRecorder:
 
     def close(self) -> None:
         """Close the files; a profile under way is left unwritten."""
-        for writer in (self._profile, self._metrics, self._step_times, self._progress):
+        for writer in (self._profile, self._run_records, self._step_times):
             if writer is not None:
                 writer.close()

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
-from rwkv_cluster.train.optimizers.build import named_parameters, optimizer_tensors, restore_optimizer, update_count
+from rwkv_cluster.train.optimizers.param_groups import (
+    named_parameters,
+    optimizer_tensors,
+    restore_optimizer,
+    update_count,
+)
 
 
 class ModelAndOptimizerState(Protocol):

@@ -17,7 +17,7 @@ from torch import nn
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.runtime import rank_env, shared_memory
+from rwkv_cluster.runtime import nccl_shared_memory, rank_env
 from rwkv_cluster.train.distributed.collectives import join_group, leaving_group
 from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState, ReplicatedState
@@ -108,7 +108,7 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
     group: name of the process group, see `distributed.join_group`.
     """
     if placement.accelerator == "cuda" and placement.devices > 1:
-        told = shared_memory.disable_nccl_shm_if_small()
+        told = nccl_shared_memory.disable_nccl_shm_if_small()
         if told and rank_env.local_rank() == 0:
             log.warning(told)
     arguments: dict[str, Any] = {

@@ -26,7 +26,7 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.optimizers.build import moment_names
+from rwkv_cluster.train.optimizers.param_groups import moment_names
 
 MASTER = "master"
 

@@ -10,7 +10,7 @@ import torch
 from tiny_run import losses, state_of, tiny_run_config
 
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.model.weights_file import load_pth
 from rwkv_cluster.runtime.disk_errors import WriteFailure, free_bytes, writing
 from rwkv_cluster.train.checkpoint import disk_space
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer

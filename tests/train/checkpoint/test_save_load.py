@@ -23,7 +23,7 @@ from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint import rng_state, save_load
-from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer, prune
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
 
@@ -302,12 +302,12 @@ def test_a_save_that_fails_leaves_nothing(directory: Path, monkeypatch: pytest.M
 def test_prune_keeps_the_newest(directory: Path) -> None:
     for step in (3, 10, 9, 200):
         _save(directory, step)
-    save_load.prune(directory, 2)
+    prune(directory, 2)
     assert save_load.list_steps(directory) == [10, 200]
     assert len(list(directory.iterdir())) == 2
-    save_load.prune(directory, 1)
+    prune(directory, 1)
     assert save_load.list_steps(directory) == [200]
-    save_load.prune(directory, 1)
+    prune(directory, 1)
     assert save_load.list_steps(directory) == [200]
 
 
@@ -325,7 +325,7 @@ def _prune_until(directory: Path, point: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(kill_at_point)
-        save_load.prune(directory, 1)
+        prune(directory, 1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import CheckpointError
-from rwkv_cluster.model.state_dict import load_pth
+from rwkv_cluster.model.weights_file import load_pth
 from rwkv_cluster.train.checkpoint import save_load
+from rwkv_cluster.train.checkpoint.checkpointer import prune
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
@@ -232,5 +233,5 @@ def test_newest_is_the_highest_step_whatever_the_clocks_say(seconds: int, run: W
         for entry in (*path.iterdir(), path):
             os.utime(entry, (then + shift, then + shift))
     assert save_load.newest_verified(run.checkpoints).step == 8
-    save_load.prune(run.checkpoints, 1)
+    prune(run.checkpoints, 1)
     assert save_load.list_steps(run.checkpoints) == [8]

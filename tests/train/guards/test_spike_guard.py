@@ -13,7 +13,8 @@ from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.data.sampler import SamplePlan
 from rwkv_cluster.errors import Preempted, TrainingError
 from rwkv_cluster.train import run
-from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified, prune
+from rwkv_cluster.train.checkpoint.checkpointer import prune
+from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard, SpikeState
 from rwkv_cluster.train.metrics.events import read_events

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.config import TrainingConfig
-from rwkv_cluster.runtime import shared_memory
+from rwkv_cluster.runtime import nccl_shared_memory
 from rwkv_cluster.train.parallel.strategy import trainer_arguments
 from rwkv_cluster.train.placement import Placement
 
@@ -24,17 +24,17 @@ def _no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_room_enough_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "WANTED_BYTES", 0)
-    assert shared_memory.disable_nccl_shm_if_small() is None
+    monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", 0)
+    assert nccl_shared_memory.disable_nccl_shm_if_small() is None
     assert SWITCH not in os.environ
 
 
 def test_too_little_room_turns_the_transport_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
-    told = shared_memory.disable_nccl_shm_if_small()
+    monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
+    told = nccl_shared_memory.disable_nccl_shm_if_small()
     assert os.environ[SWITCH] == "1"
     assert told is not None
-    free, total = shared_memory.usage()
+    free, total = nccl_shared_memory.usage()
     assert f"MiB free of {total >> 20:,}, and NCCL wants" in told
     assert "--shm-size" in told
     assert free <= total
@@ -42,15 +42,15 @@ def test_too_little_room_turns_the_transport_off(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_what_the_user_has_set_stays(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
+    monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
     monkeypatch.setenv(SWITCH, value)
-    assert shared_memory.disable_nccl_shm_if_small() is None
+    assert nccl_shared_memory.disable_nccl_shm_if_small() is None
     assert os.environ[SWITCH] == value
 
 
 def test_no_shared_memory_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "PLACE", tmp_path / "missing")
-    told = shared_memory.disable_nccl_shm_if_small()
+    monkeypatch.setattr(nccl_shared_memory, "PLACE", tmp_path / "missing")
+    told = nccl_shared_memory.disable_nccl_shm_if_small()
     assert told is not None
     assert "cannot be used (No such file or directory)" in told
     assert os.environ[SWITCH] == "1"
@@ -74,7 +74,7 @@ def test_several_gpus_of_a_machine_need_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
+    monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     with caplog.at_level(logging.WARNING, logger="rwkv_cluster"):
         trainer_arguments(TrainingConfig(strategy="ddp"), Placement(accelerator, devices, devices, 1), "group")

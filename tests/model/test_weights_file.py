@@ -17,10 +17,10 @@ from tiny_models import VERSIONS, tiny_model, tiny_model_config
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError, RWKVClusterError
-from rwkv_cluster.model import state_dict
+from rwkv_cluster.model import weights_file
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.state_dict import expected_shapes, fit_state_dict, infer_model_config, load_pth, save_pth
+from rwkv_cluster.model.weights_file import expected_shapes, fit_state_dict, infer_model_config, load_pth, save_pth
 
 
 def assert_equal(found, wanted):
@@ -198,7 +198,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, name, written_as, protoco
 
 
 def test_torch_load_itself_refuses_what_the_list_lets_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_dict, "TENSOR_BUILDERS", re.compile(".*"))
+    monkeypatch.setattr(weights_file, "TENSOR_BUILDERS", re.compile(".*"))
     path, canary = tmp_path / "evil.pth", tmp_path / "canary"
     save_unchecked(path, attacks(canary)["posix.system"])
     with pytest.raises(CheckpointError, match=r"evil\.pth: refused: .*posix\.system"):
