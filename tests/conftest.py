@@ -1,11 +1,14 @@
-"""What all tests share: `--update-golden`."""
+"""All tests: `--update-golden`, and signals as a terminal's processes have them."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from golden_files import FLAG, Golden
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has left out, for this process and those that it starts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
