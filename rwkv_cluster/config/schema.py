@@ -1,7 +1,7 @@
 """What the user said about a run: typed, validated, in a `Config` frozen. None of it is about the machine it runs on.
 
 Field names follow RWKV-LM's scripts where they have a word for it (`n_embd`, `micro_bsz`, `lr_init`, ...) and
-the field's standard term otherwise. Every field carries its description; the README's table is made from them.
+the field's standard term otherwise. Every field carries its description; docs/configuration.md is made from them.
 Reading YAML and applying overrides lives in `rwkv_cluster.config.loader`.
 """
 
@@ -264,8 +264,8 @@ class TrainingConfig(Section):
     )
     fused: Fused = Field(
         "auto",
-        description="what a block computes between products and WKV, in few passes: native (the CPU library), compile "
-        "(torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are at hand)",
+        description="backend of the fused elementwise operations (token shift, norms, gates): native (the CPU "
+        "library), compile (torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are at hand)",
     )
 
     _paths = field_validator("init_from", mode="before")(path_text)
@@ -324,7 +324,7 @@ class CheckpointConfig(Section):
         description="write a full-state checkpoint every this many steps; default: at each epoch's end",
     )
     save_interval_s: float | None = Field(
-        600.0, gt=0, description="and whenever this many seconds have passed; null: never"
+        600.0, gt=0, description="also save after this many seconds; null: by steps only"
     )
     keep_last: int = Field(3, ge=1, description="full-state checkpoints that are kept")
     background: bool | None = Field(
@@ -349,7 +349,7 @@ class GuardConfig(Section):
         128,
         ge=8,
         le=4096,
-        description="steps without a spike by which a loss is judged; before there are so many, none is",
+        description="window of steps without a spike for median and deviation; no spike is detected before it is full",
     )
     spike_factor: float = Field(
         6.0, ge=1, description="a loss spikes above median + spike_factor * 1.4826 * (median distance from the median)"

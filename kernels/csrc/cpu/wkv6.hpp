@@ -3,7 +3,7 @@
 //   d = exp(-exp(w));  y_t = S^T r_t + (r_t . (u k_t)) v_t;  S = diag(d_t) S + k_t v_t^T
 //
 // In here S is [value,key], the transpose of what callers see, so that a row runs along memory. Backward, G the
-// gradient of the state, from the last step to the first (rwkv-numerics: B.1), c = v . dy:
+// gradient of the state, from the last step to the first, c = v . dy:
 //   dr = S dy + u k c;  dk = G v + u r c;  dv = G^T k + (r . (u k)) dy;  du += r k c
 //   dd = sums over values of G * S_{t-1};  G = diag(d) G + r dy^T
 #pragma once

@@ -2,7 +2,7 @@
 //
 //   d = exp(-e^{-1/2} sigmoid(w));  S = S diag(d) + (S a) b^T + v k^T;  y = S r;  S is [value,key]
 //
-// Backward, G the gradient of the state, from the last step to the first (rwkv-numerics: B.2):
+// Backward, G the gradient of the state, from the last step to the first:
 //   dr = S_t^T dy;  G += dy r^T;  dv = G k;  dsa = G b;  dk = G^T v;  db = G^T sa;  da = S_{t-1}^T dsa
 //   dd = columns' sums of G * S_{t-1};  G = G diag(d) + dsa a^T
 #pragma once

@@ -5,7 +5,7 @@
 //   rq = r c_t, aq = a c_{t-1}, ki = k / c_t, bi = b / c_t, ke = k c_L / c_t, be = b c_L / c_t          [L,N]
 //   AB = tril-(aq bi^T), AK = tril-(aq ki^T), QB = tril(rq bi^T), QK = tril(rq ki^T), X = (1 - AB)^-1   [L,L]
 //
-// a chunk is (rwkv-numerics B.2; S [value,key] at its start)
+// a chunk is (S [value,key] at its start)
 //
 //   U = X (aq S^T + AK V);  Y = rq S^T + QK V + QB U;  S' = S c_L + V^T ke + U^T be
 //

@@ -243,7 +243,7 @@ class _Shuffle:
                 scratch.close()
 
     def _scatter(self) -> None:
-        """Copy the chosen documents to their regions, in input order within each."""
+        """Pass 1 of the external bucket sort: copy chosen documents to their regions, in input order within each."""
         document, token = self._regions.first_document.copy(), self._regions.first_token.copy()
         for block, chosen, keys, lengths in self._keyed_blocks():
             regions = self._region_of(keys)

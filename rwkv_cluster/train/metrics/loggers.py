@@ -1,8 +1,8 @@
 """Lightning's own loggers, where the configuration asks for them. What they lack is said before the run starts.
 
-A resumed run shows each step once. TensorBoard is told to forget the steps that come again; Weights & Biases, which
-forgets nothing, is not given again what an earlier session has given it, and which is the same to the bit. After a
-rollback it has the steps that were given up and those in their place.
+A resumed run shows each step once. TensorBoard purges later steps on resume (purge_step). Weights & Biases cannot, so
+steps that it already has, which are the same to the bit, are skipped; after a rollback it has the abandoned steps and
+those in their place.
 """
 
 from __future__ import annotations
