@@ -265,7 +265,8 @@ class TrainingConfig(Section):
     fused: Fused = Field(
         "auto",
         description="backend of the fused elementwise operations (token shift, norms, gates): native (the CPU "
-        "library), compile (torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are at hand)",
+        "library), compile (torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are "
+        "at hand)",
     )
 
     _paths = field_validator("init_from", mode="before")(path_text)
