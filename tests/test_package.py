@@ -15,6 +15,8 @@ import pytest
 
 import rwkv_cluster
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"rwkv_cluster": "rwkv_cluster", "kernels": "rwkv_cluster/kernels", "launch": "rwkv_cluster/launch",
            "configs": "rwkv_cluster/configs"}  # fmt: skip

@@ -278,6 +278,7 @@ def test_num_epochs_are_passes_and_go_on_in_a_new_object(tmp_path: Path) -> None
     assert again.train(num_epochs=2, continue_training=True).step == 6
 
 
+@pytest.mark.system
 def test_continuing_in_another_process(copy_of_finished: Path) -> None:
     script = (
         "from rwkv_cluster import RWKVTrainingPipeline\n"
@@ -565,6 +566,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("setup", "n_times"),
     [

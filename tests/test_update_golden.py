@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from golden_files import FLAG
 
+pytestmark = pytest.mark.system
+
 TESTS = Path(__file__).parent
 SCRIPT, LOSSES = "launch/sbatch.sh", "losses.json"
 EXAMPLE = f"""

@@ -265,5 +265,5 @@ class VisibleFiles(RuleBasedStateMachine):
         assert visible == self.committed
 
 
-VisibleFiles.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+VisibleFiles.TestCase.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
 TestVisibleFiles = VisibleFiles.TestCase

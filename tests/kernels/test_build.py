@@ -25,6 +25,7 @@ def test_the_manifest_says_what_was_built_from_what(cpu_library: Path) -> None:
     assert sorted(path.name for path in cpu_library.parent.iterdir()) == ["libwkv_cpu.so", "wkv_cpu.json"]
 
 
+@pytest.mark.system
 def test_the_same_sources_elsewhere_give_the_same_bytes(cpu_library: Path, tmp_path: Path) -> None:
     csrc = tmp_path / "another place" / "csrc"
     shutil.copytree(build.CSRC, csrc)
@@ -78,6 +79,7 @@ def test_unknown_targets_are_refused(capsys) -> None:
     assert "unknown target rocm; targets: cpu, cuda, host" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_builds_at_the_same_time_take_turns(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rwkv_cluster.kernels.build", "cpu", "--output", str(tmp_path)]
     builds = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]

@@ -28,6 +28,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.system
 def test_a_local_launch_is_followed_and_leaves_private_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_local_launch_is_followed_and_leaves_private_files(
     assert "rank 5 has not started" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_the_exit_code_is_the_ranks(tmp_path: Path) -> None:
     """C10."""
     write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))

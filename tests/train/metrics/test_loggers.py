@@ -47,6 +47,7 @@ def test_tensorboard_has_every_step_once(tmp_path: Path, monkeypatch: pytest.Mon
         assert values == pytest.approx([record[name] for record in records], rel=1e-6)
 
 
+@pytest.mark.system
 def test_weights_and_biases_have_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an account or a network, as they are later sent by `wandb sync`: two sessions of one run."""
     pytest.importorskip("wandb")
