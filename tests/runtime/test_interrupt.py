@@ -150,12 +150,13 @@ def test_a_main_thread_that_hears_nothing_is_ended_in_its_place() -> None:
 def first_moment() -> Iterator[subprocess.Popen[bytes]]:
     """A command that is held up while it imports its first module."""
     code = (
-        "import os, signal, sys\n"
+        "import sys, time\n"
         "class Held:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'rwkv_cluster.cli':\n"
         "            print('there', flush=True)\n"
-        "            signal.pause()\n"
+        "            while True:\n"
+        "                time.sleep(0.01)  # a signal just before signal.pause() would leave it waiting\n"
         "sys.meta_path.insert(0, Held())\n"
         "from rwkv_cluster.__main__ import main\n"
         "main()\n"
