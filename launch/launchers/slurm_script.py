@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.config.schema import ranks_per_node
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.launch.launchers import container
-from rwkv_cluster.launch.launchers.rank_command import interpreter, ranks_per_node, slurm_rank, slurm_torchrun
+from rwkv_cluster.launch.launchers.rank_command import interpreter, slurm_rank, slurm_torchrun
 from rwkv_cluster.launch.launchers.script import CONFIG, HEAD, environment
 
 # The trainer needs these of the caller's environment; all other variables stay behind, unless launch.pass_env says so.

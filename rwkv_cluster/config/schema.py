@@ -427,6 +427,12 @@ class Config(Section):
         self._is_frozen = True
 
 
+def ranks_per_node(config: Config) -> int:
+    """Processes on each node: launch.ranks_per_node, else one for each GPU, else training.devices."""
+    launch = config.launch
+    return launch.ranks_per_node or launch.gpus_per_node or config.training.devices
+
+
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
     """`config` with model.vocab_size filled in from the tokenizer. Raises ConfigError when it is too small."""
     configured = config.model.vocab_size

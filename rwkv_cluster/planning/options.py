@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.config.schema import ranks_per_node
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.launch.launchers.rank_command import ranks_per_node
 from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
 
 MOST_RANKS = 1_000_000
