@@ -184,8 +184,8 @@ def listening(on_end: Callable[[Interrupted], int] | None = None) -> Iterator[Li
         _active = None
         signal.set_wakeup_fd(descriptor_before)
         for changed, handler in before.items():
-            if not listener.ignores:
-                signal.signal(changed, handler)
+            # The interpreter takes handlers of Python back before it ends, and a signal that is repeated would kill it.
+            signal.signal(changed, signal.SIG_IGN if listener.ignores else handler)
         os.write(writer, bytes([_END]))
         thread.join()
         os.close(writer)

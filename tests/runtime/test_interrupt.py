@@ -196,3 +196,19 @@ def test_a_signal_while_the_process_forks_is_not_lost() -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert run.stdout == "interrupted by SIGUSR1\n", run.stderr
     assert "ignored" not in run.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_that_ignores_signals_survives_them_to_its_very_end(number: signal.Signals) -> None:
+    """Agents and launchers repeat theirs; what runs when the interpreter ends may take seconds."""
+    script = f"""if 1:
+    import os, signal
+    from rwkv_cluster.runtime.interrupt import listening
+    class Slow:
+        def __del__(self, kill=os.kill, own=os.getpid()):
+            kill(own, {int(number)})
+    with listening() as listener:
+        listener.ignore()
+    listener.slow = Slow()
+    """
+    assert subprocess.run([sys.executable, "-c", script], timeout=50).returncode == 0
