@@ -16,6 +16,7 @@ from rwkv_cluster.launch.logs import Tail
 from rwkv_cluster.launch.submit import COMMAND, MEMBERS
 from rwkv_cluster.runtime.exit_report import rank_log
 from rwkv_cluster.runtime.own_file import WrongKindError, open_own, owner, read_own, require_folder
+from rwkv_cluster.workdir import WorkDir
 
 POLL_S = 0.2
 
@@ -34,11 +35,11 @@ class Status:
         return self.state in LAUNCHERS[self.target].end_states
 
 
-def newest(work_dir: Path) -> Path:
+def newest(work: WorkDir) -> Path:
     """The last launch of a work directory. Raises LaunchError where there is none, or where it is not to be seen."""
-    require_folder(work_dir / "launch", may_link=False)
+    require_folder(work.launches, may_link=False)
     try:
-        os.listdir(work_dir / "launch")
+        os.listdir(work.launches)
     except PermissionError as error:
         raise LaunchError(
             f"{error.filename} belongs to {owner(error.filename)}, and only they may look into it",
@@ -46,10 +47,10 @@ def newest(work_dir: Path) -> Path:
         ) from error
     except OSError:  # not there
         pass
-    folders = sorted(path.parent for path in work_dir.glob(f"launch/*/{COMMAND}"))
+    folders = sorted(path.parent for path in work.launches.glob(f"*/{COMMAND}"))
     if not folders:
         raise LaunchError(
-            f"{work_dir} has no launch", remedy="Name the work directory of a run that rwkv-cluster launch started"
+            f"{work.root} has no launch", remedy="Name the work directory of a run that rwkv-cluster launch started"
         )
     return folders[-1]
 

@@ -17,7 +17,7 @@ COMMAND, MEMBERS = "command.json", "members"
 
 def launch_folder(work_dir: str, now: float) -> Path:
     """Directory of a launch at `now`, a time in seconds since the epoch."""
-    return WorkDir(work_dir).root / "launch" / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return WorkDir(work_dir).launches / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
 
 
 def submit(plan: Plan) -> Launched:

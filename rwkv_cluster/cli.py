@@ -122,7 +122,7 @@ def _command(argv: Sequence[str]) -> Subcommand | None:
 def _run(argv: list[str]) -> int:
     verb, command = argv[0] if argv else "", _command(argv)
     if verb and not verb.startswith("-") and command is None:
-        raise ConfigError(f"'{verb}' is not a verb", remedy=f"{suggestion(verb, COMMANDS, 'Verbs')}")
+        raise ConfigError(f"'{verb}' is not a verb", remedy=suggestion(verb, COMMANDS, "Verbs"))
     overrides: list[str] = []
     if command is not None and command.takes_config:
         argv, overrides = split_overrides(argv)

@@ -29,16 +29,7 @@ from rwkv_cluster.runtime.paths import written_out
 
 TEMPORARY_PREFIX = ".tmp-"
 DATA_MANIFEST, PREPARE_LOCK, VOCABULARY = "manifest.json", ".prepare.lock", "vocab.txt"  # in a folder of data
-_FOLDERS = (
-    "data", "out", "out/checkpoints", "logs", "logs/events", "logs/hang", "logs/profile", "logs/samples",
-    "logs/tensorboard", "configs", "report",
-)  # fmt: skip
-_PRIVATE_FOLDERS = (".ranks", "launch")  # a run deletes what is in the one, and locks others out of the other
-_FILES = (
-    ".lock", "data/.prepare.lock", "data/inputs.json", "data/manifest.json", "out/train_log.txt", "logs/metrics.jsonl",
-    "logs/metrics.csv", "logs/events.jsonl", "logs/environment.json", "logs/train.log", "logs/wandb-id",
-    "configs/config.yaml", "configs/config.json",
-)  # fmt: skip
+CONFIG_YAML = Path("configs", "config.yaml")  # in a work directory
 _NOT_SEEN = (FileNotFoundError, NotADirectoryError, PermissionError)  # whoever wants the file says so
 
 
@@ -122,16 +113,34 @@ class WorkDir:
 
     def require_kinds(self) -> None:
         """Raises WrongKindError where a file has the name of a folder of the run, or anything else that of a file."""
-        for name in (*_FOLDERS, *_PRIVATE_FOLDERS):
+        for folder in (*self.folders, *self.private_folders):
             with suppress(*_NOT_SEEN):
-                require_folder(self.root / name, may_link=name in _FOLDERS)
-        for name in _FILES:
+                require_folder(folder, may_link=folder in self.folders)
+        for file in self.files:
             with suppress(*_NOT_SEEN):
-                require_own(self.root / name)
+                require_own(file)
         with suppress(*_NOT_SEEN):
             mode = os.lstat(self.stop_file).st_mode
             if stat.S_ISDIR(mode):  # any other STOP stops, and can be removed
                 raise WrongKindError(self.stop_file, mode, "a regular file")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders that may be links to folders elsewhere."""
+        logs = (self.logs, self.step_times, self.hang, self.profile, self.samples, self.logs / "tensorboard")
+        return (self.data, self.out, self.checkpoints, *logs, self.configs, self.report)
+
+    @property
+    def private_folders(self) -> tuple[Path, ...]:
+        """Folders that are no links: a run deletes what is in the one, and locks others out of the other."""
+        return (self.ranks, self.launches)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of fixed names that a run reads or writes."""
+        in_data = (self.prepare_lock, self.data / "inputs.json", self.data_manifest)
+        logs = (self.metrics, self.metrics_csv, self.events, self.environment, self.train_log, self.wandb_id)
+        return (self.lock_file, *in_data, self.epoch_log, *logs, self.config_yaml, self.config_json)
 
     @property
     def stop_file(self) -> Path:
@@ -160,7 +169,7 @@ class WorkDir:
     @property
     def config_yaml(self) -> Path:
         """Configuration that the last session used; `config_json` is the same as JSON."""
-        return self.configs / "config.yaml"
+        return self.root / CONFIG_YAML
 
     @property
     def config_json(self) -> Path:

@@ -96,7 +96,7 @@ def logs(options: argparse.Namespace) -> Result:
     from rwkv_cluster.launch import jobs
     from rwkv_cluster.workdir import WorkDir
 
-    folder = jobs.newest(WorkDir(options.work_dir).root)
+    folder = jobs.newest(WorkDir(options.work_dir))
     if options.follow:
         for text in jobs.follow(folder, options.rank):
             print_result(visible(text), end="")
@@ -118,7 +118,7 @@ def cancel(options: argparse.Namespace) -> Result:
     from rwkv_cluster.launch import jobs
     from rwkv_cluster.workdir import WorkDir
 
-    folder = jobs.newest(WorkDir(options.work_dir).root)
+    folder = jobs.newest(WorkDir(options.work_dir))
     status = jobs.cancel(folder, grace_s=0 if options.now else CANCEL_GRACE_S)
     text = f"{status.state}  {status.target}, {status.detail}\nlaunch {status.folder}"
     return Result(text, dataclasses.asdict(status))

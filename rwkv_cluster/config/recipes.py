@@ -15,7 +15,7 @@ from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.runtime.terminal.nearest import nearest
-from rwkv_cluster.workdir import WorkDir
+from rwkv_cluster.workdir import CONFIG_YAML
 
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
 _DECIDE_WHAT_RUNS = (
@@ -98,7 +98,7 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     """
     path = Path(argument)
     if path.is_dir():
-        stored = path / WorkDir(path).config_yaml.relative_to(WorkDir(path).root)  # as the person names it
+        stored = path / CONFIG_YAML
         return FoundConfig(_work_dir_config(path, stored, overrides), stored=stored)
     if path.suffix.lower() in _OF_DATA and path.exists():
         raise ConfigError(

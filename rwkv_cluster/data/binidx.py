@@ -97,9 +97,9 @@ def _regular_file_size(path: Path, partner: str) -> int:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise MissingDataError(f"{path}: {error.strerror}", remedy=f"{partner}") from error
+        raise MissingDataError(f"{path}: {error.strerror}", remedy=partner) from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path} is not a regular file", remedy=f"{partner}")
+        raise DataError(f"{path} is not a regular file", remedy=partner)
     return status.st_size
 
 

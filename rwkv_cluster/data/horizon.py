@@ -47,3 +47,8 @@ def horizon(
         bounds.append((-(-max_tokens // plan.tokens_per_step), max_tokens))
     total_steps, tokens = min(bounds)
     return Horizon(total_steps, tokens, epoch_samples, plan.global_batch_size)
+
+
+def is_due(step: int, interval_steps: int | None, *, epoch_ends: bool) -> bool:
+    """Whether what is done every `interval_steps`, or with None at each epoch's end, is due after `step` steps."""
+    return epoch_ends if interval_steps is None else step % interval_steps == 0

@@ -105,9 +105,7 @@ def read_status(work: WorkDir, *, verify: bool = False) -> RunStatus:
     state = _state(work, holder, training, preparation)
     events = run_files.last_json_lines(work.events)
     event = events[-1] if events else None
-    return RunStatus(
-        work.root, state, holder, training, saved, faults, event, known[1], preparation, _launch(work.root)
-    )
+    return RunStatus(work.root, state, holder, training, saved, faults, event, known[1], preparation, _launch(work))
 
 
 def _data_faults(work: WorkDir, data: DataManifest | str, verify: bool) -> list[str]:
@@ -129,15 +127,16 @@ def _state(work: WorkDir, holder: Holder | None, training: Training | None, prep
     return "complete" if training.step == training.total_steps and work.final_weights.exists() else "stopped"
 
 
-def _launch(root: Path) -> jobs.Status | str | None:
+def _launch(work: WorkDir) -> jobs.Status | str | None:
     try:
-        folder = jobs.newest(root)
+        folder = jobs.newest(work)
     except LaunchError as error:
         return str(error) if isinstance(error.__cause__, PermissionError) else None
     try:
         return jobs.status(folder)
     except LaunchError as error:
-        return f"{error} to know the state of {folder}"
+        remedy = f"{error.remedy or 'Ask again'} to know the state of {folder}"
+        return str(LaunchError(error.what, where=error.where, remedy=remedy))
 
 
 def _training(work: WorkDir, config: Config | None, data: DataManifest | None) -> Training | None:

@@ -61,12 +61,12 @@ def launched_world_size() -> int | None:
     world_size = _number("WORLD_SIZE")
     if world_size is None:
         if rank() > 0:
-            raise ConfigError(f"this process is rank {rank()}, but WORLD_SIZE is not set", remedy=f"{_REMEDY}")
+            raise ConfigError(f"this process is rank {rank()}, but WORLD_SIZE is not set", remedy=_REMEDY)
         return None
     if rank() >= world_size:
-        raise ConfigError(f"this process is rank {rank()}, but WORLD_SIZE is {world_size}", remedy=f"{_REMEDY}")
+        raise ConfigError(f"this process is rank {rank()}, but WORLD_SIZE is {world_size}", remedy=_REMEDY)
     if world_size > 1 and not launched():
-        raise ConfigError(f"WORLD_SIZE is {world_size}, but neither RANK nor LOCAL_RANK is set", remedy=f"{_REMEDY}")
+        raise ConfigError(f"WORLD_SIZE is {world_size}, but neither RANK nor LOCAL_RANK is set", remedy=_REMEDY)
     return world_size
 
 
@@ -74,7 +74,7 @@ def require_meeting_point() -> None:
     """Raises ConfigError where a launcher has not said where the ranks meet, or which device is whose."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ConfigError(f"this process is rank {rank()} of several, but {name} is not set", remedy=f"{_REMEDY}")
+            raise ConfigError(f"this process is rank {rank()} of several, but {name} is not set", remedy=_REMEDY)
     for name in ("LOCAL_RANK", "MASTER_PORT"):
         _number(name)
 
@@ -93,7 +93,7 @@ def _number(name: str) -> int | None:
     if text is None:
         return None
     if not text.isascii() or not text.isdigit():
-        raise ConfigError(f"the environment variable {name} is {text!r}, expected an integer >= 0", remedy=f"{_REMEDY}")
+        raise ConfigError(f"the environment variable {name} is {text!r}, expected an integer >= 0", remedy=_REMEDY)
     return int(text)
 
 

@@ -28,34 +28,12 @@ from rwkv_cluster.tokenizer.integer import AngleTokenizer, IntegerTokenizer
 from rwkv_cluster.tokenizer.trie_matcher import build_matcher, id_dtype
 from rwkv_cluster.tokenizer.vocabulary import (
     TokenizationError,
-    VocabularyError,
-    create_vocab_file_from_tokens,
     parse_vocabulary,
     shortened,
     vocabulary_digest,
     write_vocabulary,
 )
 from rwkv_cluster.workdir import VOCABULARY
-
-__all__ = [
-    "AngleTokenizer",
-    "BaseTokenizer",
-    "ByteTokenizer",
-    "GenericTokenizer",
-    "IntegerTokenizer",
-    "TokenizationError",
-    "VocabularyError",
-    "as_tokenizer",
-    "build_tokenizer",
-    "create_default_vocab_file",
-    "create_vocab_file_from_tokens",
-    "decode_for_display",
-    "describe_tokenizer",
-    "encode_to_array",
-    "id_dtype",
-    "save_vocab",
-    "tokenizer_identity",
-]
 
 
 class ByteTokenizer(BaseTokenizer):

@@ -15,6 +15,7 @@ from torch import Tensor
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
+from rwkv_cluster.data.horizon import is_due
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.data.verify import check_files
@@ -116,8 +117,7 @@ class Evaluator:
     def is_due(self, step: int, *, epoch_ends: bool, run_ends: bool) -> bool:
         """Whether it is time after so many steps. Always at the run's end."""
         interval = self._config.training.val_interval_steps
-        is_time = epoch_ends if interval is None else step % interval == 0
-        return self._tokens is not None and (run_ends or is_time)
+        return self._tokens is not None and (run_ends or is_due(step, interval, epoch_ends=epoch_ends))
 
     def evaluate(self, loss_of: Callable[[Tensor], Tensor], step: int, device: torch.device) -> EvalResult:
         """Evaluate after so many steps. Collective. loss_of: see `evaluate`; what it raises ends the evaluation."""

@@ -249,7 +249,8 @@ def _tell_begin(session: Session, events: Events) -> None:
 def _write_config(session: Session) -> None:
     """Leave the resolved configuration where `eval`, `generate` and people look for it."""
     if rank() == 0:
-        for name, dump in (("config.yaml", loader.dump_yaml), ("config.json", loader.dump_json)):
+        work = session.work
+        for path, dump in ((work.config_yaml, loader.dump_yaml), (work.config_json, loader.dump_json)):
             content = dump(session.config).encode()
-            with writing(session.work.configs / name, len(content)):
-                atomic_write(session.work.configs / name, content)
+            with writing(path, len(content)):
+                atomic_write(path, content)

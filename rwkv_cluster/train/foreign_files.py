@@ -18,12 +18,15 @@ from rwkv_cluster.errors import ConfigError, RWKVClusterError
 from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.workdir import WorkDir
 
-_OVERWRITTEN = (
-    "configs/config.yaml", "configs/config.json", "data/manifest.json", "logs/metrics.jsonl", "logs/metrics.csv",
-    "logs/events.jsonl", "logs/environment.json", "logs/train.log", "out/train_log.txt", "out/rwkv-final.pth",
-    "out/rwkv-[0-9]*.pth",
-)  # fmt: skip
-_TOKEN_FILES = ("data/train.bin", "data/train.idx", "data/val.bin", "data/val.idx")
+_TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
+
+
+def overwritten(work: WorkDir) -> list[Path]:
+    """Files that a run overwrites, whatever its data. Those of epochs are the ones that are there."""
+    logs = (work.metrics, work.metrics_csv, work.events, work.environment, work.train_log, work.epoch_log)
+    configs = (work.config_yaml, work.config_json)
+    epochs = sorted(work.out.glob(work.weights("[0-9]*").name))
+    return [*configs, work.data_manifest, *logs, work.final_weights, *epochs]
 
 
 def require_no_foreign_files(work: WorkDir, inputs: Sequence[str] | None, init_from: str | None = None) -> None:
@@ -33,10 +36,9 @@ def require_no_foreign_files(work: WorkDir, inputs: Sequence[str] | None, init_f
     that the run starts from, which may lie in `out`.
     """
     work.require_kinds()
-    patterns = (*_OVERWRITTEN, *(() if _some_are_in(work.data, inputs) else _TOKEN_FILES))
-    foreign = [
-        path for pattern in patterns for path in sorted(work.root.glob(pattern)) if not _is_same(path, init_from)
-    ]
+    token_files = [] if _some_are_in(work.data, inputs) else [work.data / name for name in _TOKEN_FILES]
+    written = [path for path in (*overwritten(work), *token_files) if path.exists()]
+    foreign = [path for path in written if not _is_same(path, init_from)]
     if foreign and not _is_ours(work):
         names = ", ".join(str(path.relative_to(work.root)) for path in foreign[:5]) + (", ..." if foreign[5:] else "")
         raise ConfigError(
@@ -48,16 +50,16 @@ def require_no_foreign_files(work: WorkDir, inputs: Sequence[str] | None, init_f
 
 def _is_ours(work: WorkDir) -> bool:
     """Whether anything is there that this package leaves behind."""
-    locks = (work.lock_file, work.data / ".prepare.lock")  # made before any other file, and never removed
+    locks = (work.lock_file, work.prepare_lock)  # made before any other file, and never removed
     if any(path.exists() for path in locks) or any(work.checkpoints.glob("step-*/manifest.json")):
         return True
     try:
-        load_config(work.configs / "config.yaml")
+        load_config(work.config_yaml)
         return True
     except RWKVClusterError:
         pass
     try:
-        path = work.data / "manifest.json"
+        path = work.data_manifest
         parse_manifest(read_own(path), path)
         return True
     except (OSError, RWKVClusterError):

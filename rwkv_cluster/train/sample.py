@@ -25,7 +25,7 @@ from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.metrics.events import Events
-from rwkv_cluster.workdir import WorkDir, atomic_write
+from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -153,7 +153,7 @@ def _tokenizer_of(source: Path) -> Any:
             f"{source} does not exist", remedy="Name the work directory of a run, or a weights file"
         )
     root = source if source.is_dir() else source.absolute().parent.parent
-    path = root / "configs" / "config.yaml"
+    path = root / CONFIG_YAML
     if not path.exists():
         raise ConfigError(
             f"{source} does not say which tokenizer it was trained with: there is no {path}",

@@ -132,7 +132,7 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     session = Session(config, work, manifest, placement, plan, end, accumulate, checkpoint, *guard_states(checkpoint))
     _require_validation(session)
     if checkpoint is not None:
-        resume.require_same_run(checkpoint, session.identity, work.out / "rwkv-init.pth")
+        resume.require_same_run(checkpoint, session.identity, work.initial_weights)
         resume.finished_beyond(checkpoint, end.total_steps)
     return session
 

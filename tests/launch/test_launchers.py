@@ -20,6 +20,7 @@ from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_re
 from rwkv_cluster.launch.launchers.slurm import Slurm
 from rwkv_cluster.launch.plan import plan
 from rwkv_cluster.launch.submit import submit
+from rwkv_cluster.workdir import WorkDir
 
 
 def test_every_target_of_the_configuration_has_a_launcher() -> None:
@@ -65,7 +66,7 @@ def test_a_new_kind_of_launcher_is_one_row(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(LAUNCHERS, "sbatch", pods)
     config = Config(work_dir=str(tmp_path / "work"), launch={"target": "sbatch"})
     assert submit(plan(config, tmp_path)).jobs == ("pod-1",)
-    folder = jobs.newest(tmp_path / "work")
+    folder = jobs.newest(WorkDir(tmp_path / "work"))
     assert (jobs.status(folder).state, jobs.status(folder).has_ended) == ("Running", False)
     assert jobs.cancel(folder, grace_s=0.01).state == "Succeeded"
     assert pods.calls == ["require", "train", "cancel", "cancel now"]

@@ -16,7 +16,7 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import own_file
 from rwkv_cluster.runtime.own_file import WrongKindError, open_own, read_own, reason, require_folder
 from rwkv_cluster.train.checkpoint.files import newest_good
-from rwkv_cluster.workdir import _FILES, _FOLDERS, _PRIVATE_FOLDERS, WorkDir
+from rwkv_cluster.workdir import WorkDir
 
 
 def link(path: Path) -> None:
@@ -104,10 +104,12 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-NAMES = [name for name in _FILES if name != "logs/wandb-id"]
+NOWHERE = WorkDir("/nowhere")
+FOLDERS = [str(path.relative_to(NOWHERE.root)) for path in (*NOWHERE.folders, *NOWHERE.private_folders)]
+NAMES = [str(path.relative_to(NOWHERE.root)) for path in NOWHERE.files if path != NOWHERE.wandb_id]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *_FOLDERS, *_PRIVATE_FOLDERS, "STOP"])
+@pytest.mark.parametrize("name", [*NAMES, *FOLDERS, "STOP"])
 def test_every_name_of_a_work_directory_is_looked_at_before_a_run_writes(name: str, tmp_path: Path) -> None:
     work = WorkDir(tmp_path / "work")
     path = work.root / name

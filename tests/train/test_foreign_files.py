@@ -13,10 +13,12 @@ from tiny_run import tiny_run_config, write_config
 from rwkv_cluster import RWKVTrainingPipeline
 from rwkv_cluster.cli import main
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.train.foreign_files import _OVERWRITTEN, _TOKEN_FILES, require_no_foreign_files
+from rwkv_cluster.train.foreign_files import _TOKEN_FILES, overwritten, require_no_foreign_files
 from rwkv_cluster.workdir import WorkDir
 
-NAMES = [*(name.replace("[0-9]*", "0") for name in _OVERWRITTEN), *_TOKEN_FILES]
+NOWHERE = WorkDir("/nowhere")
+NAMES = [str(path.relative_to(NOWHERE.root)) for path in (*overwritten(NOWHERE), NOWHERE.weights(0))]
+NAMES += [f"data/{name}" for name in _TOKEN_FILES]
 
 
 def put(work: WorkDir, name: str) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.data.horizon import is_due
 from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
@@ -44,8 +45,7 @@ class Saver:
 
     def is_due(self, step: int, *, epoch_ends: bool) -> bool:
         """Whether a checkpoint is wanted after so many steps."""
-        interval = self._config.checkpoint.save_interval_steps
-        return epoch_ends if interval is None else step % interval == 0
+        return is_due(step, self._config.checkpoint.save_interval_steps, epoch_ends=epoch_ends)
 
     def exports_epoch(self, epoch: int) -> bool:
         """Whether the weights at the end of `epoch` (from 0) are wanted as a file of their own."""
@@ -67,6 +67,6 @@ class Saver:
     def export(self, weights: Mapping[str, Tensor] | None, step: int, label: str) -> None:
         """Write RWKV-LM's flat file out/rwkv-<label>.pth, in the training precision. weights: None but on rank 0."""
         if weights is not None:
-            path = self._work.out / f"rwkv-{label}.pth"
+            path = self._work.weights(label)
             save_pth(path, weights, DTYPES[self._config.training.precision])
             self._events.add("export", step, path=path)

@@ -306,9 +306,8 @@ class RankMonitor:
             if record.machine != machine() or record.started is None or record.pid is None:
                 continue
             if watch.still_s >= GONE_S and start_tick(record.pid) == record.started:
-                log.warning(
-                    "%s. It is ended", describe_silent(watch)
-                )  # before this rank, where it is a child of that one
+                # Said first: this rank ends with that one where it is its child.
+                log.warning("%s. It is ended", describe_silent(watch))
                 with suppress(OSError):
                     os.kill(record.pid, signal.SIGKILL)
 

@@ -60,7 +60,7 @@ def loggers(logging_config: LoggingConfig, work: WorkDir, start_step: int) -> li
     if logging_config.tensorboard:
         chosen.append(TensorBoardLogger(save_dir=work.logs, name="tensorboard", version="", purge_step=start_step + 1))
     if logging_config.wandb_project is not None:
-        run_id = _wandb_id(work.logs / "wandb-id") if rank() == 0 else None
+        run_id = _wandb_id(work.wandb_id) if rank() == 0 else None
         chosen.append(WandbLogger(project=logging_config.wandb_project, save_dir=work.logs, id=run_id))
     return chosen
 
