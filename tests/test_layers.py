@@ -13,7 +13,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "errors": 0, "runtime": 0,
     "config": 1, "configs": 1, "workdir": 1,
     "tokenizer": 2,
-    "kernels": 3, "model": 3,
+    "interchange": 3, "kernels": 3, "model": 3,
     "data": 4, "launch": 4,
     "train": 5,
     "planning": 6, "doctor": 6, "report": 6,
@@ -26,7 +26,8 @@ LIGHT = """
     rwkv_cluster.launch.command rwkv_cluster.launch.agent
     rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.preparation.prepare rwkv_cluster.data.inputs.readers rwkv_cluster.data.binidx
-    rwkv_cluster.data.converters rwkv_cluster.model.flops rwkv_cluster.model.versions.table
+    rwkv_cluster.data.converters rwkv_cluster.interchange.layouts rwkv_cluster.model.flops
+    rwkv_cluster.model.versions.table
     rwkv_cluster.runtime.gpu_specs rwkv_cluster.planning.run_plan rwkv_cluster.planning.formatting
 """.split()  # noqa: SIM905 -- a list of words reads better
 
