@@ -516,6 +516,7 @@ def test_no_file_takes_the_number_of_a_closed_stream() -> None:
     assert int(run.stdout.split()[-1]) > 2
 
 
+@pytest.mark.system
 def test_training_needs_neither_matplotlib_nor_a_home_directory(tmp_path: Path) -> None:
     """A notebook's MPLBACKEND ends the import of matplotlib, which Lightning's metrics would load to draw nothing."""
     program = """if 1:

@@ -41,6 +41,7 @@ def wkv_options(*arguments: str) -> argparse.Namespace:
     return options
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -69,6 +70,7 @@ def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_results(
     assert "CUDA out of memory" in cuda_wkv.format(result)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_what_was_measured_before_the_end_is_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = cuda_wkv._case
@@ -119,6 +121,7 @@ def test_a_wrong_value_anywhere_is_noticed(place: str, monkeypatch: pytest.Monke
     assert cuda_wkv._error(version, "chunked", inputs, dy) > cuda_wkv.LARGEST_ERROR
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_steps_of_every_preset_are_measured_and_a_failure_costs_its_own_case(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -417,7 +417,7 @@ def section_values(section: type[Section]) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries({}, optional=fields).map(lambda values: section(**values))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(section_values(Config))
 def test_yaml_text_loads_to_an_equal_config(config: Config) -> None:
     assert parsed(dump_yaml(config)) == config
@@ -442,7 +442,7 @@ def outcome(content: bytes, overrides: Sequence[str] = ()) -> str:
     return ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200) | YAML_SOUP.map(lambda text: text.encode("utf-8", "surrogatepass")))
 @example(b"model:\n n_layer: 3")
 def test_any_bytes_give_a_config_or_a_config_error(content: bytes) -> None:
@@ -454,7 +454,7 @@ def test_any_bytes_give_a_config_or_a_config_error(content: bytes) -> None:
 FIELD_NAMES = st.sampled_from([name for name, _ in iterate_fields(Config)]) | st.text(max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(FIELD_NAMES, st.text(max_size=12) | YAML_SOUP)
 @example("model" + ".x" * 5000, "1")
 def test_any_override_gives_a_config_or_a_config_error(name: str, value: str) -> None:

@@ -150,7 +150,7 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_not_a_crash(tmp_path):
         tokens[0]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_bytes_open_or_are_a_data_error(tmp_path, data):
     prefix = write(tmp_path / "t")

@@ -115,7 +115,7 @@ def test_a_sparse_giant_is_not_read(prepared):
         load_manifest(prepared)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_manifest_loads_or_is_a_data_error(prepared, data):
     fields = record(prepared)

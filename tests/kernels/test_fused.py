@@ -131,6 +131,7 @@ def test_a_vanishing_key_has_finite_gradients():
     assert max(relative_errors(found, wanted)) < 2e-6
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", [*NATIVE, "blend", "gated_norm"])
 def test_under_torch_compile(name):
     """Inductor's C++ for the CPU stands in for its Triton code; bf16 beside float64 as above."""

@@ -154,6 +154,7 @@ def test_any_number_of_threads_gives_the_same_bits(version):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("version", ["wkv6", "wkv7"])

@@ -18,6 +18,7 @@ from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
 pytest.importorskip("rwkv")
+pytestmark = pytest.mark.system
 
 # one process per family: the package reads its settings when it is imported
 PROGRAM = """

@@ -263,7 +263,7 @@ def test_compressed_and_doubled_records_are_refused(tmp_path, whole_file):
         load_pth(tmp_path / "m.pth")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_header_and_pickle(tmp_path, data):
     """Any bytes for the pickle, under a valid checksum, or over the file's head: tensors or our error."""

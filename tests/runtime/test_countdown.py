@@ -59,6 +59,7 @@ def test_other_ranks_say_nothing(
     assert caplog.messages == []
 
 
+@pytest.mark.system
 def test_every_long_command_counts_down_to_its_end(
     talkative: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def _page_faults(choice: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.system
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_there_for_the_next_step() -> None:
     assert _page_faults("kept") < 100 < _page_faults("returned")

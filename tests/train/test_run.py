@@ -98,7 +98,11 @@ def test_the_first_loss_is_that_of_a_uniform_guess(unbroken: Path) -> None:
     assert losses(unbroken / "work")[-1] < losses(unbroken / "work")[0] - 0.5
 
 
-@pytest.mark.parametrize("stops", [[0], [1], [2], [3], [4], [5], [6], [1, 3, 5], [2, 6]], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [[0], [3], [4], [1, 3, 5], *(pytest.param(each, marks=pytest.mark.slow) for each in ([1], [2], [5], [6], [2, 6]))],
+    ids=str,
+)
 def test_stopped_and_continued_equals_unbroken(
     stops: list[int], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,7 +185,9 @@ def _validations(config: Config) -> dict[int, float]:
     return {record["step"]: record["val_loss"] for record in _records(config) if "val_loss" in record}
 
 
-@pytest.mark.parametrize("stops", [[2], [4, 4], [6], [2, 6]])
+@pytest.mark.parametrize(
+    "stops", [*(pytest.param(each, marks=pytest.mark.system) for each in ([2], [4, 4], [6])), [2, 6]]
+)
 def test_a_validation_that_a_stop_cuts_short_comes_again(
     stops: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +234,7 @@ def test_what_follows_the_last_step_comes_again_too(kind: str, tmp_path: Path, m
     assert train(stopped).already_complete
 
 
+@pytest.mark.system
 def test_a_kill_after_a_validation_that_came_again_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

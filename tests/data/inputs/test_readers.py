@@ -88,7 +88,7 @@ def test_lines_that_are_refused(line, reason):
         parse_line(line, "text")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=60),
@@ -118,7 +118,7 @@ def test_lines_are_split_at_lf_only_and_numbered(tmp_path, compress):
     assert read_lines(path) == [(1, b"one"), (4, b"two\x0b\xc2\x85"), (5, b"last")]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(st.integers(0, 40), max_size=12),
     limit=st.integers(1, 30),

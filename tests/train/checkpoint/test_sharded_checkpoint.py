@@ -83,6 +83,7 @@ def _newest(run: WorkDir) -> Path:
     return save_load.checkpoint_path(run.checkpoints, 8)
 
 
+@pytest.mark.system
 def test_goes_on_from_pieces_as_from_whole_tensors(run: WorkDir, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     for folder in (tmp_path, tmp_path / "whole"):

@@ -25,7 +25,7 @@ def _write(folder: Path, pieces: list[dict[str, torch.Tensor]]) -> list[Path]:
     return paths
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(SHAPES, min_size=1, max_size=4), st.integers(1, 9), st.data())
 def test_what_any_ranks_wrote_is_put_together_again(
     shapes: list[list[int]], world_size: int, data: st.DataObject

@@ -96,6 +96,7 @@ def test_what_a_run_says_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert said[-1] == "ending"
 
 
+@pytest.mark.system
 def test_a_run_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An endless wait for data, which comes at last."""
     monkeypatch.setenv(FAULT_VARIABLE, "data.batch@2:sleep=6")

@@ -133,7 +133,8 @@ def test_a_rollback_ends_where_a_run_ends_that_never_had_the_samples(
     assert (state.step, state.skipped, state.spikes.rollbacks) == (20, ((11, 16),), 1)
 
 
-@pytest.mark.parametrize("stop_at", [6, 9, 12, 14, 15, 17])
+@pytest.mark.system
+@pytest.mark.parametrize("stop_at", [9, 14, 17, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 12, 15))])
 def test_stopped_anywhere_and_continued_a_rollback_is_the_same(
     stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_stopped_anywhere_and_continued_a_rollback_is_the_same(
     assert fingerprint(stopped.work_dir) == fingerprint(unbroken.work_dir)
 
 
+@pytest.mark.system
 def test_a_spike_before_any_checkpoint_goes_back_to_the_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_beginning(
     assert losses(config.work_dir) == losses(other.work_dir)
 
 
+@pytest.mark.system
 def test_where_no_checkpoint_is_old_enough_the_samples_since_the_oldest_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +183,7 @@ def test_where_no_checkpoint_is_old_enough_the_samples_since_the_oldest_are_left
     assert (rollback["to_step"], rollback["skipped"]) == (8, [[8, 16]])
 
 
+@pytest.mark.system
 def test_rollbacks_are_counted_over_restarts_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path, max_rollbacks=2)
     monkeypatch.setenv(FAULT_VARIABLE, "train.spike@14-60:hit")
@@ -191,6 +195,7 @@ def test_rollbacks_are_counted_over_restarts_and_end(tmp_path: Path, monkeypatch
     assert events[-1]["kind"] == "stop"
 
 
+@pytest.mark.system
 def test_a_stop_names_the_checkpoint_from_before_the_spike_and_leaves_no_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +209,7 @@ def test_a_stop_names_the_checkpoint_from_before_the_spike_and_leaves_no_later_o
     assert run.train(_config(tmp_path)).step == 20  # as the sentence says
 
 
+@pytest.mark.system
 def test_ignored_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert GuardConfig().on_spike == "ignore"
     monkeypatch.setenv(FAULT_VARIABLE, SPIKES_AT_14)

@@ -78,6 +78,7 @@ def test_pauses_of_the_profiler_do_not_count_as_training(profiled: Path) -> None
     assert min(record["tokens_per_s"] for record in records[1:]) > max(r["tokens_per_s"] for r in records) / 50
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("max_steps", "steps"), [(5, "steps 4 to 5"), (3, None)])
 def test_a_session_shorter_than_its_profile(
     max_steps: int, steps: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
