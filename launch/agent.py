@@ -208,7 +208,7 @@ def _first_failure(node: Node, ranks: Ranks, reports: Mapping[int, ExitReport | 
     how = "; ".join(ranks.table) or f"its launcher ended with code {ranks.process.returncode}"
     which = f"rank {', '.join(map(str, silent))}" if node.is_numbered else f"{len(silent)} of its ranks"
     log = f"rank-{silent[0]}.log" if node.is_numbered else "rank-*.log"
-    return 1, f"{which} on {node.host} ended without a word ({how}). See {node.launch}/{log}"
+    return 1, f"{which} on {node.host} exited without reporting an error ({how}). See {node.launch}/{log}"
 
 
 def _host_of(node: Node, rank: int) -> str:

@@ -38,8 +38,8 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tu
     rq, aq = chunks(r) * torch.exp(total), chunks(a) * torch.exp(total - step)
     ab, ak = (aq @ bi.mT).tril(-1), (aq @ ki.mT).tril(-1)
     qb, qk = (rq @ bi.mT).tril(), (rq @ ki.mT).tril()
-    one = torch.eye(length, dtype=ab.dtype, device=ab.device)
-    solved = torch.linalg.solve_triangular(one - ab, torch.cat([ak @ values, aq], dim=-1), upper=False)
+    identity = torch.eye(length, dtype=ab.dtype, device=ab.device)
+    solved = torch.linalg.solve_triangular(identity - ab, torch.cat([ak @ values, aq], dim=-1), upper=False)
     state = values.new_zeros(batch, heads, size, size)  # [value, key]
     outputs = []
     parts = (solved, values, rq, qb, qk, ki, bi, torch.exp(total[..., -1:, :]))

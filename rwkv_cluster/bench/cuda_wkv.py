@@ -232,8 +232,8 @@ def _error(version: str, backend: str, inputs: list[Tensor], dy: Tensor) -> floa
     values = _values(operator, inputs, few)
     errors = []
     for corner in corners:
-        wanted = _values(definition, [_part(x, *corner) for x in inputs], _part(dy, *corner))
-        errors += [_relative(_part(x, *corner), y) for x, y in zip(values, wanted, strict=True)]
+        expected = _values(definition, [_part(x, *corner) for x in inputs], _part(dy, *corner))
+        errors += [_relative(_part(x, *corner), y) for x, y in zip(values, expected, strict=True)]
     if backend != "exact" and native.unavailable(str(dy.device), dy.dtype, dy.shape[-1]) is None:
         pairs = zip(_values(operator, inputs, dy), _values(_operator(version, "exact"), inputs, dy), strict=True)
         errors += [_relative(x.float(), y.float()) for x, y in pairs]

@@ -238,7 +238,7 @@ class TrainingConfig(Section):
         1800.0,
         ge=1,
         le=YEAR_S,
-        description="for how long a rank waits for the others in an exchange before the run ends",
+        description="for how long a rank waits for the others in a collective before the run ends",
     )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of each rank; default torch's own choice"

@@ -115,15 +115,15 @@ def _metrics(work: WorkDir, missing: list[str]) -> Columns:
 def _step_times(work: WorkDir, missing: list[str]) -> tuple[Columns, dict[int, dict[str, float]]]:
     """Means over the ranks that are read, and each rank's totals."""
     folder = work.step_times
-    found = {int(path.stem[5:]): path for path in folder.glob("rank-*.jsonl") if path.stem[5:].isdecimal()}
-    if not found:
+    paths = {int(path.stem[5:]): path for path in folder.glob("rank-*.jsonl") if path.stem[5:].isdecimal()}
+    if not paths:
         missing.append(f"parts of a step: {folder} has no rank-N.jsonl")
-    ranks = sorted(found)[:MOST_RANKS]
-    if len(found) > len(ranks):
-        missing.append(f"parts of a step of ranks {ranks[-1] + 1} to {max(found)}: the first {MOST_RANKS} are read")
+    ranks = sorted(paths)[:MOST_RANKS]
+    if len(paths) > len(ranks):
+        missing.append(f"parts of a step of ranks {ranks[-1] + 1} to {max(paths)}: the first {MOST_RANKS} are read")
     most_bytes = MOST_BYTES // max(len(ranks), 1)
-    by_rank = {rank: series.read_columns(found[rank], series.PARTS, most_bytes=most_bytes) for rank in ranks}
-    shares = {rank: max(found[rank].stat().st_size / most_bytes, 1.0) for rank in ranks}
+    by_rank = {rank: series.read_columns(paths[rank], series.PARTS, most_bytes=most_bytes) for rank in ranks}
+    shares = {rank: max(paths[rank].stat().st_size / most_bytes, 1.0) for rank in ranks}
     totals = {
         rank: {name: float(np.nansum(columns[name])) * shares[rank] for name in series.PARTS}
         for rank, columns in by_rank.items()

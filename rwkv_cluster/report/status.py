@@ -209,7 +209,7 @@ def _rate(work: WorkDir, records: list[dict[str, Any]]) -> tuple[float | None, b
 
 def rows(status: RunStatus) -> dict[str, str]:
     """The status as words, by name."""
-    shown = {"held by": f"{status.holder}, {_sign_of_life(status.holder)}"} if status.holder else {"held by": "nobody"}
+    shown = {"held by": f"{status.holder}, {_liveness(status.holder)}" if status.holder else "no process"}
     if status.preparation is not None:
         shown["preparing"] = _preparation_text(status.preparation)
     elif status.data is not None:
@@ -226,7 +226,7 @@ def rows(status: RunStatus) -> dict[str, str]:
     return shown
 
 
-def _sign_of_life(holder: Holder) -> str:
+def _liveness(holder: Holder) -> str:
     return "alive" if holder.alive else "exited or stopped responding. Run the same command again to continue"
 
 

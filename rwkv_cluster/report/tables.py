@@ -29,7 +29,7 @@ def summary(run: Run) -> dict[str, tuple[str, str]]:
     speed, memory = run.metrics["tokens_per_s"], run.metrics["memory_mb"]
     total = f"of {run.total_steps:,}" if run.total_steps else ""
     resumes = sum(event["kind"] == "resume" for event in run.events)
-    found = {
+    cards = {
         "Steps": (f"{step[-1]:,.0f}", total),
         "Tokens": (short(run.metrics["tokens"][-1]), f"{run.metrics['tokens'][-1]:,.0f}"),
         "Training loss": (_number(loss[-1], 4), "smoothed, nats per token"),
@@ -40,7 +40,7 @@ def summary(run: Run) -> dict[str, tuple[str, str]]:
             "of rank 0",
         ),
     }
-    return found | ({"Sessions": (str(resumes + 1), f"{resumes} resumed")} if run.events else {})
+    return cards | ({"Sessions": (str(resumes + 1), f"{resumes} resumed")} if run.events else {})
 
 
 def _last(run: Run, name: str) -> tuple[float | None, float]:
@@ -99,13 +99,13 @@ def time_spent(runs: Sequence[Run]) -> str:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested fields by their dotted names, values as YAML would write short ones."""
-    found: dict[str, str] = {}
+    flattened: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return found
+            flattened[prefix + name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flattened
 
 
 def configuration(runs: Sequence[Run]) -> str:
@@ -216,8 +216,8 @@ def checkpoints(runs: Sequence[Run]) -> str:
 
 def events(runs: Sequence[Run]) -> str:
     """The newest events of all runs, in order of time."""
-    told = [(event, run) for run in runs for event in run.events]
-    told.sort(key=lambda pair: pair[0]["time"] if isinstance(pair[0].get("time"), int | float) else 0)
+    pairs = [(event, run) for run in runs for event in run.events]
+    pairs.sort(key=lambda pair: pair[0]["time"] if isinstance(pair[0].get("time"), int | float) else 0)
     rows = [
         [
             moment(event["time"]) if isinstance(event.get("time"), int | float) else NONE,
@@ -226,12 +226,12 @@ def events(runs: Sequence[Run]) -> str:
             event["kind"],
             _words(event),
         ]
-        for event, run in told[-MOST_EVENTS:]
+        for event, run in pairs[-MOST_EVENTS:]
     ]
     if not rows:
         return ""
     columns = ["time", *(["run"] if len(runs) > 1 else []), "step", "event", "details"]
-    title = f"The last {MOST_EVENTS} of {len(told):,} events" if len(told) > MOST_EVENTS else f"{len(told)} events"
+    title = f"The last {MOST_EVENTS} of {len(pairs):,} events" if len(pairs) > MOST_EVENTS else f"{len(pairs)} events"
     shown = table("Events", columns, rows, numbers=[columns.index("step")], unbroken=[0, columns.index("event")])
     return section("Events", details(title, shown, is_open=len(rows) <= 12))
 

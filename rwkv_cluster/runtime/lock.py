@@ -78,7 +78,7 @@ def require_free(path: Path, what: str) -> None:
 @dataclass(frozen=True)
 class Holder:
     """Who holds a lock, as its record says. alive: by the kernel or a heartbeat; False for one that ended by force, or
-    on another machine has shown no sign of life for `CHECK_S`. Names are None where the record has none."""
+    on another machine has not updated its heartbeat for `CHECK_S`. Names are None where the record has none."""
 
     alive: bool
     host: str | None
@@ -150,7 +150,7 @@ def _wait_until_gone(path: Path, what: str) -> None:
     holder = _holder(read_record(path))
     log.info("%s was last held %s. Watching for %.0f s whether that process lives", what, holder, TAKEOVER_S)
     if _refuse_if_alive(path, what, TAKEOVER_S):
-        log.warning("%s is taken over: it was held %s, which shows no sign of life", what, holder)
+        log.warning("%s is taken over: it was held %s, which no longer updates its heartbeat", what, holder)
 
 
 class _LockRecord:

@@ -78,8 +78,8 @@ class IntegerCodec:
         if position >= 0:
             word = _WORD.match(data, position)
             assert word is not None
-            found = word.group().decode("utf-8", "replace")
-            raise TokenizationError(f"byte {position}: {self._fault(found)}", position)
+            text = word.group().decode("utf-8", "replace")
+            raise TokenizationError(f"byte {position}: {self._fault(text)}", position)
         return ids
 
     def ids_of_values(self, values: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -141,7 +141,7 @@ class PythonMatcher:
     def encode(self, data: bytes, dtype: IdType) -> Encoded:
         """Ids [n_tokens] of `data` as `dtype`, and -1 or the first position where no token fits."""
         ids, lengths = self._ids, self._lengths
-        found: list[int] = []
+        token_ids: list[int] = []
         position = 0
         while position < len(data):
             for length in (*lengths.get(data[position : position + 2], ()), 1):
@@ -150,9 +150,9 @@ class PythonMatcher:
                     break
             else:
                 return np.empty(0, dtype), position
-            found.append(token_id)
+            token_ids.append(token_id)
             position = min(position + length, len(data))
-        return np.array(found, dtype), -1
+        return np.array(token_ids, dtype), -1
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of ids, without those of ids that the vocabulary lacks."""

@@ -46,7 +46,8 @@ def test_an_error_that_is_quoted_is_told_as_the_other_ranks(tmp_path: Path) -> N
 
 def test_a_rank_without_a_report_is_named_where_others_only_speak_about_it(tmp_path: Path) -> None:
     assert outcome(tmp_path, ended(0, message="rank 2 has died", about=2), ended(1, message="lost", about=2)) == (
-        f"failed 1 rank 2 on node1 ended without a word (its launcher ended with code 0). See {tmp_path}/rank-2.log\n"
+        "failed 1 rank 2 on node1 exited without reporting an error (its launcher ended with code 0). "
+        f"See {tmp_path}/rank-2.log\n"
     )
 
 

@@ -74,7 +74,7 @@ def test_bad_data_on_rank_0_without_an_agent(tmp_path: Path, start: Callable[...
 def test_rank_0_is_lost_while_it_prepares(
     number: signal.Signals, agent: bool, tmp_path: Path, start: Callable[..., Job]
 ) -> None:
-    """C2: killed; and what is seen of a rank 0 that dies on another machine: no sign of life."""
+    """C2: killed; and what is seen of a rank 0 that dies on another machine: no heartbeat."""
     run = _new_run(tmp_path, preparation_s=300)
     if agent:
         jobs = [start(run.folder, ranks=2)]
@@ -95,7 +95,7 @@ def test_rank_0_is_lost_while_it_prepares(
     codes = {1} if agent or killed else {6}
     assert jobs[-1].wait(10 if killed else SILENT_S + 10) in codes
     if not agent:
-        how = "has died without a word" if killed else "has shown no sign of life"
+        how = "exited without reporting an error" if killed else "has not updated its heartbeat"
         expected = rf"rank 1: error: rank 0 on {re.escape(socket.gethostname())}, process {victim}, {how}"
         assert re.search(expected, jobs[1].text), jobs[1].text
 
@@ -174,7 +174,9 @@ def test_a_frozen_rank(ranks: int | None, victim: int, tmp_path: Path, start: Ca
     wait_for_end(pids, timeout_s=5)
     speaker = f"rank {1 - victim}: error: " if ranks else ""
     frozen = f"rank {victim} on {re.escape(socket.gethostname())}, process {pids[victim]}"
-    found = re.search(rf"{speaker}{frozen}, last finished step (\d+), has shown no sign of life for \d+ s", job.text)
+    found = re.search(
+        rf"{speaker}{frozen}, last finished step (\d+), has not updated its heartbeat for \d+ s", job.text
+    )
     assert found, job.text
     assert 0 < int(found[1]) <= run.steps_logged() + 1
     if ranks:
@@ -191,8 +193,8 @@ def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> 
     assert job.wait(TIMEOUT_S + 15 + 5) == 1  # five seconds for the steps from 20 to 40
     wait_for_end(pids, timeout_s=5)
     assert re.search(
-        rf"rank 0: error: rank 1 on \S+, process {pids[1]}, last finished step 4\d, lives but has not come to the next "
-        "exchange: it is loading data",
+        rf"rank 0: error: rank 1 on \S+, process {pids[1]}, last finished step 4\d, is running but has not reached the "
+        "next collective: it is loading data",
         job.text,
     ), job.text
     stacks = [(run.work.hang / f"rank-{rank}.txt").read_text() for rank in (0, 1)]

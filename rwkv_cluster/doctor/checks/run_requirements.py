@@ -95,9 +95,9 @@ def _data(config: Config) -> str:
 def _gpus(config: Config) -> str:
     from rwkv_cluster.launch.preflight import check_gpus
 
-    wanted = 0 if config.training.accelerator == "cpu" else config.launch.gpus_per_node or 0
-    check_gpus(wanted, socket.gethostname())
-    return f"{wanted}, as launch.gpus_per_node says" if wanted else "none"
+    n_gpus = 0 if config.training.accelerator == "cpu" else config.launch.gpus_per_node or 0
+    check_gpus(n_gpus, socket.gethostname())
+    return f"{n_gpus}, as launch.gpus_per_node says" if n_gpus else "none"
 
 
 def _loggers(config: Config) -> str:

@@ -45,8 +45,8 @@ def all_reduce(meeting: Meeting, device: str, reports: Mapping[int, Report]) -> 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(LEAVE_S))
     answers = meeting.gather("all-reduce", asdict(rows[-1]), range(meeting.world_size))
-    found = {rank: Report(reports[rank].host, [Row(**row)]) for rank, row in answers.items()}
-    failed = {rank: report for rank, report in found.items() if report.rows[0].state != "ok"}
+    results = {rank: Report(reports[rank].host, [Row(**row)]) for rank, row in answers.items()}
+    failed = {rank: report for rank, report in results.items() if report.rows[0].state != "ok"}
     return merged(failed) if failed else rows[-1:]
 
 

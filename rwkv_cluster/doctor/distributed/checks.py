@@ -47,8 +47,8 @@ def examined_together(own: list[Row], context: CheckContext, world_size: int) ->
     network = all_reduce(meeting, device, reports) if len(present) == world_size else []
     if meeting.rank != 0:
         return []
-    found = [_attendance(reports, world_size), _alike(arrived, reports), _clocks(times, reports)]
-    return [*merged(reports), *found, *shared, *network]
+    rows = [_attendance(reports, world_size), _alike(arrived, reports), _clocks(times, reports)]
+    return [*merged(reports), *rows, *shared, *network]
 
 
 def _attendance(reports: Mapping[int, Report], world_size: int) -> Row:

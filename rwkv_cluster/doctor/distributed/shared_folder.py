@@ -27,8 +27,8 @@ def shared_directory(
 ) -> list[Row]:
     """Rows on rank 0. folder: of the run, where rank 0 makes a temporary one that is gone afterwards."""
     if meeting.rank != 0:
-        made = meeting.tell("shared")
-        meeting.gather("looked", _look(Path(made)) if made else None, present)
+        offered = meeting.tell("shared")
+        meeting.gather("looked", _look(Path(offered)) if offered else None, present)
         return []
     with ExitStack() as stack:
         offered = None

@@ -53,7 +53,7 @@ log = logging.getLogger("rwkv_cluster")
 
 T = TypeVar("T")
 
-SILENT_S = 15.0  # of a rank that shows no sign of life: rank 0 is given up during preparation, others are reported
+SILENT_S = 15.0  # without a heartbeat: rank 0 is given up during preparation, others are reported
 FIRST_SIGN_S = 300.0  # for rank 0 to start at all; a first import from a cold network disk takes minutes
 FIRST_LOOK_S = 2.0  # for a living rank 0 to show itself, before the disk is asked what it would have said
 RECENT_S = 60.0  # a record that is older, by the shared directory's own clock, is of an earlier run
@@ -144,7 +144,7 @@ class RankMonitor:
         is_there: whether the work directory holds `what` already, so that rank 0 would have nothing to add. Rank 0 may
         have ended before this rank looks, or may do something else: None is returned when this is true meanwhile.
 
-        Raises what rank 0 has raised, or LaunchError when rank 0 does not start or shows no sign of life any more.
+        Raises what rank 0 has raised, or LaunchError when rank 0 does not start or no longer updates its heartbeat.
         """
         log.info("rank %d waits for %s on rank 0", self.rank, what)
         watch, started = Watch(self.path(0), BEAT_S / 4), time.monotonic()
@@ -163,7 +163,7 @@ class RankMonitor:
             if not is_here and looked_enough and is_there():
                 return None
             if is_lost and record.state == "running":
-                silent = f"{record.name} has shown no sign of life for {SILENT_S:.0f} s"
+                silent = f"{record.name} has not updated its heartbeat for {SILENT_S:.0f} s"
                 raise LaunchError(silent, remedy="See its log", rank=0)
             patience_s = max(FIRST_SIGN_S, self.timeout_s) if watch.alive else FIRST_SIGN_S
             if record.state != "running" and watch.still_s > patience_s:
@@ -247,7 +247,7 @@ class RankMonitor:
         os._exit(error.exit_code)
 
     def _has_died(self, watch: Watch) -> bool:
-        """Whether a rank of this machine and this start is gone without a word: killed, or crashed in native code."""
+        """Whether a rank of this machine and start exited without a report: killed, or crashed in native code."""
         record = record_of(watch)
         of_this_start = watch.alive or record.parent == self._record.parent
         if record.state != "running" or not of_this_start or not has_died(watch.record):

@@ -115,15 +115,15 @@ def record_of(watch: Watch) -> RankRecord:
 
 def describe_dead(watch: Watch) -> str:
     """What is said of a rank whose process is gone."""
-    return f"{record_of(watch).name_and_step} has died without a word. See its log, and the kernel's"
+    return f"{record_of(watch).name_and_step} exited without reporting an error. See its log and `dmesg`"
 
 
 def describe_silent(watch: Watch) -> str:
     """What is said of a rank whose record does not change."""
-    return f"{record_of(watch).name_and_step} has shown no sign of life for {watch.still_s:.0f} s"
+    return f"{record_of(watch).name_and_step} has not updated its heartbeat for {watch.still_s:.0f} s"
 
 
 def describe_late(watch: Watch) -> str:
     """What is said of a rank that lives and keeps the others waiting."""
     record = record_of(watch)
-    return f"{record.name_and_step} lives but has not come to the next exchange: it is {record.doing}"
+    return f"{record.name_and_step} is running but has not reached the next collective: it is {record.doing}"

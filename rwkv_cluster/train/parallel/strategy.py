@@ -108,9 +108,9 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
     group: name of the process group, see `distributed.join_group`.
     """
     if placement.accelerator == "cuda" and placement.devices > 1:
-        told = nccl_shared_memory.disable_nccl_shm_if_small()
-        if told and rank_env.local_rank() == 0:
-            log.warning(told)
+        notice = nccl_shared_memory.disable_nccl_shm_if_small()
+        if notice and rank_env.local_rank() == 0:
+            log.warning(notice)
     arguments: dict[str, Any] = {
         "accelerator": placement.accelerator,
         "devices": placement.devices,
