@@ -27,6 +27,8 @@ from types import FrameType
 
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
+from rwkv_cluster.launch.launch_folder import BAD_NODE, RANK_ENVIRONMENT, STATE
+from rwkv_cluster.launch.outcome import Outcome
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
 from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, ExitReport, read_exit_report
 from rwkv_cluster.runtime.rank_env import die_with_parent
@@ -100,7 +102,7 @@ def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: boo
 
 def state_of(environment: Mapping[str, str]) -> Path:
     """Folder of what the nodes and ranks of one start of a job tell each other."""
-    return Path(environment[LAUNCH_VARIABLE]) / ".state" / environment[ATTEMPT_VARIABLE]
+    return Path(environment[LAUNCH_VARIABLE]) / STATE / environment[ATTEMPT_VARIABLE]
 
 
 def run(
@@ -122,7 +124,7 @@ def run(
     except BadNode as error:
         if node.is_first or error.name == node.host:  # of others they know only that they waited
             with suppress(OSError):
-                (node.state / "bad").write_text(f"{error.name}\n")
+                (node.state / BAD_NODE).write_text(f"{error.name}\n")
         raise
     except OSError as error:
         raise LaunchError(
@@ -184,12 +186,15 @@ def classify_exit(node: Node, ranks: Ranks) -> int:
     if codes == {0} and None not in reports.values():
         return 0
     if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in reports.values():
-        reason = f"after {ranks.stop_signal}" if ranks.stop_signal else "by a STOP file"
-        _write_outcome(node, "preempted" if ranks.stop_signal else "stopped", PREEMPTED, f"stopped {reason}")
+        if ranks.stop_signal:
+            outcome = Outcome("preempted", PREEMPTED, f"stopped after {ranks.stop_signal}", ranks.stop_signal)
+        else:
+            outcome = Outcome("stopped", PREEMPTED, "stopped by a STOP file")
+        outcome.write(node.state)
         return PREEMPTED
     code, message = _first_failure(node, ranks, reports)
     sys.stderr.write(f"rwkv-cluster: {message}\n")
-    _write_outcome(node, "failed", code, message)
+    Outcome("failed", code, message).write(node.state)
     return code
 
 
@@ -222,16 +227,10 @@ def _host_of(node: Node, rank: int) -> str:
     return node.names[rank // per_node]
 
 
-def _write_outcome(node: Node, how: str, code: int, message: str) -> None:
-    """Write `<how> <exit code> <message>`, which the batch script reads, unless another node already did."""
-    with suppress(OSError), open(node.state / "outcome", "x") as handle:
-        handle.write(f"{how} {code} {' '.join(message.split())}\n")
-
-
 def _for_deepspeed(node: Node, environment: Mapping[str, str], names: str) -> Path:
     """The file from which deepspeed's launcher takes the environment of the ranks on other nodes."""
     variables = [LAUNCH_VARIABLE, STATE_VARIABLE, *filter(None, names.split(","))]
-    path = node.state / "ranks.env"
+    path = node.state / RANK_ENVIRONMENT
     path.write_text("".join(f"{name}={environment[name]}\n" for name in variables))
     return path
 
@@ -323,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")
         if node is not None:
-            _write_outcome(node, "failed", error.exit_code, str(error))
+            Outcome("failed", error.exit_code, str(error)).write(node.state)
         return error.exit_code
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.launch_folder import COMMAND, MEMBERS
 from rwkv_cluster.launch.launchers import LAUNCHERS
 from rwkv_cluster.launch.logs import Tail
-from rwkv_cluster.launch.submit import COMMAND, MEMBERS
 from rwkv_cluster.runtime.exit_report import rank_log
 from rwkv_cluster.runtime.own_file import WrongKindError, open_own, owner, read_own, require_folder
 from rwkv_cluster.workdir import WorkDir

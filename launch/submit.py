@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.launch_folder import MEMBERS
 from rwkv_cluster.launch.launchers import LAUNCHERS
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan
 from rwkv_cluster.runtime.own_file import reason, require_folder
 from rwkv_cluster.workdir import WorkDir
-
-COMMAND, MEMBERS = "command.json", "members"
 
 
 def launch_folder(work_dir: str, now: float) -> Path:

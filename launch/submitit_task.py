@@ -15,10 +15,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.launch.agent import ATTEMPT_VARIABLE, state_of
+from rwkv_cluster.launch.launch_folder import CONFIG, REQUEUED
+from rwkv_cluster.launch.outcome import Outcome, read_outcome
 from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE
 
 if TYPE_CHECKING:
@@ -53,11 +55,12 @@ class NodeTask:
 
     def _run(self) -> None:
         launch = os.environ[LAUNCH_VARIABLE]
-        self._agent = subprocess.Popen([*self.argv, "train", f"{launch}/config.yaml"], preexec_fn=_keep_preemption_out)
+        self._agent = subprocess.Popen([*self.argv, "train", f"{launch}/{CONFIG}"], preexec_fn=_keep_preemption_out)
         while not self._has_ended():
             time.sleep(POLL_S)
         code = self._agent.wait()
-        if code == Preempted.exit_code and _outcome().startswith("preempted") and "SIGTERM" not in _outcome():
+        outcome = _outcome()
+        if code == Preempted.exit_code and _was_preempted(outcome) and outcome.stop_signal != "SIGTERM":
             time.sleep(SLURM_ENDS_US_S)  # returning would leave a result that says success
         if code:
             sys.exit(code if code > 0 else 128 - code)
@@ -71,10 +74,10 @@ class NodeTask:
             with suppress(ProcessLookupError):
                 os.kill(self._agent.pid, signal.SIGUSR2)
             time.sleep(REPEAT_S)
-        if self._agent is None or not _outcome().startswith("preempted") or self.max_requeues is None:
+        if self._agent is None or not _was_preempted(_outcome()) or self.max_requeues is None:
             return None
         launch, attempt = Path(os.environ[LAUNCH_VARIABLE]), os.environ[ATTEMPT_VARIABLE]
-        with open(launch / "requeued", "a+") as handle:
+        with open(launch / REQUEUED, "a+") as handle:
             handle.seek(0)
             if len(set(handle.read().split()) - {attempt}) >= self.max_requeues:
                 return None
@@ -98,12 +101,12 @@ def submission(argv: Sequence[str], max_requeues: int | None) -> DelayedSubmissi
     return call
 
 
-def _outcome() -> str:
-    """Line that the first node to end has written about the job: how, exit code and message; empty before."""
-    try:
-        return (state_of(os.environ) / "outcome").read_text()
-    except FileNotFoundError:
-        return ""
+def _outcome() -> Outcome | None:
+    return read_outcome(state_of(os.environ))
+
+
+def _was_preempted(outcome: Outcome | None) -> TypeGuard[Outcome]:
+    return outcome is not None and outcome.how == "preempted"
 
 
 def _keep_preemption_out() -> None:

@@ -7,8 +7,8 @@ import os
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.launch_folder import CONTAINER_ID
 
-CONTAINER_ID_FILE = "container.id"
 # What the ranks of a Slurm step know of their place; other runtimes pass the whole environment.
 PASSED = (
     *("RWKV_CLUSTER_LAUNCH", "RWKV_CLUSTER_ATTEMPT", "RWKV_CLUSTER_NODES", "SLURMD_NODENAME", "SLURM_NODEID"),
@@ -65,7 +65,7 @@ def _docker(config: Config, inner: Command, cwd: str, engine: str, has_id_file: 
         raises = engine == "docker" or os.getuid() == 0
         options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"] if raises else ["--ulimit=host"]
     if has_id_file:
-        options += [f"--cidfile={CONTAINER_ID_FILE}"]
+        options += [f"--cidfile={CONTAINER_ID}"]
     if launch.gpus_per_node:
         options += ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
     if launch.num_nodes > 1 or not has_id_file:

@@ -12,6 +12,7 @@ from rwkv_cluster import __version__
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import dump_yaml
 from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.launch_folder import COMMAND, CONFIG
 
 
 @dataclass(frozen=True)
@@ -114,5 +115,5 @@ def with_record(
         "commands": [list(command.argv) for command in commands],
         "version": __version__,
     }
-    own = {"config.yaml": dump_yaml(config), "command.json": json.dumps(record, indent=2) + "\n"}
+    own = {CONFIG: dump_yaml(config), COMMAND: json.dumps(record, indent=2) + "\n"}
     return Plan(config, {**files, **own}, tuple(commands), node_command)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import Interrupted, LaunchError
 from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.launch_folder import CONTAINER_ID, EXIT, JOB_LOG, PROCESS
 from rwkv_cluster.launch.launchers import container
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_record
 from rwkv_cluster.launch.launchers.rank_command import interpreter
@@ -30,7 +31,6 @@ from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.runtime.terminal.text_safety import visible
 from rwkv_cluster.workdir import atomic_write
 
-PROCESS, EXIT = "process.json", "exit"
 POLL_S = 0.1
 
 
@@ -94,7 +94,7 @@ class Local:
         Interrupted when the job was to end at once, after it has, and LaunchError.
         """
         (command,) = plan.commands
-        with open(folder / "job.log", "ab") as output, listening() as listener:
+        with open(folder / JOB_LOG, "ab") as output, listening() as listener:
             listener.defer("asking the run for a checkpoint and its end")
             try:
                 process = subprocess.Popen(
@@ -145,7 +145,7 @@ class Local:
 
     def _follow(self, process: subprocess.Popen[bytes], folder: Path, listener: Listener) -> int:
         """Exit code of the job, while its logs are shown and what this process receives is passed on."""
-        streams = ((Tail(rank_log(folder, 0)), sys.stdout), (Tail(folder / "job.log"), sys.stderr))
+        streams = ((Tail(rank_log(folder, 0)), sys.stdout), (Tail(folder / JOB_LOG), sys.stderr))
         passed = 0
         while True:
             ended = process.poll() is not None
@@ -176,7 +176,7 @@ class Local:
 
         Raises LaunchError where the launch's files name no container.
         """
-        path = folder / container.CONTAINER_ID_FILE
+        path = folder / CONTAINER_ID
         if not path.exists():
             return False
         number = read_own(path).decode(errors="replace").strip()

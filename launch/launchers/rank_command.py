@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.schema import ranks_per_node
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER, Command
+from rwkv_cluster.launch.launch_folder import HOSTFILE
 from rwkv_cluster.launch.launchers.launcher import Tool
 
-HOSTFILE = "hostfile"  # in the launch directory, where the configuration names the hosts
 FIRST_PORT, N_PORTS = 20_000, 10_000  # below the range that Linux gives to outgoing connections
 
 

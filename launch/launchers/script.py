@@ -7,10 +7,11 @@ run and the submission have the same bytes.
 from __future__ import annotations
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.launch import launch_folder
 from rwkv_cluster.launch.command import Command
 
 HEAD = "# Written by rwkv-cluster launch. Runs in the directory that holds it and config.yaml."
-CONFIG = '"$PWD/config.yaml"'
+CONFIG = f'"$PWD/{launch_folder.CONFIG}"'
 
 
 def environment(config: Config) -> list[str]:

@@ -15,13 +15,13 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import dump_yaml, parse_config
 from rwkv_cluster.errors import Interrupted, LaunchError
 from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.launch_folder import JOBS, SUBMISSION
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_record
-from rwkv_cluster.launch.launchers.slurm_jobs import END_STATES, JOBS, job_numbers, job_state, run_slurm
+from rwkv_cluster.launch.launchers.slurm_jobs import END_STATES, job_numbers, job_state, run_slurm
 from rwkv_cluster.launch.launchers.slurm_script import array_script, batch_script, node_command, prepare_script
 from rwkv_cluster.runtime.own_file import reason
 from rwkv_cluster.workdir import atomic_write
 
-SUBMISSION = "submission.pkl"
 PREPARE_JOB = "PREPARE_JOB"  # stands for the number of the prepare job, known once it is submitted
 PYXIS = Tool(
     ("srun", "--help"),

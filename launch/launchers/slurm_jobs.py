@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_cluster.errors import LaunchError
+from rwkv_cluster.launch.launch_folder import JOBS
 from rwkv_cluster.runtime.own_file import read_own
 
-JOBS = "jobs"
 END_STATES = (
     *("ended", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),

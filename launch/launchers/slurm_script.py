@@ -11,6 +11,7 @@ import sys
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.schema import ranks_per_node
 from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.launch_folder import JOB_LOG
 from rwkv_cluster.launch.launchers import container
 from rwkv_cluster.launch.launchers.rank_command import interpreter, slurm_rank, slurm_torchrun
 from rwkv_cluster.launch.launchers.script import CONFIG, HEAD, environment
@@ -25,7 +26,7 @@ check_nodes() { # a node that cannot write here could say so nowhere else
     blind=$(SRUN sh -c '[ -w "$1" ] || echo "$SLURMD_NODENAME"' sh "$PWD/job.sh" | sort | paste -s -d , -)
     [ -n "$blind" ] || return 0
     echo "$blind" > "$state/bad"
-    echo "failed 6 $blind: $PWD cannot be written there. Mend that, or set launch.exclude" > "$state/outcome"
+    echo "failed 6 - $blind: $PWD cannot be written there. Mend that, or set launch.exclude" > "$state/outcome"
     return 6
 }
 """
@@ -33,7 +34,7 @@ AFTER_TRAINING = """\
 code=$?
 how=none
 if [ -e ".state/$RWKV_CLUSTER_ATTEMPT/outcome" ]; then
-    read -r how said message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
+    read -r how said _ message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
     echo "rwkv-cluster: $how: $message"
 elif [ "$code" = 140 ]; then # SIGUSR2, before there was anything to save
     how=preempted
@@ -123,7 +124,7 @@ def batch_script(config: Config, cwd: str, verb: str, *, through_submitit: bool)
     # srun of Slurm 22.05 to 23.02 does not inherit it.
     inherited = [f"export SRUN_CPUS_PER_TASK={cpus}"] if cpus else []
     lines = [
-        *_directives(config, options, "job.log"),
+        *_directives(config, options, JOB_LOG),
         'export RWKV_CLUSTER_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         'RWKV_CLUSTER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\\n" " ")',
         "export RWKV_CLUSTER_NODES",

@@ -11,18 +11,19 @@ import pytest
 
 from rwkv_cluster.errors import DataError, LaunchError, MissingDataError, RWKVClusterError, TrainingError
 from rwkv_cluster.launch.agent import Node, Ranks, classify_exit
+from rwkv_cluster.launch.outcome import Outcome, read_outcome
 from rwkv_cluster.runtime.exit_report import STATE_VARIABLE, ExitReport, read_exit_report, report_exit
 
 
-def outcome(folder: Path, *reports: ExitReport) -> str:
-    """The line for the batch script of a node with three ranks."""
+def outcome(folder: Path, *reports: ExitReport, stop_signal: str | None = None) -> Outcome | None:
+    """What a node with three ranks tells the batch script."""
     for report in reports:
         (folder / f"rank-{report.rank}").write_text(json.dumps(asdict(report)))
     node = Node("node1", 0, ("node1",), folder, folder, ranks=(0, 1, 2), world_size=3)
     process = subprocess.Popen(["true"])
     process.wait()
-    classify_exit(node, Ranks(process))
-    return (folder / "outcome").read_text()
+    classify_exit(node, Ranks(process, stop_signal))
+    return read_outcome(folder)
 
 
 def ended(rank: int, code: int = 1, message: str = "", about: int | None = None, quoted: bool = False) -> ExitReport:
@@ -32,23 +33,43 @@ def ended(rank: int, code: int = 1, message: str = "", about: int | None = None,
 def test_a_ranks_own_error_comes_before_those_about_it(tmp_path: Path) -> None:
     about = ended(0, message="rank 2 has died", about=2)
     own = ended(2, code=3, message="rank 7 is no word of x.jsonl")
-    assert outcome(tmp_path, about, ended(1, message="lost", about=2), own) == (
-        "failed 3 rank 2 on node1 failed (data): rank 7 is no word of x.jsonl\n"
+    assert outcome(tmp_path, about, ended(1, message="lost", about=2), own) == Outcome(
+        "failed", 3, "rank 2 on node1 failed (data): rank 7 is no word of x.jsonl"
     )
 
 
 def test_an_error_that_is_quoted_is_told_as_the_other_ranks(tmp_path: Path) -> None:
     """The rank that has raised it may have been ended before it could report."""
-    assert outcome(tmp_path, ended(0, code=3, message="x.jsonl: bad", about=2, quoted=True), ended(1, code=0)) == (
-        "failed 3 rank 2 on node1 failed (data): x.jsonl: bad\n"
+    quoting = ended(0, code=3, message="x.jsonl: bad", about=2, quoted=True)
+    assert outcome(tmp_path, quoting, ended(1, code=0)) == Outcome(
+        "failed", 3, "rank 2 on node1 failed (data): x.jsonl: bad"
     )
 
 
 def test_a_rank_without_a_report_is_named_where_others_only_speak_about_it(tmp_path: Path) -> None:
-    assert outcome(tmp_path, ended(0, message="rank 2 has died", about=2), ended(1, message="lost", about=2)) == (
-        "failed 1 rank 2 on node1 exited without reporting an error (its launcher ended with code 0). "
-        f"See {tmp_path}/rank-2.log\n"
-    )
+    found = outcome(tmp_path, ended(0, message="rank 2 has died", about=2), ended(1, message="lost", about=2))
+    assert found is not None
+    assert (found.how, found.exit_code, found.stop_signal) == ("failed", 1, None)
+    assert found.message.startswith("rank 2 on node1 exited without reporting an error")
+    assert found.message.endswith(f"See {tmp_path}/rank-2.log")
+
+
+@pytest.mark.parametrize(("stop_signal", "how"), [("SIGUSR2", "preempted"), (None, "stopped")])
+def test_ranks_that_have_all_saved_were_preempted_by_a_signal_or_stopped_by_a_file(
+    tmp_path: Path, stop_signal: str | None, how: str
+) -> None:
+    found = outcome(tmp_path, *(ended(rank, 75) for rank in range(3)), stop_signal=stop_signal)
+    assert found is not None
+    assert (found.how, found.exit_code, found.stop_signal) == (how, 75, stop_signal)
+
+
+def test_the_first_node_to_end_is_the_one_that_is_believed_and_a_cut_line_is_none(tmp_path: Path) -> None:
+    assert read_outcome(tmp_path) is None
+    Outcome("failed", 4, "the first").write(tmp_path)
+    Outcome("failed", 1, "the second").write(tmp_path)
+    assert read_outcome(tmp_path) == Outcome("failed", 4, "the first")
+    (tmp_path / "outcome").write_text("failed 4")
+    assert read_outcome(tmp_path) is None
 
 
 @pytest.mark.parametrize(

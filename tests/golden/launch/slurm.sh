@@ -35,7 +35,7 @@ check_nodes() { # a node that cannot write here could say so nowhere else
     blind=$(srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --chdir=/ --export=ALL sh -c '[ -w "$1" ] || echo "$SLURMD_NODENAME"' sh "$PWD/job.sh" | sort | paste -s -d , -)
     [ -n "$blind" ] || return 0
     echo "$blind" > "$state/bad"
-    echo "failed 6 $blind: $PWD cannot be written there. Mend that, or set launch.exclude" > "$state/outcome"
+    echo "failed 6 - $blind: $PWD cannot be written there. Mend that, or set launch.exclude" > "$state/outcome"
     return 6
 }
 follow() { # another job goes on after this one
@@ -58,7 +58,7 @@ check_nodes && srun --kill-on-bad-exit=1 --wait=60 --export=ALL --open-mode=appe
 code=$?
 how=none
 if [ -e ".state/$RWKV_CLUSTER_ATTEMPT/outcome" ]; then
-    read -r how said message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
+    read -r how said _ message < ".state/$RWKV_CLUSTER_ATTEMPT/outcome"
     echo "rwkv-cluster: $how: $message"
 elif [ "$code" = 140 ]; then # SIGUSR2, before there was anything to save
     how=preempted
