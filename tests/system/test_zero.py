@@ -19,8 +19,8 @@ from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps,
 
 pytestmark = pytest.mark.system
 
-STEPS = 50
-BREAK = 27  # between the checkpoints of 20 and 40
+STEPS = 26
+BREAK = 14  # between the checkpoints of 10 and 20
 
 
 def _new_run(folder: Path, **training: Any) -> Watched:
@@ -38,7 +38,7 @@ def _new_run(folder: Path, **training: Any) -> Watched:
             "val_max_tokens": 5 * 2 * 32,  # an odd number of batches: one rank has a turn without one
             **training,
         },
-        checkpoint={"save_interval_steps": 20},
+        checkpoint={"save_interval_steps": 10},
     )
 
 
@@ -87,10 +87,10 @@ def test_offload_and_the_community_s_names(
 
 
 def _broken(folder: Path, start: Callable[..., Job], *, ranks: int | None, **training: Any) -> Watched:
-    """A run killed after step BREAK, whose newest checkpoint is of step 20."""
+    """A run killed after step BREAK, whose newest checkpoint is of step 10."""
     run = _new_run(folder, **training)
     assert start(run.folder, ranks=ranks, fault=f"train.step@{BREAK}:signal=SIGKILL").wait() != 0
-    assert run.newest_checkpoint() == 20
+    assert run.newest_checkpoint() == 10
     return run
 
 
@@ -110,7 +110,7 @@ def test_a_resume_on_as_many_ranks_is_equal(
     start(run.folder, ranks=2).complete()
     whole = unbroken(_new_run, 2, zero_stage=stage, **({} if precision == "fp32" else {"precision": precision}))
     assert losses(run.work.root) == losses(whole.work.root)
-    for step in (40, STEPS):
+    for step in (20, STEPS):
         found, wanted = (verify(checkpoint_path(which.work.checkpoints, step)) for which in (run, whole))
         _assert_equal_tensors(dict(found.weights()), dict(wanted.weights()))
         _assert_equal_tensors(dict(found.optimizer()), dict(wanted.optimizer()))
@@ -126,8 +126,8 @@ def _assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torc
 @pytest.mark.parametrize(
     "sessions",
     [
-        [(2, 2, 11), (None, 0, 22), (2, 3, None)],
-        pytest.param([(2, 2, 11), (None, 0, 22), (4, 1, 33), (2, 3, None)], marks=pytest.mark.slow),
+        [(2, 2, 6), (None, 0, 13), (2, 3, None)],
+        pytest.param([(2, 2, 6), (None, 0, 13), (4, 1, 19), (2, 3, None)], marks=pytest.mark.slow),
     ],
     ids=["two, one, two", "two, one, four, two"],
 )
@@ -155,7 +155,7 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
     """Row A7: without global_batch_size, another number of ranks accumulates more; what cannot be kept is refused."""
     run = _new_run(tmp_path, global_batch_size=None, zero_stage=1)
     assert start(run.folder, ranks=2, fault=f"train.step@{BREAK}:signal=SIGKILL").wait() != 0
-    before = _curve(run, "tokens")[:20]
+    before = _curve(run, "tokens")[:10]
     job = start(run.folder, ranks=3)
     assert job.wait() != 0
     assert (
@@ -163,7 +163,7 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
         in (job.text)
     )
     start(run.folder).complete()
-    assert _curve(run, "tokens")[:20] == before
+    assert _curve(run, "tokens")[:10] == before
     assert _curve(run, "tokens") == [4 * 32 * step for step in range(1, STEPS + 1)]
 
 
@@ -192,7 +192,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     config = tiny_run_config(
         run.folder,
         training={
-            "max_steps": 21,
+            "max_steps": 11,
             "global_batch_size": 8,
             "micro_bsz": 2,
             "grad_cp": 1,
@@ -203,7 +203,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     )
     write_config(run.folder / "run.yaml", config)
     start(run.folder, ranks=2).complete()
-    wanted = verify(checkpoint_path(source.work.checkpoints, 20)).weights()
+    wanted = verify(checkpoint_path(source.work.checkpoints, 10)).weights()
     _assert_equal_tensors(load_pth(run.work.final_weights), dict(wanted))
 
 
@@ -224,12 +224,12 @@ def test_saving_in_the_background_changes_nothing(
     run = _new_run(tmp_path, zero_stage=2)
     text = (run.folder / "run.yaml").read_text()
     (run.folder / "run.yaml").write_text(text.replace("background: null", "background: true"))
-    job = start(run.folder, ranks=2, fault="checkpoint.after_weights@20#1:sleep=8")
-    run.wait_for_steps(job, sessions=0, step=23)
+    job = start(run.folder, ranks=2, fault="checkpoint.after_weights@10#1:sleep=8")
+    run.wait_for_steps(job, sessions=0, step=13)
     assert list_steps(run.work.checkpoints) == []  # rank 1 is still writing
     job.complete()
     assert losses(run.work.root) == losses(unbroken(_new_run, 2, zero_stage=2).work.root)
-    assert list_steps(run.work.checkpoints) == [20, 40, 50]
+    assert list_steps(run.work.checkpoints) == [10, 20, 26]
     assert any("save_wait_s" in line for line in (run.work.logs / "metrics.jsonl").read_text().splitlines())
 
 
