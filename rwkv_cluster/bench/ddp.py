@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.bench.ddp_memory import KINDS
-from rwkv_cluster.config import Config
+from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.planning.model_states import theory
+from rwkv_cluster.train.optimizers.table import optimizer_of
 
 STRATEGIES = ("single", "ddp", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 """single: one process without a process group, on one rank only."""
@@ -220,7 +221,7 @@ def _beside_theory(
 ) -> dict[str, dict[str, float | None]]:
     strategy, ranks = who
     stage = int(strategy[-1]) if strategy.startswith("deepspeed") else None
-    predicted = theory(figures["parameters"], ranks, stage, precision)
+    predicted = theory(figures["parameters"], ranks, stage, precision, optimizer_of(TrainingConfig()))
     if stage == 3:
         predicted["whole"] = figures["parameters_kept_whole"] * (4.0 if precision == "fp32" else 2.0)
     return {

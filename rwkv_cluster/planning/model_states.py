@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.model.parameter_shapes import count, trained
 from rwkv_cluster.model.versions.version import Shapes
-from rwkv_cluster.train.optimizers.table import ADAMW, Optimizer
+from rwkv_cluster.train.optimizers.table import Optimizer
 
 FP32 = 4  # bytes
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -73,9 +73,7 @@ class ModelStates:
     host: float
 
 
-def theory(
-    parameters: int, ranks: int, stage: int | None, precision: str, optimizer: Optimizer = ADAMW
-) -> dict[str, float]:
+def theory(parameters: int, ranks: int, stage: int | None, precision: str, optimizer: Optimizer) -> dict[str, float]:
     """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
 
     Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights. Without ZeRO and in
@@ -95,7 +93,7 @@ def theory(
 
 
 def model_states(
-    shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int, optimizer: Optimizer = ADAMW
+    shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int, optimizer: Optimizer
 ) -> ModelStates:
     """State of training of a model with `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements."""
     P, stage, ranks = count(trained(shapes)), sharding.stage, sharding.ranks

@@ -34,6 +34,7 @@ from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import finishing
 from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.train.parallel.strategy import leaving, sums_in_fp32
 from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.rollback import roll_back
@@ -201,7 +202,8 @@ def _require_disk_space(session: Session) -> None:
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
     shapes = expected_shapes(session.config.model)
     is_new = session.resume_checkpoint is None and not work.initial_weights.exists()
-    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, begins=is_new)
+    optimizer = optimizer_of(session.config.training)
+    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, optimizer, begins=is_new)
     require_disk_space(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 

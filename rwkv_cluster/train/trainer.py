@@ -31,6 +31,7 @@ from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.metrics.step_times import StepTimes, rewind_absent
 from rwkv_cluster.train.metrics.throughput import utilization
 from rwkv_cluster.train.metrics.train_log import TrainLog
+from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.placement import Placement
 from rwkv_cluster.train.sample import Sampler
@@ -79,7 +80,9 @@ def build_after_step(
         work.checkpoints,
         config.checkpoint.keep_last,
         background=_saves_in_background(config, session.placement),
-        n_bytes=checkpoint_bytes(expected_shapes(config.model), session.placement.world_size),
+        n_bytes=checkpoint_bytes(
+            expected_shapes(config.model), session.placement.world_size, optimizer_of(config.training)
+        ),
         reach_steps=_reach_steps(config.guard),
         events=events,
     )

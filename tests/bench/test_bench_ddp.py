@@ -11,6 +11,7 @@ from rwkv_cluster.bench import ddp
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.planning.model_states import theory
+from rwkv_cluster.train.optimizers.table import ADAMW
 
 TINY = "--n-layer 2 --n-embd 32 --head-size 16 --ctx-len 32 --micro-bsz 2 --ds-bucket-mb 1".split()  # noqa: SIM905
 QUICK = [*TINY, *"--steps 1 --warmup 1 --repeats 1".split()]  # noqa: SIM905
@@ -31,7 +32,7 @@ QUICK = [*TINY, *"--steps 1 --warmup 1 --repeats 1".split()]  # noqa: SIM905
     ],
 )
 def test_theory(stage: int | None, precision: str, bytes_per_parameter: tuple[float, ...]) -> None:
-    found = theory(1000, 4, stage, precision)
+    found = theory(1000, 4, stage, precision, ADAMW)
     kinds = ("weights", "gradients", "masters", "moments")
     assert found == {kind: 1000 * size for kind, size in zip(kinds, bytes_per_parameter, strict=True)}
 

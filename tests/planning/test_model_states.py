@@ -15,6 +15,7 @@ from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
 from rwkv_cluster.planning.model_states import Sharding, model_states
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer, optimizer_tensors
+from rwkv_cluster.train.optimizers.table import ADAMW
 
 RECORDED = Path(__file__).parents[2] / "kernels/benchmarks/ddp-cpu-2026-11-26.json"
 SHAPES = parameter_shapes(ModelConfig(model_type="x052", n_layer=24, n_embd=1024, vocab_size=65536), 65536)
@@ -30,7 +31,7 @@ def test_deepspeeds_estimators(stage: int, ranks: int, monkeypatch: pytest.Monke
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as of_stage_2
 
     P = count(SHAPES)
-    ours = model_states(SHAPES, Sharding(ranks, stage), "bf16", BUCKET)
+    ours = model_states(SHAPES, Sharding(ranks, stage), "bf16", BUCKET, ADAMW)
     if stage == 2:
         kept = of_stage_2(P, ranks, 1, cpu_offload=False)[1] - of_stage_2(P, ranks, 1, cpu_offload=True)[1]
         kept -= ours.gradients  # which theirs counts beside the fp32 copy
@@ -48,7 +49,7 @@ def test_deepspeeds_estimator_of_the_hosts_memory(ranks: int) -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as of_stage_2
 
     P = count(SHAPES)
-    host = ranks * model_states(SHAPES, Sharding(ranks, 2, offload_optimizer=True), "bf16", BUCKET).host
+    host = ranks * model_states(SHAPES, Sharding(ranks, 2, offload_optimizer=True), "bf16", BUCKET, ADAMW).host
     theirs = of_stage_2(P, ranks, 1, cpu_offload=True, additional_buffer_factor=1)[0]
     assert theirs == 16 * P if ranks == 4 else theirs > 16 * P
     assert host == pytest.approx(18 * P, rel=0.05)
@@ -65,7 +66,7 @@ def test_what_the_recorded_bench_has_allocated(strategy: str, ranks: int) -> Non
     shapes = parameter_shapes(model, 256)
     assert count(shapes) == record["parameters"]
     stage = None if strategy == "ddp" else int(strategy[-1])
-    ours = model_states(shapes, Sharding(ranks, stage), "fp32", 200_000_000)
+    ours = model_states(shapes, Sharding(ranks, stage), "fp32", 200_000_000, ADAMW)
     measured = {kind: row["measured"] for kind, row in case["bytes"].items()}
     for kind in ("weights", "masters", "moments"):
         assert getattr(ours, kind) == pytest.approx(measured[kind], rel=0.05), kind
@@ -83,21 +84,23 @@ def test_a_real_optimizer(model_type: str) -> None:
     optimizer = build_optimizer(model, config.model_type, TrainingConfig(precision="fp32"))
     next_token_loss(model, some_tokens(2, 9)).backward()
     optimizer.step()
-    ours = model_states(parameter_shapes(config, 50), Sharding(1), "fp32", BUCKET)
+    ours = model_states(parameter_shapes(config, 50), Sharding(1), "fp32", BUCKET, ADAMW)
     assert ours.weights == sum(p.nbytes for p in model.parameters())
     assert ours.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert ours.moments == sum(tensor.nbytes for tensor in optimizer_tensors(optimizer).values())
 
 
 def test_stages_keep_less_and_offloading_moves_it() -> None:
-    whole, one, two, three = (model_states(SHAPES, Sharding(8, stage), "bf16", 1000) for stage in (None, 1, 2, 3))
+    whole, one, two, three = (
+        model_states(SHAPES, Sharding(8, stage), "bf16", 1000, ADAMW) for stage in (None, 1, 2, 3)
+    )
     assert whole.gradients == 2 * one.gradients == 16 * two.gradients
     assert two.weights == 8 * three.weights
     assert one.buckets == two.buckets == 2 * three.buckets == 2 * 2 * 1000
     small = parameter_shapes(ModelConfig(n_layer=1, n_embd=64, vocab_size=50), 50)
-    assert model_states(small, Sharding(8, 3), "fp32", 10**9).buckets == 4 * count(small)
+    assert model_states(small, Sharding(8, 3), "fp32", 10**9, ADAMW).buckets == 4 * count(small)
     assert (whole.keeps_gradients, one.keeps_gradients, three.keeps_gradients) == (True, False, True)
-    moved = model_states(SHAPES, Sharding(8, 3, True, True), "bf16", 1000)
+    moved = model_states(SHAPES, Sharding(8, 3, True, True), "bf16", 1000, ADAMW)
     assert (moved.weights, moved.masters, moved.moments, moved.gradients) == (0, 0, 0, 0)
     assert moved.host == pytest.approx(three.weights + 18 * count(SHAPES) / 8)
 

@@ -139,21 +139,25 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     from rwkv_cluster.model.weights_file import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
     from rwkv_cluster.train.checkpoint.save_load import list_steps
+    from rwkv_cluster.train.optimizers.table import optimizer_of
     from rwkv_cluster.train.placement import DTYPES
 
+    optimizer = optimizer_of(config.training)
     try:
         shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)
         world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
-        first = disk_space.bytes_needed_next(shapes, item_bytes, world_size, begins=begins)
+        first = disk_space.bytes_needed_next(shapes, item_bytes, world_size, optimizer, begins=begins)
         disk_space.require_disk_space(folder, first, "the next checkpoint and the weights beside it")
     except RWKVClusterError as error:
         return [refused("room", error)]
-    one, there = disk_space.checkpoint_bytes(shapes, world_size), len(list_steps(work.checkpoints))
-    kept = max(0, config.checkpoint.keep_last + 1 - there) * one + first - one  # the oldest goes after the newest came
+    size, there = disk_space.checkpoint_bytes(shapes, world_size, optimizer), len(list_steps(work.checkpoints))
+    # the oldest goes after the newest came
+    kept = max(0, config.checkpoint.keep_last + 1 - there) * size + first - size
     free = shutil.disk_usage(folder).free
-    text = f"{one / 1e9:,.3g} GB a checkpoint, {kept / 1e9:,.3g} GB for all still to be kept, {free / 1e9:,.3g} GB free"
+    sizes = (f"{n_bytes / 1e9:,.3g} GB" for n_bytes in (size, kept, free))
+    text = "{} a checkpoint, {} for all still to be kept, {} free".format(*sizes)
     if kept * disk_space.SPARE > free:
         remedy = "Make room, keep fewer (checkpoint.keep_last), or choose another work_dir"
         return [warning("room", f"{text}: later checkpoints will not fit", remedy)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import free_bytes
-from rwkv_cluster.train.optimizers.table import ADAMW, Optimizer
+from rwkv_cluster.train.optimizers.table import Optimizer
 
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
 _TENSOR = 300  # torch's format beside the values of a tensor: two zip headers, its name, its place in the pickle
@@ -27,14 +27,14 @@ def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * item_bytes + _TENSOR * len(shapes)
 
 
-def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer = ADAMW) -> int:
+def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer) -> int:
     """Approximate size of a checkpoint, all its files together: masters, moments and the state of each rank."""
     return optimizer.tensors_saved * weights_bytes(shapes, _FP32) + _RANK * world_size
 
 
-def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, *, begins: bool) -> int:
+def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, optimizer: Optimizer, *, begins: bool) -> int:
     """Bytes that the next save writes: a checkpoint, a weights file, and the initial weights where a run `begins`."""
-    return checkpoint_bytes(shapes, world_size) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
+    return checkpoint_bytes(shapes, world_size, optimizer) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
 
 
 def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:
