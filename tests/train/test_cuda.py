@@ -77,6 +77,47 @@ def test_continues_exactly(
     assert fingerprint(configs[0].work_dir) == fingerprint(configs[1].work_dir)
 
 
+def _train_in_processes(folder: Path, ranks: int, fault: str | None = None) -> int:
+    """Exit code of `train run.yaml` under torchrun."""
+    module = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "rwkv_cluster")
+    environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
+    command = [sys.executable, *module, "train", "run.yaml"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=300).returncode
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_killed_and_continued_is_equal(precision: str, tmp_path: Path) -> None:
+    for name in ("unbroken", "killed"):
+        (tmp_path / name).mkdir()
+        config = tiny_run_config(
+            tmp_path / name,
+            model={"n_embd": 128, "head_size_a": 64},
+            training={"accelerator": "cuda", "precision": precision},
+        )
+        write_config(tmp_path / name / "run.yaml", config)
+    assert _train_in_processes(tmp_path / "unbroken", 1) == 0
+    assert _train_in_processes(tmp_path / "killed", 1, "train.step@6:signal=SIGKILL") != 0
+    assert _train_in_processes(tmp_path / "killed", 1) == 0
+    assert fingerprint(tmp_path / "killed/work") == fingerprint(tmp_path / "unbroken/work")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_follows_one_process(stage: int, tmp_path: Path) -> None:
+    """In fp32, on as many GPUs as there are, two at most."""
+    pytest.importorskip("deepspeed")
+    ranks = min(2, torch.cuda.device_count())
+    for name, training in (("alone", {}), ("zero", {"zero_stage": stage})):
+        (tmp_path / name).mkdir()
+        config = tiny_run_config(
+            tmp_path / name,
+            model={"n_embd": 128, "head_size_a": 64},
+            training={"accelerator": "cuda", "micro_bsz": 2, "global_batch_size": 4, "lr_init": 3e-4} | training,
+        )
+        write_config(tmp_path / name / "run.yaml", config)
+        assert _train_in_processes(tmp_path / name, ranks if training else 1) == 0
+    assert losses(tmp_path / "zero/work") == pytest.approx(losses(tmp_path / "alone/work"), rel=1e-5)
+
+
 def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path: Path) -> None:
     results = []
     for name, steps in (("plain", 0), ("profiled", 3)):
