@@ -52,15 +52,16 @@ class Layout:
     Attributes:
         name: as `export --format` and messages say it.
         title: for a reader, e.g. "flash-linear-attention's names".
-        telling: pattern of a name that weights in this layout have and those in no other.
+        telling: patterns of names, for each of which weights in this layout have one, and those in no other.
         versions: `model.model_type` that it exists for.
-        renames: every tensor that a model of those versions may have.
+        renames: every tensor that a model of those versions may have. A tensor with two rows has had two names there:
+            both are read, and the last is the one to write.
         dropped: native names that the layout has no place for, because no computation uses them.
     """
 
     name: str
     title: str
-    telling: str
+    telling: tuple[str, ...]
     versions: tuple[str, ...]
     renames: tuple[Rename, ...]
     dropped: tuple[str, ...] = ()
@@ -85,7 +86,8 @@ class Layout:
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether weights with tensors of these names are in this layout."""
-        return any(re.match(self.telling, name) for name in names)
+        names = list(names)
+        return all(any(re.match(pattern, name) for name in names) for pattern in self.telling)
 
     @cached_property
     def _by_native(self) -> dict[str, Rename]:
@@ -154,9 +156,10 @@ def _flash_linear_attention() -> tuple[Rename, ...]:
     )
 
 
-def _block_names(prefix: str) -> Iterator[Rename]:
+def _block_names(prefix: str, *, without_loras: bool = False) -> Iterator[Rename]:
     """Tensors of RWKV-7's blocks under their native names and shapes, behind `prefix`."""
-    att = (*_VECTORS, *_LORA_MATRICES, "r_k", *(f"{name}.weight" for name in ("receptance", "key", "value", "output")))
+    matrices = (f"{name}.weight" for name in ("receptance", "key", "value", "output"))
+    att = (*_VECTORS, *(() if without_loras else _LORA_MATRICES), "r_k", *matrices)
     parts = [
         *(f"{norm}.{part}" for norm in ("ln0", "ln1", "ln2", "att.ln_x") for part in _NORMS),
         *(f"att.{name}" for name in att),
@@ -168,6 +171,7 @@ def _block_names(prefix: str) -> Iterator[Rename]:
 def _transformers() -> tuple[Rename, ...]:
     """Rwkv7ForCausalLM of transformers' pull request 47787: native names behind `rwkv7.`."""
     return (
+        Rename("emb.weight", "rwkv7.embeddings.weight"),  # of the branch's first converter
         Rename("emb.weight", "rwkv7.emb.weight"),
         *_block_names("rwkv7.blocks.{i}."),
         *_pairs("ln_out.", "rwkv7.ln_out.", _NORMS),
@@ -196,20 +200,60 @@ def _transformers_rwkv() -> tuple[Rename, ...]:
 
 
 def _rwkv_rs() -> tuple[Rename, ...]:
-    """State-dict adapter of rwkv-rs/rwkv-lm, and the older transformers-rwkv: native names in blocks."""
+    """State-dict adapter of rwkv-rs/rwkv-lm, and the older transformers-rwkv: LoRAs are Linear, all else is native."""
+    att = "model.blocks.{i}.att."
+    loras = (Rename(f"blocks.{{i}}.att.{name}", f"{att}{name}.weight", Reshape.TRANSPOSE) for name in _LORA_MATRICES)
     return (
         Rename("emb.weight", "model.embeddings.weight"),
-        *_block_names("model.blocks.{i}."),
+        *_block_names("model.blocks.{i}.", without_loras=True),
+        *loras,
         *_pairs("ln_out.", "model.ln_out.", _NORMS),
         Rename("head.weight", "head.weight"),
     )
+
+
+def _rwkv_5_and_6(att: Iterable[Rename], ffn: Iterable[Rename]) -> tuple[Rename, ...]:
+    """Rwkv5ForCausalLM and Rwkv6ForCausalLM of the RWKV organisation. att, ffn: the vectors and LoRAs of a block."""
+    block, there = "blocks.{i}.", "rwkv.blocks.{i}."
+    matrices = [f"{name}.weight" for name in ("receptance", "key", "value", "gate", "output")]
+    return (
+        Rename("emb.weight", "rwkv.embeddings.weight"),
+        Rename("head.weight", "head.weight"),
+        *_pairs("ln_out.", "rwkv.ln_out.", _NORMS),
+        *_pairs(block + "ln0.", there + "pre_ln.", _NORMS),
+        *_pairs(block + "ln1.", there + "ln1.", _NORMS),
+        *_pairs(block + "ln2.", there + "ln2.", _NORMS),
+        *_pairs(block + "att.ln_x.", there + "attention.ln_x.", _NORMS),
+        *_pairs(block + "att.", there + "attention.", (*matrices, "time_decay", "time_faaaa")),
+        *_pairs(block + "ffn.", there + "feed_forward.", ("receptance.weight", "key.weight", "value.weight")),
+        *att,
+        *ffn,
+    )
+
+
+def _rwkv_5() -> tuple[Rename, ...]:
+    """Names of convert_rwkv5_checkpoint_to_hf.py in BBuf/RWKV-World-HF-Tokenizer."""
+    mixes = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
+
+    def renames(native: str, there: str, of: str) -> Iterator[Rename]:
+        return (Rename(f"{native}time_mix_{name}", f"{there}time_mix_{mixes[name]}") for name in of)
+
+    att = renames("blocks.{i}.att.", "rwkv.blocks.{i}.attention.", "kvrg")
+    return _rwkv_5_and_6(att, renames("blocks.{i}.ffn.", "rwkv.blocks.{i}.feed_forward.", "kr"))
+
+
+def _rwkv_6() -> tuple[Rename, ...]:
+    """Names of convert_rwkv6_checkpoint_to_hf.py in BBuf/RWKV-World-HF-Tokenizer."""
+    parts = [*(f"time_maa_{name}" for name in (*"xwkvrg", "w1", "w2")), "time_decay_w1", "time_decay_w2"]
+    att = _pairs("blocks.{i}.att.", "rwkv.blocks.{i}.attention.", parts)
+    return _rwkv_5_and_6(att, _pairs("blocks.{i}.ffn.", "rwkv.blocks.{i}.feed_forward.", ("time_maa_k", "time_maa_r")))
 
 
 _ROWS = (
     Layout(
         name="fla",
         title="flash-linear-attention's names",
-        telling=r"model\.layers\.\d+\.attn\.w_lora\.",
+        telling=(r"model\.layers\.\d+\.attn\.w_lora\.",),
         versions=("x070",),
         renames=_flash_linear_attention(),
         dropped=_UNUSED,
@@ -217,7 +261,7 @@ _ROWS = (
     Layout(
         name="transformers",
         title="the names of transformers' Rwkv7ForCausalLM",
-        telling=r"rwkv7\.blocks\.\d+\.att\.w1$",
+        telling=(r"rwkv7\.blocks\.\d+\.att\.w1$",),
         versions=("x070",),
         renames=_transformers(),
         dropped=_UNUSED,
@@ -225,7 +269,7 @@ _ROWS = (
     Layout(
         name="transformers-rwkv",
         title="the names of transformers-rwkv",
-        telling=r"model\.layers\.\d+\.linear_attn\.r_proj\.",
+        telling=(r"model\.layers\.\d+\.linear_attn\.r_proj\.",),
         versions=("x070",),
         renames=_transformers_rwkv(),
         dropped=_UNUSED,
@@ -233,10 +277,24 @@ _ROWS = (
     Layout(
         name="rwkv-rs",
         title="the names of rwkv-rs/rwkv-lm",
-        telling=r"model\.blocks\.\d+\.att\.",
+        telling=(r"model\.embeddings\.", r"model\.blocks\.\d+\.att\."),
         versions=("x070",),
         renames=_rwkv_rs(),
         dropped=_UNUSED,
+    ),
+    Layout(
+        name="rwkv-5-hf",
+        title="the names of the RWKV organisation's Rwkv5ForCausalLM",
+        telling=(r"rwkv\.blocks\.\d+\.attention\.time_mix_gate$", r"rwkv\.blocks\.\d+\.attention\.time_faaaa$"),
+        versions=("x052",),
+        renames=_rwkv_5(),
+    ),
+    Layout(
+        name="rwkv-6-hf",
+        title="the names of the RWKV organisation's Rwkv6ForCausalLM",
+        telling=(r"rwkv\.blocks\.\d+\.attention\.time_maa_x$",),
+        versions=("x060",),
+        renames=_rwkv_6(),
     ),
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ROWS}

@@ -14,6 +14,7 @@ from pathlib import Path
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 
 HEAD_BYTES = 512
+MAX_HEADER_BYTES = 100_000_000  # of safetensors, which refuses a longer one
 ZIP = b"PK\x03\x04"
 _UNPACK = "Unpack it and name the .pth that is in it"
 _ORIGINAL = "Use the .pth that it was made from, in bf16, fp16 or fp32"
@@ -40,11 +41,29 @@ _MAGIC: dict[bytes, tuple[str, str]] = {
 _PAGE = re.compile(rb"\s*(<!doctype|<html|<\?xml|<head|<body)", re.IGNORECASE)
 _DOWNLOAD = "Download the file itself: on Hugging Face from /resolve/, not /blob/"
 _NOT_MERGED = re.compile(r"(^|[._])(lora|dora|bone|disha|pissa)($|[._])", re.IGNORECASE)
+_NOT_SUPPORTED = {
+    ".qkv.": "RWKV-7b",
+    "ffn.s_emb": "RWKV-7a, which has an embedding in every block (DeepEmbed)",
+    "rosa": "an RWKV with ROSA",
+    "ffn.enn": "a draft of RWKV-8",
+}
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
 
 
 def require_weights_file(path: Path) -> None:
     """Raise MissingCheckpointError or CheckpointError unless a file is there that begins as torch.save's do."""
+    if is_safetensors(path):
+        program = "import sys, torch, safetensors.torch as s; torch.save(s.load_file(sys.argv[1]), sys.argv[2])"
+        raise CheckpointError(
+            f"{path}: it is a safetensors file", remedy=f'Convert it: python -c "{program}" IN OUT.pth'
+        )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, rather than as torch.save's.
+
+    Raises MissingCheckpointError or CheckpointError for a file of any other kind.
+    """
     if not path.exists():
         raise MissingCheckpointError(f"{path}: no such weights file", remedy="Check the path")
     if path.is_dir():
@@ -57,21 +76,23 @@ def require_weights_file(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if head.startswith(ZIP):
-        return
+        return False
+    if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER_BYTES:
+        return True
     if head[:1] == b"\x80":
         raise CheckpointError(
             f"{path}: refused: it has the pickle format from before torch 1.6, which cannot be verified",
             remedy="Load it in an environment you trust and save it again with torch.save",
         )
-    what, remedy = _kind(head, path.stat().st_size) or (None, "")
+    what, remedy = _kind(head) or (None, "")
     if what is None:
         raise CheckpointError(f"{path}: not a weights file: starts with {head[:4]!r}, wanted {ZIP!r}")
     raise CheckpointError(f"{path}: it is {what}", remedy=remedy)
 
 
-def _kind(head: bytes, size: int) -> tuple[str, str] | None:
-    """(Kind of a file with these first bytes and this size, what to do); None for an unknown one."""
-    if size == 0:
+def _kind(head: bytes) -> tuple[str, str] | None:
+    """(Kind of a file with these first bytes, what to do); None for an unknown one."""
+    if not head:
         return "empty", "Download or save it again"
     if not head.strip(b"\0"):
         return "zeros where the weights should be: a download or copy that was cut off", "Download or save it again"
@@ -82,9 +103,6 @@ def _kind(head: bytes, size: int) -> tuple[str, str] | None:
         return "a web page (HTML), not the weights", _DOWNLOAD
     if head[257:262] == b"ustar":
         return "a tar archive", _UNPACK
-    if size > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] + 8 <= size:
-        program = "import sys, torch, safetensors.torch as s; torch.save(s.load_file(sys.argv[1]), sys.argv[2])"
-        return "a safetensors file", f'Convert it: python -c "{program}" IN OUT.pth'
     if head.lstrip()[:1] in (b"{", b"["):
         return "JSON, not the weights: maybe the answer of a server that refused the download", _DOWNLOAD
     return None
@@ -107,6 +125,8 @@ def archive_fault(archive: zipfile.ZipFile) -> str | None:
 
 def content_fault(content: Mapping[object, object]) -> str | None:
     """What a dict is that is not one of tensors alone, and what to do; None where that cannot be told."""
+    if content.get("format") in ("rwkv-lora-adapter", "rwkv7-torchtitan-lora-adapter"):
+        return "it is a LoRA of rwkv-rs/rwkv-lm, not a model. Merge it into the weights that it was trained on"
     if {"param_groups", "state"} <= content.keys():
         return "it is the state of an optimizer, not weights. Name the weights that were saved beside it"
     for key in _NESTED:
@@ -121,17 +141,33 @@ def content_fault(content: Mapping[object, object]) -> str | None:
 def names_fault(names: Iterable[str]) -> str | None:
     """What tensors of these names are beside a model's weights or in their place, and what to do; None: not known."""
     names = list(names)
+    if fault := not_a_model(names):
+        return fault
+    if any(".attention." in name or name.startswith("rwkv.") for name in names):
+        return (
+            "they have the names of the package transformers for an RWKV before 5.2. Use an RWKV-5.2, RWKV-6 or RWKV-7"
+        )
+    if name := next((name for name in names if re.search(r"(^|\.)layers\.\d+\.", name)), None):
+        return f"they are not those of an RWKV, or have the names of an unknown program ({name!r:.80})"
+    return None
+
+
+def not_a_model(names: Iterable[str]) -> str | None:
+    """What tensors with a name like these are, where no model that is supported has it, and what to do."""
+    names = list(names)
     if name := next((name for name in names if _NOT_MERGED.search(name.replace("lora_", "lora."))), None):
         return f"they hold a LoRA that is not merged ({name!r:.80}). Merge it into the weights that it was trained on"
-    if name := next((name for name in names if name.endswith("time_state")), None):
+    states = [name for name in names if name.endswith("time_state")]
+    if states and len(states) == len(names):
+        return "they are a tuned state alone, and no model. Name the weights that it was tuned for"
+    if states:
         return (
-            f"they hold a tuned state ({name!r:.80}), which is no part of a model. Leave the tensors *.time_state out, "
-            "or name the weights that it was tuned for"
+            f"they hold a tuned state ({states[0]!r:.80}), which is no part of a model. Leave the tensors *.time_state "
+            "out, or name the weights that it was tuned for"
         )
     if any(name.startswith(("exp_avg/", "exp_avg_sq/")) for name in names):
         return "they are the moments of an optimizer. Name the weights.pth beside them"
-    if any(".attention." in name or name.startswith("rwkv.") for name in names):
-        return "they have the names of the package transformers. Use the .pth of the same model"
-    if any(re.search(r"(^|\.)layers\.\d+\.", name) for name in names):
-        return "they have the names of flash-linear-attention or another program. Use the .pth of the same model"
+    for part, what in _NOT_SUPPORTED.items():
+        if name := next((name for name in names if part in name.lower()), None):
+            return f"they are those of {what} ({name!r:.80}), which is not supported. Use weights of RWKV-7 (x070)"
     return None
