@@ -118,7 +118,8 @@ class RWKVTrainingPipeline:
         self._tokenizer = _first_tokenizer(tokenizer, given_data, stored, self._paths.config_yaml)
         self.manifest: DataManifest | None = None
         self._exit_tokens: int | None = None
-        if model_config is not None or self.model_config.vocab_size is None:
+        starts_from_weights = self.training_config.init_from is not None  # whose rows they then are
+        if not starts_from_weights and (model_config is not None or self.model_config.vocab_size is None):
             self.model_config.vocab_size = int(self.tokenizer.vocab_size)
         if stored is None:
             if rank() == 0:
@@ -336,7 +337,7 @@ class RWKVTrainingPipeline:
         auto_detect: bool = True,
         override_config: Mapping[str, Any] | None = None,
     ) -> TrainResult:
-        """Start a new run from the weights in an RWKV .pth file; called again, continue that run.
+        """Start a new run from weights, a file or a folder; called again, continue that run.
 
         auto_detect: take the architecture from the file. override_config: fields of ModelConfig or TrainingConfig to
         set after that, ctx_len or lr_init for instance.
@@ -346,7 +347,8 @@ class RWKVTrainingPipeline:
                 does not fit model_config.
             ConfigError: an override is unknown, or the work directory holds a run that started otherwise.
         """
-        from rwkv_cluster.model.weights_file import infer_model_config, load_pth
+        from rwkv_cluster.interchange.read import peek_weights
+        from rwkv_cluster.model.weights_file import infer_model_config
 
         self._require_data("Data must be prepared before training")
         path = Path(written_out(checkpoint_path, "checkpoint_path"))
@@ -355,7 +357,7 @@ class RWKVTrainingPipeline:
         overrides = _by_section(override_config or {})
         model = self.model_config
         if auto_detect:
-            model = _changed(infer_model_config(load_pth(path)), ctx_len=model.ctx_len)
+            model = _changed(infer_model_config(peek_weights(path).tensors), ctx_len=model.ctx_len)
             self._require_rows(path, model.vocab_size or 0)
         self.model_config = _changed(model, **overrides[ModelConfig])
         self._set_training(init_from=str(path.absolute()), **overrides[TrainingConfig])

@@ -348,14 +348,24 @@ def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Pat
     [
         (lambda path: None, "no such weights file. Check the path"),
         (lambda path: path.write_bytes(b"junk"), "not a weights file: starts with b'junk', wanted b'PK\\x03\\x04'"),
-        (lambda path: path.mkdir(), "a folder, not a weights file. Name the .pth that is in it"),
+        (lambda path: path.mkdir(), "a folder without weights: it has nothing, expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin. Name a weights file or its folder"),
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "it is a Git LFS pointer and not the weights. Run `git lfs pull` where it was cloned"),
+        (lambda path: path.write_bytes(b"<!doctype html>"), "it is a web page (HTML), not the weights. Download the file itself: on Hugging Face from /resolve/, not /blob/"),
+        (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "it is a GGUF file. Use the .pth that it was made from, in bf16, fp16 or fp32"),
+        (lambda path: torch.save({"state": {}, "param_groups": []}, path), "it is the state of an optimizer, not weights. Name the weights that were saved beside it"),
+        (lambda path: save_pth(path, {"blocks.0.att.time_state": torch.ones(2)}), "weights cannot be used: they are a tuned state alone, and no model. Name the weights that it was tuned for"),
+        (lambda path: save_pth(path, {"blocks.0.att.key.lora_A": torch.ones(2)}), "weights cannot be used: they hold a LoRA that is not merged ('blocks.0.att.key.lora_A'). Merge it into the weights that it was trained on"),
+        (lambda path: save_pth(path, {"blocks.0.ffn.s_emb.weight": torch.ones(2)}), "weights cannot be used: they are those of RWKV-7a, which has an embedding in every block (DeepEmbed) ('blocks.0.ffn.s_emb.weight'), which is not supported. Use weights of RWKV-7 (x070)"),
+        (lambda path: save_pth(path, {"blocks.0.qkv.k1": torch.ones(2)}), "weights cannot be used: they are those of RWKV-7b ('blocks.0.qkv.k1'), which is not supported. Use weights of RWKV-7 (x070)"),
+        (lambda path: save_pth(path, {"blocks.0.rosa.emb": torch.ones(2)}), "weights cannot be used: they are those of an RWKV with ROSA ('blocks.0.rosa.emb'), which is not supported. Use weights of RWKV-7 (x070)"),
+        (lambda path: save_pth(path, {"blocks.0.ffn.enn.weight": torch.ones(2)}), "weights cannot be used: they are those of a draft of RWKV-8 ('blocks.0.ffn.enn.weight'), which is not supported. Use weights of RWKV-7 (x070)"),
         (lambda path: save_pth(path, {"a": torch.ones(2)}), "weights are not those of an RWKV: found a, expected emb.weight, blocks.0.*"),
     ],
 )  # fmt: skip
 def test_init_from_what_is_no_weights_file(make: Callable[[Path], None], sentence: str, run: Run) -> None:
     """Told before the data is prepared, which may take hours."""
     make(Path("other.pth"))
-    ending = "training.init_from names it, and model.* must have its shape"
+    ending = "training.init_from names it"
     for command in ("train", "doctor"):
         if command == "train":
             refused(run, 4, f"other.pth cannot start this run: {sentence}. {ending}",
@@ -365,13 +375,28 @@ def test_init_from_what_is_no_weights_file(make: Callable[[Path], None], sentenc
     assert not Path("work/data/manifest.json").exists()
 
 
-def test_init_from_weights_with_more_rows_than_the_tokenizer_has_ids(run: Run) -> None:
+def test_init_from_weights_with_other_rows_than_the_tokenizer_has_ids(run: Run) -> None:
     run("init", "run.yaml", "--model.vocab_size=320", "--work_dir=big")
     weights = "--training.init_from=big/out/rwkv-init.pth"
     refused(run, 4, "big/out/rwkv-init.pth cannot start this run: it has 320 vocabulary rows, of which the tokenizer uses "
-            "257. Set model.vocab_size=320. training.init_from names it, and model.* must have its shape",
-            "train", "run.yaml", weights)  # fmt: skip
-    assert run("train", "run.yaml", weights, "--model.vocab_size=320")[0] == 0
+            "257. Set model.vocab_size=320. training.init_from names it",
+            "train", "run.yaml", weights, "--model.vocab_size=257")  # fmt: skip
+    refused(run, 4, "big/out/rwkv-init.pth cannot start this run: it has 320 vocabulary rows, fewer than the tokenizer has "
+            "ids (361): use the tokenizer that the weights were trained with. training.init_from names it",
+            "train", "run.yaml", weights, INTEGER)  # fmt: skip
+    assert run("train", "run.yaml", weights)[0] == 0
+
+
+def test_init_from_weights_of_another_model_than_the_file_says(run: Run) -> None:
+    run("init", "run.yaml", "--work_dir=base", "--model.decay_lora_rank=24")
+    weights = "--training.init_from=base/out/rwkv-init.pth"
+    sentence = (
+        "base/out/rwkv-init.pth cannot start this run: it holds another model (n_layer 2, this run has 3; decay_lora_rank 24, "
+        "this run has 32). Leave model.n_layer, model.decay_lora_rank out, and the weights say it"
+    )
+    other = ("--model.n_layer=3", "--model.decay_lora_rank=32")
+    for command in ("train", "init", "config", "plan"):
+        refused(run, 4, sentence, command, "run.yaml", weights, *other)
 
 
 def test_the_same_initial_weights_under_another_name(run: Run, tmp_path: Path) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_cluster.commands.loading import importing_torch, named_config, trusted_config
 from rwkv_cluster.commands.subcommand import Result, Subcommand
-from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.errors import CheckpointError, ConfigError, MissingCheckpointError
+
+if TYPE_CHECKING:
+    from rwkv_cluster.config.loader import ResolvedConfig
+
+logger = logging.getLogger("rwkv_cluster")
 
 
 def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +46,29 @@ def config(options: argparse.Namespace) -> Result:
     from rwkv_cluster.config.loader import dump_yaml
 
     resolved = named_config(options).resolved
+    if resolved.config.training.init_from is not None:
+        resolved = _with_sizes(resolved)
     data = {"config": resolved.config.model_dump(mode="json"), "sources": resolved.sources}
     return Result(dump_yaml(resolved.config, resolved.sources), data)
+
+
+def _with_sizes(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The configuration with the sizes of the weights that it begins with, unless these are on another machine."""
+    from rwkv_cluster.config.loader import ResolvedConfig
+    from rwkv_cluster.config.schema import open_sizes
+
+    with importing_torch():
+        from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
+
+    try:
+        config = with_sizes_of_weights(resolved.config)
+    except MissingCheckpointError as error:
+        logger.info("sizes of the model are not known here: %s", error)
+        return resolved
+    sources = dict(resolved.sources)
+    for name in open_sizes(resolved.config):
+        sources[f"model.{name}"] = f"{config.training.init_from}"
+    return ResolvedConfig(config, sources)
 
 
 CONFIG = Subcommand(

@@ -24,7 +24,7 @@ from rwkv_cluster.config.field_types import (
     mismatch,
     unknown_field,
 )
-from rwkv_cluster.config.schema import Config, InvalidFields, Section
+from rwkv_cluster.config.schema import Config, InvalidFields, Section, open_sizes
 from rwkv_cluster.config.yaml_reader import MAX_BYTES, MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
 from rwkv_cluster.errors import ConfigError
 
@@ -177,8 +177,14 @@ class _Reader:
 
 
 def dump_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
-    """YAML text that loads to an equal `Config`; with `sources`, comments say where each value came from."""
-    lines = list(_yaml_lines(config.model_dump(), "", sources or {}, 0))
+    """YAML text that loads to an equal `Config`; with `sources`, comments say where each value came from.
+
+    Sizes that training.init_from's weights are to say are left out.
+    """
+    values = config.model_dump()
+    for name in open_sizes(config) if config.training.init_from is not None else ():
+        del values["model"][name]
+    lines = list(_yaml_lines(values, "", sources or {}, 0))
     width = min(60, max(len(line) for line, _ in lines))
     return "".join(f"{line:<{width}}  # {note}\n" if note else f"{line}\n" for line, note in lines)
 

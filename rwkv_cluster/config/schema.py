@@ -228,7 +228,9 @@ class TrainingConfig(Section):
     layerwise_lr: bool = Field(True, description="learning-rate multipliers by parameter group, as RWKV-LM")
     random_seed: int = Field(-1, ge=-1, le=2**63 - 1, description="seed of the initial weights; -1: 0")
     init_from: str | None = Field(
-        None, description="start from the weights in this RWKV .pth instead of a fresh initialisation"
+        None,
+        description="start from these weights instead of a fresh initialisation: a .pth, .safetensors or folder of any "
+        "layout in docs/interchange.md. Fields of `model` that are not set, but for ctx_len, are read from them",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
     devices: int = Field(
@@ -431,6 +433,13 @@ def ranks_per_node(config: Config) -> int:
     """Processes on each node: launch.ranks_per_node, else one for each GPU, else training.devices."""
     launch = config.launch
     return launch.ranks_per_node or launch.gpus_per_node or config.training.devices
+
+
+def open_sizes(config: Config) -> list[str]:
+    """Fields of `model` that say a size of the network and are not set: training.init_from's weights may say them."""
+    model = config.model
+    given = {name for name in model.model_fields_set if getattr(model, name) is not None}
+    return [name for name in type(model).model_fields if name not in given and name != "ctx_len"]
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:

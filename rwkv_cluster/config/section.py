@@ -74,7 +74,9 @@ class Section(BaseModel):
 
     def __replace__(self, **changes: Any) -> Self:
         """A checked copy with other values, which is not frozen."""
-        return type(self)(**{**dict(self), **changes})
+        copy = type(self)(**{**dict(self), **changes})
+        copy.__pydantic_fields_set__.intersection_update(self.__pydantic_fields_set__ | changes.keys())
+        return copy
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and dict(self) == dict(other)

@@ -121,7 +121,9 @@ def infer_model_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
 
 
 def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, Tensor]:
-    """Tensors as `model.load_state_dict` takes them: names without wrapper prefixes, the model's dtypes.
+    """Tensors as `model.load_state_dict` takes them: names without wrapper prefixes, in the dtypes that they have.
+
+    It casts each one as it copies it, so that no second copy of the weights is in memory.
 
     Tensors of block 0 that no computation uses (v0, v1, v2 of RWKV-7) are dropped, or filled with initial values, as
     the model has them or not.
@@ -148,7 +150,7 @@ def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, T
             f"weights do not fit the configured model: {first_ones}{more}", remedy="Set model.* to the weights' shape"
         )
     check_finite(tensors, "weights are not usable")
-    return {name: tensors[name].to(target.dtype) for name, target in expected.items()}
+    return {name: tensors[name] for name in expected}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,8 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     """Plan of the run of `config`. Raises ConfigError or DataError for a configuration that could not run."""
     work = WorkDir(config.work_dir)
     manifest = _manifest(work)
-    config = with_vocabulary(config, _vocabulary(config, manifest))
+    vocab_size = _vocabulary(config, manifest)
+    config = with_vocabulary(_sized(config, vocab_size), vocab_size)
     model, training = config.model, config.training
     assert model.vocab_size is not None
     shapes = parameter_shapes(model, model.vocab_size)
@@ -131,6 +132,14 @@ def _manifest(work: WorkDir) -> DataManifest | None:
 
 def _vocabulary(config: Config, manifest: DataManifest | None) -> int:
     return manifest.vocab_size if manifest else int(build_tokenizer(config.data.tokenizer).vocab_size)
+
+
+def _sized(config: Config, vocab_size: int) -> Config:
+    if config.training.init_from is None:
+        return config
+    from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights  # loads torch
+
+    return with_sizes_of_weights(config, vocab_size)
 
 
 def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> list[Row]:

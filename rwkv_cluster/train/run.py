@@ -27,6 +27,7 @@ from rwkv_cluster.runtime.rank_env import die_with_launcher, launched, launched_
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.callbacks.rank_status import RankStatusCallback
 from rwkv_cluster.train.checkpoint import resume, save_load
+from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.distributed.rank_record import SessionStart
 from rwkv_cluster.train.fit import TrainResult, fit
@@ -86,7 +87,8 @@ def initialize(config: Config, *, force: bool = False, tokenizer: Any = None) ->
     vocab_size = _chosen(tokenizer, config).vocab_size
     with _holding(config, work, "initialize") as rank_monitor:
         if rank() == 0:
-            ensure_init_file(with_vocabulary(config, vocab_size), work, force=force)
+            sized = with_sizes_of_weights(config, vocab_size)
+            ensure_init_file(with_vocabulary(sized, vocab_size), work, force=force)
             rank_monitor.write(initialized=True)
         else:
             what = "the initial weights"
@@ -113,13 +115,20 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
     require_packages(config.logging)
     require_sample_prompt(config.logging, tokenizer)
     require_script(config.training)
-    resolved, _, _ = resolve(config, int(tokenizer.vocab_size))  # refuses at once what would be refused after the data
+    vocab_size = int(tokenizer.vocab_size)
+    resolve(config, vocab_size)  # refuses at once what would be refused after the data
     with _holding(config, work, "train") as rank_monitor:
         if rank() == 0:
-            require_init_from(resolved, work)
+            config = with_sizes_of_weights(config, vocab_size)
+            require_init_from(resolve(config, vocab_size)[0], work)
             prepared = _verified(manifest, work) if manifest else _prepared(config, work, tokenizer)
             session = open_session(config, work, prepared)
-            begins = SessionStart(data=prepared.fingerprint, step=session.start_step, group=session.group)
+            begins = SessionStart(
+                data=prepared.fingerprint,
+                step=session.start_step,
+                group=session.group,
+                model=session.config.model.model_dump(mode="json"),
+            )
             rank_monitor.write(begins=begins)
         else:
             session = session_of_rank_0(config, work, rank_monitor)

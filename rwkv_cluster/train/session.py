@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +18,15 @@ from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.preparation.prepare import DataManifest
 from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
+from rwkv_cluster.interchange.read import peek_weights, read_weights
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
+from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import resume
+from rwkv_cluster.train.checkpoint.initial_weights import INIT_FROM_REMEDY, cannot_start
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newest_verified
 from rwkv_cluster.train.checkpoint.state import RunIdentity
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
@@ -35,8 +35,6 @@ from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.parallel.strategy import place
 from rwkv_cluster.train.placement import DTYPES, Placement
 from rwkv_cluster.workdir import WorkDir
-
-INIT_FROM_REMEDY = "training.init_from names it, and model.* must have its shape"
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -178,6 +176,9 @@ def build_model(session: Session) -> RWKV:
     At the beginning of a run rank 0 alone reads or makes them: DDP gives its parameters to all ranks.
     """
     training = session.config.training
+    initial = None
+    if session.resume_checkpoint is None and rank() == 0:  # before the model, which it needs beside it otherwise
+        initial = ensure_init_file(session.config, session.work, force=training.init_from is not None)
     model = RWKV(
         session.config.model,
         grad_cp=bool(training.grad_cp),
@@ -186,9 +187,8 @@ def build_model(session: Session) -> RWKV:
     )
     if session.resume_checkpoint is not None:
         model.load_state_dict(fit_state_dict(dict(session.resume_checkpoint.weights()), model))
-    elif rank() == 0:
-        path = ensure_init_file(session.config, session.work, force=training.init_from is not None)
-        model.load_state_dict(fit_state_dict(load_pth(path), model))
+    elif initial is not None:
+        model.load_state_dict(fit_state_dict(load_pth(initial, mapped=True), model))
     model.compute_dtype = DTYPES[training.precision]
     return model
 
@@ -199,14 +199,18 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
     Raises CheckpointError when the file that is there, or training.init_from, is damaged or of another shape.
     """
     path = work.initial_weights
-    model = RWKV(config.model)
     if path.exists() and not force:
-        _fitting(path, model, "Run `rwkv-cluster init --force` to make it anew, or choose another work_dir")
+        _fitting(
+            path,
+            _shapes_alone(config.model),
+            "Run `rwkv-cluster init --force` to make it anew, or choose another work_dir",
+        )
         log.info("initial weights: %s (already there)", path)
         return path
     if config.training.init_from is not None:
-        state = _fitting(Path(config.training.init_from), model, INIT_FROM_REMEDY)
+        state = _fitting(Path(config.training.init_from), _shapes_alone(config.model), INIT_FROM_REMEDY)
     else:
+        model = RWKV(config.model)
         initialize(model, max(config.training.random_seed, 0))
         state = model.state_dict()
     save_pth(path, state, DTYPES[config.training.precision])
@@ -222,28 +226,22 @@ def require_init_from(config: Config, work: WorkDir) -> None:
     if init_from is None or list_steps(work.checkpoints):
         return
     path = Path(init_from)
-    with _cannot_start(path, INIT_FROM_REMEDY):
-        with torch.device("meta"):
-            model = RWKV(config.model)
-        _require_same_model(peek_pth(path), model)
+    with cannot_start(path, INIT_FROM_REMEDY):
+        _require_same_model(peek_weights(path).tensors, _shapes_alone(config.model))
+
+
+def _shapes_alone(config: ModelConfig) -> RWKV:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return RWKV(config)
 
 
 def _fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Tensor]:
-    """Weights in a file as `model` wants them. remedy: what to do about a file that holds none."""
-    with _cannot_start(path, remedy):
-        weights = load_pth(path)
+    """Weights in a file or folder as `model` wants them. remedy: what to do about one that holds none."""
+    with cannot_start(path, remedy):
+        weights = read_weights(path, mapped=True)
         _require_same_model(weights, model)
         return fit_state_dict(weights, model)
-
-
-@contextmanager
-def _cannot_start(path: Path, remedy: str) -> Iterator[None]:
-    """What is wrong with the weights in `path` is told as what keeps the run from starting."""
-    try:
-        yield
-    except CheckpointError as error:
-        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
-        raise type(error)(f"{path} cannot start this run: {reason}. {remedy}") from error
 
 
 def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
@@ -253,7 +251,7 @@ def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
         return
     rows, used = own.vocab_size or 0, expected.vocab_size or 0
     if len(other) == 1 and rows != used:
-        fewer = "which has more ids: use the tokenizer that the weights were trained with"
+        fewer = f"fewer than the tokenizer has ids ({used:,}): use the tokenizer that the weights were trained with"
         more = f"of which the tokenizer uses {used:,}. Set model.vocab_size={rows}"
         raise CheckpointError(f"it has {rows:,} vocabulary rows, {more if rows > used else fewer}")
     raise CheckpointError(f"it holds another model ({'; '.join(other)})")

@@ -12,6 +12,7 @@ from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.errors import CheckpointError, DataError, RWKVClusterError
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
+from rwkv_cluster.train.checkpoint.initial_weights import with_model, with_sizes_of_weights
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.session import Session, open_session
@@ -26,14 +27,17 @@ def session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor) 
     Raises CheckpointError where this machine sees other checkpoints than rank 0's.
     """
 
+    def own_session() -> Session:
+        return open_session(with_sizes_of_weights(config), work, load_manifest(work.data))
+
     def is_complete() -> bool:
-        return work.final_weights.exists() and open_session(config, work, load_manifest(work.data)).is_complete
+        return work.final_weights.exists() and own_session().is_complete
 
     what = "the preparation of the data"
     is_there = once_each(lambda: save_load.list_steps(work.checkpoints), is_complete)
     begins = rank_monitor.wait_for_rank_0(lambda record: record.begins, what=what, is_there=is_there)
     if begins is None:
-        return open_session(config, work, load_manifest(work.data))
+        return own_session()
     manifest, step = manifest_seen_here(work, begins.data), begins.step
 
     def look() -> bool | None:
@@ -41,7 +45,7 @@ def session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor) 
 
     what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
     collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
-    session = open_session(config, work, manifest)
+    session = open_session(with_model(config, begins.model), work, manifest)
     if session.start_step != step:
         raise CheckpointError(
             f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "

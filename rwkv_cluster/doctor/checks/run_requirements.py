@@ -110,11 +110,13 @@ def _loggers(config: Config) -> str:
 
 def _resolved(config: Config, tokenizer: Any) -> str:
     """Precision, accelerator, DeepSpeed, kernels and batch, as training resolves them."""
+    from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
     from rwkv_cluster.train.sample import require_sample_prompt
     from rwkv_cluster.train.session import require_init_from, resolve
 
     require_sample_prompt(config.logging, tokenizer)
-    resolved, placement, accumulate = resolve(config, int(tokenizer.vocab_size))
+    vocab_size = int(tokenizer.vocab_size)
+    resolved, placement, accumulate = resolve(with_sizes_of_weights(config, vocab_size), vocab_size)
     require_init_from(resolved, WorkDir(config.work_dir))
     training, stage = config.training, config.training.deepspeed_stage
     zero = "" if stage is None else f", ZeRO stage {stage}"
@@ -124,13 +126,13 @@ def _resolved(config: Config, tokenizer: Any) -> str:
 
 
 def _initial_weights(config: Config) -> str:
-    from rwkv_cluster.model.recognise import require_weights_file
+    from rwkv_cluster.interchange.read import peek_weights
 
     path = config.training.init_from
     if path is None:
         return "made when training starts"
-    require_weights_file(Path(path))
-    return path
+    weights = peek_weights(Path(path))
+    return f"{path}, in {weights.title}"
 
 
 def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
@@ -138,13 +140,15 @@ def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     from rwkv_cluster.config.schema import with_vocabulary
     from rwkv_cluster.model.weights_file import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
+    from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
     from rwkv_cluster.train.checkpoint.save_load import list_steps
     from rwkv_cluster.train.optimizers.table import optimizer_of
     from rwkv_cluster.train.placement import DTYPES
 
     optimizer = optimizer_of(config.training)
     try:
-        shapes, work = expected_shapes(with_vocabulary(config, vocab_size).model), WorkDir(config.work_dir)
+        sized = with_vocabulary(with_sizes_of_weights(config, vocab_size), vocab_size)
+        shapes, work = expected_shapes(sized.model), WorkDir(config.work_dir)
         world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize

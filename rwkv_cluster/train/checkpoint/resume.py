@@ -12,8 +12,8 @@ import torch
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.batch_size import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
+from rwkv_cluster.interchange.read import read_weights
 from rwkv_cluster.model.parameter_shapes import unused_names
-from rwkv_cluster.model.weights_file import load_pth, strip_prefixes
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.checkpoint.state import RunIdentity
 
@@ -93,7 +93,7 @@ def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool
     if os.path.realpath(old) == os.path.realpath(new):
         return True
     try:
-        began, named = strip_prefixes(load_pth(init_weights)), strip_prefixes(load_pth(Path(new), mapped=True))
+        began, named = (read_weights(path, mapped=True) for path in (init_weights, Path(new)))
     except CheckpointError:
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Weights by what a user names: a .pth file, or a work directory whose newest weights are meant."""
+"""Weights by what a user names: a file or folder of weights, or a work directory whose newest weights are meant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
+from rwkv_cluster.interchange.read import is_work_dir, read_weights
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, save_pth
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified, verify
@@ -55,10 +56,10 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
 
 
 def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:
-    """An fp32 RWKV from a .pth file or a work directory, its architecture inferred from the tensors."""
-    if source.is_dir():
+    """An fp32 RWKV from a file or folder of weights or a work directory, its architecture inferred from the tensors."""
+    if is_work_dir(source):
         return model_from_weights(newest_weights(WorkDir(source)), ctx_len=ctx_len, device=device)
-    weights = load_pth(source)
+    weights = read_weights(source, mapped=True)
     try:
         return model_from_weights(weights, ctx_len=ctx_len, device=device)
     except CheckpointError as error:

@@ -24,6 +24,9 @@ class SessionStart:
     group: str
     """Name of the process group."""
 
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of `model`, as rank 0 has resolved them."""
+
 
 @dataclass(frozen=True)
 class RankRecord:
