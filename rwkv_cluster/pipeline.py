@@ -364,8 +364,8 @@ class RWKVTrainingPipeline:
         return self.train(num_epochs=num_epochs)
 
     def inspect_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Architecture and size of a weights file, see `inspect_rwkv_checkpoint`."""
-        from rwkv_cluster.model.checkpoint_info import inspect_rwkv_checkpoint
+        """Architecture and size of a weights file or folder, see `inspect_rwkv_checkpoint`."""
+        from rwkv_cluster.interchange.checkpoint_info import inspect_rwkv_checkpoint
 
         return inspect_rwkv_checkpoint(path)
 

@@ -408,23 +408,6 @@ def test_bench_passes_its_arguments_through(install: Install, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out) == {"given": ["--threads", "2"]}
 
 
-def test_inspect_prints_the_architecture_or_why_not(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = {
-        "checkpoint_path": "x.pth",
-        "file_size_mb": 1.25,
-        "num_parameters": 12345,
-        "keys_sample": ["emb.weight"],
-    }
-    detected = {"detected_config": {"n_layer": 2, "model_type": "x070"}}
-    install("model.checkpoint_info", inspect_rwkv_checkpoint=lambda path: facts | detected)
-    assert main(["inspect", "x.pth"]) == 0
-    text = capsys.readouterr().out
-    assert all(re.search(line, text) for line in ("size +1.2 MB", "parameters +12,345", "model_type +x070"))
-    install("model.checkpoint_info", inspect_rwkv_checkpoint=lambda path: facts | {"detection_error": "no att"})
-    assert main(["inspect", "x.pth"]) == 4
-    assert re.search(r"x\.pth: .*no att", capsys.readouterr().err)
-
-
 def command(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.run(
@@ -468,7 +451,7 @@ def test_nothing_looks_for_garbage_while_torch_is_imported(tmp_path: Path) -> No
     program = """
 import gc, json, sys
 from rwkv_cluster.cli import main
-ours = lambda: sys.modules.get("rwkv_cluster.model.checkpoint_info")
+ours = lambda: sys.modules.get("rwkv_cluster.interchange.checkpoint_info")
 importing = lambda: "torch" in sys.modules and not hasattr(ours(), "inspect_rwkv_checkpoint")
 searches = []
 gc.callbacks.append(lambda phase, info: searches.append(phase) if importing() else None)

@@ -19,26 +19,36 @@ logger = logging.getLogger("rwkv_cluster")
 
 
 def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PTH", help="an RWKV weights file")
+    parser.add_argument("path", metavar="WEIGHTS", help="an RWKV weights file, or a folder of the Hub")
 
 
 def inspect(options: argparse.Namespace) -> Result:
-    """Architecture of a weights file. Raises CheckpointError where it is none."""
+    """Architecture, sizes and digest of weights. Raises CheckpointError where they are none."""
     path = Path(options.path)
     with importing_torch():
-        from rwkv_cluster.model.checkpoint_info import inspect_rwkv_checkpoint
+        from rwkv_cluster.interchange import checkpoint_info
+        from rwkv_cluster.interchange.read import open_weights
+        from rwkv_cluster.interchange.tokenizer_file import tokenizer_file
 
-    facts = inspect_rwkv_checkpoint(path)
+    weights = open_weights(path)
+    facts = checkpoint_info.describe(weights)
     if "detection_error" in facts:
-        raise CheckpointError(f"{path}: this is not an RWKV-5, 6 or 7 weights file: {facts['detection_error']}")
-    rows = {"file": facts["checkpoint_path"], "size": f"{facts['file_size_mb']:.1f} MB"}
-    facts["detected_config"].pop("ctx_len", None)  # a default: weights do not say what they were trained with
-    rows |= {"parameters": f"{facts['num_parameters']:,}"} | facts["detected_config"]
+        raise CheckpointError(f"{path}: these are not weights of RWKV-5, 6 or 7: {facts['detection_error']}")
+    del facts["detected_config"]  # all of it is in sizes, but for ctx_len, which weights do not say
+    facts["sha256"] = checkpoint_info.digests(weights)
+    rows = {"file": str(path), "layout": facts["layout"], "size": f"{facts['file_size_mb']:.1f} MB"}
+    rows |= {"parameters": f"{facts['num_parameters']:,}", "dtype": ", ".join(facts["dtypes"])} | facts["sizes"]
+    rows |= {f"sha256 of {name}" if path.is_dir() else "sha256": value for name, value in facts["sha256"].items()}
+    if path.is_dir():
+        file = tokenizer_file(path)
+        rows["tokenizer"] = facts["tokenizer"] = file.name if file else "none in the folder"
     width = max(len(name) for name in rows)
     return Result("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), facts)
 
 
-INSPECT = Subcommand("inspect", "architecture and sizes of an RWKV .pth file", inspect, _add_inspect_arguments)
+INSPECT = Subcommand(
+    "inspect", "layout, sizes and digest of RWKV weights, a file or a folder", inspect, _add_inspect_arguments
+)
 
 
 def config(options: argparse.Namespace) -> Result:

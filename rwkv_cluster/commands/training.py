@@ -117,7 +117,7 @@ TRAIN = Subcommand(
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", metavar="PTH", help="weights to use instead of the run's newest")
+    parser.add_argument("--weights", metavar="WEIGHTS", help="file or folder to use instead of the run's newest")
 
 
 def evaluate(options: argparse.Namespace) -> Result:

@@ -60,11 +60,16 @@ def read_weights(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
         CheckpointError: damaged or truncated, something other than the weights of a whole model, or of a layout that
             is not known.
     """
+    return open_weights(path, mapped=mapped).tensors
+
+
+def open_weights(path: Path, *, mapped: bool = True) -> Weights:
+    """Weights and how they were found. Raises as `read_weights`."""
 
     def read_file(file: Path) -> dict[str, Tensor]:
         return _read_safetensors(file, mapped) if is_safetensors(file) else load_pth(file, mapped=mapped)
 
-    return _weights(path, read_file).tensors
+    return _weights(path, read_file)
 
 
 def peek_weights(path: Path) -> Weights:

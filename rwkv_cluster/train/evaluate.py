@@ -157,7 +157,7 @@ def sizes_of(tokenizer: Any) -> Tensor | None:
 
 
 def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
-    """Loss of a run's newest weights, or of a .pth file, on all of the run's validation tokens.
+    """Loss of a run's newest weights, or of a file or folder of weights, on all of the run's validation tokens.
 
     Raises DataError when the work directory holds no validation data, CheckpointError when it holds no weights.
     """

@@ -16,13 +16,15 @@ from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
+from rwkv_cluster.interchange.read import is_work_dir, peek_weights
+from rwkv_cluster.interchange.tokenizer_file import WORLD_VOCABULARY
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.time_left import Countdown
-from rwkv_cluster.tokenizer import build_tokenizer, decode_for_display, encode_to_array
+from rwkv_cluster.tokenizer import GenericTokenizer, build_tokenizer, decode_for_display, encode_to_array
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
@@ -128,14 +130,23 @@ def generate_text(
     seed: int,
     tokenizer: TokenizerConfig | None = None,
 ) -> str:
-    """Continue `prompt` with the newest weights of a work directory, or with a .pth file.
+    """Continue `prompt` with the newest weights of a work directory, or with a file or folder of weights.
 
-    tokenizer: default the work directory's own (of a .pth file: of the work directory that it lies in).
-    Raises ConfigError when neither says which tokenizer the model was trained with.
+    tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
+    vocabulary that lies beside the weights. Raises ConfigError where nothing says which tokenizer the model was trained
+    with, or it has more ids than the model has rows.
     """
+    if source.exists() and not is_work_dir(source):
+        peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(source, device=device)
+    n_ids, n_rows = int(chosen.vocab_size), model.config.vocab_size or 0
+    if n_ids > n_rows:
+        raise ConfigError(
+            f"{source} has {n_rows:,} vocabulary rows, fewer than the tokenizer has ids ({n_ids:,})",
+            remedy="Name the tokenizer that it was trained with by --tokenizer and --vocab-file",
+        )
     return continue_text(
         model,
         chosen,
@@ -155,8 +166,11 @@ def _tokenizer_of(source: Path) -> Any:
     root = source if source.is_dir() else source.absolute().parent.parent
     path = root / CONFIG_YAML
     if not path.exists():
+        world = (source if source.is_dir() else source.absolute().parent) / WORLD_VOCABULARY
+        if world.exists():
+            return GenericTokenizer(world)
         raise ConfigError(
-            f"{source} does not say which tokenizer it was trained with: there is no {path}",
+            f"{source} does not say which tokenizer it was trained with: there is neither {path} nor {world}",
             remedy="Name a work directory, or the tokenizer with --tokenizer and --vocab-file",
         )
     require_own(path)

@@ -5,7 +5,7 @@ import torch
 from tiny_models import VERSIONS, tiny_model
 
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.model.checkpoint_info import (
+from rwkv_cluster.interchange.checkpoint_info import (
     DetectedModelConfig,
     inspect_rwkv_checkpoint,
     load_checkpoint_for_training,
