@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,21 @@ def test_tensors_that_are_no_floats(tmp_path: Path) -> None:
     assert "'a' is quantised to I8. Use weights in bf16, fp16 or fp32" in refused(path)
     save_file({"a": torch.ones(4, dtype=torch.int64)}, path)
     assert "'a' has dtype I64, expected floats: F64, F32, F16, BF16" in refused(path)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("arguments", [(), ("--low-memory", "--max-shard-size", "300KB")])
+def test_the_converter_of_rwkv7_hf(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Its folder, of one file or sharded, gives the bytes of the .pth that it has read."""
+    native = tiny_model("x070", n_embd=128, head_size_a=32, **RANKS).state_dict()
+    save_pth(tmp_path / "m.pth", native)
+    command = [sys.executable, "-m", "rwkv7_hf.converter", "--input", "m.pth", "--output", "hf", "--precision", "fp32"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    weights = peek_weights(tmp_path / "hf")
+    assert weights.layout is LAYOUTS["fla"]
+    assert (len(weights.files) > 1) == bool(arguments)
+    assert_equal(
+        read_weights(tmp_path / "hf"),
+        {name: tensor for name, tensor in native.items() if not name.startswith("blocks.0.att.v") or "value" in name},
+    )
