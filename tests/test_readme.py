@@ -89,7 +89,8 @@ def test_every_field_that_a_page_names_exists(page: Path) -> None:
     sections = "|".join(name for name in Config.model_fields if name != "work_dir")
     for section, rest in re.findall(rf"`(?:--)?({sections})\.([a-z][\w.]*)", page.read_text()):
         kind: object = Config.model_fields[section].annotation
-        for name in () if rest.endswith((".py", ".md", ".json", ".yaml")) else rest.split("."):
+        is_other = rest.endswith((".py", ".md", ".json", ".yaml", "safetensors")) or re.search(r"\.\d", rest)
+        for name in () if is_other else rest.split("."):  # a file, or a tensor of another program
             fields = getattr(kind, "model_fields", {})
             if kind is not dict and not fields:
                 break  # inside a mapping of the user's own names
