@@ -459,8 +459,13 @@ def test_results_of_a_run_that_has_not_been(run: Run, tmp_path: Path) -> None:
     sentence = "work does not exist. Name the work directory of a run, or a weights file"
     refused(run, 4, sentence, "generate", "work")
     Path("work").mkdir()
-    sentence = "work does not say which tokenizer it was trained with: there is no work/configs/config.yaml. Name a "
-    sentence += "work directory, or the tokenizer with --tokenizer and --vocab-file"
+    sentence = "work: a folder without weights: it has nothing, expected one of model.safetensors, model.safetensors.index.json, "
+    refused(run, 4, sentence + "pytorch_model.bin. Name a weights file or its folder", "generate", "work")
+    Path("work/out").mkdir()
+    sentence = (
+        "work does not say which tokenizer it was trained with: there is neither work/configs/config.yaml nor work/"
+    )
+    sentence += "rwkv_vocab_v20230424.txt. Name a work directory, or the tokenizer with --tokenizer and --vocab-file"
     refused(run, 2, sentence, "generate", "work")
     refused(run, 4, "no.pth: no such weights file. Check the path", "inspect", "no.pth")
 

@@ -136,8 +136,6 @@ def generate_text(
     vocabulary that lies beside the weights. Raises ConfigError where nothing says which tokenizer the model was trained
     with, or it has more ids than the model has rows.
     """
-    if source.exists() and not is_work_dir(source):
-        peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(source, device=device)
@@ -166,6 +164,8 @@ def _tokenizer_of(source: Path) -> Any:
     root = source if source.is_dir() else source.absolute().parent.parent
     path = root / CONFIG_YAML
     if not path.exists():
+        if not is_work_dir(source):
+            peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
         world = (source if source.is_dir() else source.absolute().parent) / WORLD_VOCABULARY
         if world.exists():
             return GenericTokenizer(world)
