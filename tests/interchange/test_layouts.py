@@ -39,6 +39,28 @@ def test_the_names_and_shapes_of_flash_linear_attention() -> None:
     assert layout.to_other("blocks.1.att.v1") == ("model.layers.1.attn.v_lora.lora.0.weight", Reshape.TRANSPOSE)
 
 
+@pytest.mark.parametrize(
+    ("layout", "native", "other", "reshape"),
+    [
+        ("transformers", "blocks.1.att.w1", "rwkv7.blocks.1.att.w1", Reshape.NONE),
+        ("transformers", "blocks.0.ln0.weight", "rwkv7.blocks.0.ln0.weight", Reshape.NONE),
+        ("transformers-rwkv", "blocks.1.att.w1", "model.layers.1.linear_attn.w1", Reshape.NONE),
+        ("transformers-rwkv", "blocks.1.att.x_g", "model.layers.1.linear_attn.x_g", Reshape.FLATTEN),
+        ("transformers-rwkv", "blocks.0.ln0.weight", "model.embedding_norm.weight", Reshape.NONE),
+        ("rwkv-rs", "blocks.1.att.w1", "model.blocks.1.att.w1.weight", Reshape.TRANSPOSE),
+        ("rwkv-rs", "blocks.1.att.g2", "model.blocks.1.att.g2.weight", Reshape.TRANSPOSE),
+        ("rwkv-rs", "blocks.1.att.w0", "model.blocks.1.att.w0", Reshape.NONE),
+        ("rwkv-5-hf", "blocks.1.att.time_mix_g", "rwkv.blocks.1.attention.time_mix_gate", Reshape.NONE),
+        ("rwkv-5-hf", "blocks.1.ffn.time_mix_r", "rwkv.blocks.1.feed_forward.time_mix_receptance", Reshape.NONE),
+        ("rwkv-6-hf", "blocks.1.ffn.time_maa_r", "rwkv.blocks.1.feed_forward.time_maa_r", Reshape.NONE),
+        ("rwkv-6-hf", "blocks.0.ln0.weight", "rwkv.blocks.0.pre_ln.weight", Reshape.NONE),
+    ],
+)
+def test_names_and_shapes_of_the_others(layout: str, native: str, other: str, reshape: Reshape) -> None:
+    """As their converters and models have them, not as the table does."""
+    assert LAYOUTS[layout].to_other(native) == (other, reshape)
+
+
 def test_native_names_are_in_no_other_layout() -> None:
     for model_type in ("x052", "x060", "x070"):
         assert layout_of(shapes_of(model_type)) is None
