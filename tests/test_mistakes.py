@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
 from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
@@ -205,7 +206,7 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
         (["--training.global_batch_size=6"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 1 rank = 4. Use training.global_batch_size 4 or 8, or a training.micro_bsz of 1, 2, 3 or 6"),
         (["--training.precision=fp16", "--training.accelerator=cpu"], "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"),
         (["--data.validation_fraction=1"], "--data.validation_fraction=1: data.validation_fraction is 1, expected a number >= 0 and < 1"),
-        (["--data.tokenizer.type=bytes"], "--data.tokenizer.type=bytes: data.tokenizer.type: tokenizer type is 'bytes'. Use one of byte, integer, angle, generic, or `package.module:ClassName`"),
+        (["--data.tokenizer.type=bytes"], "--data.tokenizer.type=bytes: data.tokenizer.type: tokenizer type is 'bytes'. Use one of byte, integer, angle, generic, world, or `package.module:ClassName`"),
         (["--data.tokenizer.type=generic"], "--data.tokenizer.type=generic: data.tokenizer: tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file"),
         (["--data.tokenizer.type=nowhere:Mine"], "tokenizer type is 'nowhere:Mine', but module 'nowhere' cannot be imported: No module named 'nowhere'. Install it, or put its folder on PYTHONPATH"),
         ([INTEGER, "--logging.sample_prompt=def", "--logging.sample_tokens=3"], "logging.sample_prompt 'def' cannot be encoded: byte 0: 'def' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
@@ -214,6 +215,29 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
 def test_settings_are_refused_before_anything_is_written(arguments: list[str], sentence: str, run: Run) -> None:
     refused(run, 2, sentence, "train", "run.yaml", *arguments)
     assert not Path("work").exists()
+
+
+def test_the_world_vocabulary(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rwkv", raising=False)
+    monkeypatch.syspath_prepend("packages")
+    Path("packages/rwkv").mkdir(parents=True)
+    write("packages/rwkv/__init__.py", "")
+    remedy = "`pip install 'rwkv-cluster[world]'` brings it, or name the file in data.tokenizer.vocab_file"
+    sentence = f"tokenizer type is 'world', but no installed package has rwkv_vocab_v20230424.txt. {remedy}"
+    refused(run, 2, sentence, "train", "run.yaml", "--data.tokenizer.type=world")
+    write("v.txt", "1 'a' 1\n2 'b' 1\n")
+    sentence = "v.txt: its 2 tokens are not those of rwkv_vocab_v20230424.txt. Use type generic for another vocabulary"
+    refused(run, 3, sentence, "train", "run.yaml", "--data.tokenizer={type: world, vocab_file: v.txt}")
+
+    said = f"w.pth does not say which tokenizer it was trained with: there is no {tmp_path.parent}/configs/config.yaml"
+    rows = {257: "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"}
+    rows[65_536] = (
+        "Its 65,536 rows are as many as World models have, whose vocabulary `pip install 'rwkv-cluster[world]'` brings, "
+        "and --vocab-file names"
+    )
+    for vocab_size, remedy in rows.items():
+        save_pth(Path("w.pth"), tiny_model("x070", vocab_size=vocab_size).state_dict())
+        refused(run, 2, f"{said}. {remedy}", "generate", "w.pth")
 
 
 def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:

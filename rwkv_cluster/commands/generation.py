@@ -22,8 +22,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
-    parser.add_argument("--tokenizer", metavar="TYPE", help="of weights outside a work directory")
-    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic")
+    parser.add_argument("--tokenizer", metavar="TYPE", help="of weights outside a work directory, e.g. world")
+    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic or world")
     parser.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
 

@@ -8,6 +8,7 @@ Reading YAML and applying overrides lives in `rwkv_cluster.config.loader`.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -38,7 +39,27 @@ Fused = Literal["auto", "plain", "native", "compile"]
 MAX_WIDTH = 65_536
 MAX_VOCAB_SIZE = 2**23  # as in a vocabulary file
 YEAR_S = 31_536_000
-TOKENIZER_TYPES = ("byte", "integer", "angle", "generic")
+
+
+@dataclass(frozen=True)
+class TokenizerType:
+    """What `data.tokenizer` takes beside a type. Its class is in `rwkv_cluster.tokenizer.table`.
+
+    file: the field that names the file with its tokens, of which a work directory keeps a copy. needs_file: whether
+    that has to be set.
+    """
+
+    file: Literal["vocab_file", "path"] | None = None
+    needs_file: bool = False
+
+
+TOKENIZER_TYPES = {
+    "byte": TokenizerType(),
+    "integer": TokenizerType(),
+    "angle": TokenizerType(),
+    "generic": TokenizerType("vocab_file", needs_file=True),
+    "world": TokenizerType("vocab_file"),
+}
 
 
 class ModelConfig(Section):
@@ -107,10 +128,14 @@ class TokenizerConfig(Section):
 
     type: str = Field(
         "byte",
-        description="byte, integer, angle, generic, or `package.module:ClassName` of a class with encode, decode, "
-        "vocab_size",
+        description="byte, integer, angle, generic, world, or `package.module:ClassName` of a class with encode, "
+        "decode, vocab_size",
     )
-    vocab_file: str | None = Field(None, description="generic: vocabulary file, e.g. rwkv_vocab_v20230424.txt")
+    vocab_file: str | None = Field(
+        None,
+        description="generic: vocabulary file; world: rwkv_vocab_v20230424.txt, where the one of the package rwkv is "
+        "not to be used",
+    )
     max_value: int = Field(359, ge=0, le=MAX_VOCAB_SIZE - 2, description="integer: largest value; ids are value + 1")
 
     _paths = field_validator("vocab_file", mode="before")(path_text)
@@ -120,14 +145,15 @@ class TokenizerConfig(Section):
     def _known_type(cls, value: str) -> str:
         if value not in TOKENIZER_TYPES and ":" not in value:
             raise ValueError(
-                f"tokenizer type is {value!r}. Use one of byte, integer, angle, generic, or `package.module:ClassName`"
+                f"tokenizer type is {value!r}. Use one of {', '.join(TOKENIZER_TYPES)}, or `package.module:ClassName`"
             )
         return value
 
     @model_validator(mode="after")
     def _vocab_file_given(self) -> TokenizerConfig:
-        if self.type == "generic" and not self.vocab_file:
-            raise ValueError("tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file")
+        kind = TOKENIZER_TYPES.get(self.type, TokenizerType())
+        if kind.needs_file and kind.file and not getattr(self, kind.file):
+            raise ValueError(f"tokenizer type is {self.type!r} but {kind.file} is not set. Name a vocabulary file")
         return self
 
 

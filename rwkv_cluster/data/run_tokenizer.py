@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.config import TokenizerConfig
+from rwkv_cluster.config import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.data.manifest import load_manifest
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.tokenizer import GenericTokenizer, build_tokenizer, tokenizer_identity
+from rwkv_cluster.tokenizer import build_tokenizer, tokenizer_identity
 from rwkv_cluster.workdir import VOCABULARY
 
 
@@ -18,9 +18,10 @@ def tokenizer_of_run(config: TokenizerConfig, data: Path) -> Any:
     The copy is used where the manifest's digest says that it is the vocabulary that the data was prepared with. data:
     the directory's folder of data. Raises ConfigError or DataError as `build_tokenizer`.
     """
-    if config.type == "generic":
+    kind = TOKENIZER_TYPES.get(config.type)
+    if kind is not None and kind.file:
         try:
-            tokenizer = GenericTokenizer(data / VOCABULARY)
+            tokenizer = build_tokenizer(config.model_copy(update={kind.file: str(data / VOCABULARY)}))
             if tokenizer_identity(tokenizer) == load_manifest(data).tokenizer:
                 return tokenizer
         except DataError:  # then the configuration's own is asked for, and says what is wrong

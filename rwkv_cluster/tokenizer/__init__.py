@@ -2,14 +2,12 @@
 
 from rwkv_cluster.tokenizer.base import BaseTokenizer
 from rwkv_cluster.tokenizer.integer import AngleTokenizer, IntegerTokenizer
+from rwkv_cluster.tokenizer.table import as_tokenizer, build_tokenizer, describe_tokenizer, is_built_in
 from rwkv_cluster.tokenizer.tokenizers import (
     ByteTokenizer,
     GenericTokenizer,
-    as_tokenizer,
-    build_tokenizer,
     create_default_vocab_file,
     decode_for_display,
-    describe_tokenizer,
     encode_to_array,
     require_tokenizer,
     save_vocab,
@@ -17,8 +15,10 @@ from rwkv_cluster.tokenizer.tokenizers import (
 )
 from rwkv_cluster.tokenizer.trie_matcher import id_dtype
 from rwkv_cluster.tokenizer.vocabulary import TokenizationError, VocabularyError, create_vocab_file_from_tokens
+from rwkv_cluster.tokenizer.world import WORLD_ROWS, has_world_vocabulary, world_file, world_tokenizer, world_vocabulary
 
 __all__ = [
+    "WORLD_ROWS",
     "AngleTokenizer",
     "BaseTokenizer",
     "ByteTokenizer",
@@ -33,8 +33,13 @@ __all__ = [
     "decode_for_display",
     "describe_tokenizer",
     "encode_to_array",
+    "has_world_vocabulary",
     "id_dtype",
+    "is_built_in",
     "require_tokenizer",
     "save_vocab",
     "tokenizer_identity",
+    "world_file",
+    "world_tokenizer",
+    "world_vocabulary",
 ]

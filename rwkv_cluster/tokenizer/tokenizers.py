@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back. Id 0 always means end of document and never comes out of text.
 
 `ByteTokenizer` needs nothing and encodes everything; `IntegerTokenizer` and `AngleTokenizer` read numbers;
-`GenericTokenizer` matches the tokens of a vocabulary file greedily, as RWKV's World tokenizer does. Any class
+`GenericTokenizer` matches the tokens of a vocabulary file greedily, such as RWKV's World vocabulary. Any class
 with `encode`, `decode` and `vocab_size` serves as well: `encode_to_array`, `tokenizer_identity` and
 `save_vocab` take both kinds. Text that cannot be encoded is a TokenizationError with its byte position, never
 a shorter result.
@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.config import TokenizerConfig
 from rwkv_cluster.errors import ConfigError, RWKVClusterError
-from rwkv_cluster.tokenizer.base import BaseTokenizer, class_name, identity_of, utf8, write_tokens
-from rwkv_cluster.tokenizer.integer import AngleTokenizer, IntegerTokenizer
+from rwkv_cluster.tokenizer.base import BaseTokenizer, identity_of, utf8, write_tokens
+from rwkv_cluster.tokenizer.integer import IntegerTokenizer
 from rwkv_cluster.tokenizer.trie_matcher import build_matcher, id_dtype
 from rwkv_cluster.tokenizer.vocabulary import (
     TokenizationError,
@@ -88,19 +87,23 @@ class GenericTokenizer(BaseTokenizer):
     process shares it.
     """
 
-    def __init__(self, vocab_file: str | Path) -> None:
-        """Raises MissingDataError or VocabularyError."""
+    def __init__(self, vocab_file: str | Path, *, n_rows: int = 0) -> None:
+        """`n_rows`: least vocab_size, where models have more rows than the file has ids.
+
+        Raises MissingDataError or VocabularyError.
+        """
         self.vocab_file = vocab_file
+        self.n_rows = n_rows
         self.idx2token = parse_vocabulary(vocab_file)
         self._prepare()
 
     def _prepare(self) -> None:
-        self._vocab_size = max(self.idx2token) + 1
+        self._vocab_size = max(self.n_rows, max(self.idx2token) + 1)
         self._dtype = id_dtype(self._vocab_size)
         self._matcher = build_matcher(self.idx2token)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"vocab_file": self.vocab_file, "idx2token": self.idx2token}
+        return {"vocab_file": self.vocab_file, "n_rows": self.n_rows, "idx2token": self.idx2token}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -108,7 +111,7 @@ class GenericTokenizer(BaseTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Largest id + 1."""
+        """Largest id + 1, or n_rows where that is more."""
         return self._vocab_size
 
     @cached_property
@@ -169,26 +172,6 @@ def create_default_vocab_file(filepath: str | Path, max_value: int = 359) -> str
     return filepath
 
 
-def build_tokenizer(config: TokenizerConfig) -> Any:
-    """The tokenizer that `config` describes.
-
-    A user's `package.module:ClassName` is made with vocab_file as its argument, or with none where that is
-    not set. Raises ConfigError for a class that cannot be had, MissingDataError or VocabularyError.
-    """
-    vocab_file = None if config.vocab_file is None else Path(config.vocab_file).expanduser()
-    if config.type == "byte":
-        return ByteTokenizer()
-    if config.type == "integer":
-        return IntegerTokenizer(config.max_value, vocab_file)
-    if config.type == "angle":
-        return AngleTokenizer(vocab_file)
-    if config.type == "generic":
-        if vocab_file is None:
-            raise ConfigError("tokenizer type is 'generic' but vocab_file is not set", remedy="Name a vocabulary file")
-        return GenericTokenizer(vocab_file)
-    return _user_tokenizer(config.type, vocab_file)
-
-
 def require_tokenizer(tokenizer: Any, name: str) -> Any:
     """`tokenizer`, whatever its class. Raises ConfigError where it lacks what a tokenizer needs."""
     if isinstance(tokenizer, type):
@@ -199,28 +182,6 @@ def require_tokenizer(tokenizer: Any, name: str) -> Any:
             f"tokenizer {name} has no {' and no '.join(missing)}", remedy="Add what is missing to the class"
         )
     return tokenizer
-
-
-def as_tokenizer(given: Any) -> Any:
-    """The tokenizer that a Python caller means: an object, a type of data.tokenizer such as 'byte', or its section.
-
-    Raises ConfigError for anything else, and as `build_tokenizer`.
-    """
-    if isinstance(given, str):
-        return build_tokenizer(TokenizerConfig(type=given))
-    if isinstance(given, TokenizerConfig):
-        return build_tokenizer(given)
-    return require_tokenizer(given, given.__qualname__ if isinstance(given, type) else type(given).__qualname__)
-
-
-def describe_tokenizer(tokenizer: Any) -> TokenizerConfig:
-    """The configuration from which `build_tokenizer` makes this tokenizer again, where it can."""
-    if type(tokenizer) is IntegerTokenizer:
-        return TokenizerConfig(type="integer", max_value=tokenizer.max_value)
-    if type(tokenizer) is GenericTokenizer:
-        return TokenizerConfig(type="generic", vocab_file=str(Path(tokenizer.vocab_file).expanduser().absolute()))
-    names: dict[type, str] = {ByteTokenizer: "byte", AngleTokenizer: "angle"}
-    return TokenizerConfig(type=names.get(type(tokenizer)) or class_name(tokenizer))
 
 
 def encode_to_array(tokenizer: Any, text: str) -> np.ndarray:
@@ -295,7 +256,7 @@ def _has_array_encoder(tokenizer_class: type) -> bool:
     return False
 
 
-def _user_tokenizer(reference: str, vocab_file: Path | None) -> Any:
+def user_tokenizer(reference: str, vocab_file: Path | None) -> Any:
     """An object of the class that `package.module:ClassName` names. Raises ConfigError."""
     tokenizer_class = _user_class(reference)
     try:

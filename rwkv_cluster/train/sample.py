@@ -24,7 +24,15 @@ from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.time_left import Countdown
-from rwkv_cluster.tokenizer import GenericTokenizer, build_tokenizer, decode_for_display, encode_to_array
+from rwkv_cluster.tokenizer import (
+    WORLD_ROWS,
+    GenericTokenizer,
+    build_tokenizer,
+    decode_for_display,
+    encode_to_array,
+    world_file,
+    world_tokenizer,
+)
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
@@ -133,12 +141,14 @@ def generate_text(
     """Continue `prompt` with the newest weights of a work directory, or with a file or folder of weights.
 
     tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
-    vocabulary that lies beside the weights. Raises ConfigError where nothing says which tokenizer the model was trained
-    with, or it has more ids than the model has rows.
+    vocabulary that lies beside the weights, or an installed one for a model with its number of rows. Raises ConfigError
+    where nothing says which tokenizer the model was trained with, or it has more ids than the model has rows.
     """
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(source, device=device)
+    if chosen is None:
+        chosen = _tokenizer_by_rows(source, model)
     n_ids, n_rows = int(chosen.vocab_size), model.config.vocab_size or 0
     if n_ids > n_rows:
         raise ConfigError(
@@ -157,23 +167,49 @@ def generate_text(
 
 
 def _tokenizer_of(source: Path) -> Any:
+    """The tokenizer of the work directory that `source` is or lies in, or beside it; None for weights that have none."""
     if not source.exists():
         raise MissingCheckpointError(
             f"{source} does not exist", remedy="Name the work directory of a run, or a weights file"
         )
-    root = source if source.is_dir() else source.absolute().parent.parent
+    root = _root_of(source)
     path = root / CONFIG_YAML
     if not path.exists():
-        if not is_work_dir(source):
-            peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
-        world = (source if source.is_dir() else source.absolute().parent) / WORLD_VOCABULARY
-        if world.exists():
-            return GenericTokenizer(world)
-        raise ConfigError(
-            f"{source} does not say which tokenizer it was trained with: there is neither {path} nor {world}",
-            remedy="Name a work directory, or the tokenizer with --tokenizer and --vocab-file",
-        )
+        if is_work_dir(source):
+            raise _unknown_tokenizer(source, _NAME_IT)
+        peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
+        beside = _vocabulary_beside(source)
+        return GenericTokenizer(beside) if beside.exists() else None
     require_own(path)
     tokenizer = load_config(path).data.tokenizer
     require_built_in(tokenizer, path, shlex.join(tokenizer_options(tokenizer)))
     return tokenizer_of_run(tokenizer, WorkDir(root).data)
+
+
+def _tokenizer_by_rows(source: Path, model: RWKV) -> Any:
+    """The World tokenizer for a model with as many rows as the released ones. Raises ConfigError for any other."""
+    if model.config.vocab_size != WORLD_ROWS:
+        raise _unknown_tokenizer(source, _NAME_IT)
+    if world_file() is None:
+        rows = f"Its {WORLD_ROWS:,} rows are as many as World models have"
+        raise _unknown_tokenizer(
+            source, f"{rows}, whose vocabulary `pip install 'rwkv-cluster[world]'` brings, and --vocab-file names"
+        )
+    log.info("%s has %s rows: taking the World tokenizer; --tokenizer names another", source, f"{WORLD_ROWS:,}")
+    return world_tokenizer(None)
+
+
+def _root_of(source: Path) -> Path:
+    return source if source.is_dir() else source.absolute().parent.parent
+
+
+def _vocabulary_beside(source: Path) -> Path:
+    return (source if source.is_dir() else source.absolute().parent) / WORLD_VOCABULARY
+
+
+def _unknown_tokenizer(source: Path, remedy: str) -> ConfigError:
+    absent = f"neither {_root_of(source) / CONFIG_YAML} nor {_vocabulary_beside(source)}"
+    return ConfigError(
+        f"{source} does not say which tokenizer it was trained with: there is {absent}",
+        remedy=remedy,
+    )

@@ -24,11 +24,11 @@ from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import (
     AngleTokenizer,
     ByteTokenizer,
-    GenericTokenizer,
     IntegerTokenizer,
     TokenizationError,
     encode_to_array,
     id_dtype,
+    is_built_in,
 )
 
 LARGE_TEXT_BYTES = 16 << 20  # a larger file is encoded piece by piece, by one process
@@ -108,7 +108,7 @@ class DocumentEncoder:
         self._skip_bad_lines = skip_bad_lines
         self._digest_key = None if digest_key is None else digest_key.to_bytes(8, "little")
         self._offset = 1 if isinstance(tokenizer, IntegerTokenizer | AngleTokenizer) else 0
-        self._trusted = type(tokenizer) in (ByteTokenizer, IntegerTokenizer, AngleTokenizer, GenericTokenizer)
+        self._trusted = is_built_in(tokenizer)
         self._encode = tokenizer.encode_to_array if self._trusted else partial(encode_to_array, tokenizer)
 
     def encode_text(self, text: str, place: str) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""A run with each tokenizer of other programs: trained, resumed bit for bit, sampled, in whole processes' time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import fingerprint, tiny_run_config, write_config
+from tokenizer_fixtures import world_file
+
+from rwkv_cluster.cli import main
+from rwkv_cluster.data.manifest import load_manifest
+
+pytestmark = pytest.mark.system
+GENERATE = ["--prompt", "we count", "--tokens", "12", "--seed", "3"]
+
+
+def config_of(folder: Path, tokenizer: dict[str, Any], **sections: dict[str, Any]) -> Path:
+    """run.yaml of a run of 6 steps with checkpoints at 3 and 6."""
+    training = {"max_steps": 6, **sections.pop("training", {})}
+    config = tiny_run_config(
+        folder,
+        data={"tokenizer": tokenizer, "n_epochs_duplication": 8},
+        training=training,
+        checkpoint={"save_interval_steps": 3},
+        **sections,
+    )
+    return write_config(folder / "run.yaml", config)
+
+
+def resumed(path: Path) -> dict[str, Any]:
+    """The fingerprint of a run of 6 steps, and again after it went on from its checkpoint of step 3."""
+    work = path.parent / "work"
+    assert main(["train", str(path)]) == 0
+    whole = fingerprint(work)
+    shutil.rmtree(work / "out/checkpoints/step-00000006")
+    assert main(["train", str(path)]) == 0
+    assert fingerprint(work) == whole
+    return whole
+
+
+@pytest.fixture
+def lf_file(tmp_path: Path) -> Path:
+    path = tmp_path / "lf.txt"
+    path.write_bytes(world_file().read_bytes().replace(b"\r\n", b"\n"))
+    return path
+
+
+def test_world(tmp_path: Path, lf_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_of(tmp_path, {"type": "world"})
+    resumed(path)
+    work = tmp_path / "work"
+    assert load_manifest(work / "data").vocab_size == 65_536
+    assert (work / "data/vocab.txt").read_bytes() == lf_file.read_bytes()
+
+    capsys.readouterr()
+    assert main(["train", str(path), f"--data.tokenizer.vocab_file={lf_file}", "--training.max_steps=7"]) == 0
+    assert "preparing data" not in capsys.readouterr().err, "the other line ending is the same vocabulary"
+
+    alone = tmp_path / "alone.pth"
+    shutil.copy(work / "out/rwkv-final.pth", alone)
+    said = []
+    for source, options in ((work, []), (alone, ["--tokenizer", "world"]), (alone, [])):
+        assert main(["generate", str(source), *GENERATE, *options]) == 0
+        captured = capsys.readouterr()
+        said.append(captured.out)
+        assert ("taking the World tokenizer" in captured.err) == (source != work and not options)
+    assert said[0].startswith("we count")
+    assert said[1] == said[2]
