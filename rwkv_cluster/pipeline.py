@@ -37,6 +37,7 @@ from rwkv_cluster.tokenizer import (
     as_tokenizer,
     build_tokenizer,
     describe_tokenizer,
+    saved_name,
     tokenizer_identity,
 )
 from rwkv_cluster.train.foreign_files import require_no_foreign_files
@@ -392,7 +393,7 @@ class RWKVTrainingPipeline:
         return {
             "jsonl_path": jsonl if jsonl.exists() or not inputs else Path(inputs[0]),
             "binidx_prefix": self.data_prefix,
-            "vocab_path": self._paths.vocabulary,
+            "vocab_path": self.data_dir / saved_name(self.tokenizer),
             "num_sequences": self.manifest.n_documents,
             "total_tokens": self.manifest.n_tokens,
             "magic_prime": self.magic_prime,

@@ -3,7 +3,7 @@
 A final path is never written in place: files and directories appear whole, by rename, after fsync
 (one writer, one commit). This module knows bytes and names, not tensors.
 
-    data/      train.bin train.idx [val.bin val.idx] vocab.txt manifest.json [train.jsonl]
+    data/      train.bin train.idx [val.bin val.idx] vocab.txt|tokenizer.json manifest.json [train.jsonl]
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
     logs/      metrics.jsonl metrics.csv events.jsonl environment.json train.log
                events/rank-<N>.jsonl hang/ profile/ samples/
@@ -29,6 +29,7 @@ from rwkv_cluster.runtime.paths import written_out
 
 TEMPORARY_PREFIX = ".tmp-"
 DATA_MANIFEST, PREPARE_LOCK, VOCABULARY = "manifest.json", ".prepare.lock", "vocab.txt"  # in a folder of data
+HUB_TOKENIZER = "tokenizer.json"  # there too, in place of vocab.txt
 CONFIG_YAML = Path("configs", "config.yaml")  # in a work directory
 _NOT_SEEN = (FileNotFoundError, NotADirectoryError, PermissionError)  # whoever wants the file says so
 

@@ -206,8 +206,14 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
         (["--training.global_batch_size=6"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 1 rank = 4. Use training.global_batch_size 4 or 8, or a training.micro_bsz of 1, 2, 3 or 6"),
         (["--training.precision=fp16", "--training.accelerator=cpu"], "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"),
         (["--data.validation_fraction=1"], "--data.validation_fraction=1: data.validation_fraction is 1, expected a number >= 0 and < 1"),
-        (["--data.tokenizer.type=bytes"], "--data.tokenizer.type=bytes: data.tokenizer.type: tokenizer type is 'bytes'. Use one of byte, integer, angle, generic, world, or `package.module:ClassName`"),
+        (["--data.tokenizer.type=bytes"], "--data.tokenizer.type=bytes: data.tokenizer.type: tokenizer type is 'bytes'. Use one of byte, integer, angle, generic, world, hf, or `package.module:ClassName`"),
         (["--data.tokenizer.type=generic"], "--data.tokenizer.type=generic: data.tokenizer: tokenizer type is 'generic' but vocab_file is not set. Name a vocabulary file"),
+        (["--data.tokenizer.type=hf"], "--data.tokenizer.type=hf: data.tokenizer: tokenizer type is 'hf' but path is not set. Name a tokenizer.json, or a folder with one"),
+        (["--data.tokenizer.path=t.json"], "--data.tokenizer.path=t.json: data.tokenizer: path is set, but tokenizer type is 'byte'. Use type hf, or vocab_file"),
+        (["--data.tokenizer={type: hf, path: t.json, vocab_file: v}"], "--data.tokenizer={type: hf, path: t.json, vocab_file: v}: data.tokenizer: vocab_file is set, but tokenizer type is 'hf'. Name its file in path"),
+        (["--data.tokenizer.added_tokens=[x]"], "--data.tokenizer.added_tokens=[x]: data.tokenizer: added_tokens is set, but tokenizer type is 'byte'. Those that take it: generic, world, hf"),
+        (["--data.tokenizer={type: world, added_tokens: [x, x]}"], "--data.tokenizer={type: world, added_tokens: [x, x]}: data.tokenizer.added_tokens: added_tokens has 'x' twice. Keep one"),
+        (["--data.tokenizer={type: world, added_tokens: ['']}"], "--data.tokenizer={type: world, added_tokens: ['']}: data.tokenizer.added_tokens: added_tokens has an empty text. Remove it"),
         (["--data.tokenizer.type=nowhere:Mine"], "tokenizer type is 'nowhere:Mine', but module 'nowhere' cannot be imported: No module named 'nowhere'. Install it, or put its folder on PYTHONPATH"),
         ([INTEGER, "--logging.sample_prompt=def", "--logging.sample_tokens=3"], "logging.sample_prompt 'def' cannot be encoded: byte 0: 'def' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
     ],
@@ -238,6 +244,39 @@ def test_the_world_vocabulary(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     for vocab_size, remedy in rows.items():
         save_pth(Path("w.pth"), tiny_model("x070", vocab_size=vocab_size).state_dict())
         refused(run, 2, f"{said}. {remedy}", "generate", "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "tokenizer t.json does not exist. Check the path"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "t.json is not JSON: it begins with 'version https://git-lfs.github'. Get the file again"),
+        ('{"model_type": "rwkv7"}', 't.json is JSON, but no tokenizer: it has no "model". Name a file such as tokenizer.json'),
+        ('{"model": {"type": "RwkvTrie"}}', "t.json: its model is of type 'RwkvTrie', which the package tokenizers does not have. Use type world where it is RWKV's vocabulary"),
+        ('{"model": {"type": "BPE", "vocab": {"!": 0, "a": 1}, "merges": []}}', "t.json: id 0 is '!', a token of text, and here id 0 ends a document. Use one whose id 0 is a special token, as when it is trained with special_tokens=['<|endoftext|>']"),
+    ],
+    ids=["missing", "pointer", "config", "RwkvTrie", "id 0"],
+)  # fmt: skip
+def test_tokenizers_of_the_hub(content: str | None, sentence: str, run: Run) -> None:
+    if content is not None:
+        write("t.json", content)
+    refused(run, 3, sentence, "train", "run.yaml", "--data.tokenizer={type: hf, path: t.json}")
+
+
+def test_a_folder_without_a_tokenizer_and_a_machine_without_the_package(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("hub").mkdir()
+    command = ("train", "run.yaml", "--data.tokenizer={type: hf, path: hub}")
+    remedy = "Name a folder with one, or use type world where it is one of RWKV's vocabulary"
+    refused(run, 3, f"folder hub has no tokenizer.json. {remedy}", *command)
+    write("hub/tokenizer.json", "{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    sentence = (
+        "tokenizer type is 'hf', but the package tokenizers cannot be imported: import of tokenizers halted; None in "
+        "sys.modules. `pip install 'rwkv-cluster[hf]'` installs it"
+    )
+    refused(run, 2, sentence, *command)
 
 
 def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:

@@ -23,7 +23,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
     parser.add_argument("--tokenizer", metavar="TYPE", help="of weights outside a work directory, e.g. world")
-    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of --tokenizer generic or world")
+    parser.add_argument("--vocab-file", metavar="PATH", help="file of --tokenizer generic, world or hf")
     parser.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
 
@@ -73,13 +73,16 @@ def _check(options: argparse.Namespace) -> None:
 
 def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:
     """The tokenizer that the command line names, or None where it names none. Raises ConfigError."""
+    from rwkv_cluster.config import TOKENIZER_TYPES
     from rwkv_cluster.config.loader import parse_config, yaml_text
 
     if kind is None and vocab_file is None:
         return None
-    overrides = [f"data.tokenizer.type={yaml_text(kind or 'generic')}"]
+    kind = kind or "generic"
+    overrides = [f"data.tokenizer.type={yaml_text(kind)}"]
     if vocab_file:
-        overrides.append(f"data.tokenizer.vocab_file={yaml_text(vocab_file)}")
+        field = (kind in TOKENIZER_TYPES and TOKENIZER_TYPES[kind].file) or "vocab_file"
+        overrides.append(f"data.tokenizer.{field}={yaml_text(vocab_file)}")
     return parse_config(b"work_dir: none", "command line", overrides).config.data.tokenizer
 
 

@@ -243,7 +243,7 @@ def field_table() -> str:
         "# Configuration\n",
         "A run is one YAML file. Every field below may stand in the file, and on the command line as\n"
         "`--section.field=value`, which wins over the file. Unknown fields are refused. Relative paths are\n"
-        "relative to the current directory; in `work_dir`, `data.inputs`, `data.tokenizer.vocab_file`,\n"
+        "relative to the current directory; in `work_dir`, `data.inputs`, `data.tokenizer.vocab_file` and `path`,\n"
         "`training.init_from` and `launch.hostfile`, `~` and variables such as `$SCRATCH` are replaced when the file\n"
         "is read. The other fields of `launch` are for the nodes and are left as they are.\n"
         "`rwkv-cluster config CONFIG` shows every value and its source.\n",

@@ -39,26 +39,29 @@ Fused = Literal["auto", "plain", "native", "compile"]
 MAX_WIDTH = 65_536
 MAX_VOCAB_SIZE = 2**23  # as in a vocabulary file
 YEAR_S = 31_536_000
+MAX_ADDED_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
 class TokenizerType:
     """What `data.tokenizer` takes beside a type. Its class is in `rwkv_cluster.tokenizer.table`.
 
-    file: the field that names the file with its tokens, of which a work directory keeps a copy. needs_file: whether
-    that has to be set.
+    file: the field that names the file with its tokens, of which a work directory keeps a copy. needed: what has to be
+    named in it; empty where it need not be set. takes_added_tokens: whether texts can be given ids of their own.
     """
 
     file: Literal["vocab_file", "path"] | None = None
-    needs_file: bool = False
+    needed: str = ""
+    takes_added_tokens: bool = False
 
 
 TOKENIZER_TYPES = {
     "byte": TokenizerType(),
     "integer": TokenizerType(),
     "angle": TokenizerType(),
-    "generic": TokenizerType("vocab_file", needs_file=True),
-    "world": TokenizerType("vocab_file"),
+    "generic": TokenizerType("vocab_file", "a vocabulary file", takes_added_tokens=True),
+    "world": TokenizerType("vocab_file", takes_added_tokens=True),
+    "hf": TokenizerType("path", "a tokenizer.json, or a folder with one", takes_added_tokens=True),
 }
 
 
@@ -128,8 +131,8 @@ class TokenizerConfig(Section):
 
     type: str = Field(
         "byte",
-        description="byte, integer, angle, generic, world, or `package.module:ClassName` of a class with encode, "
-        "decode, vocab_size",
+        description="byte, integer, angle, generic, world, hf (a tokenizer.json of the Hugging Face Hub; extra: hf), "
+        "or `package.module:ClassName` of a class with encode, decode, vocab_size",
     )
     vocab_file: str | None = Field(
         None,
@@ -137,8 +140,15 @@ class TokenizerConfig(Section):
         "not to be used",
     )
     max_value: int = Field(359, ge=0, le=MAX_VOCAB_SIZE - 2, description="integer: largest value; ids are value + 1")
+    path: str | None = Field(None, description="hf: a tokenizer.json, or a folder with one")
+    added_tokens: list[str] | None = Field(
+        None,
+        max_length=MAX_ADDED_TOKENS,
+        description="generic, world, hf: texts that are one token each, matched before all others; those that the "
+        "vocabulary lacks get the ids after its last one, as world 65530, 65531, ...",
+    )
 
-    _paths = field_validator("vocab_file", mode="before")(path_text)
+    _paths = field_validator("vocab_file", "path", mode="before")(path_text)
 
     @field_validator("type")
     @classmethod
@@ -149,11 +159,28 @@ class TokenizerConfig(Section):
             )
         return value
 
+    @field_validator("added_tokens")
+    @classmethod
+    def _distinct_texts(cls, value: list[str] | None) -> list[str] | None:
+        texts = value or []
+        if "" in texts:
+            raise ValueError("added_tokens has an empty text. Remove it")
+        if twice := next((text for number, text in enumerate(texts) if text in texts[:number]), None):
+            raise ValueError(f"added_tokens has {twice!r} twice. Keep one")
+        return value
+
     @model_validator(mode="after")
-    def _vocab_file_given(self) -> TokenizerConfig:
+    def _fields_of_the_type(self) -> TokenizerConfig:
         kind = TOKENIZER_TYPES.get(self.type, TokenizerType())
-        if kind.needs_file and kind.file and not getattr(self, kind.file):
-            raise ValueError(f"tokenizer type is {self.type!r} but {kind.file} is not set. Name a vocabulary file")
+        if kind.file and kind.needed and not getattr(self, kind.file):
+            raise ValueError(f"tokenizer type is {self.type!r} but {kind.file} is not set. Name {kind.needed}")
+        if self.path and kind.file != "path":
+            raise ValueError(f"path is set, but tokenizer type is {self.type!r}. Use type hf, or vocab_file")
+        if self.vocab_file and kind.file == "path":
+            raise ValueError(f"vocab_file is set, but tokenizer type is {self.type!r}. Name its file in path")
+        if self.added_tokens and not kind.takes_added_tokens:
+            able = ", ".join(name for name, kind in TOKENIZER_TYPES.items() if kind.takes_added_tokens)
+            raise ValueError(f"added_tokens is set, but tokenizer type is {self.type!r}. Those that take it: {able}")
         return self
 
 

@@ -24,7 +24,7 @@ from rwkv_cluster.data.preparation.prepare import prepare, write_pair
 from rwkv_cluster.data.sampler import largest_magic_prime
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.tokenizer import IntegerTokenizer, as_tokenizer
-from rwkv_cluster.workdir import VOCABULARY, atomic_writer
+from rwkv_cluster.workdir import HUB_TOKENIZER, VOCABULARY, atomic_writer
 
 
 class NumpyToJsonlConverter:
@@ -168,7 +168,7 @@ def _result(manifest: DataManifest, out_dir: Path, ctx_len: int) -> dict[str, An
     return {
         "jsonl_path": out_dir / f"{manifest.name}.jsonl",
         "binidx_prefix": out_dir / manifest.name,
-        "vocab_path": out_dir / VOCABULARY,
+        "vocab_path": out_dir / (HUB_TOKENIZER if HUB_TOKENIZER in manifest.files else VOCABULARY),
         "num_sequences": manifest.n_documents,
         "total_tokens": manifest.n_tokens,
         "magic_prime": largest_magic_prime(manifest.n_tokens, ctx_len),

@@ -9,7 +9,7 @@ from rwkv_cluster.config import TOKENIZER_TYPES, TokenizerConfig
 from rwkv_cluster.data.manifest import load_manifest
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import build_tokenizer, tokenizer_identity
-from rwkv_cluster.workdir import VOCABULARY
+from rwkv_cluster.tokenizer.table import BUILT_IN
 
 
 def tokenizer_of_run(config: TokenizerConfig, data: Path) -> Any:
@@ -21,7 +21,8 @@ def tokenizer_of_run(config: TokenizerConfig, data: Path) -> Any:
     kind = TOKENIZER_TYPES.get(config.type)
     if kind is not None and kind.file:
         try:
-            tokenizer = build_tokenizer(config.model_copy(update={kind.file: str(data / VOCABULARY)}))
+            copy = data / BUILT_IN[config.type].saved_as
+            tokenizer = build_tokenizer(config.model_copy(update={kind.file: str(copy)}))
             if tokenizer_identity(tokenizer) == load_manifest(data).tokenizer:
                 return tokenizer
         except DataError:  # then the configuration's own is asked for, and says what is wrong

@@ -24,7 +24,7 @@ from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.heartbeat import machine
 from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
-from rwkv_cluster.workdir import VOCABULARY, atomic_write
+from rwkv_cluster.workdir import HUB_TOKENIZER, VOCABULARY, atomic_write
 
 CACHE_NAME = "verified.json"
 BLOCK_BYTES = 4 << 20
@@ -96,7 +96,7 @@ class _Fault(Exception):
 @contextmanager
 def _faults(manifest: DataManifest, name: str) -> Iterator[None]:
     """What is found wrong with file `name` becomes a DamagedFileError."""
-    own = "in_place" not in manifest.options or name == VOCABULARY
+    own = "in_place" not in manifest.options or name in (VOCABULARY, HUB_TOKENIZER)
     remedy = (
         "Make it again from its input with `rwkv-cluster prepare CONFIG`"
         if own

@@ -1,8 +1,9 @@
 """Tokenizers: text to token ids and back."""
 
 from rwkv_cluster.tokenizer.base import BaseTokenizer
+from rwkv_cluster.tokenizer.hub import HubTokenizer
 from rwkv_cluster.tokenizer.integer import AngleTokenizer, IntegerTokenizer
-from rwkv_cluster.tokenizer.table import as_tokenizer, build_tokenizer, describe_tokenizer, is_built_in
+from rwkv_cluster.tokenizer.table import as_tokenizer, build_tokenizer, describe_tokenizer, is_built_in, saved_name
 from rwkv_cluster.tokenizer.tokenizers import (
     ByteTokenizer,
     GenericTokenizer,
@@ -23,6 +24,7 @@ __all__ = [
     "BaseTokenizer",
     "ByteTokenizer",
     "GenericTokenizer",
+    "HubTokenizer",
     "IntegerTokenizer",
     "TokenizationError",
     "VocabularyError",
@@ -38,6 +40,7 @@ __all__ = [
     "is_built_in",
     "require_tokenizer",
     "save_vocab",
+    "saved_name",
     "tokenizer_identity",
     "world_file",
     "world_tokenizer",

@@ -41,9 +41,10 @@ def class_name(tokenizer: Any) -> str:
     )
 
 
-def identity_of(tokenizer: Any, digest: str) -> dict[str, Any]:
-    """The JSON-able {class, vocab_size, sha256} that manifests keep."""
-    return {"class": class_name(tokenizer), "vocab_size": int(tokenizer.vocab_size), "sha256": digest}
+def identity_of(tokenizer: Any, digest: str, added_tokens: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON-able {class, vocab_size, sha256} that manifests keep, and added_tokens where there are some."""
+    identity = {"class": class_name(tokenizer), "vocab_size": int(tokenizer.vocab_size), "sha256": digest}
+    return identity | ({"added_tokens": list(added_tokens)} if added_tokens else {})
 
 
 def utf8(text: str) -> bytes:

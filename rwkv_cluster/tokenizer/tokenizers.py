@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -87,23 +88,40 @@ class GenericTokenizer(BaseTokenizer):
     process shares it.
     """
 
-    def __init__(self, vocab_file: str | Path, *, n_rows: int = 0) -> None:
-        """`n_rows`: least vocab_size, where models have more rows than the file has ids.
+    def __init__(self, vocab_file: str | Path, added_tokens: Sequence[str] = (), *, n_rows: int = 0) -> None:
+        """Read the file and add tokens.
 
-        Raises MissingDataError or VocabularyError.
+        added_tokens: texts that are matched before all others, the longest first; those that the file lacks get the ids
+        after its last one. n_rows: least vocab_size, where models have more rows than the file has ids. Raises
+        MissingDataError or VocabularyError.
         """
         self.vocab_file = vocab_file
+        self.added_tokens = tuple(added_tokens)
         self.n_rows = n_rows
         self.idx2token = parse_vocabulary(vocab_file)
+        self.new_ids = self._add()
         self._prepare()
+
+    def _add(self) -> range:
+        """Give ids to the added tokens that have none. Returns them."""
+        known = {token for token_id, token in self.idx2token.items() if token_id != 0}
+        first = next_id = max(self.idx2token) + 1
+        for token in map(utf8, self.added_tokens):
+            if token not in known:
+                self.idx2token[next_id] = token
+                next_id += 1
+        return range(first, next_id)
 
     def _prepare(self) -> None:
         self._vocab_size = max(self.n_rows, max(self.idx2token) + 1)
         self._dtype = id_dtype(self._vocab_size)
         self._matcher = build_matcher(self.idx2token)
+        added = sorted(map(utf8, self.added_tokens), key=len, reverse=True)
+        self._added = re.compile(b"|".join(map(re.escape, added))) if added else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"vocab_file": self.vocab_file, "n_rows": self.n_rows, "idx2token": self.idx2token}
+        names = ("vocab_file", "added_tokens", "n_rows", "idx2token", "new_ids")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -147,16 +165,33 @@ class GenericTokenizer(BaseTokenizer):
         write_vocabulary(filepath, sorted(self.idx2token.items()))
 
     def identity(self) -> dict[str, Any]:
-        """Class, vocabulary size and sha256 of the vocabulary, for manifests."""
-        return identity_of(self, vocabulary_digest(self.idx2token))
+        """Class, vocabulary size, sha256 of the vocabulary and added tokens, for manifests."""
+        return identity_of(self, vocabulary_digest(self.idx2token), self.added_tokens)
+
+    def new_token_pieces(self) -> dict[int, list[int]]:
+        """Ids of the pieces, by the file's tokens alone, of each new token by its id; or none."""
+        tokens = self.idx2token
+        plain = build_matcher({token_id: tokens[token_id] for token_id in tokens if token_id not in self.new_ids})
+        return {token_id: plain.encode(tokens[token_id], self._dtype)[0].tolist() for token_id in self.new_ids}
 
     def printTokens(self, tokens: Sequence[int]) -> None:
         """Write tokens with their ids to stdout."""
         write_tokens(self.idx2token, tokens)
 
     def _ids(self, data: bytes) -> np.ndarray:
-        ids, position = self._matcher.encode(data, self._dtype)
+        if self._added is None:
+            return self._matched(data, 0, len(data))
+        parts, start = [], 0
+        for added in self._added.finditer(data):
+            parts += [self._matched(data, start, added.start()), self._matched(data, *added.span())]
+            start = added.end()
+        return np.concatenate([*parts, self._matched(data, start, len(data))])
+
+    def _matched(self, data: bytes, start: int, end: int) -> np.ndarray:
+        """Ids of data[start:end], which are the longest tokens from the left."""
+        ids, position = self._matcher.encode(data[start:end], self._dtype)
         if position >= 0:
+            position += start
             near = data[max(0, position - 16) : position + 16].decode("utf-8", "replace")
             raise TokenizationError(
                 f"byte {position}: cannot encode 0x{data[position]:02x} near {near!r}, because no token of "

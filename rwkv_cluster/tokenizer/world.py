@@ -7,6 +7,7 @@ known by what it says and not by its bytes: published copies end their lines in 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def world_file() -> Path | None:
     return next((path for folder in folders or () if (path := Path(folder) / FILE_NAME).is_file()), None)
 
 
-def world_tokenizer(vocab_file: Path | None) -> GenericTokenizer:
-    """The tokenizer of the World vocabulary: 65,536 ids, of which 65530 to 65535 are unused.
+def world_tokenizer(vocab_file: Path | None, added_tokens: Sequence[str] = ()) -> GenericTokenizer:
+    """The tokenizer of the World vocabulary: 65,536 ids, of which 65530 to 65535 are unused without added tokens.
 
     vocab_file: default that of the installed package. Raises ConfigError where there is none, MissingDataError or
     VocabularyError for the file.
@@ -43,7 +44,7 @@ def world_tokenizer(vocab_file: Path | None) -> GenericTokenizer:
             f"tokenizer type is 'world', but no installed package has {FILE_NAME}",
             remedy="`pip install 'rwkv-cluster[world]'` brings it, or name the file in data.tokenizer.vocab_file",
         )
-    tokenizer = GenericTokenizer(path, n_rows=WORLD_ROWS)
+    tokenizer = GenericTokenizer(path, added_tokens, n_rows=WORLD_ROWS)
     if not has_world_vocabulary(tokenizer):
         raise VocabularyError(
             f"{path}: its {len(tokenizer.idx2token):,} tokens are not those of {FILE_NAME}",
@@ -53,17 +54,21 @@ def world_tokenizer(vocab_file: Path | None) -> GenericTokenizer:
 
 
 def has_world_vocabulary(tokenizer: Any) -> bool:
-    """Whether a tokenizer of any class has the tokens of the World vocabulary, each with its id."""
+    """Whether a tokenizer of any class has the tokens of the World vocabulary, and else only added ones."""
     if type(tokenizer) is not GenericTokenizer:
         return False
-    tokens = {token_id: token for token_id, token in tokenizer.idx2token.items() if token_id != 0}
-    return max(tokens) == LAST_ID and vocabulary_digest(tokens) == DIGEST
+    added = {text.encode() for text in tokenizer.added_tokens}
+    if any(token not in added for token_id, token in tokenizer.idx2token.items() if token_id > LAST_ID):
+        return False
+    tokens = {token_id: token for token_id, token in tokenizer.idx2token.items() if 0 < token_id <= LAST_ID}
+    return vocabulary_digest(tokens) == DIGEST
 
 
 def world_vocabulary(tokenizer: Any) -> bytes:
     """Content of the World vocabulary's file with LF, byte for byte as RWKV-LM has it: 1,093,733 bytes.
 
-    tokenizer: of the model that the file is for. Raises ConfigError where it has another vocabulary.
+    Added tokens are lines at its end. tokenizer: of the model that the file is for. Raises ConfigError where it has
+    another vocabulary.
     """
     if not has_world_vocabulary(tokenizer):
         raise ConfigError(
@@ -72,5 +77,5 @@ def world_vocabulary(tokenizer: Any) -> bytes:
             remedy="A runtime then needs this model's own tokenizer: its file is in the folder data of the work "
             "directory",
         )
-    lines = (vocabulary_line(token_id, tokenizer.idx2token[token_id]) for token_id in range(1, LAST_ID + 1))
-    return "".join(lines).encode()
+    entries = sorted(tokenizer.idx2token.items())
+    return "".join(vocabulary_line(token_id, token) for token_id, token in entries if token_id != 0).encode()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from rwkv_cluster.config import Config, Section
+from rwkv_cluster.config import Config, Section, TokenizerConfig
 from rwkv_cluster.config.field_types import is_section, iterate_fields
 from rwkv_cluster.config.launch import ContainerConfig, LaunchConfig
 from rwkv_cluster.config.loader import (
@@ -354,6 +354,8 @@ BOUND_TO_OTHERS = (
     "dim_att",
     "dim_ffn",
     "accumulate_grad_batches",
+    "path",
+    "added_tokens",
     "zero_stage",
     "offload_optimizer",
     "offload_parameters",
@@ -407,9 +409,21 @@ LAUNCH = st.fixed_dictionaries(
 ).map(lambda values: LaunchConfig(**values))
 
 
+# What only some types take.
+ADDED = st.lists((TEXT | ODD_TEXT).filter(bool), unique=True, max_size=4)
+HUB = st.builds(lambda path, added: TokenizerConfig(type="hf", path=path, added_tokens=added), TEXT.filter(bool), ADDED)
+
+
 def section_values(section: type[Section]) -> st.SearchStrategy[Any]:
     if section is LaunchConfig:
         return LAUNCH
+    if section is TokenizerConfig:
+        return fields_of(section) | HUB
+    return fields_of(section)
+
+
+def fields_of(section: type[Section]) -> st.SearchStrategy[Any]:
+    """A section with some of its fields, each valid on its own."""
     fields = {
         name: section_values(field.annotation) if is_section(field.annotation) else field_values(name, field)
         for name, field in section.model_fields.items()

@@ -37,8 +37,8 @@ def test_positional_order_and_defaults_of_rwkv_trainer() -> None:
 
 
 def test_too_many_positional_arguments() -> None:
-    with pytest.raises(TypeError, match="at most 3 arguments"):
-        TokenizerConfig("byte", None, 5, 6)
+    with pytest.raises(TypeError, match="at most 5 arguments"):
+        TokenizerConfig("byte", None, 5, None, None, 6)
 
 
 @pytest.mark.parametrize("section", list(sections(Config)))

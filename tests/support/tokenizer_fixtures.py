@@ -50,3 +50,33 @@ def world_file() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the rwkv package is not installed")
     return Path(spec.origin).with_name("rwkv_vocab_v20230424.txt")
+
+
+def write_hub_tokenizer(path: Path, kind: str = "bpe") -> Path:
+    """A tokenizer.json of a few hundred ids whose id 0 is a special token, in the form of GPT-NeoX, T5 or BERT."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    text = Path(os.__file__).read_text()[:20_000].splitlines(keepends=True)
+    if kind == "bpe":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        options = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, **options)
+    elif kind == "unigram":
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        options = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>"}
+        trainer = trainers.UnigramTrainer(vocab_size=400, show_progress=False, **options)
+    else:
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, show_progress=False, special_tokens=["[UNK]", "[CLS]"])
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.save(str(path))
+    return path

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from tiny_run import fingerprint, tiny_run_config, write_config
-from tokenizer_fixtures import world_file
+from tokenizer_fixtures import world_file, write_hub_tokenizer
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.data.manifest import load_manifest
+from rwkv_cluster.tokenizer import create_vocab_file_from_tokens
 
 pytestmark = pytest.mark.system
 GENERATE = ["--prompt", "we count", "--tokens", "12", "--seed", "3"]
@@ -69,3 +71,33 @@ def test_world(tmp_path: Path, lf_file: Path, capsys: pytest.CaptureFixture[str]
         assert ("taking the World tokenizer" in captured.err) == (source != work and not options)
     assert said[0].startswith("we count")
     assert said[1] == said[2]
+
+
+def test_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hub").mkdir()
+    write_hub_tokenizer(tmp_path / "hub/tokenizer.json")
+    path = config_of(tmp_path, {"type": "hf", "path": str(tmp_path / "hub")}, logging={"sample_tokens": 8})
+    resumed(path)
+    work = tmp_path / "work"
+    shutil.copy(work / "out/rwkv-final.pth", tmp_path / "alone.pth")
+    options = ["--tokenizer", "hf", "--vocab-file", str(tmp_path / "hub/tokenizer.json")]
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "alone.pth"), *GENERATE, *options]) == 0
+    alone = capsys.readouterr().out
+    shutil.rmtree(tmp_path / "hub")
+    assert main(["generate", str(work), *GENERATE]) == 0, "by the copy in the work directory"
+    assert capsys.readouterr().out == alone
+    assert alone.startswith("we count")
+
+
+def test_added_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_vocab_file_from_tokens([bytes([byte]) for byte in range(256)], tmp_path / "v.txt")
+    tokenizer = {"type": "generic", "vocab_file": str(tmp_path / "v.txt"), "added_tokens": ["the ", "river"]}
+    path = config_of(tmp_path, tokenizer)
+    resumed(path)
+    work = tmp_path / "work"
+    manifest = load_manifest(work / "data")
+    assert manifest.tokenizer["added_tokens"] == ["the ", "river"]
+    assert {257, 258} < set(open_tokens(work / "data/train").read(0, manifest.n_tokens).tolist())
+    (tmp_path / "v.txt").unlink()
+    assert main(["generate", str(work), *GENERATE]) == 0, "by the copy in the work directory"

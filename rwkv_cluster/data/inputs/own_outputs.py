@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rwkv_cluster.data.manifest import CACHE_NAME, parse_manifest
 from rwkv_cluster.errors import DataError
-from rwkv_cluster.workdir import DATA_MANIFEST, VOCABULARY
+from rwkv_cluster.workdir import DATA_MANIFEST, HUB_TOKENIZER, VOCABULARY
 
 _OF_A_RUN = {"out", "logs", "configs", "report", "launch", "sweep"}
 _SIGNS = ("data", "logs", "configs", "out/checkpoints")  # folders that every work directory has
@@ -47,5 +47,7 @@ def _prepared(folder: Path) -> set[str]:
         manifest = parse_manifest(path.read_bytes(), path)
     except (OSError, DataError):
         return set()
-    names = {VOCABULARY} if manifest.options.get("in_place") else set(manifest.files)
+    names = set(manifest.files)
+    if manifest.options.get("in_place"):
+        names &= {VOCABULARY, HUB_TOKENIZER}
     return {DATA_MANIFEST, CACHE_NAME} | names

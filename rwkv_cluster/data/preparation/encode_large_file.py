@@ -96,7 +96,8 @@ class _GreedyPieces:
         self._lengths = np.zeros(tokenizer.vocab_size, np.int64)
         for token_id, token in tokenizer.idx2token.items():
             self._lengths[token_id] = len(token)
-        self._longest = int(self._lengths.max())
+        # with added tokens, which go first, what a token is may also depend on one that begins within its reach
+        self._longest = int(self._lengths.max()) * (2 if tokenizer.added_tokens else 1)
 
     def __call__(self, text: str, last: bool) -> tuple[np.ndarray, str]:
         if last:

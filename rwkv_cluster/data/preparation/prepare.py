@@ -1,4 +1,4 @@
-"""Prepare data: inputs -> `train.bin`, `train.idx`, `vocab.txt`, `manifest.json` in one directory.
+"""Prepare data: inputs -> `train.bin`, `train.idx`, a copy of the tokenizer, `manifest.json` in one directory.
 
 Documents are tokenized in input order into a store (`token_store`), by worker processes where there is much of it, then
 split and shuffled into the token files (`shuffle_split`). Everything happens in a temporary folder of the same
@@ -51,8 +51,8 @@ from rwkv_cluster.data.preparation.token_store import EncodedDocuments
 from rwkv_cluster.data.preparation.tokenize import Progress, Tokenization, TokenizedInputs
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
-from rwkv_cluster.tokenizer import save_vocab, tokenizer_identity
-from rwkv_cluster.workdir import DATA_MANIFEST, VOCABULARY, remove_temporaries, sha256_file
+from rwkv_cluster.tokenizer import save_vocab, saved_name, tokenizer_identity
+from rwkv_cluster.workdir import DATA_MANIFEST, remove_temporaries, sha256_file
 
 __all__ = ["DataManifest", "load_manifest", "prepare", "prepared_before", "reason_to_prepare", "write_pair"]
 
@@ -179,6 +179,11 @@ class _Job:
         return only_tokens and self.data.validation_fraction == 0
 
     @property
+    def vocabulary(self) -> str:
+        """Name of the copy of the tokenizer's file."""
+        return saved_name(self.tokenizer)
+
+    @property
     def options(self) -> dict[str, Any]:
         return {"in_place": True} if self.is_in_place else content_options(self.data, jsonl=self.writes_jsonl)
 
@@ -235,7 +240,7 @@ class _Job:
             if jsonl is not None:
                 files[jsonl.path.name] = jsonl.digest
             manifest = self._manifest(
-                files | {VOCABULARY: self._save_vocab(finished)},
+                files | {self.vocabulary: self._save_vocab(finished)},
                 n_tokens=parts[0].n_tokens,
                 n_documents=parts[0].n_documents,
                 n_source_documents=store.n_documents,
@@ -261,7 +266,7 @@ class _Job:
             finished = folder / "finished"
             finished.mkdir()
             manifest = self._manifest(
-                files | {VOCABULARY: self._save_vocab(finished)},
+                files | {self.vocabulary: self._save_vocab(finished)},
                 adopted=None if inside else os.path.abspath(source.path),
                 n_tokens=pair.tokens.n_tokens,
                 n_documents=pair.n_documents,
@@ -313,7 +318,7 @@ class _Job:
         return [train, held_out]
 
     def _save_vocab(self, finished: Path) -> FileDigest:
-        path = finished / VOCABULARY
+        path = finished / self.vocabulary
         save_vocab(self.tokenizer, path)
         return FileDigest(path.stat().st_size, sha256_file(path))
 
@@ -358,11 +363,11 @@ class _Job:
         names = [
             f"{self.name}.bin",
             f"{self.name}.idx",
-            f"{self.name}.jsonl" if self.writes_jsonl else VOCABULARY,
+            f"{self.name}.jsonl" if self.writes_jsonl else self.vocabulary,
         ]
         if self.data.validation_fraction:
             names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx"]
-        outputs = {os.path.realpath(self.out_dir / name) for name in [*names, VOCABULARY, DATA_MANIFEST]}
+        outputs = {os.path.realpath(self.out_dir / name) for name in [*names, self.vocabulary, DATA_MANIFEST]}
         for source in self.sources:
             for path in source.files():
                 if os.path.realpath(path) in outputs:
