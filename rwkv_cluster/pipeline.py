@@ -359,7 +359,10 @@ class RWKVTrainingPipeline:
         model = self.model_config
         if auto_detect:
             model = _changed(infer_model_config(peek_weights(path).tensors), ctx_len=model.ctx_len)
-            self._require_rows(path, model.vocab_size or 0)
+            if overrides[TrainingConfig].get("new_rows", self.training_config.new_rows) is None:
+                self._require_rows(path, model.vocab_size or 0)
+            else:
+                model = _changed(model, vocab_size=max(model.vocab_size or 0, int(self.tokenizer.vocab_size)))
         self.model_config = _changed(model, **overrides[ModelConfig])
         self._set_training(init_from=str(path.absolute()), **overrides[TrainingConfig])
         return self.train(num_epochs=num_epochs)

@@ -438,6 +438,19 @@ def test_init_from_what_is_no_weights_file(make: Callable[[Path], None], sentenc
     assert not Path("work/data/manifest.json").exists()
 
 
+def test_init_from_weights_with_too_few_rows(run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x070", vocab_size=256).state_dict())
+    said, ending = "w.pth cannot start this run: it has 256 vocabulary rows", "training.init_from names it"
+    remedy = (
+        "fewer than the tokenizer has ids (257): use the tokenizer that the weights were trained with, or set "
+        "training.new_rows"
+    )
+    refused(run, 4, f"{said}, {remedy}. {ending}", "train", "run.yaml", "--training.init_from=w.pth")
+    remedy = "and the tokenizer 257 ids without added_tokens. Use the tokenizer that the weights were trained with"
+    command = ("train", "run.yaml", "--training.init_from=w.pth", "--training.new_rows=mean")
+    refused(run, 4, f"{said}, {remedy}. {ending}", *command)
+
+
 def test_init_from_weights_with_other_rows_than_the_tokenizer_has_ids(run: Run) -> None:
     run("init", "run.yaml", "--model.vocab_size=320", "--work_dir=big")
     weights = "--training.init_from=big/out/rwkv-init.pth"
@@ -445,7 +458,8 @@ def test_init_from_weights_with_other_rows_than_the_tokenizer_has_ids(run: Run) 
             "257. Set model.vocab_size=320. training.init_from names it",
             "train", "run.yaml", weights, "--model.vocab_size=257")  # fmt: skip
     refused(run, 4, "big/out/rwkv-init.pth cannot start this run: it has 320 vocabulary rows, fewer than the tokenizer has "
-            "ids (361): use the tokenizer that the weights were trained with. training.init_from names it",
+            "ids (361): use the tokenizer that the weights were trained with, or set training.new_rows. "
+            "training.init_from names it",
             "train", "run.yaml", weights, INTEGER)  # fmt: skip
     assert run("train", "run.yaml", weights)[0] == 0
 

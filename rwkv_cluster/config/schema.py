@@ -285,6 +285,12 @@ class TrainingConfig(Section):
         description="start from these weights instead of a fresh initialisation: a .pth, .safetensors or folder of any "
         "layout in docs/interchange.md. Fields of `model` that are not set, but for ctx_len, are read from them",
     )
+    new_rows: Literal["mean", "zero"] | None = Field(
+        None,
+        description="init_from: how the rows of emb and head are made for new data.tokenizer.added_tokens, and beyond "
+        "those of the file up to model.vocab_size. mean: the mean of the rows of what the token's text was before, "
+        "else of all rows; zero. Default: none is made, and a file with too few is refused",
+    )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when present")
     devices: int = Field(
         1, ge=1, le=1024, description="processes on this machine when no launcher has set the world size"

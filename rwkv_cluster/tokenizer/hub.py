@@ -49,6 +49,7 @@ class HubTokenizer(BaseTokenizer):
         last = max(vocabulary.values(), default=0)
         if not 1 <= last <= MAX_TOKEN_ID:
             raise VocabularyError(f"{self._file}: its largest id is {last}, expected 1 to {MAX_TOKEN_ID}")
+        self.plain_size = max(known.values(), default=0) + 1
         self.new_ids = sorted(vocabulary[token] for token in vocabulary.keys() - known.keys())
         if not set(self.new_ids).isdisjoint(known.values()):
             raise VocabularyError(

@@ -168,6 +168,11 @@ class GenericTokenizer(BaseTokenizer):
         """Class, vocabulary size, sha256 of the vocabulary and added tokens, for manifests."""
         return identity_of(self, vocabulary_digest(self.idx2token), self.added_tokens)
 
+    @property
+    def plain_size(self) -> int:
+        """Largest id + 1 without the new tokens."""
+        return self.new_ids.start
+
     def new_token_pieces(self) -> dict[int, list[int]]:
         """Ids of the pieces, by the file's tokens alone, of each new token by its id; or none."""
         tokens = self.idx2token

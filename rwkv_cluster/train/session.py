@@ -19,6 +19,7 @@ from rwkv_cluster.data.preparation.prepare import DataManifest
 from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.read import peek_weights, read_weights
+from rwkv_cluster.interchange.vocabulary_rows import fit_rows
 from rwkv_cluster.kernels import ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
@@ -208,7 +209,7 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
         log.info("initial weights: %s (already there)", path)
         return path
     if config.training.init_from is not None:
-        state = _fitting(Path(config.training.init_from), _shapes_alone(config.model), INIT_FROM_REMEDY)
+        state = _fitting(Path(config.training.init_from), _shapes_alone(config.model), INIT_FROM_REMEDY, config)
     else:
         model = RWKV(config.model)
         initialize(model, max(config.training.random_seed, 0))
@@ -227,7 +228,8 @@ def require_init_from(config: Config, work: WorkDir) -> None:
         return
     path = Path(init_from)
     with cannot_start(path, INIT_FROM_REMEDY):
-        _require_same_model(peek_weights(path).tensors, _shapes_alone(config.model))
+        shapes = {name: tensor.to("meta") for name, tensor in peek_weights(path).tensors.items()}
+        _require_same_model(fit_rows(shapes, config), _shapes_alone(config.model))
 
 
 def _shapes_alone(config: ModelConfig) -> RWKV:
@@ -236,10 +238,16 @@ def _shapes_alone(config: ModelConfig) -> RWKV:
         return RWKV(config)
 
 
-def _fitting(path: Path, model: RWKV, remedy: str) -> dict[str, Tensor]:
-    """Weights in a file or folder as `model` wants them. remedy: what to do about one that holds none."""
+def _fitting(path: Path, model: RWKV, remedy: str, config: Config | None = None) -> dict[str, Tensor]:
+    """Weights in a file or folder as `model` wants them. remedy: what to do about one that holds none.
+
+    config: that says which rows are new; None: none are.
+    """
     with cannot_start(path, remedy):
         weights = read_weights(path, mapped=True)
+        if config is not None and config.training.new_rows is not None:
+            log.info("new rows of emb and head are made by training.new_rows: %s", config.training.new_rows)
+            weights = fit_rows(weights, config)
         _require_same_model(weights, model)
         return fit_state_dict(weights, model)
 
@@ -251,7 +259,10 @@ def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
         return
     rows, used = own.vocab_size or 0, expected.vocab_size or 0
     if len(other) == 1 and rows != used:
-        fewer = f"fewer than the tokenizer has ids ({used:,}): use the tokenizer that the weights were trained with"
+        fewer = (
+            f"fewer than the tokenizer has ids ({used:,}): use the tokenizer that the weights were trained with, or set "
+            "training.new_rows"
+        )
         more = f"of which the tokenizer uses {used:,}. Set model.vocab_size={rows}"
         raise CheckpointError(f"it has {rows:,} vocabulary rows, {more if rows > used else fewer}")
     raise CheckpointError(f"it holds another model ({'; '.join(other)})")
