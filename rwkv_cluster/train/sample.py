@@ -38,6 +38,7 @@ from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
 
 log = logging.getLogger("rwkv_cluster")
+_NAME_IT = "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.9
@@ -167,7 +168,7 @@ def generate_text(
 
 
 def _tokenizer_of(source: Path) -> Any:
-    """The tokenizer of the work directory that `source` is or lies in, or beside it; None for weights that have none."""
+    """The tokenizer of the work directory that `source` is or lies in, or that lies beside it; None for neither."""
     if not source.exists():
         raise MissingCheckpointError(
             f"{source} does not exist", remedy="Name the work directory of a run, or a weights file"

@@ -260,8 +260,8 @@ def _require_same_model(weights: dict[str, Tensor], model: RWKV) -> None:
     rows, used = own.vocab_size or 0, expected.vocab_size or 0
     if len(other) == 1 and rows != used:
         fewer = (
-            f"fewer than the tokenizer has ids ({used:,}): use the tokenizer that the weights were trained with, or set "
-            "training.new_rows"
+            f"fewer than the tokenizer has ids ({used:,}): use the tokenizer that the weights were trained with, or "
+            "set training.new_rows"
         )
         more = f"of which the tokenizer uses {used:,}. Set model.vocab_size={rows}"
         raise CheckpointError(f"it has {rows:,} vocabulary rows, {more if rows > used else fewer}")
