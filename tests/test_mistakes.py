@@ -799,3 +799,41 @@ def test_a_folder_or_a_link_where_a_file_belongs(run: Run, tmp_path: Path) -> No
         "train",
         "run.yaml",
     )
+
+
+EXPORTS = [
+    (["--format", "flo"], "--format flo is not a format. Nearest: fla"),
+    (["--format", "fla", "--dtype", "fp8"], "--dtype is fp8, expected bf16, fp16 or fp32"),
+    (["--format", "st", "--dtype", "bf16"], "--dtype is bf16, and st exists in fp16 only. Leave --dtype out"),
+    (["--format", "pth"], "{cwd}/w.pth is what would be exported. Name another --output"),
+    (
+        ["--format", "transformers"],
+        "the head size is 16, with which Rwkv7ForCausalLM computes other logits: its group norm has 1e-5 times the head size where RWKV-LM has 64e-5. Export as fla, whose config.json can correct it",
+    ),
+    (
+        ["--format", "gguf-folder"],
+        "llama.cpp's converter takes RWKV-7 with the World vocabulary only, and the model's is not known to be it. Where it is, name its file: --vocab-file rwkv_vocab_v20230424.txt",
+    ),
+    (
+        ["--format", "safetensors", "--output", "there"],
+        "there exists with another content: it, 1 bytes, would be replaced. Name another --output, or replace it with --force",
+    ),
+    (["--format", "fla", "--output", "there"], "there exists and is no folder that an export writes. Name another --output"),
+    (["--format", "fla", "--output", "."], ". holds run.yaml, which is no file of an export. Name another --output"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "sentence"), EXPORTS)
+def test_an_export_that_cannot_be(options: list[str], sentence: str, run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x070").state_dict())
+    Path("there").write_text("x")
+    refused(run, 2, sentence.format(cwd=Path.cwd()), "export", "w.pth", *options)
+
+
+def test_an_export_of_what_no_program_reads(run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x060").state_dict())
+    sentence = "no program reads x060 as fla. Formats of x060: pth, safetensors, st"
+    refused(run, 2, sentence, "export", "w.pth", "--format", "fla")
+    sentence = f"{Path.cwd()}/work has no trained weights: no checkpoint and no rwkv-final.pth. Train first: `rwkv-cluster train CONFIG`, or name a weights file"
+    Path("work").mkdir()
+    refused(run, 4, sentence, "export", "work", "--format", "fla")

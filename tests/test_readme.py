@@ -144,7 +144,7 @@ def test_commands_run_in_the_order_they_stand(
         ran.append(verb)
     assert ran == [
         *("train", "generate", "status"),
-        *("config", "plan", "prepare", "train", "report", "eval", "inspect", "consolidate", "doctor"),
+        *("config", "plan", "prepare", "train", "report", "eval", "inspect", "export", "consolidate", "doctor"),
     ]
 
 

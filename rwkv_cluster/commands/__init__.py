@@ -7,6 +7,7 @@ what a command needs of the library it imports when it runs, so that `--help` an
 from __future__ import annotations
 
 from rwkv_cluster.commands.examining import BENCH, CONFIG, DOCTOR, INSPECT, PLAN
+from rwkv_cluster.commands.exporting import EXPORT
 from rwkv_cluster.commands.generation import GENERATE
 from rwkv_cluster.commands.launching import CANCEL, LAUNCH, LOGS
 from rwkv_cluster.commands.reporting import REPORT, STATUS
@@ -15,6 +16,6 @@ from rwkv_cluster.commands.training import CONSOLIDATE, EVAL, INIT, PREPARE, TRA
 
 _IN_ORDER_OF_HELP = (
     *(PREPARE, INIT, TRAIN, LAUNCH, STATUS, REPORT, LOGS, CANCEL),
-    *(GENERATE, EVAL, CONSOLIDATE, INSPECT, CONFIG, PLAN, DOCTOR, BENCH),
+    *(GENERATE, EVAL, EXPORT, CONSOLIDATE, INSPECT, CONFIG, PLAN, DOCTOR, BENCH),
 )
 COMMANDS: dict[str, Subcommand] = {command.name: command for command in _IN_ORDER_OF_HELP}

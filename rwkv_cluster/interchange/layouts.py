@@ -19,20 +19,20 @@ class Reshape(enum.Enum):
 
     NONE = "none"
     TRANSPOSE = "transpose"
-    """native [C,r], there [r,C], or the other way round"""
+    """native [C,r], there [r,C], or the other way round; of more axes the last two are swapped"""
     FLATTEN = "flatten"
     """native [1,1,C], there [C]"""
 
     def outward(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the layout, from the native one."""
         if self is Reshape.TRANSPOSE:
-            return shape[::-1]
+            return (*shape[:-2], shape[-1], shape[-2])
         return shape[-1:] if self is Reshape.FLATTEN else shape
 
     def inward(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Native shape, from that in the layout. A vector that is flattened there may also be [1,1,C] already."""
         if self is Reshape.TRANSPOSE:
-            return shape[::-1]
+            return (*shape[:-2], shape[-1], shape[-2])
         return (1, 1, shape[-1]) if self is Reshape.FLATTEN and len(shape) == 1 else shape
 
 

@@ -11,6 +11,7 @@ import tiny_run
 import torch
 from tiny_models import some_tokens, tiny_model
 
+from rwkv_cluster.cli import main
 from rwkv_cluster.model.generate import generate
 from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.train.checkpoint.weights import load_model
@@ -42,14 +43,15 @@ for name, prompt, n_tokens in json.load(open(sys.argv[1])):
 
 
 def _trained(folder, model_type):
-    """out/rwkv-final.pth of a short run."""
+    """The .pth that a short run exports."""
     folder.mkdir()
     config = tiny_run.tiny_run_config(
         folder, model={"model_type": model_type}, training={"max_steps": 30, "lr_init": 5e-3, "micro_bsz": 8}
     )
     train(config)
     assert tiny_run.losses(config.work_dir)[-1] < 2.5
-    return WorkDir(config.work_dir).final_weights
+    assert main(["export", config.work_dir, "--format", "pth"]) == 0
+    return WorkDir(config.work_dir).out / "step-00000030.pth"
 
 
 @pytest.mark.parametrize("family", [("x052", "x060"), ("x070",)], ids="+".join)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from system.processes import Job, Watched, new_run
 from tiny_run import losses, tiny_run_config, write_config
 
@@ -175,6 +176,8 @@ def test_every_stage_exports_what_its_checkpoint_holds(stage: int, unbroken: Cal
         assert main(["consolidate", str(run.folder / "run.yaml")]) == 0
         offline = load_pth(run.work.out / f"step-{STEPS:08d}.pth")
         _assert_equal_tensors(load_pth(run.work.final_weights), offline)
+        assert main(["export", str(run.work.root), "--format", "safetensors"]) == 0
+        _assert_equal_tensors(load_file(run.work.out / f"step-{STEPS:08d}.safetensors"), offline)
 
 
 @pytest.mark.parametrize(

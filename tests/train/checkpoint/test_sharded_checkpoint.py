@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import losses, tiny_run_config
 from torch import Tensor
 
@@ -187,6 +188,20 @@ def test_code_in_a_shard_does_not_run(
         assert f"{name}: refused: it names the Python object 'posix.system'" in capsys.readouterr().err
         assert not list(run.out.glob("step-*.pth"))
     assert not canary.exists()
+
+
+def test_an_export_is_what_consolidate_writes(run: WorkDir) -> None:
+    assert main(["export", str(run.root), "--format", "pth"]) == 0
+    pth = run.out / "step-00000008.pth"
+    content = pth.read_bytes()
+    pth.unlink()
+    assert main(["consolidate", str(run.root)]) == 0
+    assert pth.read_bytes() == content
+    assert main(["export", str(run.root), "--format", "safetensors", "--dtype", "bf16"]) == 0
+    found = load_file(run.out / "step-00000008.safetensors")
+    assert {name: tensor.bfloat16().tolist() for name, tensor in load_pth(pth).items()} == {
+        name: tensor.tolist() for name, tensor in found.items()
+    }
 
 
 @pytest.mark.parametrize("name", SHARDS)

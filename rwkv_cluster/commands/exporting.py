@@ -1,0 +1,69 @@
+"""export: the weights of a run, or a weights file, in the files of other programs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkv_cluster.commands.loading import importing_torch
+from rwkv_cluster.commands.subcommand import Result, Subcommand
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.runtime.terminal.nearest import suggestion
+
+if TYPE_CHECKING:
+    from rwkv_cluster.interchange.export import Exported
+
+EXPORT_FORMATS = ("pth", "safetensors", "fla", "transformers", "st", "gguf-folder")
+"""The keys of `interchange.formats.FORMATS`, which takes too long to import for `--help`."""
+
+_DTYPES = "bf16, fp16 or fp32"
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="WORK_DIR_OR_FILE", help="a run's directory, or a weights file")
+    parser.add_argument("--format", metavar="FORMAT", required=True, help=", ".join(EXPORT_FORMATS))
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"{_DTYPES}; default the run's precision, or the file's own")
+    parser.add_argument("--output", metavar="PATH", help="default below WORK_DIR/out, or beside the file")
+    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of a weights file outside a work directory")
+    parser.add_argument("--force", action="store_true", help="replace another export of that name")
+
+
+def export(options: argparse.Namespace) -> Result:
+    """Write weights in another program's format. Raises ConfigError for a bad option."""
+    with importing_torch():
+        from rwkv_cluster.interchange.export import DTYPES, export
+        from rwkv_cluster.interchange.formats import FORMATS
+        from rwkv_cluster.train.checkpoint.export_source import source_of
+    if options.format not in FORMATS:
+        raise ConfigError(
+            f"--format {options.format} is not a format", remedy=suggestion(options.format, FORMATS, "Formats")
+        )
+    if options.dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype is {options.dtype}, expected {_DTYPES}")
+    source = source_of(Path(options.source), Path(options.vocab_file) if options.vocab_file else None)
+    exported = export(
+        source,
+        FORMATS[options.format],
+        dtype=options.dtype,
+        output=Path(options.output) if options.output else None,
+        force=options.force,
+    )
+    return Result(_text(exported), dataclasses.asdict(exported))
+
+
+def _text(exported: Exported) -> str:
+    state = "already there: " if exported.already_there else ""
+    lines = [f"{state}{exported.path}, {exported.n_bytes:,} bytes, {exported.dtype}"]
+    lines += [f"sha256 {digest}  {name}" for name, digest in exported.files.items()]
+    lines += [f"source sha256 {exported.source_sha256}", *(f"note: {note}" for note in exported.notes)]
+    return "\n".join(lines)
+
+
+EXPORT = Subcommand(
+    "export",
+    "write weights for other programs: safetensors, Hugging Face folders, Ai00, llama.cpp",
+    export,
+    _add_export_arguments,
+)
