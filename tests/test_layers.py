@@ -27,7 +27,7 @@ LIGHT = """
     rwkv_cluster.launch.submit rwkv_cluster.tokenizer rwkv_cluster.data.sampler
     rwkv_cluster.data.preparation.prepare rwkv_cluster.data.inputs.readers rwkv_cluster.data.binidx
     rwkv_cluster.data.converters rwkv_cluster.interchange.layouts rwkv_cluster.interchange.safetensors_header
-    rwkv_cluster.interchange.formats
+    rwkv_cluster.interchange.export.table
     rwkv_cluster.model.flops rwkv_cluster.model.versions.table
     rwkv_cluster.runtime.gpu_specs rwkv_cluster.planning.run_plan rwkv_cluster.planning.formatting
 """.split()  # noqa: SIM905 -- a list of words reads better

@@ -13,7 +13,7 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.terminal.nearest import suggestion
 
 if TYPE_CHECKING:
-    from rwkv_cluster.interchange.export import Exported
+    from rwkv_cluster.interchange.export.write import Exported
 
 EXPORT_FORMATS = ("pth", "safetensors", "fla", "transformers", "st", "gguf-folder")
 """The keys of `interchange.formats.FORMATS`, which takes too long to import for `--help`."""
@@ -33,8 +33,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def export(options: argparse.Namespace) -> Result:
     """Write weights in another program's format. Raises ConfigError for a bad option."""
     with importing_torch():
-        from rwkv_cluster.interchange.export import DTYPES, export
-        from rwkv_cluster.interchange.formats import FORMATS
+        from rwkv_cluster.interchange.export.table import FORMATS
+        from rwkv_cluster.interchange.export.write import DTYPES, export
         from rwkv_cluster.train.checkpoint.export_source import source_of
     if options.format not in FORMATS:
         raise ConfigError(

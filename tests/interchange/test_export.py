@@ -22,12 +22,12 @@ from torch import Tensor
 
 from rwkv_cluster.commands.exporting import EXPORT_FORMATS
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.interchange import export as exporting
-from rwkv_cluster.interchange.export import Exported, export
-from rwkv_cluster.interchange.formats import FORMATS
+from rwkv_cluster.interchange.export import write as exporting
+from rwkv_cluster.interchange.export.safetensors_writer import INDEX
+from rwkv_cluster.interchange.export.table import FORMATS
+from rwkv_cluster.interchange.export.tokenizer_files import CHAT_TEMPLATE, WORLD_FILE, world_vocabulary
+from rwkv_cluster.interchange.export.write import Exported, export
 from rwkv_cluster.interchange.layouts import LAYOUTS
-from rwkv_cluster.interchange.safetensors_writer import INDEX
-from rwkv_cluster.interchange.tokenizer_files import CHAT_TEMPLATE, WORLD_FILE, world_vocabulary
 from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.train.checkpoint.export_source import source_of
 
@@ -391,7 +391,7 @@ def test_weights_of_a_run_and_their_vocabulary_are_found(tmp_path: Path) -> None
 
 
 def test_a_disk_that_is_too_small(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwkv_cluster.interchange import publish
+    from rwkv_cluster.interchange.export import publish
 
     monkeypatch.setattr(publish, "free_bytes", lambda folder: 1000)
     with pytest.raises(CheckpointError, match=r"there is no room for .*x070-fla: it needs"):

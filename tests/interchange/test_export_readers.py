@@ -18,8 +18,8 @@ from tiny_models import relative_error, tiny_model
 from torch import Tensor
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.interchange.export.tokenizer_files import WORLD_FILE
 from rwkv_cluster.interchange.layouts import LAYOUTS
-from rwkv_cluster.interchange.tokenizer_files import WORLD_FILE
 from rwkv_cluster.model import layers
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.weights_file import load_pth, save_pth

@@ -11,8 +11,8 @@ from torch import Tensor
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.errors import MissingCheckpointError
-from rwkv_cluster.interchange.export import Source
-from rwkv_cluster.interchange.tokenizer_files import world_vocabulary
+from rwkv_cluster.interchange.export.tokenizer_files import world_vocabulary
+from rwkv_cluster.interchange.export.write import Source
 from rwkv_cluster.model.weights_file import infer_model_config, load_pth, peek_pth, strip_prefixes
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.runtime.terminal.time_left import bytes_left

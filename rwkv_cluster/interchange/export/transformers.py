@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.interchange.fla import NO_TOKENIZER, folder_files, size_fields
-from rwkv_cluster.interchange.format import Companions, ExportedModel, Format
+from rwkv_cluster.interchange.export.fla import NO_TOKENIZER, folder_files, size_fields
+from rwkv_cluster.interchange.export.format import Companions, ExportedModel, Format
 from rwkv_cluster.interchange.layouts import LAYOUTS
 
 

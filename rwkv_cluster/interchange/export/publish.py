@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.interchange.safetensors_writer import INDEX, Sink, is_shard_name
+from rwkv_cluster.interchange.export.safetensors_writer import INDEX, Sink, is_shard_name
 from rwkv_cluster.runtime.disk_errors import existing_parent, free_bytes, writing
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
 from rwkv_cluster.workdir import TEMPORARY_PREFIX, atomic_writer, fsync_directory, sha256_file

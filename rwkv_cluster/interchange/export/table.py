@@ -5,12 +5,12 @@ A further format is one row and, where it has a configuration of its own, one fi
 
 from __future__ import annotations
 
-from rwkv_cluster.interchange.fla import FLA
-from rwkv_cluster.interchange.format import Format
-from rwkv_cluster.interchange.gguf_folder import GGUF_FOLDER
+from rwkv_cluster.interchange.export.fla import FLA
+from rwkv_cluster.interchange.export.format import Format
+from rwkv_cluster.interchange.export.gguf_folder import GGUF_FOLDER
+from rwkv_cluster.interchange.export.transformers import TRANSFORMERS
+from rwkv_cluster.interchange.export.web_rwkv import ST
 from rwkv_cluster.interchange.layouts import Reshape
-from rwkv_cluster.interchange.transformers import TRANSFORMERS
-from rwkv_cluster.interchange.web_rwkv import ST
 from rwkv_cluster.model.versions.table import VERSIONS
 
 

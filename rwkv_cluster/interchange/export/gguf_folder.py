@@ -7,9 +7,9 @@ llama.cpp has 64e-5 in the norm over heads by itself, so that norm_eps is that o
 from __future__ import annotations
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.interchange.fla import FLA, fla_config, folder_files
-from rwkv_cluster.interchange.format import Companions, ExportedModel, Format
-from rwkv_cluster.interchange.tokenizer_files import WORLD_FILE
+from rwkv_cluster.interchange.export.fla import FLA, fla_config, folder_files
+from rwkv_cluster.interchange.export.format import Companions, ExportedModel, Format
+from rwkv_cluster.interchange.export.tokenizer_files import WORLD_FILE
 
 
 def _companions(model: ExportedModel) -> Companions:

@@ -12,12 +12,19 @@ from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import CheckpointError, ConfigError
-from rwkv_cluster.interchange.format import ExportedModel, Format
-from rwkv_cluster.interchange.formats import FORMATS
+from rwkv_cluster.interchange.export.format import ExportedModel, Format
+from rwkv_cluster.interchange.export.publish import Part, files_of, publish, same_files
+from rwkv_cluster.interchange.export.safetensors_writer import (
+    INDEX,
+    Sink,
+    Slot,
+    header_bytes,
+    shards,
+    write_safetensors,
+)
+from rwkv_cluster.interchange.export.table import FORMATS
+from rwkv_cluster.interchange.export.tokenizer_files import json_file
 from rwkv_cluster.interchange.layouts import Reshape
-from rwkv_cluster.interchange.publish import Part, files_of, publish, same_files
-from rwkv_cluster.interchange.safetensors_writer import INDEX, Sink, Slot, header_bytes, shards, write_safetensors
-from rwkv_cluster.interchange.tokenizer_files import json_file
 from rwkv_cluster.model.parameter_shapes import parameter_shapes, unused_names
 from rwkv_cluster.model.weights_file import check_finite
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rwkv_cluster.interchange.format import Format
+from rwkv_cluster.interchange.export.format import Format
 from rwkv_cluster.interchange.layouts import Reshape
 
 _RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}

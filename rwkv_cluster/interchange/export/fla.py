@@ -5,9 +5,9 @@ Fields of config.json: fla/models/rwkv7/configuration_rwkv7.py; those of the tok
 
 from __future__ import annotations
 
-from rwkv_cluster.interchange.format import Companions, ExportedModel, Format
+from rwkv_cluster.interchange.export.format import Companions, ExportedModel, Format
+from rwkv_cluster.interchange.export.tokenizer_files import END_OF_DOCUMENT, json_file, world_files
 from rwkv_cluster.interchange.layouts import LAYOUTS
-from rwkv_cluster.interchange.tokenizer_files import END_OF_DOCUMENT, json_file, world_files
 from rwkv_cluster.model.parameter_shapes import model_dims
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
