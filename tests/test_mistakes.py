@@ -235,7 +235,8 @@ def test_the_world_vocabulary(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     sentence = "v.txt: its 2 tokens are not those of rwkv_vocab_v20230424.txt. Use type generic for another vocabulary"
     refused(run, 3, sentence, "train", "run.yaml", "--data.tokenizer={type: world, vocab_file: v.txt}")
 
-    said = f"w.pth does not say which tokenizer it was trained with: there is no {tmp_path.parent}/configs/config.yaml"
+    absent = f"neither {tmp_path.parent}/configs/config.yaml nor {tmp_path}/rwkv_vocab_v20230424.txt"
+    said = f"w.pth does not say which tokenizer it was trained with: there is {absent}"
     rows = {257: "Name a work directory, or the tokenizer with --tokenizer and --vocab-file"}
     rows[65_536] = (
         "Its 65,536 rows are as many as World models have, whose vocabulary `pip install 'rwkv-cluster[world]'` brings, "
