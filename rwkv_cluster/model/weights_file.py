@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -149,7 +149,8 @@ def fit_state_dict(state_dict: Mapping[str, Tensor], model: RWKV) -> dict[str, T
         raise CheckpointError(
             f"weights do not fit the configured model: {first_ones}{more}", remedy="Set model.* to the weights' shape"
         )
-    check_finite(tensors, "weights are not usable")
+    with bytes_left("reading weights", sum(tensor.nbytes for tensor in tensors.values())) as left:
+        check_finite(tensors, "weights are not usable", left.advance)
     return {name: tensors[name] for name in expected}
 
 
@@ -179,12 +180,18 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-def check_finite(state_dict: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError, beginning with `what`, when any tensor has a NaN or infinite value."""
+def check_finite(
+    state_dict: Mapping[str, Tensor], what: str, advance: Callable[[int], None] = lambda n_bytes: None
+) -> None:
+    """Raise CheckpointError, beginning with `what`, when any tensor has a NaN or infinite value.
+
+    advance: told of the bytes of each tensor that is done.
+    """
     for name, tensor in state_dict.items():
         # the sum settles almost every tensor in one pass; a finite one may overflow it, so look closely then
         if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
             raise CheckpointError(f"{what}: {name} has a NaN or infinite value", remedy="Use an earlier checkpoint")
+        advance(tensor.nbytes)
 
 
 def _check_archive(path: Path, *, checksums: bool = True) -> None:

@@ -59,6 +59,16 @@ def test_the_older_versions(model_type: str, layout: str, tmp_path: Path) -> Non
     assert infer_model_config(peek_weights(folder).tensors).model_type == model_type
 
 
+def test_shards_in_the_older_format(tmp_path: Path) -> None:
+    tensors = in_layout(tiny_model("x060").state_dict(), "rwkv-6-hf")
+    names = list(tensors)
+    places = {name: f"pytorch_model-{1 + names.index(name) % 2:05d}-of-00002.bin" for name in names}
+    for file in set(places.values()):
+        save_pth(tmp_path / file, {name: tensors[name] for name in names if places[name] == file})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_equal(read_weights(tmp_path), tiny_model("x060").state_dict())
+
+
 def test_an_index_is_named_itself(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", in_layout(BASE, "fla"), n_files=2)
     assert_equal(read_weights(folder / INDEX), BASE)
