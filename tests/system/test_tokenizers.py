@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import fingerprint, tiny_run_config, write_config
+import torch
+from tiny_models import tiny_model
+from tiny_run import fingerprint, tiny_run_config, write_config, write_text
 from tokenizer_fixtures import world_file, write_hub_tokenizer
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.data.manifest import load_manifest
-from rwkv_cluster.tokenizer import create_vocab_file_from_tokens
+from rwkv_cluster.model.weights_file import load_pth, save_pth
+from rwkv_cluster.tokenizer import GenericTokenizer, create_vocab_file_from_tokens
 
 pytestmark = pytest.mark.system
 GENERATE = ["--prompt", "we count", "--tokens", "12", "--seed", "3"]
@@ -101,3 +104,22 @@ def test_added_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {257, 258} < set(open_tokens(work / "data/train").read(0, manifest.n_tokens).tolist())
     (tmp_path / "v.txt").unlink()
     assert main(["generate", str(work), *GENERATE]) == 0, "by the copy in the work directory"
+
+
+def test_world_with_added_tokens_from_weights_of_world(tmp_path: Path, lf_file: Path) -> None:
+    start = tiny_model("x070", vocab_size=65_536).state_dict()
+    save_pth(tmp_path / "start.pth", start)
+    chat = [f"<|{n}|>" for n in range(6)] + ["<|im_start|>"]
+    lines = write_text(tmp_path / "text.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_text("".join(line.replace('": "', '": "<|im_start|>') for line in lines))
+    training = {"init_from": str(tmp_path / "start.pth"), "new_rows": "mean"}
+    tokenizer = {"type": "world", "vocab_file": str(lf_file), "added_tokens": chat}
+    resumed(config_of(tmp_path, tokenizer, training=training))
+    data, began = tmp_path / "work/data", load_pth(tmp_path / "work/out/rwkv-init.pth")
+    manifest = load_manifest(data)
+    assert (manifest.vocab_size, manifest.dtype) == (65_537, "int32")
+    assert 65_536 in open_tokens(data / "train").read(0, manifest.n_tokens)
+    pieces = GenericTokenizer(lf_file).encode("<|im_start|>")
+    for name in ("emb.weight", "head.weight"):
+        assert torch.equal(began[name][:65_530], start[name][:65_530])
+        assert torch.equal(began[name][65_536], start[name][pieces].mean(0, dtype=torch.float64).float())
