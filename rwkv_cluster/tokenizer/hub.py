@@ -97,6 +97,10 @@ class HubTokenizer(BaseTokenizer):
         """Write the file as it was read, without added_tokens."""
         atomic_write(Path(filepath), self._content)
 
+    def exported(self) -> bytes:
+        """Content of a tokenizer.json for other programs: the file as it was read, or with its added tokens."""
+        return self._tokenizer.to_str(pretty=True).encode() if self.added_tokens else self._content
+
     def identity(self) -> dict[str, Any]:
         """Class, vocabulary size, sha256 of what the file says and added tokens, for manifests."""
         said = json.dumps(json.loads(self._content), sort_keys=True, separators=(",", ":"))

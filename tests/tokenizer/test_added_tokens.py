@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_fixtures import world_file
 
@@ -50,18 +50,20 @@ def by_definition(tokenizer: GenericTokenizer, plain: GenericTokenizer, text: st
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.lists(st.sampled_from([*ADDED, "a", "b", "<", "|", ">", "é", "aa"]), max_size=14).map("".join))
+@example(text="a<|a|>")  # a token of the file that a piece would end within an added one
 def test_ids_follow_the_definition_whole_and_in_pieces(text: str, vocabulary: Path) -> None:
-    plain, tokenizer = GenericTokenizer(vocabulary), GenericTokenizer(vocabulary, ADDED)
-    ids = by_definition(tokenizer, plain, text)
-    assert tokenizer.encode(text) == ids
-    assert tokenizer.encodeBytes(text.encode()) == ids
-    assert tokenizer.decode(ids) == text
-    data = text.encode()
-    for size in (1, 3, 7):
-        blocks = (data[start : start + size] for start in range(0, len(data), size))
-        pieces = list(encode_large_text(tokenizer, blocks, Path("t")))
-        assert np.concatenate([piece for piece, _ in pieces]).tolist() == ids
-        assert "".join(used for _, used in pieces) == text
+    plain, data = GenericTokenizer(vocabulary), text.encode()
+    for added in (ADDED, ["<|a|>"]):
+        tokenizer = GenericTokenizer(vocabulary, added)
+        ids = by_definition(tokenizer, plain, text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.encodeBytes(data) == ids
+        assert tokenizer.decode(ids) == text
+        for size in (1, 3, 7):
+            blocks = (data[start : start + size] for start in range(0, len(data), size))
+            pieces = list(encode_large_text(tokenizer, blocks, Path("t")))
+            assert np.concatenate([piece for piece, _ in pieces]).tolist() == ids
+            assert "".join(used for _, used in pieces) == text
 
 
 def test_new_tokens_follow_the_last_id_and_known_ones_keep_theirs(vocabulary: Path) -> None:

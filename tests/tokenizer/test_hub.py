@@ -117,6 +117,8 @@ def test_added_tokens_are_the_next_ids(folder: Path) -> None:
     assert ours.encode(text) == [*plain.encode("a"), n + 1, n, *plain.encode("é "), *ours.encode(known)]
     assert len(ours.encode(known)) == 1
     assert ours.decode(ours.encode(text)) == text
+    assert tokenizers.Tokenizer.from_str(ours.exported().decode()).encode(text).ids == ours.encode(text)
+    assert plain.exported() == (folder / "bpe.json").read_bytes()
     pieces = {n: plain.encode("<|im_start|>"), n + 1: plain.encode("<|im_start|>x")}
     assert ours.new_token_pieces() == pieces
 
