@@ -473,6 +473,10 @@ def test_weights_with_more_rows_than_the_tokenizer_needs(tmp_path: Path, caplog:
     assert all(int(word) <= 99 for word in sample.split())
     assert "361 vocabulary rows, of which the tokenizer uses 101" in caplog.text
     assert RWKVTrainingPipeline(tmp_path / "w").train(continue_training=True).already_complete
+    grown = tiny(tmp_path / "grown")
+    grown.prepare_data(DATA)
+    grown.train_from_checkpoint(weights, override_config={"vocab_size": 384, "new_rows": "zero"})
+    assert len(load_pth(grown.output_dir / "rwkv-final.pth")["head.weight"]) == 384
     small = tiny(tmp_path / "small", tokenizer=IntegerTokenizer(999))
     small.prepare_data(DATA)
     with pytest.raises(RuntimeError, match=r"Vocab size mismatch: .* has 361 rows, the tokenizer has 1001 ids"):
