@@ -23,6 +23,7 @@ from tiny_models import tiny_model
 from tiny_run import losses, tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
+from rwkv_cluster.commands import COMMANDS
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.kernels import loader, ops
 from rwkv_cluster.model.weights_file import load_pth, save_pth
@@ -295,11 +296,61 @@ def test_no_config(run: Run) -> None:
         "usage: rwkv-cluster train [-h] [--json] [--profile [STEPS]] CONFIG",
         "rwkv-cluster train: error: the following arguments are required: CONFIG",
     ])  # fmt: skip
+    assert run("train", "--profile", "run.yaml") == (2, [
+        "usage: rwkv-cluster train [-h] [--json] [--profile [STEPS]] CONFIG",
+        "rwkv-cluster train: error: argument --profile: 'run.yaml' is not a number of steps. Write CONFIG before it",
+    ])  # fmt: skip
     code, lines = run("train", "other.yaml")
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith("rwkv-cluster: error: other.yaml: there is no such file. ")
     assert "Name a YAML file, the work directory of a run, or a shipped recipe: " in lines[0]
     assert not Path("work").exists()
+
+
+VERBS = f"Verbs: {', '.join(COMMANDS)}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], f"no verb given. {VERBS}; --help explains them"),
+        (["trian", "x.yaml"], "'trian' is not a verb. Nearest: train"),
+        (["zzz"], f"'zzz' is not a verb. {VERBS}"),
+        (["train", "run.yaml", "--work-dir", "x"], "--work-dir is not an option of train. Nearest: work_dir"),
+        (["train", "run.yaml", "--model.n_layer"], "--model.n_layer needs a value: --model.n_layer=VALUE"),
+        (["train", "run.yaml", "--model.n_layer", "--json"], "--model.n_layer needs a value: --model.n_layer=VALUE"),
+        (["train", "run.yaml", "other.yaml"], "other.yaml is not an argument of train. See rwkv-cluster train --help"),
+        (["config", "run.yaml", "--model.n_lay=3"], "--model.n_lay=3: model has no field 'n_lay'. Nearest: model.n_layer"),
+        (["generate", "w", "--model.n_layer=3"], "--model.n_layer=3 is not an argument of generate. See rwkv-cluster generate --help"),
+        (["generate", "w", "--tokens=0"], "--tokens is 0, expected an integer >= 1"),
+        (["generate", "w", "--temperature=-1"], "--temperature is -1, expected a number >= 0"),
+        (["generate", "w", "--temperature=nan"], "--temperature is nan, expected a number >= 0"),
+        (["generate", "w", "--top-p=0"], "--top-p is 0, expected a number > 0 and <= 1"),
+        (["generate", "w", "--top-p=1.5"], "--top-p is 1.5, expected a number > 0 and <= 1"),
+        (["generate", "w", "--seed=-1"], "--seed is -1, expected an integer >= 0 and <= 2^63 - 1"),
+        (["generate", "w", "--prompt=\udcff"], "--prompt is not UTF-8 text. Check the terminal's encoding"),
+        (["plan", "run.yaml", "--ranks", "0"], "--ranks is '0', expected an integer from 1 to 1,000,000"),
+        (["plan", "run.yaml", "--ranks", "two"], "--ranks is 'two', expected an integer from 1 to 1,000,000"),
+        (["plan", "run.yaml", "--ranks", "99999999999"], "--ranks is '99999999999', expected an integer from 1 to 1,000,000"),
+        (["plan", "run.yaml", "--mfu", "40", "--gpu", "h100"], "--mfu is '40', expected a number > 0 and <= 1"),
+        (["plan", "run.yaml", "--mfu", "0.4"], "--mfu needs the GPU's peak. Give --gpu NAME or --peak-tflops P"),
+        (["plan", "run.yaml", "--mfu", "0.4", "--gpu", "h100", "--tokens-per-s", "9"], "--mfu and --tokens-per-s both say the speed. Give one of them"),
+        (["plan", "run.yaml", "--tokens-per-s", "nan"], "--tokens-per-s is 'nan', expected a number > 0"),
+        (["plan", "run.yaml", "--gpu-memory-gb", "-1"], "--gpu-memory-gb is '-1', expected a number > 0"),
+        (["plan", "run.yaml", "--gpu", "h1000"], "--gpu is 'h1000', which is not in the table. Nearest: h100; or give the numbers themselves"),
+        (["plan", "run.yaml", "--training.global_batch_size=6", "--ranks", "4"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 4 ranks = 16. Use training.global_batch_size 16"),
+        (["plan", "run.yaml", "--model.vocab_size=10"], "model.vocab_size is 10, but the tokenizer has ids up to 256. Use at least 257, or leave model.vocab_size out"),
+        (["bench", "ddp", "--ranks", "2", "0"], "--ranks is 0, expected an integer >= 1"),
+        (["bench", "ddp", "--strategies", "single", "--ranks", "2"], "--strategies single is for one rank. Add another strategy, or --ranks 1"),
+        (["bench", "wkv", "--width", "8", "--head-size", "3"], "--width 8 is not a multiple of --head-size 3."),
+        (["doctor", "--training.zero_stage=2"], "training.zero_stage=2 is a field of a run. Name its CONFIG too"),
+        (["status", "none"], "{folder}/none: there is no run: it has no configs/config.yaml, prepared data, lock or launch. Name the work directory of a run"),
+        (["report", "none"], "{folder}/none: there is no run to report on: it has no logs/metrics.jsonl and no configs/config.yaml. Name the work directory of a run"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line(arguments: list[str], sentence: str, run: Run, tmp_path: Path) -> None:
+    assert run(*arguments) == (2, [f"rwkv-cluster: error: {sentence.format(folder=tmp_path)}"])
+    assert set(files()) == {"run.yaml", "text.jsonl"}
 
 
 def test_data_is_no_configuration(run: Run) -> None:
