@@ -80,11 +80,11 @@ def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "2", "0"], "--ranks is 0, expected an integer >= 1"),
-        (["--warmup", "0"], "--warmup is 0, expected an integer >= 1"),
-        (["--timeout-s", "nan"], "--timeout-s is nan, expected a number > 0"),
-        (["--vocab-size", "1"], "--vocab-size is 1, expected an integer >= 2"),
-        (["--strategies", "single", "--ranks", "2"], "--strategies single is for one rank"),
+        (["--ranks", "2", "0"], "--ranks is 0, .*>= 1"),
+        (["--warmup", "0"], "--warmup is 0, .*>= 1"),
+        (["--timeout-s", "nan"], "--timeout-s is nan, .*> 0"),
+        (["--vocab-size", "1"], "--vocab-size is 1, .*>= 2"),
+        (["--strategies", "single", "--ranks", "2"], "--strategies single .*--ranks 1"),
         (["--n-embd", "48", "--head-size", "32"], "n_embd"),
     ],
 )

@@ -1,6 +1,7 @@
 """Command: every argument reaches the program as exactly one literal argument, or is refused."""
 
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_no_program_is_refused(argv: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["", "A B", "1A", "A-B", "A=B", "A;id", "É", "A\n"])
 def test_a_malformed_variable_name_is_refused(name: str) -> None:
-    with pytest.raises(LaunchError, match="not the name of an environment variable"):
+    with pytest.raises(LaunchError, match=re.escape(ascii(name)) + ".*environment variable"):
         Command(("echo",), env={name: "x"})
 
 

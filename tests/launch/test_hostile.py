@@ -147,7 +147,7 @@ def test_secrets_are_written_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ],
 )
 def test_a_name_with_a_secrets_word_is_refused_unless_it_is_said_to_be_none(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"env has {name}, which looks like a secret"):
+    with pytest.raises(ConfigError, match=f"env has {name}, .*secret"):
         Config(launch={"env": {name: "1"}})
     assert Config(launch={"env": {name: "1"}, "not_secret": [name]}).launch.env == {name: "1"}
 
@@ -177,7 +177,7 @@ def test_a_name_that_only_looks_like_it_is_none(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_JOB_ID", "RWKV_CLUSTER_LAUNCH", "PET_NNODES"])
 def test_variables_of_the_launcher_are_its_own(name: str) -> None:
-    with pytest.raises(ConfigError, match="which the launcher sets itself"):
+    with pytest.raises(ConfigError, match=f"env has {name}, .*the launcher"):
         Config(launch={"env": {name: "1"}})
 
 
@@ -185,14 +185,14 @@ def test_variables_of_the_launcher_are_its_own(name: str) -> None:
     ("fields", "advice"),
     [
         ({"target": "docker"}, "container.image is not set"),
-        ({"target": "local", "num_nodes": 2}, "Use torchrun, deepspeed, slurm or sbatch"),
+        ({"target": "local", "num_nodes": 2}, "Use torchrun, .*slurm or sbatch"),
         ({"target": "torchrun", "num_nodes": 2}, "rdzv_endpoint is not set"),
-        ({"target": "deepspeed", "num_nodes": 2}, "hostfile is not set. Name every"),
+        ({"target": "deepspeed", "num_nodes": 2}, "hostfile is not set"),
         ({"container": {"runtime": "pyxis"}}, "image is not set"),
-        ({"slurm_parameters": {"requeue": "1"}}, "which other fields of launch set"),
+        ({"slurm_parameters": {"requeue": "1"}}, "has requeue, .*fields of launch"),
         ({"target": "slurm", "container": {"runtime": "pyxis", "image": "a"}}, "Use target sbatch"),
-        ({"target": "torchrun", "sweep": [{"training.random_seed": 1}]}, "Use target slurm or sbatch"),
-        ({"target": "slurm", "sweep": [{"work_dir": "elsewhere"}]}, "which all its runs share"),
+        ({"target": "torchrun", "sweep": [{"training.random_seed": 1}]}, "target slurm or sbatch"),
+        ({"target": "slurm", "sweep": [{"work_dir": "elsewhere"}]}, "sweep sets work_dir, .*share"),
         ({"target": "slurm", "sweep": [{}]}, "no field in entry 0"),
         ({"time": "soon"}, '"D-HH:MM:SS"'),
     ],

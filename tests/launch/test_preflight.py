@@ -43,10 +43,10 @@ def test_all_nodes_meet_on_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_node_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
     for number in (1, 2):
-        with pytest.raises(BadNode, match=r"^node1 has not been seen in"):
+        with pytest.raises(BadNode, match=r"^node1 has not been"):
             _check(tmp_path, number)
     (tmp_path / "node-1").unlink()
-    with pytest.raises(BadNode, match=r"^node2 has not been seen in .* leave the node out"):
+    with pytest.raises(BadNode, match=r"^node2 has not been .* leave the node out"):
         _check(tmp_path, 0)
 
 
@@ -56,7 +56,7 @@ def test_a_node_with_other_code_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(LaunchError, match="has not been seen"):
             _check(tmp_path, number)
     monkeypatch.setattr(preflight, "code_digest", lambda: "a" * 64)
-    with pytest.raises(BadNode, match=r"^node3 runs other code of rwkv_cluster than node1: its digest is b{12}, not a"):
+    with pytest.raises(BadNode, match=r"^node3 runs other code .*node1: .* b{12}, not a"):
         _check(tmp_path, 0)
 
 
