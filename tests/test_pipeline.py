@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -245,9 +246,9 @@ def test_an_existing_token_file(finished: Path, tmp_path: Path, caplog: pytest.L
 
 def test_step_by_step_equals_one_call(finished: Path, tmp_path: Path) -> None:
     pipeline = tiny(tmp_path, tokenizer=IntegerTokenizer(max_value=999))
-    with pytest.raises(DataError, match="Data must be prepared before model initialization"):
+    with pytest.raises(DataError, match="prepared before model initialization"):
         pipeline.initialize_model()
-    with pytest.raises(DataError, match=r"Either provide data or call prepare_data\(\) first"):
+    with pytest.raises(DataError, match=r"call prepare_data\(\) first"):
         pipeline.train()
     pipeline.prepare_data(DATA, "train")
     path = pipeline.initialize_model()
@@ -385,7 +386,7 @@ def test_attributes_that_scripts_for_rwkv_trainer_set(
         ({"model_config": 3}, r"model_config is 3, expected a ModelConfig\. Write ModelConfig\(\.\.\.\)"),
         ({"training_config": ModelConfig()}, "training_config is ModelConfig.*expected a TrainingConfig"),
         ({"data_config": "a.jsonl"}, "data_config is 'a.jsonl', expected a DataConfig"),
-        ({"tokenizer": IntegerTokenizer}, r"the class IntegerTokenizer, expected an object of it\. Write Integer"),
+        ({"tokenizer": IntegerTokenizer}, r"class IntegerTokenizer, expected an object .*Write Integer"),
         ({"tokenizer": "bytes"}, "tokenizer type is 'bytes'. Use one of byte"),
         ({"tokenizer": 5}, "tokenizer int has no encode and no decode and no vocab_size"),
         ({"wandb_project": 5}, "wandb_project is 5"),
@@ -436,7 +437,7 @@ def test_continue_training_never_starts_from_the_beginning(tmp_path: Path) -> No
 def test_training_from_a_weights_file_of_each_version(model_type: str, tmp_path: Path) -> None:
     weights = trained_weights(tmp_path / "source", ModelConfig(model_type, 2, 64, 16, None, 32))
     pipeline = tiny(tmp_path / "w", model_config=ModelConfig(ctx_len=8))
-    with pytest.raises(DataError, match="Data must be prepared before training"):
+    with pytest.raises(DataError, match="prepared before training"):
         pipeline.train_from_checkpoint(weights)
     pipeline.prepare_data(DATA)
     assert pipeline.train_from_checkpoint(checkpoint_path=str(weights), override_config={"lr_init": 2e-3}).step == 2
@@ -471,7 +472,7 @@ def test_weights_with_more_rows_than_the_tokenizer_needs(tmp_path: Path, caplog:
     sample = pipeline.train_from_checkpoint(weights).sample
     assert sample is not None
     assert all(int(word) <= 99 for word in sample.split())
-    assert "361 vocabulary rows, of which the tokenizer uses 101" in caplog.text
+    assert re.search("361 vocabulary rows, .*uses 101", caplog.text)
     assert RWKVTrainingPipeline(tmp_path / "w").train(continue_training=True).already_complete
     grown = tiny(tmp_path / "grown")
     grown.prepare_data(DATA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_a_run_that_can_start(tmp_path: Path, capsys: Any) -> None:
 
 def test_a_field_without_its_run_is_refused(capsys: Any) -> None:
     assert main(["doctor", "--training.zero_stage=2"]) == 2
-    assert "training.zero_stage=2 is a field of a run. Name its CONFIG too" in capsys.readouterr().err
+    assert re.search(r"error: training\.zero_stage=2 .*CONFIG", capsys.readouterr().err)
 
 
 def test_every_check_of_a_rank_is_a_check() -> None:
@@ -96,8 +97,8 @@ def test_without_torch_it_is_the_first_thing_to_fix(with_config: bool, tmp_path:
 def test_a_missing_library_is_said_with_what_serves_instead(monkeypatch: Any) -> None:
     monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing compiled", "`build` builds them"))
     (row,) = libraries(CheckContext())
-    text = "Nothing compiled. The chunked PyTorch form serves instead, more slowly"
-    assert row == Row("WKV kernels, CPU", "warning", text, "`build` builds them")
+    assert (row.name, row.state, row.remedy) == ("WKV kernels, CPU", "warning", "`build` builds them")
+    assert re.match(r"Nothing compiled\. .*PyTorch", row.text)
     assert not any("native" in row.name for row in self_test(CheckContext()))
 
 
@@ -116,11 +117,12 @@ def test_a_damaged_library_is_named_and_refused_by_a_run_that_wants_it(
     try:
         (row,) = libraries(CheckContext())
         assert row.state == "warning"
-        assert f"{tmp_path / build.library_name('cpu')} is not what its manifest says" in row.text
+        damaged = f"{tmp_path / build.library_name('cpu')} is not what"
+        assert damaged in row.text
         assert row.remedy == "`python -m rwkv_cluster.kernels.build cpu` builds them"
         config = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"wkv_backend": "native"}))
         assert main(["doctor", str(config)]) == 5
-        assert "is not what its manifest says" in capsys.readouterr().err
+        assert damaged in capsys.readouterr().err
     finally:
         loader.cpu.cache_clear()
 

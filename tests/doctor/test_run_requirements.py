@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def first(folder: Path, **sections: dict[str, Any]) -> RWKVClusterError:
         ({"data": {"tokenizer": {"type": "generic", "vocab_file": "none.txt"}}}, 3, "none.txt"),
         ({"data": {"tokenizer": {"type": "no.such:Tokenizer"}}}, 2, "no.such:Tokenizer"),
         ({"model": {"vocab_size": 100}}, 2, "model.vocab_size is 100"),
-        ({"training": {"init_from": "none.pth"}}, 4, "none.pth: no such weights file"),
+        ({"training": {"init_from": "none.pth"}}, 4, "none.pth: no such weights"),
         ({"launch": {"gpus_per_node": 2}}, 6, "has 0 GPUs, but launch.gpus_per_node is 2"),
-        pytest.param({"training": {"accelerator": "cuda"}}, 2, "torch finds no CUDA device", marks=NO_CUDA),
+        pytest.param({"training": {"accelerator": "cuda"}}, 2, "finds no CUDA device", marks=NO_CUDA),
         pytest.param({"training": {"precision": "fp16"}}, 2, "needs a CUDA device", marks=NO_CUDA),
     ],
 )
@@ -105,17 +106,17 @@ def test_room_for_the_next_checkpoint_and_for_those_kept(tmp_path: Path, monkeyp
     assert main(["doctor", str(config)]) == 0
     table = capsys.readouterr().out
     assert "warning  room" in table
-    assert "later checkpoints will not fit" in table
+    assert "will not fit" in table
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 1000)
     assert main(["doctor", str(config)]) == 4
-    assert "there is no room for the next checkpoint and the weights beside it: it needs" in capsys.readouterr().err
+    assert re.search(r"no room for .*checkpoint.* [\d,]+ bytes and 1,000 ", capsys.readouterr().err)
 
 
 def test_inputs_that_are_gone_after_they_were_prepared(tmp_path: Path) -> None:
     config = tiny_run_config(tmp_path)
     n_tokens = prepare(config.data, ByteTokenizer(), WorkDir(config.work_dir).data).n_tokens
     (tmp_path / "text.jsonl").unlink()
-    assert run_requirements._data(config) == f"prepared: {n_tokens:,} tokens, from inputs that are gone"
+    assert re.fullmatch(f"prepared: {n_tokens:,} tokens, .* gone", run_requirements._data(config))
 
 
 def test_an_input_of_another_format(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_broken_sources_leave_the_old_library_alone(cpu_library: Path, tmp_path:
     shutil.copytree(build.CSRC, csrc)
     for source in (csrc / "cpu").glob("*.cpp"):
         source.write_text("int broken(\n")
-    with pytest.raises(build.BuildError, match=r"(?s)the compiler refused the sources:.*\.cpp"):
+    with pytest.raises(build.BuildError, match=r"(?s)compiler refused .*\.cpp"):
         build.build("cpu", output, csrc=csrc)
     assert (output / "libwkv_cpu.so").read_bytes() == cpu_library.read_bytes()
     assert sorted(path.name for path in output.iterdir()) == ["libwkv_cpu.so", "wkv_cpu.json"]
@@ -49,9 +50,8 @@ def test_broken_sources_leave_the_old_library_alone(cpu_library: Path, tmp_path:
 def test_no_compiler_is_one_sentence_and_exit_code_5(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert build.main(["cpu", "--output", str(tmp_path)]) == 5
-    assert capsys.readouterr().err == (
-        "error: no C++ compiler: looked for CXX=/nonexistent/c++. Install one, e.g. `apt-get install g++`\n"
-    )
+    said = r"error: no C\+\+ compiler: .*CXX=/nonexistent/c\+\+\. .*`apt-get install g\+\+`\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     assert build.main(["cuda", "--output", str(tmp_path)]) == 5
     assert "no nvcc: looked in CUDA_HOME=/nonexistent." in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_it_is_told_the_bound_of_the_decay_where_it_asks_and_no_state_where_ther
 
 def test_on_a_cpu_it_is_refused():
     inputs = [x.float() for x in random_inputs("wkv7", 1, 8, 1, 4)]
-    with pytest.raises(KernelError, match=r'"fla" is Triton code and needs a GPU, and this run is on a CPU'):
+    with pytest.raises(KernelError, match=r'"fla" .*needs a GPU, .*on a CPU'):
         ops.wkv7(*inputs, backend="fla")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def find_cpu() -> loader.Library | loader.Missing:
 def reason() -> str:
     found = find_cpu()
     assert isinstance(found, loader.Missing)
-    assert found.reason.startswith("No compiled WKV kernels for the CPU: ")
-    assert found.reason.endswith(". `python -m rwkv_cluster.kernels.build cpu` builds them.")
-    return found.reason.removeprefix("No compiled WKV kernels for the CPU: ").rpartition(". `")[0]
+    said = re.fullmatch(r"No compiled .*the CPU: (.*)\. `python -m rwkv_cluster\.kernels\.build cpu` .*", found.reason)
+    assert said, found.reason
+    return said[1]
 
 
 def change_manifest(folder: Path, **changes) -> None:
@@ -84,12 +85,12 @@ def test_a_damaged_library_is_never_loaded(folder: Path, damage: str) -> None:
     if damage == "flipped":
         data[len(data) // 2] ^= 1
     path.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
-    assert reason() == f"{path} is not what its manifest says"
+    assert reason().startswith(f"{path} is not what")
 
 
 def test_a_library_of_other_sources(folder: Path) -> None:
     change_manifest(folder, sources={"cpu/wkv.cpp": "0" * 64})
-    assert reason() == f"{folder}/libwkv_cpu.so was built from other sources than those installed"
+    assert reason().startswith(f"{folder}/libwkv_cpu.so was built from other")
 
 
 def test_a_library_with_another_interface(folder: Path) -> None:
@@ -112,9 +113,10 @@ def test_a_gpu_that_no_library_fits_is_named_with_what_there_is_and_the_command(
     (folder / "wkv_cuda.json").write_text(json.dumps(manifest))
     found = loader.cuda.__wrapped__("Tesla V100", (7, 0))
     assert isinstance(found, loader.Missing)
-    assert found.reason == (
-        f"No compiled WKV kernels for Tesla V100 (sm_70): {folder}/libwkv_cuda.so has sm_80 sm_90 compute_120. "
-        "`python -m rwkv_cluster.kernels.build cuda --arch 70` builds them."
+    assert re.fullmatch(
+        rf"No compiled .* Tesla V100 \(sm_70\): {re.escape(str(folder))}/libwkv_cuda\.so has sm_80 sm_90 compute_120\. "
+        r"`python -m rwkv_cluster\.kernels\.build cuda --arch 70` .*",
+        found.reason,
     )
 
 

@@ -214,7 +214,9 @@ def test_without_a_library_auto_says_why_once_and_the_others_refuse(monkeypatch,
         for _ in range(2):
             y, _ = ops.wkv7(*inputs)
     assert torch.equal(y, chunked.wkv7(*inputs)[0])
-    assert caplog.messages == [f"{reason} Until then WKV runs in PyTorch, in chunked form."]
+    (message,) = caplog.messages
+    assert message.startswith(f"{reason} ")
+    assert message.endswith("in chunked form.")
     ops._tell.cache_clear()
     for backend in ("native", "exact"):
         with pytest.raises(KernelError, match=r"no CPU library here.*wkv_backend .* needs a compiled kernel"):
@@ -225,9 +227,7 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence():
     inputs = random_inputs("wkv6", 1, 20, 1, 4)
     with pytest.raises(KernelError, match=r"take float32, bfloat16 and float16, not float64\."):
         ops.wkv6(*inputs, backend="native")
-    assert native.unavailable("meta", torch.float32, 64) == (
-        'The compiled WKV kernels run on "cpu" and "cuda", not on "meta".'
-    )
+    assert '"cpu" and "cuda", not on "meta"' in native.unavailable("meta", torch.float32, 64)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

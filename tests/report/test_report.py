@@ -134,7 +134,7 @@ def test_tables_say_what_the_run_was(page: Page, trained: Path) -> None:
         manifest["files"]["train.bin"]["sha256"][:16],
         session["torch"],
         session["host"],
-        "Their files have the sizes",
+        "files have the sizes",
         "10of 10",
     ):
         assert expected in text

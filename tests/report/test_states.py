@@ -206,14 +206,14 @@ def test_json_names_what_was_made(work: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_mistakes_are_one_sentence(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for arguments, sentence in (
-        ([tmp_path / "nothing"], "there is no run to report on"),
-        ([work, work], "is named twice"),
-        ([work, "--output", tmp_path / "file"], "the report cannot be written to"),
+    for arguments, words in (
+        ([tmp_path / "nothing"], f"{tmp_path}/nothing: there is no run"),
+        ([work, work], f"{work} is named twice"),
+        ([work, "--output", tmp_path / "file"], f"cannot be written to {tmp_path}/file"),
     ):
         assert cli.main(["report", *map(str, arguments)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert sentence in line
+        assert words in line
 
 
 def test_without_matplotlib(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

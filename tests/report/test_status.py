@@ -116,7 +116,7 @@ def damage(path: Path) -> None:
 def test_verified_is_said_only_of_bytes_that_were_read(work: WorkDir, capsys: pytest.CaptureFixture[str]) -> None:
     damage(work.checkpoints / "step-00000008" / "weights.pth")
     assert "step 8, " in (fast := say(work, capsys))
-    assert "sizes are right; --verify reads every byte" in fast
+    assert "sizes are right; --verify" in fast
     text = say(work, capsys, "--verify")
     assert "checkpoint  step 4, " in text
     assert "verified: every checksum fits" in text
@@ -138,9 +138,9 @@ def test_damaged_data_is_told_when_every_byte_is_read(
         pytest.skip("this run has no such file")
     damage(work.data / name)
     assert "damaged  " not in say(work, capsys)
-    assert f"damaged     {work.data / name} is damaged: it is not what was prepared" in say(work, capsys, "--verify")
+    assert f"damaged     {work.data / name} is damaged" in say(work, capsys, "--verify")
     os.truncate(work.data / name, 1)
-    assert f"{name} has 1 bytes, but the manifest says" in say(work, capsys)
+    assert f"{name} has 1 bytes, " in say(work, capsys)
 
 
 def test_a_run_that_was_stopped_knows_its_time_left(work: WorkDir) -> None:
@@ -202,11 +202,12 @@ def test_a_launch_whose_scheduler_is_not_here(
     monkeypatch.setenv("PATH", str(tmp_path))
     text = say(work, capsys)
     assert text.startswith("complete")
-    assert "launch      squeue is not here. Use a machine of the cluster to know" in text
+    assert "launch      squeue is not here" in text
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         assert cli.main(["status", str(path)]) == 2
         (sentence,) = capsys.readouterr().err.splitlines()
-        assert sentence.startswith(f"rwkv-cluster: error: {path}: there is no run")
+        assert sentence.startswith(f"rwkv-cluster: error: {path}: ")
+        assert "there is no run" in sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,8 +65,9 @@ def test_a_command_that_ends_by_itself_is_told_and_says_so(
         listener.defer("stopping soon")
         send(number)
     assert listener.reason == number.name
-    more = ". Press again to end now" if number == signal.SIGINT else ""
-    assert caplog.messages == [f"{number.name} received: stopping soon{more}"]
+    (message,) = caplog.messages
+    assert message.startswith(f"{number.name} received: stopping soon")
+    assert ("Press again" in message) == (number == signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", PRESSES)
@@ -125,7 +127,7 @@ def test_train_that_has_not_begun_is_preempted_and_other_verbs_are_interrupted(
     monkeypatch.setattr("rwkv_cluster.config.recipes.find_config", lambda *_: send(signal.SIGTERM))
     run_yaml = str(write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path)))
     assert main(["train", run_yaml]) == 75
-    assert capsys.readouterr().err == "rwkv-cluster: interrupted by SIGTERM. The same command again continues\n"
+    assert re.fullmatch("rwkv-cluster: interrupted by SIGTERM.* again continues\n", capsys.readouterr().err)
     assert main(["plan", run_yaml]) == 143
     assert capsys.readouterr().err == "rwkv-cluster: interrupted by SIGTERM\n"
 

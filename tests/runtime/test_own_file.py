@@ -53,7 +53,7 @@ EVERY_KIND = pytest.mark.parametrize(
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND, os.O_RDWR | os.O_CREAT])
 def test_only_a_regular_file_is_opened(kind: str, flags: int, tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "file")
-    with pytest.raises(WrongKindError, match=f"file is {kind}, and a run has a regular file of that name") as caught:
+    with pytest.raises(WrongKindError, match=f"file is {kind}, .*a regular file") as caught:
         open_own(tmp_path / "file", flags)
     assert (caught.value.strerror, caught.value.filename) == (f"this is {kind}, not a regular file", f"{tmp_path}/file")
     assert isinstance(caught.value, OSError)
@@ -79,7 +79,7 @@ def test_a_regular_file_is_opened_as_ever(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to("disk")
     require_folder(tmp_path / "linked")
     require_folder(tmp_path / "absent")
-    with pytest.raises(WrongKindError, match="linked is a symbolic link, and a run has a folder of that name"):
+    with pytest.raises(WrongKindError, match=r"linked is a symbolic link, .*a folder"):
         require_folder(tmp_path / "linked", may_link=False)
 
 
@@ -115,7 +115,7 @@ def test_every_name_of_a_work_directory_is_looked_at_before_a_run_writes(name: s
     path = work.root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir() if name in NAMES or name == "STOP" else path.write_text("")
-    with pytest.raises(WrongKindError, match=f"{name} is a (file|folder), and a run has a (regular file|folder)"):
+    with pytest.raises(WrongKindError, match=f"{name} is a (file, .*a folder|folder, .*a regular file)"):
         work.create()
     path.rmdir() if path.is_dir() else path.unlink()
     work.create()
@@ -129,7 +129,7 @@ def test_a_link_is_never_written_through(verb: str, name: str, run: Path, capfd:
     link(run / name)
     source = "work" if verb == "status" else "run.yaml"
     assert main([verb, source, *(["--training.max_steps=3"] if verb == "train" else [])]) == 2
-    assert f"{run / name} is a symbolic link, and a run has a regular file of that name" in capfd.readouterr().err
+    assert f"{run / name} is a symbolic link, " in capfd.readouterr().err
     assert (run / name).with_name("victim").read_text() == "precious"
 
 

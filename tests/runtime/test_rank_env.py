@@ -61,16 +61,16 @@ def test_a_plain_process(environment: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["", "two", "-1", "1.0", "²", " 1"])
 def test_a_variable_that_is_no_number_is_named(name: str, value: str, environment: pytest.MonkeyPatch) -> None:
     launch(environment, **{name: value})
-    with pytest.raises(ConfigError, match=f"{name} is '{value}', expected an integer >= 0"):
+    with pytest.raises(ConfigError, match=f"{name} is '{value}', .*>= 0"):
         place(TrainingConfig(precision="fp32", accelerator="cpu"))
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"WORLD_SIZE": None}, "this process is rank 3, but WORLD_SIZE is not set"),
-        ({"WORLD_SIZE": "3"}, "this process is rank 3, but WORLD_SIZE is 3"),
-        ({"RANK": None, "LOCAL_RANK": None}, "WORLD_SIZE is 4, but neither RANK nor LOCAL_RANK is set"),
+        ({"WORLD_SIZE": None}, "rank 3, .*WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "3"}, "rank 3, .*WORLD_SIZE is 3"),
+        ({"RANK": None, "LOCAL_RANK": None}, "WORLD_SIZE is 4, .*RANK nor LOCAL_RANK"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
     ],
