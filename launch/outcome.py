@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+How = Literal["preempted", "stopped", "failed"]
+_HOWS: dict[str, How] = {how: how for how in get_args(How)}
 _FILE = "outcome"
 _NO_SIGNAL = "-"
 
@@ -22,7 +24,7 @@ class Outcome:
         stop_signal: name of the signal that has preempted it.
     """
 
-    how: Literal["preempted", "stopped", "failed"]
+    how: How
     exit_code: int
     message: str
     stop_signal: str | None = None
@@ -40,5 +42,4 @@ def read_outcome(state: Path) -> Outcome | None:
         how, code, stop_signal, message = (state / _FILE).read_text().rstrip("\n").split(" ", 3)
     except (FileNotFoundError, ValueError):  # or not written to its end
         return None
-    assert how in ("preempted", "stopped", "failed"), how
-    return Outcome(how, int(code), message, None if stop_signal == _NO_SIGNAL else stop_signal)
+    return Outcome(_HOWS[how], int(code), message, None if stop_signal == _NO_SIGNAL else stop_signal)

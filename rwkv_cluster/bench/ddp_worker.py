@@ -80,7 +80,7 @@ def main(config_path: Path, results: Path, warmup: int) -> None:
     model = build_model(session)
     sizes = [parameter.numel() for parameter in model.parameters()]
     meter = Meter(session.horizon.total_steps)
-    module = TrainingModule(model, config.training, session.plan, session.horizon, observer=meter)
+    module = TrainingModule(model, config.training, session.sample_plan, session.horizon, observer=meter)
     with leaving_group():
         build_trainer(session, [StableBuckets(), meter]).fit(module, datamodule=build_datamodule(session))
         persistent = [getattr(parameter, "ds_persist", False) for parameter in model.parameters()]

@@ -20,9 +20,9 @@ class TokenDataset(Dataset[Tensor]):
     Documents are not looked at: a sample is a flat slice of the file, as in RWKV-LM.
     """
 
-    def __init__(self, tokens: IndexedTokens, plan: SamplePlan) -> None:
+    def __init__(self, tokens: IndexedTokens, sample_plan: SamplePlan) -> None:
         self._tokens = tokens
-        self._plan = plan
+        self._sample_plan = sample_plan
 
     def __getitem__(self, sample: int) -> Tensor:
         """[T + 1] int64: inputs are all but the last, targets all but the first."""
@@ -30,15 +30,15 @@ class TokenDataset(Dataset[Tensor]):
 
     def __getitems__(self, samples: Sequence[int]) -> Tensor:
         """[len(samples), T + 1] int64."""
-        offsets = [self._plan.offset(sample) for sample in samples]
-        return torch.from_numpy(self._tokens.read_rows(offsets, self._plan.ctx_len + 1).astype(np.int64))
+        offsets = [self._sample_plan.offset(sample) for sample in samples]
+        return torch.from_numpy(self._tokens.read_rows(offsets, self._sample_plan.ctx_len + 1).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class MicroBatches:
     """Batch sampler: the sample numbers of one rank's micro batches, from `start_step` to `total_steps`."""
 
-    plan: SamplePlan
+    sample_plan: SamplePlan
     start_step: int
     total_steps: int
     rank: int
@@ -47,12 +47,12 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.total_steps):
-            yield from self.plan.rank_samples(
+            yield from self.sample_plan.rank_samples(
                 step, rank=self.rank, world_size=self.world_size, micro_bsz=self.micro_bsz
             )
 
     def __len__(self) -> int:
-        per_step = self.plan.global_batch_size // (self.world_size * self.micro_bsz)
+        per_step = self.sample_plan.global_batch_size // (self.world_size * self.micro_bsz)
         return (self.total_steps - self.start_step) * per_step
 
 

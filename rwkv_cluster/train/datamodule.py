@@ -21,11 +21,11 @@ class TokenDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, tokens: IndexedTokens, plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
+        self, tokens: IndexedTokens, sample_plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
     ) -> None:
         super().__init__()
-        self._dataset = TokenDataset(tokens, plan)
-        self._plan = plan
+        self._dataset = TokenDataset(tokens, sample_plan)
+        self._sample_plan = sample_plan
         self._start_step = start_step
         self._total_steps = total_steps
         self._micro_bsz = micro_bsz
@@ -33,7 +33,7 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         batches = MicroBatches(
-            self._plan,
+            self._sample_plan,
             self._start_step,
             self._total_steps,
             rank=self.trainer.global_rank,

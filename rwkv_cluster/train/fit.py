@@ -113,7 +113,7 @@ def fit(
     return TrainResult(
         step=ended.step,
         total_steps=session.horizon.total_steps,
-        tokens_seen=ended.step * session.plan.tokens_per_step,
+        tokens_seen=ended.step * session.sample_plan.tokens_per_step,
         loss=ended.loss,
         val_loss=ended.val_loss,
         work_dir=session.work.root,
@@ -155,7 +155,7 @@ def _run_session(
     module = TrainingModule(
         model,
         config.training,
-        session.plan,
+        session.sample_plan,
         session.horizon,
         resume_checkpoint=session.resume_checkpoint,
         observer=after_step,
@@ -235,13 +235,13 @@ def _announce(session: Session, n_parameters: int) -> None:
     begin = f"continuing at step {session.start_step}" if session.resume_checkpoint else "starting"
     log.info(
         f"{begin}: {model.model_type} of {n_parameters:,} parameters, {session.horizon.total_steps:,} steps of "
-        f"{session.plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
+        f"{session.sample_plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
     )
 
 
 def _tell_begin(session: Session, events: Events) -> None:
     facts: dict[str, Any] = {"host": socket.gethostname(), "world_size": session.placement.world_size}
-    facts |= {"total_steps": session.horizon.total_steps, "tokens_per_step": session.plan.tokens_per_step}
+    facts |= {"total_steps": session.horizon.total_steps, "tokens_per_step": session.sample_plan.tokens_per_step}
     if session.resume_checkpoint is not None:
         events.add("resume", session.start_step, from_step=session.start_step, **facts)
     else:

@@ -63,7 +63,7 @@ class TrainingModule(LightningModule):
         self,
         model: RWKV,
         training: TrainingConfig,
-        plan: SamplePlan,
+        sample_plan: SamplePlan,
         horizon: Horizon,
         *,
         resume_checkpoint: Checkpoint | None = None,
@@ -73,7 +73,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.model = model
         self.training_config = training
-        self.plan = plan
+        self.sample_plan = sample_plan
         self.horizon = horizon
         self.step = resume_checkpoint.step if resume_checkpoint else 0
         self.should_stop = False
@@ -122,7 +122,7 @@ class TrainingModule(LightningModule):
         return learning_rate(
             self.step,
             training=self.training_config,
-            tokens_per_step=self.plan.tokens_per_step,
+            tokens_per_step=self.sample_plan.tokens_per_step,
             horizon_tokens=self.horizon.tokens,
         )
 
@@ -135,7 +135,7 @@ class TrainingModule(LightningModule):
         loss = self.forward(batch)
         if collectives.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
-        if collectives.fault_point("train.spike", step=self.plan.batch(self.step)):
+        if collectives.fault_point("train.spike", step=self.sample_plan.batch(self.step)):
             loss = loss * SPIKE
         if collectives.fault_point("train.gradient", step=self.step):
             loss.register_hook(lambda gradient: gradient * math.nan)
@@ -205,9 +205,9 @@ class TrainingModule(LightningModule):
         gradients = collectives.all_gather_floats(float(self._gradient_sum), self.device)
         what, values = ("gradient", gradients) if all(map(math.isfinite, losses)) else ("loss", losses)
         bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
-        samples = self.plan.samples(self.step)
+        samples = self.sample_plan.samples(self.step)
         suspects = [number for rank in bad for number in samples[rank :: len(values)]] or list(samples)
-        positions = [self.plan.offset(number) for number in suspects]
+        positions = [self.sample_plan.offset(number) for number in suspects]
         facts = {"what": what, "ranks": bad, "losses": losses, "grad_norm": grad_norm}
         self._events.add("nonfinite", self.step, **facts, samples=suspects, positions=positions)
         ranks = f" on rank {', '.join(map(str, bad))}" if bad else ""

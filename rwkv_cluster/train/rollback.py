@@ -37,10 +37,12 @@ def roll_back(session: Session, spike: Spike, events: Events) -> Session:
         checkpoint = save_load.verify(path) if path is not None else None
     spikes, improvement = guard_states(checkpoint)
     spikes = replace(spikes, rollbacks=session.spikes.rollbacks + 1)
-    plan = session.plan.without(first_skipped, spike.last_step)
-    resumed = replace(session, resume_checkpoint=checkpoint, plan=plan, spikes=spikes, improvement=improvement)
+    sample_plan = session.sample_plan.without(first_skipped, spike.last_step)
+    resumed = replace(
+        session, resume_checkpoint=checkpoint, sample_plan=sample_plan, spikes=spikes, improvement=improvement
+    )
     n_left_out = spike.last_step + 1 - first_skipped
-    facts = {"to_step": resumed.start_step, "skipped_steps": n_left_out, "skipped": plan.skipped}
+    facts = {"to_step": resumed.start_step, "skipped_steps": n_left_out, "skipped": sample_plan.skipped}
     events.add("rollback", spike.last_step + 1, **facts, rollbacks=spikes.rollbacks)
     if rank() == 0:
         log.warning(

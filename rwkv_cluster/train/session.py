@@ -52,7 +52,7 @@ class Session:
     work: WorkDir
     manifest: DataManifest
     placement: Placement
-    plan: SamplePlan
+    sample_plan: SamplePlan
     horizon: Horizon
     accumulate: int
     resume_checkpoint: Checkpoint | None
@@ -90,8 +90,8 @@ class Session:
         return RunIdentity(
             self.config.model_dump(mode="json"),
             data_fingerprint=self.manifest.fingerprint,
-            global_batch_size=self.plan.global_batch_size,
-            magic_prime=self.plan.magic_prime,
+            global_batch_size=self.sample_plan.global_batch_size,
+            magic_prime=self.sample_plan.magic_prime,
         )
 
     def train_tokens(self) -> IndexedTokens:
@@ -115,20 +115,22 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     checkpoint = newest_verified(work.checkpoints)
     if checkpoint is not None:
         accumulate = resume.accumulation_of(checkpoint, training, placement.world_size) or accumulate
-    plan = SamplePlan(
+    sample_plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
         global_batch_size=training.micro_bsz * placement.world_size * accumulate,
         skipped=checkpoint.state.skipped if checkpoint else (),
     )
     end = horizon(
-        plan,
+        sample_plan,
         num_epochs=training.num_epochs,
         max_steps=training.max_steps,
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
-    session = Session(config, work, manifest, placement, plan, end, accumulate, checkpoint, *guard_states(checkpoint))
+    session = Session(
+        config, work, manifest, placement, sample_plan, end, accumulate, checkpoint, *guard_states(checkpoint)
+    )
     _require_validation(session)
     if checkpoint is not None:
         resume.require_same_run(checkpoint, session.identity, work.initial_weights)

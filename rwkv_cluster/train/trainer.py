@@ -63,7 +63,7 @@ def build_datamodule(session: Session) -> TokenDataModule:
     """This rank's batches from where the session starts."""
     return TokenDataModule(
         session.train_tokens(),
-        session.plan,
+        session.sample_plan,
         start_step=session.start_step,
         # one batch more where the last step has left something undone, so that the loop comes to run at all
         total_steps=max(session.horizon.total_steps, session.start_step + 1),

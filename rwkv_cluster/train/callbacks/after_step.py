@@ -187,7 +187,7 @@ class AfterStep(Callback):
         """The step's own numbers; a new timing begins."""
         return self._recorder.measure(
             result,
-            tokens_per_step=module.plan.tokens_per_step,
+            tokens_per_step=module.sample_plan.tokens_per_step,
             save_wait_s=self._saver.checkpointer.take_waited_s(),
             device=module.device,
         )
@@ -210,14 +210,14 @@ class AfterStep(Callback):
         return CheckpointState(
             **vars(self._saver.identity),
             step=module.step,
-            tokens_seen=module.step * module.plan.tokens_per_step,
+            tokens_seen=module.step * module.sample_plan.tokens_per_step,
             epoch_loss_sum=self._recorder.epoch_mean.sum,
             epoch_loss_count=self._recorder.epoch_mean.count,
             loss=self.last_loss,
             val_loss=last_val.loss if last_val else None,
             optimizer_updates=module.state.update_count(),
             shapes=module.state.shapes(),
-            skipped=module.plan.skipped,
+            skipped=module.sample_plan.skipped,
             spikes=self._guard.state,
             improvement=self.evaluator.improvement,
             loss_scale=module.scaler.state_dict() if module.scaler is not None else None,

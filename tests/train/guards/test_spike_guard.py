@@ -100,7 +100,7 @@ def _skipping_from_the_start(config: Config, skipped: tuple[tuple[int, int], ...
 
     def open_session(*arguments: Any) -> Any:
         session = found(*arguments)
-        return replace(session, plan=replace(session.plan, skipped=skipped))
+        return replace(session, sample_plan=replace(session.sample_plan, skipped=skipped))
 
     with patch.context() as patched:
         patched.setattr(run, "open_session", open_session)
