@@ -1,4 +1,4 @@
-"""export: the weights of a run, or a weights file, in the files of other programs."""
+"""export: the weights of a run, or any others, in the files of other programs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from rwkv_cluster.interchange.export.write import Exported
 
 EXPORT_FORMATS = ("pth", "safetensors", "fla", "transformers", "st", "gguf-folder")
-"""The keys of `interchange.formats.FORMATS`, which takes too long to import for `--help`."""
+"""The keys of `interchange.export.table.FORMATS`, which takes too long to import for `--help`."""
 
 _DTYPES = "bf16, fp16 or fp32"
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="WORK_DIR_OR_FILE", help="a run's directory, or a weights file")
+    parser.add_argument("source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or weights of any layout")
     parser.add_argument("--format", metavar="FORMAT", required=True, help=", ".join(EXPORT_FORMATS))
     parser.add_argument("--dtype", metavar="DTYPE", help=f"{_DTYPES}; default the run's precision, or the file's own")
-    parser.add_argument("--output", metavar="PATH", help="default below WORK_DIR/out, or beside the file")
-    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of a weights file outside a work directory")
+    parser.add_argument("--output", metavar="PATH", help="default below WORK_DIR/out, or beside the weights")
+    parser.add_argument("--vocab-file", metavar="PATH", help="vocabulary of weights outside a work directory")
     parser.add_argument("--force", action="store_true", help="replace another export of that name")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
-_NAMES = (WORLD_VOCABULARY, "tokenizer.json", "vocab.txt", "vocab.json")
+from rwkv_cluster.tokenizer.world import FILE_NAME
+from rwkv_cluster.workdir import HUB_TOKENIZER
+
+_NAMES = (FILE_NAME, HUB_TOKENIZER, "vocab.txt", "vocab.json")
 
 
 def tokenizer_file(folder: Path) -> Path | None:

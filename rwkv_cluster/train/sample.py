@@ -17,7 +17,6 @@ from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, peek_weights
-from rwkv_cluster.interchange.tokenizer_file import WORLD_VOCABULARY
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
@@ -33,6 +32,7 @@ from rwkv_cluster.tokenizer import (
     world_file,
     world_tokenizer,
 )
+from rwkv_cluster.tokenizer.world import FILE_NAME
 from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
@@ -205,7 +205,7 @@ def _root_of(source: Path) -> Path:
 
 
 def _vocabulary_beside(source: Path) -> Path:
-    return (source if source.is_dir() else source.absolute().parent) / WORLD_VOCABULARY
+    return (source if source.is_dir() else source.absolute().parent) / FILE_NAME
 
 
 def _unknown_tokenizer(source: Path, remedy: str) -> ConfigError:

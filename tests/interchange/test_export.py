@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import pytest
 import torch
+from layout_files import in_layout, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -25,10 +26,12 @@ from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.export import write as exporting
 from rwkv_cluster.interchange.export.safetensors_writer import INDEX
 from rwkv_cluster.interchange.export.table import FORMATS
-from rwkv_cluster.interchange.export.tokenizer_files import CHAT_TEMPLATE, WORLD_FILE, world_vocabulary
+from rwkv_cluster.interchange.export.tokenizer_files import CHAT_TEMPLATE
 from rwkv_cluster.interchange.export.write import Exported, export
 from rwkv_cluster.interchange.layouts import LAYOUTS
 from rwkv_cluster.model.weights_file import load_pth, save_pth
+from rwkv_cluster.tokenizer import GenericTokenizer, world_vocabulary
+from rwkv_cluster.tokenizer.world import FILE_NAME
 from rwkv_cluster.train.checkpoint.export_source import source_of
 
 RANKS = {"decay_lora_rank": 8, "a_lora_rank": 24, "v_lora_rank": 16, "gate_lora_rank": 40}
@@ -204,14 +207,12 @@ def test_another_head_size_is_corrected_or_refused(saved: Callable[..., Path], w
 @pytest.fixture(scope="module")
 def world() -> bytes:
     rwkv = pytest.importorskip("rwkv")
-    content = world_vocabulary(Path(rwkv.__path__[0]) / WORLD_FILE)
-    assert content is not None
-    return content
+    return world_vocabulary(GenericTokenizer(Path(rwkv.__path__[0]) / FILE_NAME))
 
 
 def test_the_world_vocabulary_is_exported_with_its_bytes(saved: Callable[..., Path], world: bytes) -> None:
     written = exported(saved(), "fla", world=world)
-    assert hashlib.sha256((written.path / WORLD_FILE).read_bytes()).hexdigest() == (
+    assert hashlib.sha256((written.path / FILE_NAME).read_bytes()).hexdigest() == (
         "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
     )
     tokenizer = json.loads((written.path / "tokenizer_config.json").read_text())
@@ -224,7 +225,8 @@ def test_the_world_vocabulary_is_exported_with_its_bytes(saved: Callable[..., Pa
 
 def test_another_vocabulary_is_not_exported(saved: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("1 'a' 1\n")
-    assert world_vocabulary(tmp_path / "v.txt") is None
+    source = source_of(saved(), tmp_path / "v.txt")
+    assert source.world_vocabulary is source.hub_tokenizer is None
     written = exported(saved(), "fla")
     assert {each.name for each in written.path.iterdir()} == {
         "model.safetensors",
@@ -388,6 +390,51 @@ def test_weights_of_a_run_and_their_vocabulary_are_found(tmp_path: Path) -> None
     written = exported(tmp_path / "work", "fla")
     assert written.path == out / "rwkv-final-fla"
     assert config_of(written)["max_position_embeddings"] == 77
+
+
+@pytest.mark.parametrize("layout", ["fla", "transformers", "transformers-rwkv", "rwkv-rs"])
+def test_weights_of_any_layout_are_exported(layout: str, tmp_path: Path) -> None:
+    tensors = weights("x070", block0_value_residual=False)
+    folder = write_folder(tmp_path / "from elsewhere", in_layout(tensors, layout))
+    written = exported(folder, "pth")
+    assert written.path == tmp_path / "from elsewhere.pth"
+    back = load_pth(written.path)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert exported(folder, "fla").path == tmp_path / "from elsewhere-fla"
+
+
+def test_the_digest_of_several_files_is_that_of_their_digests(saved: Callable[..., Path]) -> None:
+    shards = exported(saved(), "fla", shard_bytes=100_000).path
+    lines = "".join(
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in sorted(shards.glob("*.safetensors"))
+    )
+    assert source_of(shards).digest == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_tokenizer_of_the_hub_is_exported_with_the_weights(saved: Callable[..., Path], tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|end|>": 0, "a": 1}, unk_token="<|end|>"))
+    tokenizer.add_special_tokens(["<|end|>"])
+    path = saved()
+    tokenizer.save(str(path.with_name("tokenizer.json")))
+    written = exported(path, "fla")
+    assert (written.path / "tokenizer.json").read_bytes() == path.with_name("tokenizer.json").read_bytes()
+    assert json.loads((written.path / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    assert not written.notes
+
+
+def test_added_tokens_are_exported_with_the_world_vocabulary(world: bytes, tmp_path: Path) -> None:
+    (tmp_path / "world.txt").write_bytes(world)
+    work = tmp_path / "work"
+    (work / "out").mkdir(parents=True)
+    (work / "configs").mkdir()
+    (work / "configs/config.yaml").write_text(
+        f"data: {{tokenizer: {{type: world, vocab_file: {tmp_path}/world.txt, added_tokens: ['<|x|>']}}}}\n"
+    )
+    save_pth(work / "out/rwkv-final.pth", weights("x070"))
+    assert source_of(work).world_vocabulary == world + b"65530 '<|x|>' 5\n"
 
 
 def test_a_disk_that_is_too_small(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ from tiny_models import relative_error, tiny_model
 from torch import Tensor
 
 from rwkv_cluster.cli import main
-from rwkv_cluster.interchange.export.tokenizer_files import WORLD_FILE
 from rwkv_cluster.interchange.layouts import LAYOUTS
 from rwkv_cluster.model import layers
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.tokenizer import GenericTokenizer
+from rwkv_cluster.tokenizer.world import FILE_NAME
 
 pytestmark = pytest.mark.system
 
@@ -47,7 +47,7 @@ def weights(model: RWKV, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world() -> Path:
     rwkv = pytest.importorskip("rwkv")
-    return Path(rwkv.__path__[0]) / WORLD_FILE
+    return Path(rwkv.__path__[0]) / FILE_NAME
 
 
 def exported(weights: Path, world: Path, format: str) -> Path:
@@ -67,7 +67,7 @@ def test_rwkv7_hf_computes_the_same_logits_and_ids(model: RWKV, weights: Path, w
     theirs = hugging_face_model(folder)
     tokenizer = pytest.importorskip("rwkv7_hf.tokenization_rwkv7").RWKV7Tokenizer.from_pretrained(folder)
     ids = tokenizer(TEXT).input_ids
-    assert ids == list(GenericTokenizer(folder / WORLD_FILE).encode(TEXT))
+    assert ids == list(GenericTokenizer(folder / FILE_NAME).encode(TEXT))
     assert tokenizer.decode(ids) == TEXT
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, theirs.config.bos_token_id) == (0, 0, 0)
     chat = tokenizer.apply_chat_template(

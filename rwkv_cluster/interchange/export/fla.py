@@ -6,7 +6,7 @@ Fields of config.json: fla/models/rwkv7/configuration_rwkv7.py; those of the tok
 from __future__ import annotations
 
 from rwkv_cluster.interchange.export.format import Companions, ExportedModel, Format
-from rwkv_cluster.interchange.export.tokenizer_files import END_OF_DOCUMENT, json_file, world_files
+from rwkv_cluster.interchange.export.tokenizer_files import END_OF_DOCUMENT, hub_files, json_file, world_files
 from rwkv_cluster.interchange.layouts import LAYOUTS
 from rwkv_cluster.model.parameter_shapes import model_dims
 
@@ -59,16 +59,18 @@ def fla_config(model: ExportedModel) -> dict[str, object]:
 
 
 def folder_files(model: ExportedModel, config: dict[str, object]) -> dict[str, bytes]:
-    """config.json, generation_config.json and, where the vocabulary is the World one, the tokenizer's files."""
+    """config.json, generation_config.json and, where other programs know the tokenizer, its files."""
     files = {"config.json": json_file(config), "generation_config.json": json_file(dict(END_OF_DOCUMENT))}
     if model.world_vocabulary is not None:
         files |= world_files(model.world_vocabulary, model.rows)
+    elif model.hub_tokenizer is not None:
+        files |= hub_files(model.hub_tokenizer)
     return files
 
 
 NO_TOKENIZER = (
-    "it has no tokenizer, because the vocabulary is not known to be the World one: the program that loads it must be "
-    "given token ids, or a tokenizer of your own"
+    "it has no tokenizer, because the model's is not known to be the World vocabulary or one of the Hugging Face Hub: "
+    "the program that loads it must be given token ids, or a tokenizer of your own"
 )
 
 
@@ -82,7 +84,7 @@ def _companions(model: ExportedModel) -> Companions:
         )
     if model.config.n_layer == 1:
         notes.append("flash-linear-attention itself divides by zero with one layer; rwkv7-hf reads it")
-    if model.world_vocabulary is None:
+    if not model.has_tokenizer:
         notes.append(NO_TOKENIZER)
     return Companions(folder_files(model, config), tuple(notes))
 

@@ -1,4 +1,4 @@
-"""What a format of `export` consists of: the type of a row of `formats.FORMATS`. Torch-free."""
+"""What a format of `export` consists of: the type of a row of `table.FORMATS`. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ class ExportedModel:
         dtype: of the tensors in the export: "bf16", "fp16", "fp32".
         world_vocabulary: bytes of the World vocabulary's file with LF, where that is the model's; None: another one, or
             it is not known which.
+        hub_tokenizer: content of a tokenizer.json, where the model's tokenizer is one of the Hugging Face Hub.
         ctx_len: tokens of a training sample; None where that is not known.
     """
 
     config: ModelConfig
     dtype: str
     world_vocabulary: bytes | None = None
+    hub_tokenizer: bytes | None = None
     ctx_len: int | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether an export can have a tokenizer that other programs know."""
+        return self.world_vocabulary is not None or self.hub_tokenizer is not None
 
     @property
     def rows(self) -> int:

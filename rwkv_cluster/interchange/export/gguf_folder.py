@@ -9,14 +9,14 @@ from __future__ import annotations
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.interchange.export.fla import FLA, fla_config, folder_files
 from rwkv_cluster.interchange.export.format import Companions, ExportedModel, Format
-from rwkv_cluster.interchange.export.tokenizer_files import WORLD_FILE
+from rwkv_cluster.tokenizer.world import FILE_NAME
 
 
 def _companions(model: ExportedModel) -> Companions:
     if model.world_vocabulary is None:
         raise ConfigError(
             "llama.cpp's converter takes RWKV-7 with the World vocabulary only, and the model's is not known to be it",
-            remedy=f"Where it is, name its file: --vocab-file {WORLD_FILE}",
+            remedy=f"Where it is, name its file: --vocab-file {FILE_NAME}",
         )
     needed = model.world_vocabulary.count(b"\n") + 1
     if model.rows < needed:

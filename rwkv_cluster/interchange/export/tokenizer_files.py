@@ -1,17 +1,13 @@
-"""The World vocabulary, and the tokenizer's files that a model's folder has beside its tensors. Torch-free."""
+"""Tokenizer's files that a model's folder has beside its tensors. Torch-free."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
-from rwkv_cluster.tokenizer.vocabulary import parse_vocabulary, vocabulary_digest
+from rwkv_cluster.tokenizer.world import FILE_NAME
+from rwkv_cluster.workdir import HUB_TOKENIZER
 
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
-"""The name under which every reader looks for it."""
-WORLD_DIGEST = "e8e7025bfbfa9c6e071fa66e7539d655133c2cfabe9b1a9c72a98e2114b35dc5"
-"""`vocabulary_digest` of RWKV-LM's World vocabulary of 2023-04-24: ids 1 to 65529."""
 END_OF_DOCUMENT = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 # The conversation that the G1 models were trained on (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt): turns are divided by a
@@ -37,16 +33,6 @@ CHAT_TEMPLATE = r"""
 """.lstrip()
 
 
-def world_vocabulary(path: Path) -> bytes | None:
-    """Content of a vocabulary file with LF where it is the World vocabulary, else None.
-
-    Raises MissingDataError, VocabularyError.
-    """
-    if vocabulary_digest(parse_vocabulary(path)) != WORLD_DIGEST:
-        return None
-    return path.read_bytes().replace(b"\r\n", b"\n")
-
-
 def world_files(vocabulary: bytes, rows: int) -> dict[str, bytes]:
     """Tokenizer files of the class RWKV7Tokenizer. vocabulary: of the World file; rows: of emb and head."""
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
@@ -58,11 +44,20 @@ def world_files(vocabulary: bytes, rows: int) -> dict[str, bytes]:
         "chat_template": CHAT_TEMPLATE,
     }
     return {
-        WORLD_FILE: vocabulary,
+        FILE_NAME: vocabulary,
         "tokenizer_config.json": json_file(tokenizer),
         "special_tokens_map.json": json_file(special),
         "chat_template.jinja": CHAT_TEMPLATE.encode(),
     }
+
+
+def hub_files(content: bytes) -> dict[str, bytes]:
+    """Tokenizer files of a tokenizer.json. Its id 0 ends a document, as in every tokenizer of this package."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    end = [token["content"] for token in json.loads(content).get("added_tokens", ()) if token["id"] == 0]
+    if end:
+        config |= {"eos_token": end[0]}
+    return {HUB_TOKENIZER: content, "tokenizer_config.json": json_file(config)}
 
 
 def json_file(content: Mapping[str, object]) -> bytes:

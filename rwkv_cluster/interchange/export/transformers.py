@@ -20,7 +20,7 @@ def _companions(model: ExportedModel) -> Companions:
         "use_deep_embed": False,
         "wkv_state_dtype": "float32",
     }
-    return Companions(folder_files(model, config), () if model.world_vocabulary is not None else (NO_TOKENIZER,))
+    return Companions(folder_files(model, config), () if model.has_tokenizer else (NO_TOKENIZER,))
 
 
 TRANSFORMERS = Format(

@@ -49,9 +49,10 @@ class Source:
         config: sizes, as `infer_model_config` finds them in `outlines`.
         label: what default names of exports begin with, such as "step-00001000".
         folder: where exports go by default.
-        digest: sha256, hexadecimal, of the file or of the checkpoint's manifest.
+        digest: sha256, hexadecimal, of the file, of the checkpoint's manifest, or of the digests of several files.
         dtype: a key of DTYPES, of the export where none is asked for; None: the tensors' own.
         world_vocabulary: see ExportedModel.
+        hub_tokenizer: see ExportedModel.
         ctx_len: see ExportedModel.
     """
 
@@ -64,6 +65,7 @@ class Source:
     digest: str
     dtype: str | None = None
     world_vocabulary: bytes | None = None
+    hub_tokenizer: bytes | None = None
     ctx_len: int | None = None
 
 
@@ -99,7 +101,13 @@ def export(
     _require_version(source.config, format)
     _require_whole(source)
     chosen = _dtype(source, format, dtype)
-    model = ExportedModel(source.config, chosen or _own_dtype(source), source.world_vocabulary, source.ctx_len)
+    model = ExportedModel(
+        source.config,
+        chosen or _own_dtype(source),
+        world_vocabulary=source.world_vocabulary,
+        hub_tokenizer=source.hub_tokenizer,
+        ctx_len=source.ctx_len,
+    )
     companions = format.companions(model)
     path = output or source.folder / f"{source.label}{format.suffix}"
     if source.path.exists() and path.exists() and path.samefile(source.path):
