@@ -55,8 +55,8 @@ def test_ranks_that_do_not_reach_each_other(tmp_path: Path, start: Callable[...,
     job = start(tmp_path, verb="doctor", ranks=2, environment={"GLOO_SOCKET_IFNAME": "ib7"})
     assert job.wait() == 1  # torchrun has one code for every failure
     assert "exitcode  : 6" in job.text
-    (sentence,) = [line for line in job.text.splitlines() if "error: gloo does not connect the ranks: " in line]
-    assert "Unable to find address for: ib7. Set GLOO_SOCKET_IFNAME to the network that joins the nodes" in sentence
+    (sentence,) = [line for line in job.text.splitlines() if "error: gloo does not connect" in line]
+    assert "address for: ib7. Set GLOO_SOCKET_IFNAME" in sentence
     assert "warning  GLOO_SOCKET_IFNAME" in job.text
     assert job.text.count("problem  all-reduce") == 1
     assert "ok       clocks" in job.text
@@ -68,7 +68,7 @@ def test_a_rank_that_never_comes(tmp_path: Path, start: Callable[..., Job]) -> N
     place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29541", "RWKV_CLUSTER_MEET_S": "2"}
     job = start(tmp_path, verb="doctor", environment=place)
     assert job.wait(60) == 6, job.text
-    assert "error: 1 of 2 ranks have not come within 2 s: 1. Look at what they say" in job.text
+    assert re.search(r"error: 1 of 2 ranks .* 2 s: 1\. ", job.text)
     assert "Traceback" not in job.text
 
 
@@ -125,7 +125,7 @@ def test_a_clock_that_is_not_the_files(wrong_clock: dict[str, str], tmp_path: Pa
     _new_run(tmp_path)
     job = start(tmp_path, verb="doctor", environment=wrong_clock)
     job.complete()
-    assert "the files' clock is 300 s behind this machine's: times in logs do not fit together" in job.text
+    assert "clock is 300 s behind" in job.text
     assert "warning  clock " in job.text
 
 
@@ -158,7 +158,7 @@ def test_two_hosts_of_which_one_lives_in_the_future_and_in_another_directory(
         jobs[1].wait()
     text = jobs[0].text
     assert "warning  clocks" in text
-    assert "that of rank 1 on gpu02 is 300 s ahead of rank 0's" in text
-    assert f"error: rank 1 on gpu02 does not see in {work} what rank 0 writes there. Set work_dir to a dir" in text
+    assert "rank 1 on gpu02 is 300 s ahead" in text
+    assert re.search(rf"error: rank 1 on gpu02 does not see .*{re.escape(str(work))} .*rank 0 .*Set work_dir", text)
     assert "ok       all-reduce" in text
     assert "2 on 2 machines" in text

@@ -159,7 +159,7 @@ def test_the_disk_becomes_read_only(mount: Mount, tmp_path: Path, start: Callabl
     with job.paused():
         subprocess.run(["mount", "-o", "remount,ro", run.work.checkpoints], check=True)
     _assert_refused(run, job, reason="step-00000020 cannot be written: Read-only file system", step=10)
-    assert "Make it writable and run the same command again" in job.text
+    assert "Make it writable" in job.text
 
 
 def test_the_disk_fails(tmp_path: Path, start: Callable[..., Job]) -> None:
@@ -169,7 +169,7 @@ def test_the_disk_fails(tmp_path: Path, start: Callable[..., Job]) -> None:
     run = _new_run(tmp_path)
     job = start(run.folder, environment={"LD_PRELOAD": str(library), "BAD_DISK": "step-00000020"})
     _assert_refused(run, job, reason="step-00000020 cannot be written: Input/output error", step=10)
-    assert "Look at that disk and run the same command again" in job.text
+    assert "Look at that disk" in job.text
 
 
 def test_the_folder_is_not_ours_to_write(tmp_path: Path, start: Callable[..., Job]) -> None:
@@ -185,7 +185,7 @@ def test_a_limit_on_the_size_of_a_file(tmp_path: Path, start: Callable[..., Job]
     assert start(run.folder, fault="train.step@12:signal=SIGKILL").wait() == -9
     job = start(run.folder, prefix=("prlimit", "--fsize=300000"))  # the optimizer's file has 500,000 bytes
     _assert_refused(run, job, reason="step-00000020 cannot be written: File too large", step=10)
-    assert "Raise the limit on the size of a file (`ulimit -f`) and run the same command again" in job.text
+    assert "(`ulimit -f`)" in job.text
 
 
 @pytest.mark.parametrize(("ranks", "training"), [(None, {}), (2, {"zero_stage": 2})], ids=["alone", "zero"])

@@ -99,7 +99,8 @@ def test_doctor_without_a_gpu(containers: Engine) -> None:
     assert rows["WKV kernels, CPU"]["state"] == "ok"
     assert "/opt/kernels/libwkv_cpu.so" in rows["WKV kernels, CPU"]["text"]
     assert rows["self-test: native on cpu, float32"]["state"] == "ok"
-    assert (rows["CUDA"]["state"], rows["CUDA"]["text"]) == ("note", "torch finds none (torch is a CPU build)")
+    assert rows["CUDA"]["state"] == "note"
+    assert "CPU build" in rows["CUDA"]["text"]
     assert rows["nvcc"]["state"] == "note"
     assert rows["disk"]["text"] == "/ cannot be written: Read-only file system"
     assert rows["shared memory"]["state"] == "note"

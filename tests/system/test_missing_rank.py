@@ -59,7 +59,7 @@ def test_bad_data_on_rank_0_without_an_agent(tmp_path: Path, start: Callable[...
 
     (tmp_path / "text.jsonl").write_text(good)
     second = start(run.folder, environment=by_hand(1, port))
-    wait_until(lambda: "rank 1 waits for the preparation of the data on rank 0" in second.text, what="rank 1")
+    wait_until(lambda: "rank 1 waits for the preparation" in second.text, what="rank 1")
     first = start(run.folder, environment=by_hand(0, port))
     first.complete()
     second.complete()
@@ -95,8 +95,8 @@ def test_rank_0_is_lost_while_it_prepares(
     codes = {1} if agent or killed else {6}
     assert jobs[-1].wait(10 if killed else SILENT_S + 10) in codes
     if not agent:
-        how = "exited without reporting an error" if killed else "has not updated its heartbeat"
-        expected = rf"rank 1: error: rank 0 on {re.escape(socket.gethostname())}, process {victim}, {how}"
+        how = "without reporting an error" if killed else "not updated its heartbeat"
+        expected = rf"rank 1: error: rank 0 on {re.escape(socket.gethostname())}, process {victim}, .*{how}"
         assert re.search(expected, jobs[1].text), jobs[1].text
 
 
@@ -174,9 +174,7 @@ def test_a_frozen_rank(ranks: int | None, victim: int, tmp_path: Path, start: Ca
     wait_for_end(pids, timeout_s=5)
     speaker = f"rank {1 - victim}: error: " if ranks else ""
     frozen = f"rank {victim} on {re.escape(socket.gethostname())}, process {pids[victim]}"
-    found = re.search(
-        rf"{speaker}{frozen}, last finished step (\d+), has not updated its heartbeat for \d+ s", job.text
-    )
+    found = re.search(rf"{speaker}{frozen}, last finished step (\d+), .*heartbeat for \d+ s", job.text)
     assert found, job.text
     assert 0 < int(found[1]) <= run.steps_logged() + 1
     if ranks:
@@ -192,18 +190,15 @@ def test_an_endless_wait_for_data(tmp_path: Path, start: Callable[..., Job]) -> 
     pids = [job.worker(0), job.worker(1)]
     assert job.wait(TIMEOUT_S + 15 + 5) == 1  # five seconds for the steps from 20 to 40
     wait_for_end(pids, timeout_s=5)
-    assert re.search(
-        rf"rank 0: error: rank 1 on \S+, process {pids[1]}, last finished step 4\d, is running but has not reached the "
-        "next collective: it is loading data",
-        job.text,
-    ), job.text
+    missing = (
+        rf"rank 0: error: rank 1 on \S+, process {pids[1]}, last finished step 4\d, .*collective: it is loading data"
+    )
+    assert re.search(missing, job.text), job.text
     stacks = [(run.work.hang / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     for rank, doing, function in ((0, "computing", "backward"), (1, "loading data", "fault_point")):
-        assert re.search(
-            rf"rank {rank} on .*, last finished step 4\d, has not gone on for .*: it is {doing}", stacks[rank]
-        )
+        assert re.search(rf"rank {rank} on .*, last finished step 4\d, .*: it is {doing}", stacks[rank])
         assert f"in {function}" in stacks[rank]
-    assert "The stacks of its threads are in" in job.text
+    assert "stacks of its threads" in job.text
 
 
 @pytest.mark.parametrize(

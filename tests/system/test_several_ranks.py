@@ -97,7 +97,7 @@ def test_ranks_that_start_before_rank_0(verb: str, tmp_path: Path, start: Callab
     port = free_port()
     others = [start(tmp_path, verb=verb, environment=by_hand(rank, port, 3)) for rank in (1, 2)]
     for job in others:
-        wait_until(lambda job=job: "waits for the preparation of the data on rank 0" in job.text, what="a wait")
+        wait_until(lambda job=job: "waits for the preparation" in job.text, what="a wait")
     start(tmp_path, verb=verb, environment=by_hand(0, port, 3)).complete()
     for job in others:
         job.complete()
@@ -109,7 +109,7 @@ def test_inputs_that_only_rank_0_can_read(tmp_path: Path, start: Callable[..., J
     run = _run(tmp_path)
     port = free_port()
     other = start(tmp_path, verb="prepare", environment=by_hand(1, port), arguments=["--data.inputs=[absent.jsonl]"])
-    wait_until(lambda: "waits for the preparation of the data on rank 0" in other.text, what="a wait")
+    wait_until(lambda: "waits for the preparation" in other.text, what="a wait")
     start(tmp_path, verb="prepare", environment=by_hand(0, port)).complete()
     other.complete()
     assert (run.work.data / "manifest.json").exists()

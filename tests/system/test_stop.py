@@ -53,7 +53,7 @@ def test_stops_with_75_and_continues_exactly(
         (run.work.root / "STOP").touch()
     assert job.wait(10) == 75
     assert stopped_steps(job.text) == {0: run.newest_checkpoint()}
-    assert "Run the same command again to continue" in job.text
+    assert "same command again" in job.text
     start(run.folder).complete()
     assert run.result() == unbroken(_new_run).result()
 
@@ -125,7 +125,7 @@ def test_a_rank_that_waits_for_others_hears_a_signal(tmp_path: Path, start: Call
     wait_until(lambda: "Initializing distributed" in job.text, what="the meeting")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(30) == 75
-    assert "interrupted by SIGTERM. The same command again continues" in job.text
+    assert "interrupted by SIGTERM" in job.text
 
 
 def test_a_signal_while_the_trainer_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,10 +160,7 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
     before = _curve(run, "tokens")[:10]
     job = start(run.folder, ranks=3)
     assert job.wait() != 0
-    assert (
-        "has a global batch of 4 samples, which is not a multiple of micro_bsz 2 * 3 ranks = 6. Use 1 or 2 ranks"
-        in (job.text)
-    )
+    assert re.search(r" 4 samples, .*micro_bsz 2 \* 3 ranks = 6\. Use 1 or 2 ranks", job.text)
     start(run.folder).complete()
     assert _curve(run, "tokens")[:10] == before
     assert _curve(run, "tokens") == [4 * 32 * step for step in range(1, STEPS + 1)]
