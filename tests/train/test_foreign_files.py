@@ -36,7 +36,7 @@ def work(tmp_path: Path) -> WorkDir:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_that_a_run_overwrites_is_enough(name: str, work: WorkDir) -> None:
     put(work, name)
-    with pytest.raises(ConfigError, match=f"no run of rwkv-cluster has made, and a run would overwrite them: {name}"):
+    with pytest.raises(ConfigError, match=f"work_dir {work.root} .*overwrite them: {name}"):
         require_no_foreign_files(work, ["text.jsonl"])
 
 

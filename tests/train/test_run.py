@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -239,7 +240,7 @@ def test_more_steps_go_on_from_the_end(unbroken: Path, tmp_path: Path) -> None:
 
 def test_fewer_steps_than_done_is_refused(unbroken: Path, tmp_path: Path) -> None:
     _copy_of(unbroken, tmp_path)
-    with pytest.raises(CheckpointError, match="at step 8, beyond this configuration's last step 3"):
+    with pytest.raises(CheckpointError, match=r"at step 8, .*last step 3"):
         train(tiny_run_config(tmp_path, training={"max_steps": 3}))
 
 
@@ -377,7 +378,7 @@ def test_epochs_are_passes_over_the_slots(tmp_path: Path) -> None:
 
 
 def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):
+    with pytest.raises(ConfigError, match=r"precision is fp16, .*CUDA device"):
         train(tiny_run_config(tmp_path, training={"precision": "fp16", "accelerator": "cpu"}))
 
 
@@ -393,16 +394,14 @@ def test_another_number_of_ranks_keeps_the_global_batch(unbroken: Path) -> None:
     assert accumulation_of(found, halves.model_copy(update={"global_batch_size": 8}), world_size=2) is None
     with pytest.raises(ConfigError) as caught:
         accumulation_of(found, config.training, world_size=2)
-    assert str(caught.value) == (
-        f"{found.path} has a global batch of 4 samples, which is not a multiple of micro_bsz 4 * 2 ranks = 8. "
-        "Use 1 rank, or a training.micro_bsz of 1 or 2"
-    )
+    assert re.search(rf"{found.path} .* 4 samples, .*micro_bsz 4 \* 2 ranks = 8$", caught.value.what)
+    assert re.fullmatch("Use 1 rank, .*micro_bsz of 1 or 2", caught.value.remedy)
 
 
 def test_deepspeed_that_cannot_be_imported_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ConfigError, match=r"ZeRO stage 2 needs the package deepspeed, which cannot be imported: .*ddp"):
+    with pytest.raises(ConfigError, match=r"ZeRO stage 2 .*package deepspeed, .*cannot be imported: .*ddp"):
         train(tiny_run_config(tmp_path, training={"zero_stage": 2}))
     assert not (tmp_path / "work").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,9 @@ def test_a_run_without_room_is_refused_before_it_starts(
     with pytest.raises(CheckpointError) as caught:
         train(tiny_run_config(other))
     checkpoints = WorkDir(other / "work").checkpoints
-    assert str(caught.value) == (
-        f"there is no room for the next checkpoint and the weights beside it: it needs {int(asked[0] * 1.1):,} bytes "
-        f"and {int(factor * asked[0]):,} are free on {checkpoints}. Make room there, or choose another work_dir, "
-        "and run the same command again"
-    )
+    needed, free = (f"{int(amount):,}" for amount in (asked[0] * 1.1, factor * asked[0]))
+    assert re.search(rf"the next checkpoint .* {needed} bytes and {free} .* on {checkpoints}$", caught.value.what)
+    assert "another work_dir" in caught.value.remedy
     assert caught.value.exit_code == 4
     assert list((other / "work/out").iterdir()) == [checkpoints]
     assert list(checkpoints.iterdir()) == []
@@ -95,9 +94,9 @@ def test_a_complete_run_on_a_full_disk_still_says_so(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "Make room"),
-        (errno.EDQUOT, "Make room in your quota, or have it raised,"),
-        (errno.EFBIG, "Raise the limit on the size of a file (`ulimit -f`)"),
+        (errno.ENOSPC, "Make room and"),
+        (errno.EDQUOT, "room in your quota"),
+        (errno.EFBIG, r"\(`ulimit -f`\)"),
         (errno.EROFS, "Make it writable"),
         (errno.EACCES, "Make it writable"),
         (errno.EIO, "Look at that disk"),
@@ -113,7 +112,8 @@ def test_the_sentence_of_a_refusal(number: int, remedy: str, tmp_path: Path) -> 
     before, between, after = str(caught.value).partition(f" are free on {tmp_path}. ")
     assert before.startswith(f"{path} cannot be written: {found.reason}. It needs about 12,345 bytes and ")
     assert int(before.rpartition(" ")[2].replace(",", "")) == pytest.approx(free_bytes(tmp_path), rel=0.1)
-    assert (between[:4], after) == (" are", f"{remedy} and run the same command again")
+    assert between.startswith(" are")
+    assert re.fullmatch(f".*{remedy}.* same command again", after)
 
 
 def test_what_is_not_the_disks_fault_is_not_reported_as_such(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_all_bad_is_an_error_that_lists_each(directory: Path) -> None:
 def test_nan_is_not_saved(directory: Path, kind: str, background: bool) -> None:
     files = {"weights.pth": {"a": torch.ones(2)}, "optimizer.pth": {"b": torch.ones(2)}}
     next(iter(files[f"{kind}.pth"].values()))[1] = float("nan")
-    with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not written: [ab] has a NaN or infinite value"):
+    with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not written: [ab] .*NaN or infinite"):
         Checkpointer(directory, keep_last=3, background=background, n_bytes=0).save(3, files, state_of(3))
     assert list(directory.iterdir()) == []
 

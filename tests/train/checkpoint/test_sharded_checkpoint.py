@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -180,12 +181,12 @@ def test_code_in_a_shard_does_not_run(
     """Row E2: neither when the run goes on nor offline, although the forger has renewed the checksums."""
     canary = tmp_path / "canary"
     _forge(_newest(run), name, {"emb.weight@0": torch.ones(1), "x@0": _Bomb(canary)})
-    with pytest.raises(CheckpointError, match=rf"{name}: refused: it names the Python object 'posix\.system'"):
+    with pytest.raises(CheckpointError, match=rf"{name}: refused: .*'posix\.system'"):
         train(tiny_run_config(tmp_path, training={"max_steps": 10}))
     code = main(["consolidate", str(run.root)])
     if name.startswith("weights"):  # it reads nothing else
         assert code == 4
-        assert f"{name}: refused: it names the Python object 'posix.system'" in capsys.readouterr().err
+        assert re.search(rf"{name}: refused: .*'posix\.system'", capsys.readouterr().err)
         assert not list(run.out.glob("step-*.pth"))
     assert not canary.exists()
 
@@ -214,7 +215,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(name: str, value: float, 
     pieces[key][5] = value
     _forge(path, name, pieces)
     tensor = key.partition("@")[0]
-    with pytest.raises(CheckpointError, match=rf"{name} is not usable: {tensor} has a NaN or infinite value"):
+    with pytest.raises(CheckpointError, match=rf"{name} is not usable: {tensor} .*NaN or infinite"):
         train(tiny_run_config(tmp_path, training={"max_steps": 10}))
 
 
@@ -228,7 +229,7 @@ def test_a_value_that_is_not_finite_in_whole_tensors_too(kind: str, tmp_path: Pa
     name = next(name for name in tensors if "ffn.key.weight" in name)
     tensors[name][0, 0] = math.nan
     _forge(path, f"{kind}.pth", tensors)
-    with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not usable: {name} has a NaN or infinite value"):
+    with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not usable: {name} .*NaN or infinite"):
         train(tiny_run_config(tmp_path, training={"max_steps": 10}))
 
 

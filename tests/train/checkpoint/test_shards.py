@@ -55,13 +55,13 @@ def test_pieces_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None
     files = [{shard_key("a", start): whole[start:end].clone()} for start, end in pieces]
     size = 11 if change == "too long" else 12
     found = ShardedTensors(_write(tmp_path, files), {"a": [size]})
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}: the pieces of a do not make up its {size} elements"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* of a do not .* {size} elements"):
         found["a"]
 
 
 @pytest.mark.parametrize("key", ["a", "a@", "a@-1", "a@x", "b@0", "a@0@zero"])
 def test_a_name_that_is_no_piece_is_refused(key: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"weights-00000-of-00001\.pth: '.*' is not a piece of a parameter"):
+    with pytest.raises(CheckpointError, match=rf"weights-00000-of-00001\.pth: '{key}' is not a piece"):
         ShardedTensors(_write(tmp_path, [{key: torch.ones(3)}]), {"a": [3]})
 
 

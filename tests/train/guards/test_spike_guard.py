@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,7 @@ def test_a_rollback_ends_where_a_run_ends_that_never_had_the_samples(
     result = run.train(config)
     assert result.step == 20
     assert "steps 14 to 15: the loss spikes" in caplog.text
-    assert (
-        "Back to step 8, to go on without the samples of 5 steps from step 11 on; rollback 1 of at most 3"
-        in caplog.text
-    )
+    assert re.search("Back to step 8, .* 5 steps from step 11 on; rollback 1 of at most 3", caplog.text)
     monkeypatch.delenv(FAULT_VARIABLE)
     _skipping_from_the_start(other, ((11, 16),), monkeypatch)
     assert fingerprint(config.work_dir) == fingerprint(other.work_dir)

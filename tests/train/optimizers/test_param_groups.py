@@ -136,9 +136,9 @@ def test_a_state_that_lacks_a_moment_or_has_one_of_another_shape_is_refused() ->
     }
     restore_optimizer(optimizer, whole, 1)
     key = "exp_avg_sq/blocks.1.ffn.key.weight"
-    with pytest.raises(CheckpointError, match=f"the checkpoint's optimizer has no {key}"):
+    with pytest.raises(CheckpointError, match=f"optimizer has no {key}"):
         restore_optimizer(optimizer, {name: tensor for name, tensor in whole.items() if name != key}, 1)
-    with pytest.raises(CheckpointError, match=rf"{key} of the checkpoint's optimizer is \(3, 2\), the model has"):
+    with pytest.raises(CheckpointError, match=rf"{key} .*optimizer is \(3, 2\), the model has"):
         restore_optimizer(optimizer, whole | {key: torch.zeros(3, 2)}, 1)
 
 
