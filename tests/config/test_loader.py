@@ -175,7 +175,7 @@ def test_a_file_of_nothing_but_faults_is_told_in_a_few_lines() -> None:
         (b"a:\n  - **/*.txt", r":2: \*\*/\*\.txt begins with \*"),
         (b"a: [b, *]", r":1: \* begins with \*"),
         (b"a: %b", r":1: %b begins with %"),
-        (b"a: &m {b: 1}\nc:\n  <<: *m", r":3: the merge key << is not part of YAML 1\.2"),
+        (b"a: &m {b: 1}\nc:\n  <<: *m", r":3: the merge key << .*YAML 1\.2"),
         (
             b"work_dir: a\nmodel: {}\nwork_dir: b",
             r"run.yaml:3: 'work_dir' .*twice .*run.yaml:1\)",

@@ -241,7 +241,7 @@ def test_slurm_and_its_containers(tmp_path: Path, monkeypatch: Any) -> None:
     assert tools.containers(CheckContext())[0].text == "podman 5.1.0"
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert "srun started 4 tasks, which do not know each other" in tools.slurm(CheckContext())[0].text
+    assert "srun started 4 tasks, " in tools.slurm(CheckContext())[0].text
 
 
 def test_a_disk_that_is_slow(tmp_path: Path, monkeypatch: Any) -> None:

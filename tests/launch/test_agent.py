@@ -50,7 +50,7 @@ def test_a_rank_without_a_report_is_named_where_others_only_speak_about_it(tmp_p
     found = outcome(tmp_path, ended(0, message="rank 2 has died", about=2), ended(1, message="lost", about=2))
     assert found is not None
     assert (found.how, found.exit_code, found.stop_signal) == ("failed", 1, None)
-    assert found.message.startswith("rank 2 on node1 exited without reporting an error")
+    assert found.message.startswith("rank 2 on node1 exited without reporting")
     assert found.message.endswith(f"See {tmp_path}/rank-2.log")
 
 

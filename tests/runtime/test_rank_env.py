@@ -130,4 +130,5 @@ def test_a_verb_that_is_no_work_of_ranks_is_done_by_rank_0_alone(
     assert cli.main(["config", "quickstart"]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "config is rank 0's alone: nothing to do here\n"
+    assert printed.err.startswith("config is rank 0's alone")
+    assert printed.err.count("\n") == 1

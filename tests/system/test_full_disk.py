@@ -29,7 +29,7 @@ PAGE = 4096
 LEVELS = 20
 END_S = 30.0
 NO_OVERRIDE = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")  # permissions bind root as anybody
-REFUSED = re.compile(r"needs (?:about )?([\d,]+) bytes and ([\d,]+) are free on (\S+)\. (.+)and run the same command")
+REFUSED = re.compile(r"needs (?:about )?([\d,]+) bytes and ([\d,]+) are free on (\S+)\. (.+)and run the same")
 
 Mount = Callable[..., Path]
 

@@ -92,7 +92,7 @@ def test_a_session_shorter_than_its_profile(
         assert path.read_text().startswith(f"profile of {steps} on rank 0")
     else:
         assert not path.exists()
-        assert "no step was profiled: this session has ended before its step 4" in caplog.text
+        assert re.search("no step was profiled: .*before its step 4", caplog.text)
 
 
 def test_a_number_of_steps_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
