@@ -17,6 +17,7 @@ from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, peek_weights
+from rwkv_cluster.interchange.tokenizer_file import tokenizer_beside
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
@@ -25,7 +26,6 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer import (
     WORLD_ROWS,
-    GenericTokenizer,
     build_tokenizer,
     decode_for_display,
     encode_to_array,
@@ -179,8 +179,7 @@ def _tokenizer_of(source: Path) -> Any:
         if is_work_dir(source):
             raise _unknown_tokenizer(source, _NAME_IT)
         peek_weights(source)  # what is no weights is called by its name, and not asked for a tokenizer
-        beside = _vocabulary_beside(source)
-        return GenericTokenizer(beside) if beside.exists() else None
+        return tokenizer_beside(_vocabulary_beside(source).parent)
     require_own(path)
     tokenizer = load_config(path).data.tokenizer
     require_built_in(tokenizer, path, shlex.join(tokenizer_options(tokenizer)))

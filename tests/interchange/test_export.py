@@ -19,9 +19,11 @@ from layout_files import in_layout, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from tiny_run import losses, tiny_run_config
 from torch import Tensor
 
 from rwkv_cluster.commands.exporting import EXPORT_FORMATS
+from rwkv_cluster.config import Config
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.export import write as exporting
 from rwkv_cluster.interchange.export.safetensors_writer import INDEX
@@ -33,6 +35,7 @@ from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.tokenizer import GenericTokenizer, world_vocabulary
 from rwkv_cluster.tokenizer.world import FILE_NAME
 from rwkv_cluster.train.checkpoint.export_source import source_of
+from rwkv_cluster.train.run import train
 
 RANKS = {"decay_lora_rank": 8, "a_lora_rank": 24, "v_lora_rank": 16, "gate_lora_rank": 40}
 UNUSED = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
@@ -464,3 +467,22 @@ def test_weights_that_are_no_whole_model(saved: Callable[..., Path]) -> None:
 def test_the_command_line_lists_the_formats() -> None:
     assert tuple(FORMATS) == EXPORT_FORMATS
     assert exporting.DTYPES.keys() == {"bf16", "fp16", "fp32"}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("format", ["fla", "transformers", "safetensors"])
+def test_a_run_from_an_export_is_the_run_from_what_was_exported(format: str, tmp_path: Path) -> None:
+    """To the bit: exported, read again and trained further; fp32, which no format rounds."""
+    first = tiny_run_config(tmp_path, model={"n_embd": 128, "head_size_a": 64}, training={"max_steps": 3})
+    train(first)
+    source = Path(first.work_dir)
+    starts = {"pth": source / "out/rwkv-final.pth", format: exported(source, format).path}
+    results = []
+    for name, start in starts.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        config = tiny_run_config(folder, training={"max_steps": 6, "init_from": str(start)})
+        train(Config(**config.model_dump(exclude={"model"}), model={"ctx_len": 32}))  # the weights say all sizes
+        results.append(losses(config.work_dir))
+    assert results[0] == results[1]
+    assert results[0][0] < 5.5

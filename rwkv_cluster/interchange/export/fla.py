@@ -80,7 +80,7 @@ def _companions(model: ExportedModel) -> Companions:
         config["norm_eps"] = HEAD_NORM_EPS / N
         notes.append(
             f"norm_eps is {HEAD_NORM_EPS / N:g}, since the readers multiply it by the head size {N} where RWKV-LM has "
-            f"64e-5; their other norms use it too, which moves logits by up to some 1e-4 of the largest"
+            f"64e-5; their other norms use it too, which moves logits by some 1e-4 of the largest"
         )
     if model.config.n_layer == 1:
         notes.append("flash-linear-attention itself divides by zero with one layer; rwkv7-hf reads it")

@@ -17,14 +17,14 @@ from rwkv_cluster.errors import MissingCheckpointError
 from rwkv_cluster.interchange.checkpoint_info import digests
 from rwkv_cluster.interchange.export.write import Source
 from rwkv_cluster.interchange.read import Weights, is_work_dir, open_weights
+from rwkv_cluster.interchange.tokenizer_file import tokenizer_beside
 from rwkv_cluster.model.weights_file import infer_model_config, peek_pth
 from rwkv_cluster.runtime.own_file import require_own
 from rwkv_cluster.tokenizer import GenericTokenizer, has_world_vocabulary, world_vocabulary
 from rwkv_cluster.tokenizer.hub import HubTokenizer
-from rwkv_cluster.tokenizer.world import FILE_NAME
 from rwkv_cluster.train.checkpoint.save_load import MANIFEST, Checkpoint, newest_verified
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
-from rwkv_cluster.workdir import HUB_TOKENIZER, WorkDir, sha256_file
+from rwkv_cluster.workdir import WorkDir, sha256_file
 
 
 def source_of(path: Path, vocabulary: Path | None = None) -> Source:
@@ -115,9 +115,7 @@ def _tokenizer(work: WorkDir, config: Config | None, beside: Path, vocabulary: P
     if config is not None:
         tokenizer = config.data.tokenizer
         return tokenizer_of_run(tokenizer, work.data) if tokenizer.type in TOKENIZER_TYPES else None
-    if (beside / FILE_NAME).is_file():
-        return GenericTokenizer(beside / FILE_NAME)
-    return HubTokenizer(beside / HUB_TOKENIZER) if (beside / HUB_TOKENIZER).is_file() else None
+    return tokenizer_beside(beside)
 
 
 def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
