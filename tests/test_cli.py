@@ -412,6 +412,7 @@ def test_a_terminal_without_unicode_still_shows_every_name(tmp_path: Path) -> No
     assert "\\U0001f389" in run.stdout
 
 
+@pytest.mark.system
 def test_nothing_looks_for_garbage_while_torch_is_imported(tmp_path: Path) -> None:
     """Nor later in what that made; and where torch was there before, as in a program of its own, nothing is changed."""
     program = """

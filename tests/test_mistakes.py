@@ -886,6 +886,6 @@ def test_an_export_of_what_no_program_reads(run: Run) -> None:
     save_pth(Path("w.pth"), tiny_model("x060").state_dict())
     sentence = "no program reads x060 as fla. Formats of x060: pth, safetensors, st"
     refused(run, 2, sentence, "export", "w.pth", "--format", "fla")
-    sentence = f"{Path.cwd()}/work has no trained weights: no checkpoint and no rwkv-final.pth. Train first: `rwkv-cluster train CONFIG`, or name a weights file"
-    Path("work").mkdir()
+    sentence = f"{Path.cwd()}/work has no trained weights: no checkpoint and no rwkv-final.pth. Train first: `rwkv-cluster train CONFIG`, or name weights"
+    Path("work/out").mkdir(parents=True)
     refused(run, 4, sentence, "export", "work", "--format", "fla")

@@ -95,5 +95,4 @@ def test_nothing_beside_the_table_and_the_configuration_asks_for_a_version() -> 
         for line in path.read_text().splitlines()
         if asks.search(line)
     }
-    # rwkv-trainer's default, in a function that stands under its name
-    assert found == {'rwkv_cluster/interchange/checkpoint_info.py: model_type: str = "x060"'}
+    assert found == set()

@@ -21,6 +21,8 @@ from rwkv_cluster.errors import Preempted
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
+pytestmark = pytest.mark.system  # a run that is stopped, killed and continued
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

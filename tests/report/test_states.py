@@ -222,6 +222,7 @@ def test_without_matplotlib(work: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "pip install 'rwkv-cluster[report]'" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_torch_is_not_needed(work: Path) -> None:
     code = f"from rwkv_cluster.cli import main; assert main(['report', {str(work)!r}]) == 0"
     check = "import sys; assert not {'torch', 'pytorch_lightning'} & set(sys.modules)"

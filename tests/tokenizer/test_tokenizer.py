@@ -90,6 +90,7 @@ def published():
     return pytest.importorskip("rwkv.rwkv_tokenizer").TRIE_TOKENIZER(str(world_file()))
 
 
+@pytest.mark.system
 def test_world_ids_equal_those_of_the_rwkv_package(implementation, published):
     text = Path(os.__file__).read_text()[:20_000] + SOUP * 20 + "".join(map(chr, range(0x20, 0x3000)))
     ours = GenericTokenizer(world_file()).encode_to_array(text)

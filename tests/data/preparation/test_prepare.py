@@ -614,6 +614,7 @@ def prepare_and_die(out: Path, source: Path, call: int) -> None:
     prepare(config(source, validation_fraction=0.2, shuffle=True, seed=1), BYTES, out)
 
 
+@pytest.mark.system
 def test_killed_at_any_step_leaves_nothing_to_trust(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [f"text {number}" for number in range(30)])
     old, new = config(source, write_jsonl=True), config(source, validation_fraction=0.2, shuffle=True, seed=1)

@@ -330,6 +330,7 @@ def _prune_until(directory: Path, point: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.system
 def test_killed_while_it_prunes_leaves_the_newest_and_no_half(directory: Path, tmp_path: Path) -> None:
     """Row B9: at every single deletion."""
     for step in range(1, 6):

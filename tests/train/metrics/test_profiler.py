@@ -33,6 +33,7 @@ def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "work/logs/profile/rank-0.json").read_text())
 
 
+@pytest.mark.system
 def test_the_weights_are_the_same_to_the_bit(profiled: Path, tmp_path: Path) -> None:
     train(_config(tmp_path))
     assert not (tmp_path / "work/logs/profile").exists()

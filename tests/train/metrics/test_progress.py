@@ -103,11 +103,13 @@ def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch: pytest.Monk
         stream.close()
 
 
-def test_what_is_logged_appears_above_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_logged_appears_above_the_live_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with _terminal(monkeypatch, 100) as reader:
         handler = logging.StreamHandler(sys.stderr)
         monkeypatch.setattr(log, "handlers", [handler])
-        monkeypatch.setattr(log, "level", logging.INFO)
+        caplog.set_level(logging.INFO, log.name)
         terminal = sys.stderr
         progress = Progress(LoggingConfig(log_interval_steps=1), total_steps=9, start_step=0)
         progress.show(_record(1, 2.0))
