@@ -94,6 +94,7 @@ def test_the_public_names_of_rwkv_trainer() -> None:
         rwkv_cluster.Pipeline  # noqa: B018
 
 
+@pytest.mark.system
 def test_one_line_in_a_fresh_directory(tmp_path: Path) -> None:
     """The default model (x060, 3 layers, 128 wide, ctx_len 1024, bf16) on this machine's CPU."""
     data = np.arange(4 * 1024).reshape(4, 1024) % 360

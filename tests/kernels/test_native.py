@@ -165,6 +165,7 @@ def test_opcheck(version, dtype, state):
     torch.library.opcheck(op, packed(version, dtype, state=state, grad=False), test_utils=tests)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles_into_one_graph(version):
     inputs = [x.float() for x in random_inputs(version, 1, 20, 2, 8)]

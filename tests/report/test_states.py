@@ -175,6 +175,7 @@ def test_smoothing_has_no_start_up_bias() -> None:
     assert np.allclose(series.smoothed(columns, "loss").value, 3.0)
 
 
+@pytest.mark.system
 def test_several_runs_show_what_differs(work: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(work, tmp_path / "two" / "work"))
     path = other / "configs" / "config.yaml"

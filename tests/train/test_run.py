@@ -142,6 +142,7 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.mark.system
 def test_noise_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As dropout would use it, from each generator: the models have none, a user's change to them may."""
     step = TrainingModule.training_step
@@ -168,6 +169,7 @@ def test_noise_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
+@pytest.mark.system
 def test_fp16_skips_what_overflows_and_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss scaling of CUDA runs, on a CPU: `place` refuses that, so a stand-in gives the placement."""
     monkeypatch.setattr("rwkv_cluster.train.session.place", lambda training: Placement("cpu", 1, 1, 1))
@@ -191,6 +193,7 @@ def test_accumulation_gives_the_same_curve(unbroken: Path, tmp_path: Path) -> No
     assert losses(tmp_path / "work") == pytest.approx(losses(unbroken / "work"), rel=1e-6)
 
 
+@pytest.mark.system
 def test_a_request_between_micro_batches_waits_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
     for name in ("unbroken", "stopped"):

@@ -167,6 +167,7 @@ def test_an_early_end_is_an_end(
     assert train(_ending_early(tmp_path, patience=None)).step == 12
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_stop_does_not_forget_how_long_it_has_waited(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +211,7 @@ def test_a_validation_that_a_stop_cuts_short_comes_again(
     assert log_lines[0] == log_lines[1]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["validation", "sample"])
 def test_what_follows_the_last_step_comes_again_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose steps are all done is not complete before its last validation, nor its last sample."""

@@ -96,6 +96,7 @@ def test_goes_on_from_pieces_as_from_whole_tensors(run: WorkDir, tmp_path: Path)
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[1])
 
 
+@pytest.mark.system
 def test_every_truncation_is_found_and_the_previous_is_used(run: WorkDir, caplog: pytest.LogCaptureFixture) -> None:
     """Row B1."""
     files = sorted(_newest(run).iterdir())

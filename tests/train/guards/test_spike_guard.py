@@ -108,6 +108,7 @@ def _skipping_from_the_start(config: Config, skipped: tuple[tuple[int, int], ...
         run.train(config)
 
 
+@pytest.mark.system
 def test_a_rollback_ends_where_a_run_ends_that_never_had_the_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
