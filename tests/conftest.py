@@ -1,4 +1,4 @@
-"""All tests: `--update-golden`, and signals as a terminal's processes have them."""
+"""All tests: `--update-golden`, signals as a terminal's processes have them, and Lightning without what it draws in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 from golden_files import FLAG, Golden
+
+from rwkv_cluster.commands.loading import importing_torch
+
+with importing_torch():  # as the command line does: transformers alone would take seconds of every worker
+    import pytorch_lightning  # noqa: F401
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has left out, for this process and those that it starts
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layout_files import four_ranks, in_layout, write_folder
 from tiny_models import tiny_model
 from tiny_run import losses, tiny_run_config, write_config
 
@@ -889,3 +890,33 @@ def test_an_export_of_what_no_program_reads(run: Run) -> None:
     sentence = f"{Path.cwd()}/work has no trained weights: no checkpoint and no rwkv-final.pth. Train first: `rwkv-cluster train CONFIG`, or name weights"
     Path("work/out").mkdir(parents=True)
     refused(run, 4, sentence, "export", "work", "--format", "fla")
+
+
+def test_folders_of_weights_that_are_not_whole(run: Run) -> None:
+    model = Path("m")
+    write_folder(model, in_layout(four_ranks(), "fla"), n_files=2)
+    second, index = model / "model-00002-of-00002.safetensors", model / "model.safetensors.index.json"
+    refused(run, 4, f"{second}: it is one of 2 files of one model. Name their folder: m", "inspect", str(second))
+    second.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    pointer = f"{second}: it is a Git LFS pointer and not the weights. Run `git lfs pull` where it was cloned"
+    refused(run, 4, pointer, "inspect", "m")
+    second.unlink()
+    refused(run, 4, f"{index}: it names '{second.name}', which is not there. Download that file too", "inspect", "m")
+    index.unlink()
+    beginning = "m: it has model-00001-of-00002.safetensors, but no model.safetensors.index.json"
+    refused(run, 4, f"{beginning}, which says what is in which file. Download that too", "inspect", "m")
+
+
+def test_folders_without_weights(run: Run) -> None:
+    folder = Path("m")
+    folder.mkdir()
+    names = "model.safetensors, model.safetensors.index.json, pytorch_model.bin"
+    ending = f"expected one of {names}. Name a weights file or its folder"
+    refused(run, 4, f"m: a folder without weights: it has nothing, {ending}", "inspect", "m")
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    refused(run, 4, f"m: a folder without weights: it has 'm.gguf', {ending}", "inspect", "m")
+    (folder / "adapter_config.json").write_text("{}")
+    adapter = "m: it is the folder of an adapter (it has adapter_config.json), not a model"
+    refused(run, 4, f"{adapter}. Merge it into the weights that it was trained on", "inspect", "m")
+    (folder / "out").mkdir()
+    refused(run, 4, "m: it is the work directory of a run. Name its weights: m/out/rwkv-final.pth", "inspect", "m")

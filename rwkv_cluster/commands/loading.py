@@ -48,7 +48,7 @@ def importing_torch() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _without_matplotlib():
+        with _without_what_is_not_used():
             yield
     finally:
         gc.freeze()
@@ -56,15 +56,20 @@ def importing_torch() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_matplotlib() -> Iterator[None]:
-    """Keep torchmetrics, which Lightning imports, from loading matplotlib wherever that is installed.
+def _without_what_is_not_used() -> Iterator[None]:
+    """Keep torchmetrics, which Lightning imports, from loading matplotlib and transformers wherever they are installed.
 
-    That takes a second, and fails without a home directory or by a notebook's MPLBACKEND.
+    Each takes seconds; and matplotlib fails without a home directory or by a notebook's MPLBACKEND, transformers beside
+    an older package that it wants newer.
     """
     from lightning_utilities.core.imports import RequirementCache
 
     is_met = RequirementCache.__bool__
-    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and is_met(self)  # type: ignore[method-assign]
+
+    def is_met_and_used(self: RequirementCache) -> bool:
+        return not (self.requirement or "").startswith(("matplotlib", "transformers")) and is_met(self)
+
+    RequirementCache.__bool__ = is_met_and_used  # type: ignore[method-assign]
     try:
         yield
     finally:

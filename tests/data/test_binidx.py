@@ -86,9 +86,9 @@ def test_no_items_is_a_valid_file(tmp_path):
         (46, struct.pack("<q", 2), "item 0 points to byte 2, expected 0"),
         (62, struct.pack("<q", 2**62), "item 2 points to byte"),
         (42, struct.pack("<i", 6), "has 22 bytes, but t.idx describes 24"),
-        (70, struct.pack("<q", 1), "doc_idx must rise from 0"),
-        (86, struct.pack("<q", 4), "doc_idx must rise from 0"),
-        (94, struct.pack("<q", 2), "doc_idx ends at 2, expected the number of items, 3"),
+        (70, struct.pack("<q", 1), "doc_idx must rise"),
+        (86, struct.pack("<q", 4), "doc_idx must rise"),
+        (94, struct.pack("<q", 2), "doc_idx ends at 2, .* 3"),
     ],
 )
 def test_a_damaged_index_is_named_with_its_fault(tmp_path, offset, content, reason):

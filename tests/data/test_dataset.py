@@ -46,7 +46,7 @@ def _pair(folder: Path, values: list[list[int]], dtype: str) -> Path:
 def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path, dtype: str, bad: int) -> None:
     prefix = _pair(tmp_path, [[1] * 50, [2] * 30 + [bad] + [3] * 40, [299] * 60], dtype)
     plan = SamplePlan(ctx_len=10, magic_prime=17, global_batch_size=4)
-    told = rf"pair\.bin: document 1, token 30: id {bad} is not in the tokenizer's vocabulary, 0 to 299\. Use"
+    told = rf"pair\.bin: document 1, token 30: id {bad} .* 0 to 299"
     tokens = pickle.loads(pickle.dumps(open_tokens(prefix, 300)))
     assert tokens.read(121, 181).tolist() == [299] * 60
     with pytest.raises(DataError, match=told):

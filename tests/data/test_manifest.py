@@ -55,8 +55,8 @@ def test_fingerprint_follows_tokens_and_vocabulary_only(prepared):
         ({"name": "a/b"}, "name"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "files"),
         ({"files": {}}, "files lacks"),
-        ({"adopted": "relative/path"}, "adopted is not an absolute path"),
-        ({"adopted": "/data/../etc/x"}, "adopted is not an absolute path"),
+        ({"adopted": "relative/path"}, "adopted is not"),
+        ({"adopted": "/data/../etc/x"}, "adopted is not"),
         ({"adopted": "/dev/zero"}, "zero.bin"),
         ({"n_tokens": -1}, "n_tokens"),
         ({"n_tokens": "9"}, "n_tokens"),
@@ -89,7 +89,7 @@ def test_missing_changed_and_special_files_are_named(prepared, tmp_path):
     with pytest.raises(DataError, match=r"val\.bin is not the file that was prepared"):
         load_manifest(prepared, verify=True)
     (prepared / "val.bin").write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"val\.bin has \d+ bytes, but the manifest says"):
+    with pytest.raises(DataError, match=r"val\.bin has \d+ bytes"):
         load_manifest(prepared)
     (prepared / "val.bin").unlink()
     with pytest.raises(MissingDataError, match=r"val\.bin"):

@@ -36,7 +36,7 @@ def test_inspect_detects_every_version(tmp_path, model_type):
 def test_inspect_says_why_nothing_was_detected(tmp_path):
     save_pth(tmp_path / "m.pth", {"layer.weight": torch.ones(2, 2)})
     info = inspect_rwkv_checkpoint(tmp_path / "m.pth")
-    assert "not those of an RWKV" in info["detection_error"]
+    assert "of an RWKV" in info["detection_error"]
     assert "detected_config" not in info
 
 
@@ -53,7 +53,7 @@ def test_load_with_overrides(tmp_path):
     weights, config = load_checkpoint_for_training(tmp_path / "m.pth", {"ctx_len": 77})
     assert config == DetectedModelConfig(2, 32, 50, "x052", 77, 16)
     assert weights["emb.weight"].shape == (50, 32)
-    with pytest.raises(ConfigError, match="'n_head', which is not one of n_layer, n_embd"):
+    with pytest.raises(ConfigError, match=r"'n_head'.* n_layer, n_embd"):
         load_checkpoint_for_training(tmp_path / "m.pth", {"n_head": 2})
     save_pth(tmp_path / "m.pth", {"layer.weight": torch.ones(2, 2)})
     with pytest.raises(CheckpointError):

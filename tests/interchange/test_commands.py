@@ -71,10 +71,10 @@ def test_generate_names_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "m").mkdir()
     (tmp_path / "m/adapter_config.json").write_text("{}")
     assert main(["generate", str(tmp_path / "m"), "--prompt", "a"]) == 4
-    assert "it is the folder of an adapter" in capsys.readouterr().err
+    assert "folder of an adapter" in capsys.readouterr().err
     save_pth(tmp_path / "m.pth", four_ranks())
     assert main(["generate", str(tmp_path / "m.pth"), *BYTES]) == 2
-    assert "m.pth has 50 vocabulary rows, fewer than the tokenizer has ids (257)" in capsys.readouterr().err
+    assert re.search(r"m\.pth has 50 vocabulary rows.*\(257\)", capsys.readouterr().err)
 
 
 def test_eval_takes_any_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

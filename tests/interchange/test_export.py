@@ -222,7 +222,7 @@ def test_the_world_vocabulary_is_exported_with_its_bytes(saved: Callable[..., Pa
     assert tokenizer["tokenizer_class"] == "RWKV7Tokenizer"
     assert tokenizer["chat_template"] == (written.path / "chat_template.jinja").read_text()
     assert not written.notes
-    with pytest.raises(ConfigError, match="300 rows in emb, and the World vocabulary has 65,530 ids"):
+    with pytest.raises(ConfigError, match=r"300 rows .* 65,530 ids"):
         exported(saved(), "gguf-folder", world=world)
 
 
@@ -323,7 +323,7 @@ def test_what_is_no_export_is_never_replaced(kind: str, saved: Callable[..., Pat
 
 def test_weights_are_not_replaced_by_their_own_export(saved: Callable[..., Path]) -> None:
     path = saved()
-    with pytest.raises(ConfigError, match="is what would be exported"):
+    with pytest.raises(ConfigError, match="is what would be"):
         exported(path, "pth", force=True)
 
 
@@ -444,7 +444,7 @@ def test_a_disk_that_is_too_small(saved: Callable[..., Path], monkeypatch: pytes
     from rwkv_cluster.interchange.export import publish
 
     monkeypatch.setattr(publish, "free_bytes", lambda folder: 1000)
-    with pytest.raises(CheckpointError, match=r"there is no room for .*x070-fla: it needs"):
+    with pytest.raises(CheckpointError, match=r"no room for .*x070-fla"):
         exported(saved(), "fla")
 
 

@@ -101,19 +101,19 @@ def without_ln0(layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        (without_ln0("rwkv-rs"), r"\(ln0\) fused into the embedding, which cannot be undone\. Use the \.pth"),
-        (without_ln0("transformers"), r"\(ln0\) fused into the embedding"),
+        (without_ln0("rwkv-rs"), r"\(ln0\) fused .*Use the \.pth"),
+        (without_ln0("transformers"), r"\(ln0\) fused"),
         (
             {**in_layout(BASE, "fla"), "model.layers.0.attn.r_proj.lora_A.weight": torch.ones(2, 2)},
-            "a LoRA that is not merged",
+            "a LoRA ",
         ),
-        ({"base_model.model.model.layers.0.attn.r_proj.lora_A.weight": torch.ones(2, 2)}, "a LoRA that is not merged"),
+        ({"base_model.model.model.layers.0.attn.r_proj.lora_A.weight": torch.ones(2, 2)}, "a LoRA "),
         ({**in_layout(BASE, "transformers"), "rwkv7.blocks.1.ffn.s_emb.weight": torch.ones(2)}, "RWKV-7a"),
         (
             {**in_layout(BASE, "fla"), "model.layers.0.attn.x_x": torch.ones(2)},
             "no such model has 'model.layers.0.attn",
         ),
-        ({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}, "not those of an RWKV"),
+        ({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}, "of an RWKV"),
     ],
 )
 def test_what_the_tensors_of_a_folder_are(tensors: dict[str, torch.Tensor], sentence: str, tmp_path: Path) -> None:
@@ -141,20 +141,17 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "m")
     second = folder / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
-    assert refused(second) == f"{second}: it is one of 2 files of one model. Name their folder: {folder}"
+    assert "one of 2 files" in refused(second)
+    assert refused(second).endswith(str(folder))
     second.write_bytes(LFS)
-    assert (
-        refused(folder)
-        == f"{second}: it is a Git LFS pointer and not the weights. Run `git lfs pull` where it was cloned"
-    )
+    assert refused(folder).startswith(f"{second}: it is a Git LFS pointer")
     second.unlink()
-    wanted = f"{folder / INDEX}: it names '{second.name}', which is not there. Download that file too"
-    assert refused(folder, MissingCheckpointError) == wanted
+    assert refused(folder, MissingCheckpointError).startswith(f"{folder / INDEX}: it names '{second.name}'")
     save_file({"a": torch.ones(1)}, second)
-    assert "which the index beside it promises. Download the folder again" in refused(folder)
+    assert "which the index" in refused(folder)
     second.write_bytes(content)
     (folder / INDEX).unlink()
-    assert f"but no {INDEX}, which says what is in which file. Download that too" in refused(folder)
+    assert f"no {INDEX}" in refused(folder)
 
 
 def test_an_index_that_is_none(tmp_path: Path) -> None:
@@ -172,18 +169,14 @@ def test_an_index_that_is_none(tmp_path: Path) -> None:
 def test_folders_without_weights(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
-    ending = f"expected one of model.safetensors, {INDEX}, pytorch_model.bin. Name a weights file or its folder"
-    assert refused(folder) == f"{folder}: a folder without weights: it has nothing, {ending}"
+    assert "it has nothing" in refused(folder)
+    assert f"model.safetensors, {INDEX}, pytorch_model.bin" in refused(folder)
     (folder / "m.gguf").write_bytes(b"GGUF")
-    assert refused(folder) == f"{folder}: a folder without weights: it has 'm.gguf', {ending}"
+    assert "it has 'm.gguf'" in refused(folder)
     (folder / "adapter_config.json").write_text("{}")
-    assert refused(folder) == (
-        f"{folder}: it is the folder of an adapter (it has adapter_config.json), not a model. "
-        "Merge it into the weights that it was trained on"
-    )
+    assert "(it has adapter_config.json)" in refused(folder)
     (folder / "out").mkdir()
-    final = folder / "out/rwkv-final.pth"
-    assert refused(folder) == f"{folder}: it is the work directory of a run. Name its weights: {final}"
+    assert refused(folder).endswith(str(folder / "out/rwkv-final.pth"))
 
 
 def header_of(content: bytes) -> tuple[int, dict[str, dict[str, object]]]:
@@ -206,15 +199,15 @@ def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
     for damaged, sentence in (
         (content[:-1], "its tensors have 96 bytes, and 95 are there"),
         (content + b"\0", "its tensors have 96 bytes, and 97 are there"),
-        (content[: length // 2], f"its header has {length} bytes, and the file ends after {length // 2 - 8} of them"),
-        (with_header(content, b"{]"), "its header is not JSON"),
-        (with_header(content, b'{"a": 1, "a": 2}'), "its header is not JSON (a name stands in it twice)"),
-        (with_header(content, {"a": 1}), "the entry of 'a' lacks its dtype, shape or data_offsets"),
+        (content[: length // 2], f"header has {length} bytes"),
+        (with_header(content, b"{]"), "header is not JSON"),
+        (with_header(content, b'{"a": 1, "a": 2}'), "(a name stands in it twice)"),
+        (with_header(content, {"a": 1}), "entry of 'a' lacks"),
         (
             with_header(content, header | {"emb.weight": emb | {"shape": [4, 5]}}),
             "of shape (4, 5) and dtype F32 has 64 bytes",
         ),
-        (with_header(content, header | {"emb.weight": emb | {"shape": [-4, -4]}}), "has numbers that are no sizes"),
+        (with_header(content, header | {"emb.weight": emb | {"shape": [-4, -4]}}), "are no sizes"),
         (with_header(content, {"emb.weight": emb | {"data_offsets": [1, 65]}}), "begin at 1, expected 0"),
     ):
         path.write_bytes(damaged)
@@ -225,7 +218,7 @@ def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
 def test_tensors_that_are_no_floats(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.ones(4, dtype=torch.int8)}, path)
-    assert "'a' is quantised to I8. Use weights in bf16, fp16 or fp32" in refused(path)
+    assert "'a' is quantised to I8" in refused(path)
     save_file({"a": torch.ones(4, dtype=torch.int64)}, path)
     assert "'a' has dtype I64, expected floats: F64, F32, F16, BF16" in refused(path)
 

@@ -92,7 +92,7 @@ def test_a_run_with_them_trains_and_is_the_same_again(tmp_path: Path) -> None:
 def test_weights_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, new_rows="zero")
     fewer = tiny_model("x070", vocab_size=256).state_dict()
-    with pytest.raises(CheckpointError, match=r"it has 256 vocabulary rows, and the tokenizer 257 ids without added_"):
+    with pytest.raises(CheckpointError, match=r"256 vocabulary rows.* 257 ids"):
         fit_rows(fewer, config)
     more = tiny_model("x070", vocab_size=265).state_dict()
     assert fit_rows(more, config)["emb.weight"] is more["emb.weight"], "whoever compares the shapes says so"

@@ -41,6 +41,7 @@ def test_all_nodes_meet_on_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert port > 1024
 
 
+@pytest.mark.system
 def test_a_node_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
     for number in (1, 2):
         with pytest.raises(BadNode, match=r"^node1 has not been"):
@@ -50,6 +51,7 @@ def test_a_node_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None
         _check(tmp_path, 0)
 
 
+@pytest.mark.system
 def test_a_node_with_other_code_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, digest in ((1, "a" * 64), (2, "b" * 64)):
         monkeypatch.setattr(preflight, "code_digest", lambda digest=digest: digest)
@@ -60,6 +62,7 @@ def test_a_node_with_other_code_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         _check(tmp_path, 0)
 
 
+@pytest.mark.system
 def test_a_node_with_another_image_is_named_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = preflight.packages()
     assert own["torch"]

@@ -100,7 +100,7 @@ def test_sampling_follows_the_distribution():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"prompt_ids": [50]}, "token id 50, but the model's vocabulary is 0 to 49"),
+        ({"prompt_ids": [50]}, "token id 50, .* 0 to 49"),
         ({"prompt_ids": [-1]}, "token id -1"),
         ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"temperature": float("nan")}, "temperature is nan"),

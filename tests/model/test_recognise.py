@@ -27,10 +27,10 @@ BYTES = {
     struct.pack("<Q", len(HEADER)) + HEADER + bytes(64): r"a safetensors file\. Convert it",
     b"GGUF" + bytes(100): "a GGUF file",
     gzip.compress(b"PK", mtime=0): r"compressed with gzip\. Unpack it",
-    b"": r"empty\. Download or save it again",
-    bytes(5000): "zeros where the weights should be",
+    b"": r"empty\. Download",
+    bytes(5000): "zeros where",
     b"\x93NUMPY" + bytes(9): "a NumPy array",
-    b"MMIDIDX\0\0" + bytes(30): "the index of a token file",
+    b"MMIDIDX\0\0" + bytes(30): "the index of",
 }
 
 
@@ -65,11 +65,11 @@ def _npz(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "sentence"),
     [
-        (Path.mkdir, "a folder, not a weights file"),
+        (Path.mkdir, "x.pth: a folder"),
         (_tar, "a tar archive"),
         (_npz, "NumPy's .npz"),
-        (_zip("model.pth"), "a zip archive with a weights file in it"),
-        (_zip("word/document.xml"), "a zip archive of something else: it holds 'word/document.xml'"),
+        (_zip("model.pth"), "a zip archive with"),
+        (_zip("word/document.xml"), "a zip archive of .*'word/document.xml'"),
         (_zip("m/constants.pkl"), "a TorchScript archive.*state_dict"),
     ],
 )
@@ -85,27 +85,27 @@ BASE = tiny_model("x070").state_dict()
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"state": {}, "param_groups": []}, "the state of an optimizer, not weights"),
+        ({"state": {}, "param_groups": []}, "state of an optimizer"),
         ({"state_dict": {"a": torch.ones(1)}, "epoch": 1}, "has its weights under 'state_dict'"),
         ({"module": {"a": torch.ones(1)}}, "has its weights under 'module'"),
-        ({**BASE, "_strategy": "cuda fp16i8"}, "converted for inference by the package rwkv"),
+        ({**BASE, "_strategy": "cuda fp16i8"}, "converted for inference.*rwkv"),
         ({"a": 1}, "'a' is a int, expected a tensor"),
         ({"a": torch.ones(2, dtype=torch.int8)}, "'a' is quantised to torch.int8"),
-        ({**BASE, "blocks.0.att.receptance.lora_A": torch.ones(8, 32)}, "a LoRA that is not merged.*Merge it"),
-        ({"base_model.model.x.lora_A.default.weight": torch.ones(8, 32)}, "a LoRA that is not merged"),
+        ({**BASE, "blocks.0.att.receptance.lora_A": torch.ones(8, 32)}, "a LoRA .*Merge it"),
+        ({"base_model.model.x.lora_A.default.weight": torch.ones(8, 32)}, "a LoRA "),
         (
             {**BASE, "blocks.0.att.time_state": torch.ones(2, 16, 16)},
             r"a tuned state.*Leave the tensors \*\.time_state",
         ),
-        ({"exp_avg/emb.weight": torch.ones(2)}, "the moments of an optimizer"),
-        ({"rwkv.blocks.0.attention.key.weight": torch.ones(2)}, "the names of the package transformers"),
-        ({"model.layers.0.attn.r_proj.weight": torch.ones(2)}, "not those of an RWKV, or have the names of an unknown"),
-        ({"blocks.0.att.time_state": torch.ones(2, 16, 16)}, "a tuned state alone, and no model"),
+        ({"exp_avg/emb.weight": torch.ones(2)}, "moments of an optimizer"),
+        ({"rwkv.blocks.0.attention.key.weight": torch.ones(2)}, "names of.*transformers"),
+        ({"model.layers.0.attn.r_proj.weight": torch.ones(2)}, "of an RWKV, or .* unknown"),
+        ({"blocks.0.att.time_state": torch.ones(2, 16, 16)}, "a tuned state alone"),
         ({**BASE, "blocks.1.ffn.s_emb.weight": torch.ones(2)}, r"RWKV-7a, which .*\('blocks.1.ffn.s_emb.weight'\)"),
         ({**BASE, "blocks.1.ffn.s_emb.weight": torch.ones(2), "blocks.1.qkv.k1": torch.ones(2)}, "RWKV-7b"),
         ({**BASE, "blocks.1.rosa_qkv.weight": torch.ones(2)}, "an RWKV with ROSA"),
         ({**BASE, "blocks.1.ffn.enn.weight": torch.ones(2)}, "a draft of RWKV-8"),
-        ({"format": "rwkv-lora-adapter", "state_dict": {}}, "a LoRA of rwkv-rs/rwkv-lm, not a model"),
+        ({"format": "rwkv-lora-adapter", "state_dict": {}}, "a LoRA of rwkv-rs/rwkv-lm"),
         ({**BASE, "module.emb.weight": BASE["emb.weight"]}, "weights have 'emb.weight' twice"),
     ],
 )

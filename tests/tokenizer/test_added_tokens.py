@@ -132,12 +132,12 @@ def test_world_with_added_tokens_is_the_same_from_every_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"added_tokens": ["a"]}, "added_tokens is set, but tokenizer type is 'byte'"),
-        ({"type": "world", "added_tokens": ["a", ""]}, "added_tokens has an empty text"),
+        ({"added_tokens": ["a"]}, "added_tokens is set.*'byte'"),
+        ({"type": "world", "added_tokens": ["a", ""]}, "added_tokens .*empty"),
         ({"type": "world", "added_tokens": ["a", "b", "a"]}, "added_tokens has 'a' twice"),
-        ({"type": "hf"}, "tokenizer type is 'hf' but path is not set. Name a tokenizer.json, or a folder with one"),
-        ({"type": "hf", "path": "x", "vocab_file": "y"}, "vocab_file is set, but tokenizer type is 'hf'"),
-        ({"type": "world", "path": "x"}, "path is set, but tokenizer type is 'world'"),
+        ({"type": "hf"}, "'hf' but path.*tokenizer.json"),
+        ({"type": "hf", "path": "x", "vocab_file": "y"}, "vocab_file is set.*'hf'"),
+        ({"type": "world", "path": "x"}, "path is set.*'world'"),
     ],
 )
 def test_fields_that_a_type_does_not_take(fields: dict[str, object], message: str) -> None:

@@ -86,7 +86,7 @@ def test_text_that_would_be_id_0_is_an_error_with_its_byte(folder: Path) -> None
         ("wordpiece", "import \u2603", 7, "\u2603"),
         ("unigram", "import\u2603", 6, "\u2603"),
     ):
-        with pytest.raises(TokenizationError, match=f"^byte {position}: .*{found!r}, which ends a document") as error:
+        with pytest.raises(TokenizationError, match=f"^byte {position}: .*{found!r}") as error:
             HubTokenizer(folder / f"{kind}.json").encode(text)
         assert error.value.byte_position == position
     with pytest.raises(TokenizationError, match=r"byte 1: .* half a surrogate pair"):
@@ -124,20 +124,21 @@ def test_added_tokens_are_the_next_ids(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "reason"),
     [
-        ({"model": None}, 'is JSON, but no tokenizer: it has no "model"'),
-        ({"model": {"type": "RwkvTrie", "vocab": {}}}, "its model is of type 'RwkvTrie', which the package tokenizers"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "is damaged, or of a newer version than"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}, "its largest id is 0, expected 1"),
-        ({"added_tokens": []}, "id 0 is '<|endoftext|>', a token of text, and here id 0 ends a document"),
+        ({"model": None}, 'no "model"'),
+        ({"model": {"type": "RwkvTrie", "vocab": {}}}, "type 'RwkvTrie'"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "is damaged"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}, "largest id is 0, expected 1"),
+        ({"added_tokens": []}, "id 0 is '<|endoftext|>'"),
     ],
 )
-def test_files_that_are_refused(changes: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_refused(changes: dict[str, Any], reason: str, folder: Path, tmp_path: Path) -> None:
     file = changed(folder / "bpe.json", tmp_path / "tokenizer.json", **changes)
     with pytest.raises(VocabularyError) as error:
         HubTokenizer(file)
-    assert f"{file}: {message}" in str(error.value).replace(f"{file} is", f"{file}: is")
+    assert str(error.value).startswith(str(file))
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 

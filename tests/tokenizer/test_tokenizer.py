@@ -74,14 +74,14 @@ def longest_match(tokens: dict[int, bytes], data: bytes) -> tuple[list[int], int
     return found, -1
 
 
-@pytest.mark.parametrize(("text", "ids"), WORLD_VECTORS)
-def test_world_vectors(implementation, text: str, ids: list[int]):
+def test_world_vectors(implementation):
     tokenizer = GenericTokenizer(world_file())
-    assert tokenizer.encode(text) == ids
-    assert tokenizer.encode_to_array(text).tolist() == ids
-    assert tokenizer.encode_to_array(text).dtype == np.uint16
-    assert tokenizer.decode(ids) == text
     assert tokenizer.vocab_size == 65_530
+    for text, ids in WORLD_VECTORS:
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.encode_to_array(text).tolist() == ids
+        assert tokenizer.encode_to_array(text).dtype == np.uint16
+        assert tokenizer.decode(ids) == text
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,7 @@ def test_a_users_class_needs_three_members(tmp_path: Path):
     [
         (Reversed(), "aé", r"Reversed\.encode returned id 233 at index 1, outside 0 to 199"),
         (Refusing(), "a", "Refusing cannot encode the text: not today"),
-        (Floats(), "a", "expected a list of integers"),
+        (Floats(), "a", "a list of integers"),
     ],
 )
 def test_what_a_users_class_returns_is_checked(made, text: str, message: str):
@@ -419,7 +419,7 @@ def test_what_is_no_tokenizer_class_is_never_called(tmp_path: Path):
 def test_a_vocab_size_that_is_no_number_of_ids_is_refused(size: object, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
     monkeypatch.setattr(Reversed, "vocab_size", size)
-    with pytest.raises(ConfigError, match=r"vocab_size of .*, expected an integer >= 1"):
+    with pytest.raises(ConfigError, match=r"vocab_size of .*integer >= 1"):
         build_tokenizer(TokenizerConfig(type="mine:Reversed"))
 
 

@@ -49,14 +49,14 @@ def test_lines_that_are_documents(line, document):
         (b'\xef\xbb\xbf{"text": "a"}', r"byte order mark \(BOM\)"),
         (b'{"text": "a"}\r{"text": "b"}', r"carriage return \(CR\)"),
         (b'\x1e{"text": "a"}', "record separator"),
-        (b'{"text": "a"},', "a comma after the object"),
-        (b'{"text": "a"}{"text": "b"}', "several objects; JSONL has one object a line"),
-        (b"{", "part of a JSON value of several lines"),
-        (b'{"text":', "part of a JSON value of several lines"),
-        (b"[", "beginning of a JSON array"),
-        (b'[{"text": "a"},', "beginning of a JSON array"),
+        (b'{"text": "a"},', "a comma after"),
+        (b'{"text": "a"}{"text": "b"}', "several objects"),
+        (b"{", "of several lines"),
+        (b'{"text":', "of several lines"),
+        (b"[", "of a JSON array"),
+        (b'[{"text": "a"},', "of a JSON array"),
         (b'[{"text": "a"}, {"text": "b"}]', "is a JSON array; JSONL has one"),
-        (b"{'text': 'a'}", "what Python prints: write it with json.dumps"),
+        (b"{'text': 'a'}", r"Python prints.*json\.dumps"),
         (b'{"text": "a", "x": None}', "what Python prints"),
         ("{\u201ctext\u201d: 1}".encode(), "typographic quote \u201c at character 2"),
         (b"", "not JSON"),
@@ -72,13 +72,13 @@ def test_lines_that_are_documents(line, document):
         (b'{"text": "x\\uDC00y"}', r"lone surrogate, U\+DC00"),
         (b'{"txt": "a"}', r'no field "text" \(it has "txt"\)'),
         (b"{}", "has no fields|it has no fields"),
-        (b'{"text": 5}', '"text" is a number, expected a string or a list of integers'),
+        (b'{"text": 5}', r'"text" is a number.*string.*list of integers'),
         (b'{"text": null}', '"text" is null'),
         (b'{"text": {"a": 1}}', '"text" is an object'),
         (b'{"text": true}', '"text" is a boolean'),
-        (b'{"text": [1, 2.0]}', "a number that is no integer at index 1"),
-        (b'{"text": [true]}', "a boolean that is no integer at index 0"),
-        (b'{"text": [[1]]}', "an array that is no integer at index 0"),
+        (b'{"text": [1, 2.0]}', "number.* at index 1"),
+        (b'{"text": [true]}', "boolean.* at index 0"),
+        (b'{"text": [[1]]}', "array.* at index 0"),
         (b"[1, 2]", "is an array, expected an object"),
         (b'"text"', "is a string, expected an object"),
     ],
@@ -196,7 +196,7 @@ def test_rows_of_two_dimensions(tmp_path, monkeypatch, order, dtype):
         (np.array([b"1"]), r"holds text \(dtype \|S1\)"),
         (np.array([None]), "holds Python objects, the first a NoneType"),
         (np.array(5), r"shape \(\)"),
-        (np.zeros((1, 1, 1), int), "expected 1 or 2 dimensions"),
+        (np.zeros((1, 1, 1), int), "1 or 2 dimensions"),
         (np.zeros((3, 0), int), "is empty"),
         (np.array([1j]), "dtype complex128"),
     ],
@@ -218,18 +218,18 @@ def test_npy_files_that_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a\.npy holds Python objects, .* write rows of different lengths as JSONL"):
         list(npy_values(path, str(path), 10))
     np.savez(tmp_path / "b.npz", np.arange(3))
-    with pytest.raises(DataError, match=r"b\.npz is an \.npz archive of arrays, not a \.npy array"):
+    with pytest.raises(DataError, match=r"b\.npz is an \.npz archive"):
         list(npy_values(tmp_path / "b.npz", str(tmp_path / "b.npz"), 10))
 
 
 def test_what_no_array_can_hold_is_refused():
     masked = np.ma.masked_equal([1, 2, 2], 2)
-    with pytest.raises(DataError, match=r"array 1 is a masked array with 2 masked values"):
+    with pytest.raises(DataError, match=r"array 1 .* 2 masked values"):
         as_array(masked, "array 1")
     assert as_array(np.ma.masked_equal([1, 2], 9), "a").tolist() == [1, 2]
     with pytest.raises(DataError, match="rows of different lengths"):
         as_array([[1, 2], [3]], "a")
-    with pytest.raises(DataError, match=r"a, a Tensor, cannot be made a NumPy array: .*detach"):
+    with pytest.raises(DataError, match=r"a, a Tensor, .*detach"):
         as_array(torch.ones(3, requires_grad=True), "a")
-    with pytest.raises(DataError, match=r"a, a Tensor, cannot be made a NumPy array"):
+    with pytest.raises(DataError, match=r"a, a Tensor, .*NumPy array"):
         as_array(torch.ones(3, dtype=torch.bfloat16), "a")

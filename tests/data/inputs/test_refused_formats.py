@@ -88,7 +88,7 @@ def prepared(path: Path) -> str:
         ("a.parquet", b"PAR1\x15\4", "a Parquet table"),
         ("a.txt", b"ARROW1\0\0", "a Feather table"),
         ("a.arrow", b"\xff\xff\xff\xff\x10\1\0\0", "an Arrow table"),
-        ("a.npz", saved(np.savez, np.arange(3)), r"an \.npz archive of arrays"),
+        ("a.npz", saved(np.savez, np.arange(3)), r"an \.npz archive"),
         ("a.txt", saved(np.save, np.arange(3)), "a NumPy array"),
         ("a.pkl", pickle.dumps([1], 0), "a Python pickle"),
         ("a.txt", pickle.dumps([1]), "a Python pickle"),
@@ -106,8 +106,8 @@ def prepared(path: Path) -> str:
         ("a.txt", TEXT.decode().encode("utf-16-le"), "UTF-16LE text"),
         ("a.jsonl", TEXT.decode().encode("utf-16-be"), "UTF-16BE text"),
         ("a.txt", "text".encode("utf-32"), "UTF-32 text"),
-        ("a.txt", bytes(1000), "a file of zero bytes"),
-        ("a.txt", POINTER, r"a git-lfs pointer .* Fetch the file \(git lfs pull\)"),
+        ("a.txt", bytes(1000), "a file of zero"),
+        ("a.txt", POINTER, r"a git-lfs pointer .*\(git lfs pull\)"),
         ("a.jsonl", POINTER, "a git-lfs pointer"),
         ("a.jsonl.gz", POINTER, "a git-lfs pointer"),
         ("a.npy", POINTER, "a git-lfs pointer"),
@@ -133,7 +133,7 @@ def test_a_database_is_refused_by_its_name(tmp_path):
 def test_a_pointer_to_a_token_file_is_refused_by_its_name(tmp_path, part):
     prepare(DataConfig(), ByteTokenizer(), tmp_path / "out", arrays=[np.arange(1, 9)])
     (tmp_path / f"out/train.{part}").write_bytes(POINTER)
-    with pytest.raises(DataError, match=rf"train\.{part} is a git-lfs pointer and not the file itself"):
+    with pytest.raises(DataError, match=rf"train\.{part} is a git-lfs pointer"):
         open_tokens(tmp_path / "out/train")
 
 
@@ -165,7 +165,7 @@ def test_a_stray_file_of_a_folder_is_named_before_the_others_are_read(tmp_path):
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"not UTF-8: \xff")
     (folder / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match=r"b\.png is an image, not plain text\. Leave it out by data\.file_pattern"):
+    with pytest.raises(DataError, match=r"b\.png is an image.*data\.file_pattern"):
         prepared(folder)
 
 
@@ -185,7 +185,7 @@ def test_a_table_is_refused_with_a_command_that_converts_it(tmp_path):
     (tmp_path / "it's.csv").write_text('id,text\n1,"a, b"\n')
     with pytest.raises(DataError, match=r"Convert it \(") as error:
         prepared(tmp_path / "it's.csv")
-    command = str(error.value).partition("Convert it (")[2].partition(") and name the column in data.text_field")[0]
+    command = str(error.value).partition("Convert it (")[2].partition(") and name")[0]
     subprocess.run(command, shell=True, check=True)
     assert prepared(tmp_path / "it's.jsonl") == "a, b"
 
@@ -194,7 +194,7 @@ def test_json_lines_are_read_whatever_the_suffix(tmp_path):
     (tmp_path / "a.json").write_text('{"text": "abc"}\n')
     assert prepared(tmp_path / "a.json") == "abc"
     (tmp_path / "a.json").write_text('{\n "text": "abc"\n}\n')
-    with pytest.raises(DataError, match=r"a\.json:1: is a part of a JSON value of several lines; JSONL has one object"):
+    with pytest.raises(DataError, match=r"a\.json:1: .*several lines"):
         prepared(tmp_path / "a.json")
 
 
@@ -215,7 +215,7 @@ def test_bytes_of_an_array_are_the_bytes_of_a_text(tmp_path):
     config = DataConfig(n_epochs_duplication=1)
     prepare(config, ByteTokenizer(), tmp_path, arrays=[array])
     assert ByteTokenizer().decodeBytes(open_tokens(tmp_path / "train").tokens) == array.tobytes()
-    with pytest.raises(DataError, match=r"array 1 holds bytes \(uint8\), and this tokenizer has ids up to 300"):
+    with pytest.raises(DataError, match=r"array 1 .*\(uint8\).* 300"):
         prepare(config, OfWords(), tmp_path, arrays=[array])
     prepare(config, ByteTokenizer(), tmp_path, arrays=[array.astype(np.uint16) + 1])  # ids, as any other dtype
     assert ByteTokenizer().decodeBytes(open_tokens(tmp_path / "train").tokens) == array.tobytes()

@@ -97,7 +97,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
 def test_input_without_documents_is_an_error_that_names_it(tmp_path, name, text):
     data = gzip.compress(text.encode()) if name.endswith("gz") else text.encode()
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(DataError, match=f"no document was found in .*{name}"):
+    with pytest.raises(DataError, match=f"no document .*{name}"):
         prepare(config(tmp_path / name), BYTES, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -119,9 +119,7 @@ def test_text_field_can_be_another(tmp_path):
 def test_bad_line_is_an_error_with_its_place_or_skipped_and_counted(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n{"text": 5}\nnonsense\n{"text": "b"}\n')
-    expected = (
-        r'a\.jsonl:3: "text" is a number, expected a string or a list of integers\. Fix the line or set data\.skip'
-    )
+    expected = r'a\.jsonl:3: "text" is a number.*string.*list of integers.*data\.skip_bad_lines'
     with pytest.raises(DataError, match=expected):
         prepare(config(path), BYTES, tmp_path / "out")
     manifest = prepare(config(path, skip_bad_lines=True), BYTES, tmp_path / "out")
@@ -133,18 +131,18 @@ def test_bad_line_is_an_error_with_its_place_or_skipped_and_counted(tmp_path, ca
 def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfab\xff")
-    with pytest.raises(DataError, match=r"a\.txt: is not UTF-8 text at byte 5"):
+    with pytest.raises(DataError, match=r"a\.txt: .*UTF-8.* at byte 5"):
         prepare(config(path), BYTES, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (np.array([1, 2, -3, 4]), "array 1: index 2: -3 is out of range: values must be 0 to 359"),
+        (np.array([1, 2, -3, 4]), "array 1: index 2: -3 .*0 to 359"),
         (np.array([[1, 2], [3, 360]]), "array 1: row 1, column 1: 360 is out of range"),
-        (np.array([1.0, 1.9]), r"array 1: index 1: 1\.9 is not a whole number"),
-        (np.array([1.0, np.nan]), "index 1: nan is not a whole number"),
-        (np.array([np.inf]), "index 0: inf is not a whole number"),
+        (np.array([1.0, 1.9]), r"array 1: index 1: 1\.9 "),
+        (np.array([1.0, np.nan]), "index 1: nan "),
+        (np.array([np.inf]), "index 0: inf "),
         (np.array([2**63], np.uint64), "index 0: 9223372036854775808 is out of range"),
         (np.array([True]), "booleans"),
     ],
@@ -164,10 +162,10 @@ def test_largest_values_of_small_types_do_not_wrap_around(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ([1, 257], r"a\.jsonl:2: index 1: 257 is out of range: token ids must be 0 to 256"),
+        ([1, 257], r"a\.jsonl:2: index 1: 257 .*0 to 256"),
         ([-1], "index 0: -1 is out of range"),
-        ([10**30], r"index 0: 1000\d+\.\.\. is out of range"),
-        ([1.5], "a number that is no integer at index 0"),
+        ([10**30], r"index 0: 1000\d+\.\.\. "),
+        ([1.5], "number.* at index 0"),
     ],
 )
 def test_lists_in_jsonl_are_checked(tmp_path, value, reason):
@@ -345,7 +343,7 @@ def test_two_different_documents_give_one_to_each_side(tmp_path, fraction, seed)
 
 
 def test_a_split_of_equal_documents_is_refused(tmp_path):
-    with pytest.raises(DataError, match="only one document that is not a copy"):
+    with pytest.raises(DataError, match="only one document"):
         prepare(config(validation_fraction=0.5), IntegerTokenizer(), tmp_path, arrays=[np.ones((3, 2), int)])
 
 
@@ -413,9 +411,9 @@ def test_unchanged_input_is_used_again_and_a_change_is_named(tmp_path, caplog):
         assert expected is None or expected in caplog.text
         return caplog.text
 
-    assert "has not been prepared yet" in message(config(path))
+    assert "not been prepared yet" in message(config(path))
     inode = (out / "train.bin").stat().st_ino
-    assert "is unchanged and is used again" in message(config(path))
+    assert "is unchanged" in message(config(path))
     assert (out / "train.bin").stat().st_ino == inode
     assert "seed: 0 -> 1" in message(config(path, seed=1))
     assert "n_epochs_duplication: 1 -> 2" in message(config(path, seed=1, n_epochs_duplication=2))
@@ -424,7 +422,9 @@ def test_unchanged_input_is_used_again_and_a_change_is_named(tmp_path, caplog):
     message(base)
     write_lines(path, ["one", "tws"])
     assert "a.jsonl changed" in message(base)
-    assert "input has 2 files or arrays, it had 1" in message(config(path, path))
+    twice = message(config(path, path))
+    assert "input has 2 files" in twice
+    assert "it had 1" in twice
     message(base)
     (out / "train.bin").write_bytes(b"short")
     assert "train.bin has 5 bytes" in message(base)
