@@ -16,8 +16,8 @@ import pytest
 from system.processes import Job, Watched, new_run, wait_for_end, wait_until
 from tiny_run import losses
 
+from rwkv_cluster.report.run_files import events as read_events
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.metrics.events import read_events
 
 pytestmark = pytest.mark.system
 

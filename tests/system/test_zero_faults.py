@@ -13,8 +13,8 @@ import pytest
 from system.processes import Job, Watched, new_run, wait_for_end, wait_until
 from tiny_run import losses
 
+from rwkv_cluster.report.run_files import events as read_events
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified
-from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.workdir import sha256_file
 
 pytestmark = pytest.mark.system

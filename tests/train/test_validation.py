@@ -18,12 +18,12 @@ from rwkv_cluster import cli
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.binidx import open_tokens
 from rwkv_cluster.errors import ConfigError, Preempted, TrainingError
+from rwkv_cluster.report.run_files import events as read_events
 from rwkv_cluster.tokenizer import ByteTokenizer, GenericTokenizer, IntegerTokenizer
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.save_load import list_steps
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
-from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 

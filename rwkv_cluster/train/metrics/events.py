@@ -67,19 +67,6 @@ class Events:
             raise
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events in the order in which they were written; none where there is no file. A cut line is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    events = []
-    for line in lines:
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    return events
-
-
 def _end_of_cut_line(file: Any) -> bytes:
     """A line feed where a kill has cut the last line short."""
     if file.seek(0, os.SEEK_END) == 0:

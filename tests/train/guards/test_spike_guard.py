@@ -13,12 +13,12 @@ from tiny_run import fingerprint, losses, tiny_run_config
 from rwkv_cluster.config import Config, GuardConfig
 from rwkv_cluster.data.sampler import SamplePlan
 from rwkv_cluster.errors import Preempted, TrainingError
+from rwkv_cluster.report.run_files import events as read_events
 from rwkv_cluster.train import run
 from rwkv_cluster.train.checkpoint.checkpointer import prune
 from rwkv_cluster.train.checkpoint.save_load import list_steps, newest_verified
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.guards.spike_guard import Spike, SpikeGuard, SpikeState
-from rwkv_cluster.train.metrics.events import read_events
 from rwkv_cluster.workdir import WorkDir
 
 CALM = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.1, 1.9]  # median 2.0, MAD 0.075
