@@ -109,7 +109,7 @@ def test_a_rank_that_is_killed_before_the_ranks_have_met(tmp_path: Path, start: 
     time.sleep(3)
     jobs[1].kill()
     assert jobs[0].wait(10) == 1
-    assert re.search(rf"rank 0: error: rank 1 on \S+, process {jobs[1].process.pid}, has died", jobs[0].text)
+    assert re.search(rf"rank 0: error: rank 1 on \S+, process {jobs[1].process.pid}, exited without", jobs[0].text)
 
 
 def test_preparation_may_take_longer_than_the_timeout(tmp_path: Path, start: Callable[..., Job]) -> None:
