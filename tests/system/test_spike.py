@@ -31,7 +31,8 @@ def _new_run(folder: Path, **training: Any) -> Watched:
 
 
 def _kinds(run: Watched) -> list[str]:
-    return [event["kind"] for event in read_events(run.work.events)]
+    """Of all events so far; the file comes with the first."""
+    return [event["kind"] for event in read_events(run.work.events)] if run.work.events.exists() else []
 
 
 def _with_state(path: Path, **changes: Any) -> None:
