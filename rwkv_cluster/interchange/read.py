@@ -29,7 +29,8 @@ MAX_INDEX_BYTES = 100_000_000
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _NATIVE = "RWKV-LM's names"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of elements, by the dtype's name in a safetensors header."""
 _WRAPPERS = re.compile(r"^((_forward_module|module|_orig_mod)\.)+")
 
 ReadFile = Callable[[Path], dict[str, Tensor]]
@@ -80,7 +81,7 @@ def peek_weights(path: Path) -> Weights:
             return peek_pth(file)
         with torch.device("meta"):
             return {
-                name: torch.empty(record.shape, dtype=_DTYPES[record.dtype])
+                name: torch.empty(record.shape, dtype=DTYPES[record.dtype])
                 for name, record in read_header(file).items()
             }
 

@@ -15,9 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-INDEX = "model.safetensors.index.json"
+from rwkv_cluster.interchange import read
+
+INDEX = read.FOLDER_FILES[0] + read.INDEX
 """Which shard has which tensor."""
+_DTYPE_NAMES = {dtype: name for name, dtype in read.DTYPES.items()}
 _ALIGNMENT = 8  # of the first value, so that readers can map the file
 
 
@@ -79,7 +81,8 @@ def _header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
     end = 0
     for slot in slots:
         start, end = end, end + slot.n_bytes
-        entries[slot.name] = {"dtype": DTYPES[slot.dtype], "shape": list(slot.shape), "data_offsets": [start, end]}
+        dtype = _DTYPE_NAMES[slot.dtype]
+        entries[slot.name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
