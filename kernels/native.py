@@ -29,21 +29,37 @@ ALIGNMENT = 16
 
 
 def wkv5(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5's operator with the arguments and results of `reference.wkv5`; differentiable once in every argument.
 
     exact: fp32 maths also where a kernel with bf16 products exists. Inputs float32, bfloat16 or float16.
     """
-    return wkv6(r, k, v, w.float(), u, state, exact=exact)
+    return wkv6(r, k, v, w.float(), u, state, starts=starts, exact=exact)
 
 
 def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, exact: bool = False
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's operator with the arguments and results of `reference.wkv6`; differentiable once. exact: fp32 maths."""
     inputs = _contiguous(r, k, v, w, u.float(), state)
-    y, final_state, _ = torch.ops.rwkv_cluster.wkv6(*inputs, exact, _needs_gradient(inputs))
+    y, final_state, _ = torch.ops.rwkv_cluster.wkv6(*inputs, starts, exact, _needs_gradient(inputs))
     return y, final_state
 
 
@@ -56,11 +72,12 @@ def wkv7(
     b: Tensor,
     state: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's operator with the arguments and results of `reference.wkv7`; differentiable once. exact: fp32 maths."""
     inputs = _contiguous(r, w, k, v, a, b, state)
-    y, final_state, _ = torch.ops.rwkv_cluster.wkv7(*inputs, exact, _needs_gradient(inputs))
+    y, final_state, _ = torch.ops.rwkv_cluster.wkv7(*inputs, starts, exact, _needs_gradient(inputs))
     return y, final_state
 
 
@@ -120,7 +137,7 @@ def _library(device: torch.device) -> loader.Library:
     return library
 
 
-def _call(name: str, exact: bool, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
+def _call(name: str, exact: bool, starts: Tensor | None, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
     """Run a library's function on the operator's inputs, r first, and other tensors; None is a null pointer."""
     r = inputs[0]
     library = _library(r.device)
@@ -135,6 +152,7 @@ def _call(name: str, exact: bool, inputs: Sequence[Tensor], *others: Tensor | No
         threads=torch.get_num_threads(),
         constant_decay=_has_constant_decay(inputs),
         stream=torch.cuda.current_stream(r.device).cuda_stream if r.is_cuda else None,
+        starts=None if starts is None else starts.data_ptr(),
     )
     pointers = [None if x is None else x.data_ptr() for x in (*inputs, *others)]
     with torch.cuda.device_of(r):
@@ -149,10 +167,12 @@ def _has_constant_decay(inputs: Sequence[Tensor]) -> bool:
 
 
 def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, exact, save = arguments
+    *tensors, starts, exact, save = arguments
     *inputs, state = _as_read(tensors)
     y, final_state, saved = outputs = _empty_outputs(version, *arguments)
-    _call(f"rwkv_wkv{version}_forward", exact, inputs, state, y, final_state, saved if save else None)
+    _call(
+        f"rwkv_wkv{version}_forward", exact, _as_starts(starts), inputs, state, y, final_state, saved if save else None
+    )
     return outputs
 
 
@@ -165,6 +185,11 @@ def _as_read(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in _made_contiguous(tensors)]
 
 
+def _as_starts(starts: Tensor | None) -> Tensor | None:
+    """[B,T], a byte each, as the kernels read them."""
+    return None if starts is None else starts.to(torch.bool).contiguous()
+
+
 def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, final state and bytes for backward (none without `save`)."""
     r, exact, save = arguments[0], *arguments[-2:]
@@ -173,16 +198,16 @@ def _empty_outputs(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def _backward(version: int, *arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, exact = arguments
+    *tensors, starts, exact = arguments
     *inputs, saved, dy, dfinal_state = _as_read(tensors)
     gradients = _empty_gradients(version, *arguments)
-    _call(f"rwkv_wkv{version}_backward", exact, inputs, saved, dy, dfinal_state, *gradients)
+    _call(f"rwkv_wkv{version}_backward", exact, _as_starts(starts), inputs, saved, dy, dfinal_state, *gradients)
     return gradients
 
 
 def _empty_gradients(version: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Uninitialised gradients of the inputs and the state; those of u and of a constant w by batch row, [B,H,N]."""
-    *inputs, _saved, _dy, _dfinal_state, _exact = arguments
+    *inputs, _saved, _dy, _dfinal_state, _starts, _exact = arguments
     r = inputs[0]
     batch, _, heads, size = r.shape
     per_row = (batch, heads, size)
@@ -200,18 +225,18 @@ def _empty_state(r: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    *tensors, state, exact, _save = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, state, starts, exact, _save = inputs
+    ctx.save_for_backward(*tensors, starts, output[2])
     ctx.exact, ctx.has_state = exact, state is not None
     ctx.set_materialize_grads(False)
 
 
 def _formula(version: int, ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: Any) -> tuple[Any, ...]:
     backward = getattr(torch.ops.rwkv_cluster, f"wkv{version}_backward")
-    *inputs, saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each asking
-    *gradients, dstate = backward(*inputs, saved, dy, dfinal_state, ctx.exact)
+    *inputs, starts, saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each asking
+    *gradients, dstate = backward(*inputs, saved, dy, dfinal_state, starts, ctx.exact)
     summed = (g.sum(0) if g.ndim > x.ndim else g for g, x in zip(gradients, inputs, strict=True))
-    return *summed, dstate if ctx.has_state else None, None, None
+    return *summed, dstate if ctx.has_state else None, None, None, None
 
 
 def _register(version: int, inputs: str, n_inputs: int) -> None:
@@ -220,8 +245,10 @@ def _register(version: int, inputs: str, n_inputs: int) -> None:
     outputs = "(Tensor y, Tensor final_state, Tensor saved)"
     gradients = ", ".join(["Tensor"] * (n_inputs + 1))
     tags = (torch.Tag.pt2_compliant_tag,)
-    torch.library.define(name, f"({inputs}, Tensor? state, bool exact, bool save) -> {outputs}", tags=tags)
-    received = "Tensor saved, Tensor? dy, Tensor? dfinal_state, bool exact"
+    torch.library.define(
+        name, f"({inputs}, Tensor? state, Tensor? starts, bool exact, bool save) -> {outputs}", tags=tags
+    )
+    received = "Tensor saved, Tensor? dy, Tensor? dfinal_state, Tensor? starts, bool exact"
     torch.library.define(backward, f"({inputs}, {received}) -> ({gradients})", tags=tags)
     torch.library.impl(name, ("cpu", "cuda"), partial(_forward, version))
     torch.library.impl(backward, ("cpu", "cuda"), partial(_backward, version))

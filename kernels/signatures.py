@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from typing import Any
 
-ABI = 1
+ABI = 2
 """RWKV_KERNELS_ABI of a library that fits."""
 
 
@@ -23,6 +23,7 @@ class Problem(ctypes.Structure):
         ("threads", c_int32),
         ("constant_decay", c_int32),
         ("stream", c_void_p),
+        ("starts", c_void_p),
     )
 
 

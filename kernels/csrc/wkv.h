@@ -13,7 +13,7 @@
 #pragma once
 #include <stdint.h>
 
-#define RWKV_KERNELS_ABI 1
+#define RWKV_KERNELS_ABI 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -31,6 +31,7 @@ typedef struct {
     int32_t threads;  // CPU: at most this many, counting the caller's. CUDA: ignored
     int32_t constant_decay;  // wkv6: 1 when w is fp32 [H,N]
     void *stream;  // CUDA: cudaStream_t on the current device. CPU: ignored
+    const uint8_t *starts;  // [B,T], 1 where a document begins: the state before that step is zero. Null: none begins
 } rwkv_problem;
 
 int32_t rwkv_kernels_abi(void);  // RWKV_KERNELS_ABI of the library

@@ -197,6 +197,33 @@ class DataConfig(Section):
         "pair by its prefix or .bin; `stdlib:` for the source files of the running Python's standard library",
     )
     file_pattern: str = Field("*", description="which files of a folder are read, e.g. '*.py'")
+    format: Literal["auto", "text", "conversations", "tokens"] = Field(
+        "auto",
+        description="what a row of a JSONL file is: text, conversations (messages, ShareGPT, prompt and completion, "
+        "Alpaca, or World text of turns), tokens with labels or a mask; auto: told from the first rows, and said",
+    )
+    template: str = Field(
+        "g1", description="conversations: how turns become text: g1 (RWKV's World and G1 models), or a Jinja file"
+    )
+    train_on: Literal["answers", "all"] = Field(
+        "answers", description="conversations: which tokens are trained on: the assistant's answers, or all"
+    )
+    documents: Literal["continue", "reset"] | None = Field(
+        None,
+        description="continue: samples are slices of one stream of documents, as in RWKV-LM; reset: whole documents "
+        "are packed into samples, and the state is zero where one begins. Default: reset where only some tokens are "
+        "trained on (conversations, tokens with labels), else continue",
+    )
+    too_long: Literal["split", "drop", "truncate_left"] = Field(
+        "split",
+        description="documents reset: what becomes of a document longer than model.ctx_len: split into samples, left "
+        "out, or its end alone kept; counted and said",
+    )
+    order: Literal["rwkv-lm", "all"] | None = Field(
+        None,
+        description="of samples in an epoch: rwkv-lm's, which leaves out up to a third of a small file; all: each "
+        "exactly once, shuffled by the seed. Default: all for documents reset, else rwkv-lm",
+    )
     text_field: str = Field("text", description="field of a JSONL object that holds the text or a list of integers")
     skip_bad_lines: bool = Field(False, description="leave out JSONL lines that cannot be read, and count them")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="how text becomes token ids")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.kernels import build, loader
+from rwkv_cluster.kernels.signatures import ABI
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_library_of_other_sources(folder: Path) -> None:
 
 def test_a_library_with_another_interface(folder: Path) -> None:
     change_manifest(folder, abi=99)
-    assert reason() == f"{folder}/libwkv_cpu.so has interface 1 and 99, this package wants 1"
+    assert reason() == f"{folder}/libwkv_cpu.so has interface {ABI} and 99, this package wants {ABI}"
 
 
 def test_a_file_that_is_no_library(folder: Path) -> None:

@@ -40,7 +40,7 @@ int main(int count, char **arguments) {
     int64_t header[7];
     require(fread(header, sizeof(header), 1, in) == 1, "no header");
     const auto [version, B, T, H, N, io, constant] = header;
-    rwkv_problem problem = {B, T, H, N, static_cast<int32_t>(io), RWKV_EXACT, 2, static_cast<int32_t>(constant), nullptr};
+    rwkv_problem problem = {B, T, H, N, static_cast<int32_t>(io), RWKV_EXACT, 2, static_cast<int32_t>(constant), nullptr, nullptr};
 
     const size_t full = B * T * H * N * (io == RWKV_FP32 ? 4 : 2), state = B * H * N * N * 4, row = H * N * 4;
     std::vector<size_t> sizes(version == 7 ? 6 : 5, full), gradient_sizes = sizes;

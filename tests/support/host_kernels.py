@@ -25,11 +25,12 @@ def values_and_gradients(
     kernel: int = EXACT,
     threads: int = 1,
     gradients: tuple[Tensor | None, Tensor | None] | None = None,
+    starts: Tensor | None = None,
 ) -> list[Tensor]:
     """`naive_wkv.values_and_gradients` by a library: y, final state, the gradients in the inputs' order, the state's.
 
     inputs: float64, the state last; None for the state is a null pointer. gradients: of y and the final state, None
-    for null pointers; by default `output_gradients`.
+    for null pointers; by default `output_gradients`. starts: bool [B,T], contiguous.
     """
     *tensors, state = inputs
     digits, constant = int(version[-1]), version == "wkv5"
@@ -38,7 +39,7 @@ def values_and_gradients(
     batch, time, heads, size = tensors[0].shape
     problem = Problem(
         batch=batch, time=time, heads=heads, size=size, io=IO[dtype], kernel=kernel, threads=threads,
-        constant_decay=constant,
+        constant_decay=constant, starts=None if starts is None else starts.data_ptr(),
     )  # fmt: skip
     c_version = 7 if digits == 7 else 6
     saved = _poisoned((library.rwkv_saved_bytes(c_version, ctypes.byref(problem)) // 4,), torch.float32)
