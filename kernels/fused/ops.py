@@ -48,6 +48,11 @@ def require(choice: str, device_type: str) -> None:
         raise KernelError(f'training.fused "compile" needs {missing}, which is not here; "auto" takes what there is.')
 
 
+def has_native() -> bool:
+    """Whether the CPU library is here."""
+    return not isinstance(loader.cpu(), loader.Missing)
+
+
 def mix(x: Tensor, mixes: Sequence[Tensor], *, choice: str = "auto") -> tuple[Tensor, ...]:
     """Token shift: x + (x one step earlier - x) * m for each m of `mixes`; zeros come before a sequence.
 

@@ -2,7 +2,7 @@
 
 Each contender is a torchrun of its own that trains through this package's module, strategies and data, without
 checkpoints. The contenders take turns, so that a machine whose speed drifts treats all alike; ratios are taken turn by
-turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `planning.model_states`.
+turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `train.memory.model_states`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import ConfigError, LaunchError
-from rwkv_cluster.planning.model_states import theory
+from rwkv_cluster.train.memory.model_states import theory
 from rwkv_cluster.train.optimizers.table import optimizer_of
 
 STRATEGIES = ("single", "ddp", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

@@ -1,7 +1,7 @@
-"""Bytes that one rank has really allocated of a training, by kind; what theory gives is `planning.model_states.theory`.
+"""Bytes that one rank has really allocated of a training, by kind.
 
-Both speak of the moment after a step's backward pass and before its update. What is measured are whole allocations,
-each counted once, with the padding that is in them:
+The theory is `train.memory.model_states.theory`; both speak of the moment after a step's backward pass and before its
+update. What is measured are whole allocations, each counted once, with the padding that is in them:
 
     weights     the parameters; in stage 3 this rank's pieces of them
     whole       stage 3: the parameters that are whole at that moment; DeepSpeed keeps the small ones so

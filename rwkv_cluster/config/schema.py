@@ -255,7 +255,11 @@ class TrainingConfig(Section):
     adam_eps: float = Field(1e-18, ge=0, description="Adam's epsilon")
     weight_decay: float = Field(0.001, ge=0, description="decoupled weight decay of the matrices")
     micro_bsz: int = Field(16, ge=1, le=65_536, description="samples per rank and micro batch")
-    grad_cp: int = Field(1, ge=0, le=1, description="1: recompute each block's activations in the backward pass")
+    grad_cp: Literal["auto", 0, 1] = Field(
+        "auto",
+        description="1: recompute each block's activations in the backward pass; 0: keep them, which is faster; auto: "
+        "0 where the memory that `plan` predicts fits the GPU, or on a CPU the machine, else 1",
+    )
     epoch_save: int = Field(1, ge=1, description="write out/rwkv-<epoch>.pth every this many epochs")
     precision: Precision = Field(
         "bf16",
@@ -358,6 +362,11 @@ class TrainingConfig(Section):
     )
 
     _paths = field_validator("init_from", mode="before")(path_text)
+
+    @field_validator("grad_cp", mode="before")
+    @classmethod
+    def _number_of_a_boolean(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> TrainingConfig:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rwkv_cluster.model.parameter_shapes import count, trained
-from rwkv_cluster.planning.memory import Setting
-from rwkv_cluster.planning.model_states import Sharding
-from rwkv_cluster.planning.recommend import ALLOWANCE, needed
 from rwkv_cluster.planning.run_length import UNKNOWN
 from rwkv_cluster.planning.run_plan import Row, RunPlan
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import ALLOWANCE, Setting, needed
 
 _NAME, _CELL = 38, 10  # columns
 _STATES = ("weights", "gradients", "masters", "moments", "buckets", "gathered")
@@ -24,6 +23,7 @@ def text(plan: RunPlan) -> str:
         "length": _length(plan),
         "learning rate": _learning_rate(plan),
         "FLOPs a token": _flops(plan),
+        **_grad_cp(plan),
         "disk": _disk(plan),
         "host memory": _host(plan),
         "time": _time(plan),
@@ -52,8 +52,9 @@ def data(plan: RunPlan) -> dict[str, Any]:
             "six_n": flops.six_n,
             "forward": {"blocks": flops.blocks, "wkv": flops.wkv, "head": flops.head, "total": flops.forward},
             "training": flops.training,
-            "hardware": flops.hardware(grad_cp=bool(plan.config.training.grad_cp)),
+            "hardware": flops.hardware(grad_cp=plan.configured.setting.grad_cp),
         },
+        "grad_cp": int(plan.configured.setting.grad_cp),
         "kernels": vars(plan.kernels),
         "memory": [_row_data(row) for row in plan.rows],
         "gpu_memory_gb": plan.assumptions.gpu_memory_gb,
@@ -128,9 +129,18 @@ def _learning_rate(plan: RunPlan) -> str:
 def _flops(plan: RunPlan) -> str:
     flops = plan.flops
     shares = ", ".join(f"{name} {getattr(flops, name) / flops.forward:.1%}" for name in ("blocks", "wkv", "head"))
-    grad_cp = bool(plan.config.training.grad_cp)
-    again = f"; with what grad_cp computes again {flops.hardware(grad_cp=True):.4g}" if grad_cp else ""
+    more = f"; with what grad_cp computes again {flops.hardware(grad_cp=True):.4g}"
+    again = more if plan.configured.setting.grad_cp else ""
     return f"6N {flops.six_n:.4g} (N {flops.parameters:,} without emb); counted {flops.training:.4g} ({shares}){again}"
+
+
+def _grad_cp(plan: RunPlan) -> dict[str, str]:
+    """A row where training.grad_cp is auto."""
+    if plan.config.training.grad_cp != "auto":
+        return {}
+    if plan.grad_cp is None:
+        return {"grad_cp": "auto: chosen on the GPU, taken as 1 here; give --gpu NAME or --gpu-memory-gb G"}
+    return {"grad_cp": str(plan.grad_cp)}
 
 
 def _disk(plan: RunPlan) -> str:

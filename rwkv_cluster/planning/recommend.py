@@ -10,17 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rwkv_cluster.data.batch_size import divisors
-from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
-from rwkv_cluster.planning.model_states import Sharding
-
-ALLOWANCE = 1.05, 1e9
-"""Factor for the allocator's fragments, and bytes for the CUDA context, cuBLAS and NCCL, beside a peak. Assumed."""
-
-
-def needed(memory: Memory) -> float:
-    """Bytes of a GPU for a rank with that peak."""
-    factor, context = ALLOWANCE
-    return factor * memory.peak + context
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting, needed
 
 
 def shardings(ranks: int, precision: str) -> list[Sharding]:

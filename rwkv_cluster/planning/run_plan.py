@@ -11,15 +11,17 @@ from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
 from rwkv_cluster.model.parameter_shapes import by_part, count, parameter_shapes, trained
 from rwkv_cluster.model.versions.version import Shapes
-from rwkv_cluster.planning.activations import Kernels
-from rwkv_cluster.planning.memory import Memory, MemoryModel, Setting
-from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES, Sharding
 from rwkv_cluster.planning.options import Assumptions
-from rwkv_cluster.planning.recommend import change, needed, shardings
+from rwkv_cluster.planning.recommend import change, shardings
 from rwkv_cluster.planning.run_length import Length, learning_rates, length
+from rwkv_cluster.runtime.control_group import memory_bytes
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes, weights_bytes
+from rwkv_cluster.train.memory.activations import Kernels
+from rwkv_cluster.train.memory.grad_cp import GradCpChoice, choose_grad_cp
+from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, Sharding
+from rwkv_cluster.train.memory.peak import Memory, MemoryModel, Setting, needed
 from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.workdir import WorkDir
 
@@ -50,13 +52,15 @@ class Disk:
 class RunPlan:
     """All that is known about a run before it starts.
 
-    config: with the vocabulary's size. seconds, tokens_per_s: None where no speed was given, or no end is known.
+    config: with the vocabulary's size. grad_cp: what training.grad_cp auto becomes, where that is known.
+    seconds, tokens_per_s: None where no speed was given, or no end is known.
 
     to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
     host_copy: bytes that a rank needs in the host's memory while a checkpoint is written in the background.
     """
 
     config: Config
+    grad_cp: GradCpChoice | None
     assumptions: Assumptions
     shapes: Shapes
     flops: FlopsPerToken
@@ -94,13 +98,16 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     kernels = Kernels.of(training, model, "cpu" if training.accelerator == "cpu" else "cuda")
     memory_model = MemoryModel(model, model.vocab_size, training, kernels)
     sharding = Sharding.of(training, assumptions.ranks)
-    configured = Setting(sharding, bool(training.grad_cp), training.micro_bsz, run.accumulate > 1)
+    configured = Setting(sharding, training.grad_cp != 0, training.micro_bsz, run.accumulate > 1)
     gpu_bytes = None if assumptions.gpu_memory_gb is None else assumptions.gpu_memory_gb * 1e9
+    choice = _grad_cp(memory_model, configured, gpu_bytes) if training.grad_cp == "auto" else None
+    configured = replace(configured, grad_cp=bool(choice.grad_cp)) if choice else configured
     flops = flops_per_token(model)
     speed = _speed(assumptions, flops)
     tokens = run.horizon.total_steps * run.tokens_per_step if run.horizon else None
     return RunPlan(
         config=config,
+        grad_cp=choice,
         assumptions=assumptions,
         shapes=shapes,
         flops=flops,
@@ -114,6 +121,13 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         tokens_per_s=speed,
         seconds=tokens / speed if tokens is not None and speed is not None else None,
     )
+
+
+def _grad_cp(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> GradCpChoice | None:
+    """What auto is on a GPU of that size, or on a CPU by the memory here; None where the GPU is not known."""
+    if memory_model.kernels.device == "cpu":
+        return choose_grad_cp(memory_model, configured, memory_bytes() / configured.sharding.ranks)
+    return None if gpu_bytes is None else choose_grad_cp(memory_model, configured, gpu_bytes)
 
 
 def _host_copy(config: Config, shapes: Shapes, sharding: Sharding) -> float:

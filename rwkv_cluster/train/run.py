@@ -128,6 +128,7 @@ def train(config: Config, *, tokenizer: Any = None, manifest: DataManifest | Non
                 step=session.start_step,
                 group=session.group,
                 model=session.config.model.model_dump(mode="json"),
+                grad_cp=int(session.config.training.grad_cp),
             )
             rank_monitor.write(begins=begins)
         else:

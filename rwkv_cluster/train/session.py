@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.read import peek_weights, read_weights
 from rwkv_cluster.interchange.vocabulary_rows import fit_rows
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import native, ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
@@ -32,9 +32,13 @@ from rwkv_cluster.train.checkpoint.save_load import Checkpoint, list_steps, newe
 from rwkv_cluster.train.checkpoint.state import RunIdentity
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
+from rwkv_cluster.train.memory.activations import Kernels
+from rwkv_cluster.train.memory.grad_cp import choose_grad_cp, with_grad_cp
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.parallel.strategy import place
-from rwkv_cluster.train.placement import DTYPES, Placement
+from rwkv_cluster.train.placement import DTYPES, Placement, memory_bytes
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -115,6 +119,8 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     checkpoint = newest_verified(work.checkpoints)
     if checkpoint is not None:
         accumulate = resume.accumulation_of(checkpoint, training, placement.world_size) or accumulate
+    if training.grad_cp == "auto":
+        config = with_grad_cp(config, _grad_cp(config, placement, accumulate, checkpoint))
     sample_plan = SamplePlan(
         ctx_len=config.model.ctx_len,
         magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
@@ -136,6 +142,31 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         resume.require_same_run(checkpoint, session.identity, work.initial_weights)
         resume.finished_beyond(checkpoint, end.total_steps)
     return session
+
+
+def _grad_cp(config: Config, placement: Placement, accumulate: int, checkpoint: Checkpoint | None) -> int:
+    """The run's own choice where it has begun, else what the memory here says."""
+    model, training = config.model, config.training
+    assert model.vocab_size is not None
+    began_with = checkpoint.state.config["training"].get("grad_cp") if checkpoint else None
+    if began_with in (0, 1):
+        return int(began_with)
+    setting = Setting(Sharding.of(training, placement.world_size), False, training.micro_bsz, accumulate > 1)
+    memory_model = MemoryModel(model, model.vocab_size, training, _kernels(config, placement))
+    choice = choose_grad_cp(memory_model, setting, memory_bytes(placement))
+    if rank() == 0:
+        log.info(str(choice))
+    return choice.grad_cp
+
+
+def _kernels(config: Config, placement: Placement) -> Kernels:
+    """The forms that a block is computed in here, where a library or a compiler may be missing."""
+    model, training = config.model, config.training
+    kernels, device = Kernels.of(training, model, placement.accelerator), placement.accelerator
+    if native.unavailable(device, DTYPES[training.precision], model.head_size_a) and kernels.is_compiled:
+        kernels = replace(kernels, wkv="chunked")
+    has_form = {"compile": fused.missing_for_compile(device) is None, "native": fused.has_native()}
+    return kernels if has_form.get(kernels.fused, True) else replace(kernels, fused="plain")
 
 
 def guard_states(checkpoint: Checkpoint | None) -> tuple[SpikeState, EarlyStopState]:
@@ -184,7 +215,7 @@ def build_model(session: Session) -> RWKV:
         initial = ensure_init_file(session.config, session.work, force=training.init_from is not None)
     model = RWKV(
         session.config.model,
-        grad_cp=bool(training.grad_cp),
+        grad_cp=training.grad_cp == 1,
         wkv_backend=training.wkv_backend,
         fused=training.fused,
     )

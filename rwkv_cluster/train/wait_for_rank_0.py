@@ -15,6 +15,7 @@ from rwkv_cluster.train.checkpoint import save_load
 from rwkv_cluster.train.checkpoint.initial_weights import with_model, with_sizes_of_weights
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
+from rwkv_cluster.train.memory.grad_cp import with_grad_cp
 from rwkv_cluster.train.session import Session, open_session
 from rwkv_cluster.workdir import WorkDir
 
@@ -45,7 +46,7 @@ def session_of_rank_0(config: Config, work: WorkDir, rank_monitor: RankMonitor) 
 
     what = f"the checkpoint of step {step} to be seen in {work.checkpoints} on this machine"
     collectives.wait_for(look, what=what, timeout_s=SHARED_DIRECTORY_S)
-    session = open_session(with_model(config, begins.model), work, manifest)
+    session = open_session(with_grad_cp(with_model(config, begins.model), begins.grad_cp), work, manifest)
     if session.start_step != step:
         raise CheckpointError(
             f"rank 0 begins at step {step}, and {work.checkpoints} as rank {rank()} sees it leads to step "

@@ -10,7 +10,7 @@ import pytest
 from rwkv_cluster.bench import ddp
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.errors import ConfigError, LaunchError
-from rwkv_cluster.planning.model_states import theory
+from rwkv_cluster.train.memory.model_states import theory
 from rwkv_cluster.train.optimizers.table import ADAMW
 
 TINY = "--n-layer 2 --n-embd 32 --head-size 16 --ctx-len 32 --micro-bsz 2 --ds-bucket-mb 1".split()  # noqa: SIM905

@@ -26,7 +26,7 @@ def test_positional_order_and_defaults_of_rwkv_trainer() -> None:
     model = ModelConfig("x070", 6, 256, 512, 65536, 32)
     assert model == ModelConfig(model_type="x070", n_layer=6, n_embd=256, ctx_len=512, vocab_size=65536, head_size_a=32)
     training = TrainingConfig()
-    expected = (6e-4, 6e-5, 10, 0.9, 0.99, 1e-18, 0.001, 16, 1, 1, "bf16")
+    expected = (6e-4, 6e-5, 10, 0.9, 0.99, 1e-18, 0.001, 16, "auto", 1, "bf16")
     names = list(TrainingConfig.model_fields)[: len(expected)]
     assert names[0] == "lr_init"
     assert tuple(getattr(training, name) for name in names) == expected

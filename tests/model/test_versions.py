@@ -19,9 +19,9 @@ from rwkv_cluster.model.parameter_shapes import block_parameters, by_part, param
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.versions.table import VERSIONS
 from rwkv_cluster.model.weights_file import expected_shapes
-from rwkv_cluster.planning.activations import Kernels
-from rwkv_cluster.planning.memory import MemoryModel, Setting
-from rwkv_cluster.planning.model_states import Sharding
+from rwkv_cluster.train.memory.activations import Kernels
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent

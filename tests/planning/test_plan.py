@@ -108,6 +108,20 @@ def test_what_fits_and_what_to_change(tmp_path: Path, capsys: Capture) -> None:
     assert "No setting does" in capsys.readouterr().out
 
 
+def test_grad_cp_auto_follows_the_gpu(tmp_path: Path, capsys: Capture) -> None:
+    model = {"model_type": "x070", "n_layer": 12, "n_embd": 768, "head_size_a": 64, "vocab_size": 65536}
+    training = {"precision": "bf16", "micro_bsz": 8, "max_steps": 10, "grad_cp": "auto", "accelerator": "auto"}
+    path = write_config(
+        tmp_path / "run.yaml", tiny_run_config(tmp_path, model={**model, "ctx_len": 4096}, training=training)
+    )
+    for gpu, wanted in (((), 1), (("--gpu", "rtx-4090"), 1), (("--gpu", "h200"), 0)):
+        found = plan(path, *gpu, capsys=capsys)
+        (row,) = [row for row in found["memory"] if row["configured"]]
+        assert found["grad_cp"] == row["grad_cp"] == wanted
+        assert cli.main(["plan", str(path), *gpu]) == 0
+        assert ("auto is " if gpu else "auto: chosen on the GPU") in capsys.readouterr().out
+
+
 def test_time_by_utilisation(tmp_path: Path, capsys: Capture) -> None:
     path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     found = plan(path, "--mfu", "0.5", "--peak-tflops", "2", "--ranks", "1", capsys=capsys)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.planning.activations import Kernels
-from rwkv_cluster.planning.memory import MemoryModel, Setting
-from rwkv_cluster.planning.model_states import Sharding
 from rwkv_cluster.planning.recommend import change, needed, shardings
+from rwkv_cluster.train.memory.activations import Kernels
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 
 MODEL = ModelConfig(model_type="x070", n_layer=24, n_embd=2048, ctx_len=4096, vocab_size=65536)
 KERNELS = Kernels("cuda", "tensor_cores", "compile")

@@ -10,8 +10,8 @@ from rwkv_cluster.doctor.checks.gpus import listed
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import CheckContext
 from rwkv_cluster.doctor.results import Row, note, ok, warning
+from rwkv_cluster.runtime import control_group, rank_env
 from rwkv_cluster.runtime import nccl_shared_memory as shm
-from rwkv_cluster.runtime import rank_env
 
 OPEN_FILES = 1024  # what Linux gives by default; each rank has sockets to others, libraries and the data's files
 LOCKED_BYTES = 64 * 2**20  # far below what an InfiniBand adapter registers
@@ -21,7 +21,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 def processors(context: CheckContext) -> list[Row]:
     """CPUs of the machine and of this process, beside the threads of the ranks here."""
-    total, own, quota = os.cpu_count() or 1, sorted(os.sched_getaffinity(0)), _quota()
+    total, own, quota = os.cpu_count() or 1, sorted(os.sched_getaffinity(0)), control_group.cpu_quota()
     text = f"{total}, of which this process may use {len(own)} ({numbers(own)})"
     text += f", in a control group with the time of {quota:.3g}" if quota < len(own) else ""
     if not has_torch():
@@ -42,10 +42,7 @@ def processors(context: CheckContext) -> list[Row]:
 
 def memory(context: CheckContext) -> list[Row]:
     """Memory of the machine, and the limit of this process's control group where that is lower."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total = int(facts["MemTotal"].split()[0]) * 1024
-    limits = [int(text) for text in _control_group("memory.max", "memory/memory.limit_in_bytes") if text.isdigit()]
-    limit = min([total, *limits])
+    total, limit = control_group.total_memory_bytes(), control_group.memory_bytes()
     text = f"{total / 2**30:.0f} GiB"
     return [ok("memory", text if limit == total else f"{text}, limited to {limit / 2**30:.1f} GiB")]
 
@@ -115,24 +112,3 @@ def _count(limit: int) -> str:
 
 def _size(limit: int) -> str:
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 1024:,.0f} KiB"
-
-
-def _quota() -> float:
-    """CPUs whose time this process's control group may use up. cpu.max holds `max 100000` or `150000 100000`."""
-    quotas = [text.split() for text in _control_group("cpu.max", "cpu.max")]
-    return min((int(used) / int(period) for used, period in quotas if used.isdigit()), default=float("inf"))
-
-
-def _control_group(name: str, old_name: str) -> list[str]:
-    """Content of this process's control files, as seen inside a container and outside; version 2, then 1."""
-    root = Path("/sys/fs/cgroup")
-    own = next((line.partition("::")[2] for line in _read(Path("/proc/self/cgroup")).splitlines() if "::" in line), "")
-    paths = (root / own.lstrip("/") / name, root / name, root / old_name)
-    return [text for path in paths if (text := _read(path))]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

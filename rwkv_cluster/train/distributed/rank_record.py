@@ -27,6 +27,9 @@ class SessionStart:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `model`, as rank 0 has resolved them."""
 
+    grad_cp: int = 1
+    """training.grad_cp, as rank 0 has resolved it: under ZeRO-3 all ranks gather parameters as often."""
+
 
 @dataclass(frozen=True)
 class RankRecord:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from rwkv_cluster import __version__
+from rwkv_cluster.runtime import control_group
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.runtime.rank_env import slurm_job
-from rwkv_cluster.train.placement import Placement
+from rwkv_cluster.train.placement import Placement, memory_bytes
 from rwkv_cluster.workdir import atomic_write
 
 PACKAGES = ("pytorch-lightning", "deepspeed", "numpy")
@@ -59,7 +60,7 @@ def _facts(placement: Placement) -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": _device(placement.accelerator),
-        "memory_gb": round(_memory_bytes(placement.accelerator) / 1e9, 1),
+        "memory_gb": round(_memory_bytes(placement) / 1e9, 1),
         "ranks": placement.world_size,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -90,7 +91,5 @@ def _device(accelerator: str) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _memory_bytes(accelerator: str) -> int:
-    if accelerator == "cuda":
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_bytes(placement: Placement) -> float:
+    return memory_bytes(placement) if placement.accelerator == "cuda" else control_group.total_memory_bytes()

@@ -45,7 +45,7 @@ def utilization(config: Config, placement: Placement) -> Utilization | None:
     flops = flops_per_token(config.model)
     return Utilization(
         model_flops=flops.six_n,
-        hardware_flops=flops.hardware(grad_cp=bool(config.training.grad_cp)),
+        hardware_flops=flops.hardware(grad_cp=config.training.grad_cp == 1),
         peak_flops=placement.world_size * peak_tflops * 1e12,
     )
 

@@ -10,10 +10,10 @@ from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.planning.activations import Kernels
-from rwkv_cluster.planning.memory import MemoryModel, Setting
-from rwkv_cluster.planning.model_states import Sharding
 from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes
+from rwkv_cluster.train.memory.activations import Kernels
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.optimizers.adamw import group_of
 from rwkv_cluster.train.optimizers.param_groups import (
     build_optimizer,
@@ -144,7 +144,7 @@ def test_a_state_that_lacks_a_moment_or_has_one_of_another_shape_is_refused() ->
 
 def test_a_further_optimizer_is_a_row_and_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups, state as named tensors and back, disk space, and the plan's moments follow what the row says."""
-    for reader in ("rwkv_cluster.train.optimizers.param_groups", "rwkv_cluster.planning.memory"):
+    for reader in ("rwkv_cluster.train.optimizers.param_groups", "rwkv_cluster.train.memory.peak"):
         monkeypatch.setattr(f"{reader}.optimizer_of", lambda training: adagrad.ROW)
     model = _model("x070")
     optimizer = build_optimizer(model, "x070", TRAINING)

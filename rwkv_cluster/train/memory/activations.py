@@ -1,7 +1,7 @@
 """Bytes that a forward pass keeps for the backward pass, counted from the blocks' own code.
 
-The counts below are of tensors that autograd saves, each storage once; `tests/planning/test_activations.py` compares
-them with what it really saves. Statistics of norms and single vectors are left out: below 1 % at head size 64.
+The counts below are of tensors that autograd saves, each storage once; `tests/train/memory/test_activations.py`
+compares them with what it really saves. Statistics of norms and single vectors are left out: below 1 % at head size 64.
 
 B batch, T time, C width, A attention width, F channel-mix width, N head size, V vocabulary.
 """
@@ -23,7 +23,7 @@ from rwkv_cluster.kernels.sizes import (
 )
 from rwkv_cluster.model.parameter_shapes import block_parameters, lora_hidden, model_dims
 from rwkv_cluster.model.versions.table import version_of
-from rwkv_cluster.planning.model_states import FP32, ITEM_BYTES
+from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES
 
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
@@ -55,6 +55,11 @@ class Kernels:
             serves = head_size % FUSED_MULTIPLE == 0 and model.n_embd % FUSED_MULTIPLE == 0
             fused = "compile" if on_gpu else "native" if serves else "plain"
         return cls(device, {"exact": "native"}.get(wkv, wkv), fused)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether WKV is a kernel of the compiled library."""
+        return self.wkv in ("native", "tensor_cores")
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@
     first block   its backward pass: nearly all gradients are there
     update        gradients, and under ZeRO their fp32 copy, beside masters and moments
 
-Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `recommend.ALLOWANCE`.
+Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `needed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
 from rwkv_cluster.model.versions.version import Shapes
-from rwkv_cluster.planning.activations import Activations, Kernels, activations
-from rwkv_cluster.planning.model_states import ModelStates, Sharding, model_states
+from rwkv_cluster.train.memory.activations import Activations, Kernels, activations
+from rwkv_cluster.train.memory.model_states import ModelStates, Sharding, model_states
 from rwkv_cluster.train.optimizers.table import optimizer_of
 
 
@@ -31,6 +31,10 @@ class Setting:
     micro_bsz: int
     accumulates: bool = False
 
+    def without_grad_cp(self) -> Setting:
+        """The same, with all activations kept."""
+        return replace(self, grad_cp=False)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -42,6 +46,16 @@ class Memory:
     peak: float
     peak_at: str
     host: float
+
+
+ALLOWANCE = 1.05, 1e9
+"""Factor for the allocator's fragments, and bytes for the CUDA context, cuBLAS and NCCL, beside a peak. Assumed."""
+
+
+def needed(memory: Memory) -> float:
+    """Bytes of a GPU for a rank with that peak."""
+    factor, context = ALLOWANCE
+    return factor * memory.peak + context
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from tiny_models import VERSIONS, some_tokens, tiny_model, tiny_model_config
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
-from rwkv_cluster.planning.model_states import Sharding, model_states
+from rwkv_cluster.train.memory.model_states import Sharding, model_states
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer, optimizer_tensors
 from rwkv_cluster.train.optimizers.table import ADAMW
 
-RECORDED = Path(__file__).parents[2] / "kernels/benchmarks/ddp-cpu-2026-11-26.json"
+RECORDED = Path(__file__).parents[3] / "kernels/benchmarks/ddp-cpu-2026-11-26.json"
 SHAPES = parameter_shapes(ModelConfig(model_type="x052", n_layer=24, n_embd=1024, vocab_size=65536), 65536)
 BUCKET = 1  # elements; DeepSpeed's estimators leave buckets out
 

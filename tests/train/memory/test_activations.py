@@ -13,11 +13,11 @@ from tiny_run import tiny_run_config
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.kernels import loader, native
-from rwkv_cluster.planning.activations import Kernels, activations
-from rwkv_cluster.planning.memory import MemoryModel, Setting
-from rwkv_cluster.planning.model_states import Sharding
 from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.run_plan import plan_run
+from rwkv_cluster.train.memory.activations import Kernels, activations
+from rwkv_cluster.train.memory.model_states import Sharding
+from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.run import train
 
 FORMS = {"chunked": "plain", "native": "native"}  # WKV: what else computes a block
