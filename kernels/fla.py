@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
+from rwkv_cluster.kernels import reference
 from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
 
 
@@ -27,13 +28,33 @@ def require(device: torch.device) -> None:
     _module("rwkv7")
 
 
-def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """RWKV-5's operator with the arguments and results of `reference.wkv5`."""
-    return wkv6(r, k, v, w.expand_as(r), u, state)
+    return wkv6(r, k, v, w.expand_as(r), u, state, starts=starts)
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """RWKV-6's operator with the arguments and results of `reference.wkv6`."""
+    if starts is not None:
+        return reference.wkv6(r, k, v, w, u, state, starts=starts)
     log_decay = -torch.exp(w.float())
     start = None if state is None else initial_state(r, state)
     y, final = _module("rwkv6").chunk_rwkv6(
@@ -43,12 +64,22 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | 
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's operator with the arguments and results of `reference.wkv7`.
 
     Versions that take a lower bound of log d go the fast way with it: chunks of 64 on tensor cores, instead of 16.
     """
+    if starts is not None:
+        return reference.wkv7(r, w, k, v, a, b, state, starts=starts)
     log_decay = LOG_DECAY_SCALE * torch.sigmoid(w.float())
     start = None if state is None else initial_state(r, state).transpose(-1, -2).contiguous()
     operator = _module("rwkv7").chunk_rwkv7

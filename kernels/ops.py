@@ -44,18 +44,21 @@ def wkv5(
     u: Tensor,
     state: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5's operator: r, k, v [B,T,H,N]; raw w and u [H,N]; state [B,H,N,N] indexed [key, value].
+
+    starts: bool [B,T], true where a document begins: the state before that step is zero, a given one at step 0 too.
 
     Returns:
         y [B,T,H,N] in r's dtype and the final state [B,H,N,N], float32 or (for float64 inputs) float64.
 
     Raises:
-        KernelError: unknown backend, or shapes that do not belong together.
+        KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
-    _check(r, {"k": k, "v": v}, {"w": w, "u": u}, state)
-    return _operator("wkv5", backend, r)(r, k, v, w, u, state)
+    _check(r, {"k": k, "v": v}, {"w": w, "u": u}, state, starts)
+    return _operator("wkv5", backend, r, starts)(r, k, v, w, u, state, starts=starts)
 
 
 def wkv6(
@@ -66,18 +69,21 @@ def wkv6(
     u: Tensor,
     state: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's operator: r, k, v, raw w [B,T,H,N]; u [H,N]; state [B,H,N,N] indexed [key, value].
+
+    starts: bool [B,T], true where a document begins: the state before that step is zero, a given one at step 0 too.
 
     Returns:
         y [B,T,H,N] in r's dtype and the final state [B,H,N,N], float32 or (for float64 inputs) float64.
 
     Raises:
-        KernelError: unknown backend, or shapes that do not belong together.
+        KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
-    _check(r, {"k": k, "v": v, "w": w}, {"u": u}, state)
-    return _operator("wkv6", backend, r)(r, k, v, w, u, state)
+    _check(r, {"k": k, "v": v, "w": w}, {"u": u}, state, starts)
+    return _operator("wkv6", backend, r, starts)(r, k, v, w, u, state, starts=starts)
 
 
 def wkv7(
@@ -89,18 +95,21 @@ def wkv7(
     b: Tensor,
     state: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's operator: r, raw decay logit w, k, v, a, b [B,T,H,N]; state [B,H,N,N] indexed [value, key].
+
+    starts: bool [B,T], true where a document begins: the state before that step is zero, a given one at step 0 too.
 
     Returns:
         y [B,T,H,N] in r's dtype and the final state [B,H,N,N], float32 or (for float64 inputs) float64.
 
     Raises:
-        KernelError: unknown backend, or shapes that do not belong together.
+        KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
-    _check(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
-    return _operator("wkv7", backend, r)(r, w, k, v, a, b, state)
+    _check(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, {}, state, starts)
+    return _operator("wkv7", backend, r, starts)(r, w, k, v, a, b, state, starts=starts)
 
 
 def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
@@ -111,13 +120,15 @@ def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: i
         _fla().require(device)
 
 
-def _operator(version: str, backend: str, r: Tensor) -> _Operator:
+def _operator(version: str, backend: str, r: Tensor, starts: Tensor | None) -> _Operator:
     if backend not in BACKENDS:
         raise KernelError(f'Unknown WKV backend "{backend}"', remedy=f"Use one of: {', '.join(BACKENDS)}.")
     if backend == "auto":
         backend = _automatic(r)
     else:
         require(backend, r.device, r.dtype, r.shape[-1])
+    if starts is not None and backend in ("native", "exact"):  # the compiled kernels do not know them yet
+        backend = "chunked"
     if backend in ("native", "exact"):
         return functools.partial(getattr(native, version), exact=backend == "exact")
     module = {"reference": reference, "chunked": chunked}.get(backend) or _fla()
@@ -147,14 +158,20 @@ def _tell(reason: str) -> None:
     logging.getLogger("rwkv_cluster").warning("%s Until then WKV runs in PyTorch, in chunked form.", reason)
 
 
-def _check(r: Tensor, like_r: dict[str, Tensor], per_head: dict[str, Tensor], state: Tensor | None) -> None:
+def _check(
+    r: Tensor, like_r: dict[str, Tensor], per_head: dict[str, Tensor], state: Tensor | None, starts: Tensor | None
+) -> None:
     if r.ndim != 4 or 0 in r.shape:
         raise KernelError(f"WKV input r has shape {tuple(r.shape)}, expected a non-empty [B, T, H, N].")
-    batch, _, heads, size = r.shape
+    batch, time, heads, size = r.shape
     expected = {name: (x, tuple(r.shape)) for name, x in like_r.items()}
     expected |= {name: (x, (heads, size)) for name, x in per_head.items()}
     if state is not None:
         expected["state"] = (state, (batch, heads, size, size))
+    if starts is not None:
+        expected["starts"] = (starts, (batch, time))
+        if starts.dtype != torch.bool:
+            raise KernelError(f"WKV input starts has dtype {starts.dtype}, expected torch.bool.")
     for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise KernelError(

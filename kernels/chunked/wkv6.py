@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels import reference
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import initial_state
 from rwkv_cluster.kernels.sizes import CHUNK
@@ -43,13 +44,33 @@ MIN_LOG_DECAY = -1e4
 """exp of it is 0 in every dtype, and sums of it stay finite."""
 
 
-def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """RWKV-5's operator with the arguments and results of `reference.wkv5`; differentiable once in every argument."""
-    return wkv6(r, k, v, w.expand(1, r.shape[1], -1, -1), u, state)
+    return wkv6(r, k, v, w.expand(1, r.shape[1], -1, -1), u, state, starts=starts)
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """RWKV-6's operator with the arguments and results of `reference.wkv6`; differentiable once in every argument."""
+    if starts is not None:
+        return reference.wkv6(r, k, v, w.expand_as(r), u, state, starts=starts)
     return _Wkv6.apply(r, k, v, w, u, initial_state(r, state))
 
 

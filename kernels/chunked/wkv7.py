@@ -30,15 +30,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels import reference
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
 from rwkv_cluster.kernels.sizes import CHUNK
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's operator with the arguments and results of `reference.wkv7`; differentiable once in every argument."""
+    if starts is not None:
+        return reference.wkv7(r, w, k, v, a, b, state, starts=starts)
     return _Wkv7.apply(r, w, k, v, a, b, initial_state(r, state))
 
 

@@ -53,18 +53,21 @@ def has_native() -> bool:
     return not isinstance(loader.cpu(), loader.Missing)
 
 
-def mix(x: Tensor, mixes: Sequence[Tensor], *, choice: str = "auto") -> tuple[Tensor, ...]:
+def mix(
+    x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None, *, choice: str = "auto"
+) -> tuple[Tensor, ...]:
     """Token shift: x + (x one step earlier - x) * m for each m of `mixes`; zeros come before a sequence.
 
     Args:
         x: [B,T,C].
         mixes: 1 to 6 parameters of C elements.
+        starts: bool [B,T], true where a document begins, before which zeros come too; nowhere when None.
         choice: one of CHOICES.
     """
     form = _form(choice, x, x.shape[-1])
-    if form == "native":
+    if form == "native" and starts is None:
         return fused_cpu.mix(x, mixes)
-    result: tuple[Tensor, ...] = _plain(plain.mix, form)(x, mixes)
+    result: tuple[Tensor, ...] = _plain(plain.mix, form)(x, mixes, starts)
     return result
 
 

@@ -17,9 +17,17 @@ KAPPA_EPS = 1e-12
 HEAD_NORM_EPS = 64e-5  # RWKV-LM: 1e-5 on y / 8, which is 64e-5 on y
 
 
-def mix(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements."""
-    return blend(x, F.pad(x, (0, 0, 1, -1)) - x, mixes)
+def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements.
+
+    starts: bool [B,T], true where a document begins: zeros come before that step.
+    """
+    return blend(x, without_others(F.pad(x, (0, 0, 1, -1)), starts) - x, mixes)
+
+
+def without_others(shifted: Tensor, starts: Tensor | None) -> Tensor:
+    """Inputs of one step earlier [B,T,C], zeros where a document begins: `starts`, bool [B,T], or None for nowhere."""
+    return shifted if starts is None else shifted.masked_fill(starts.unsqueeze(-1), 0.0)
 
 
 def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -43,15 +43,18 @@ class Block(nn.Module):
         self.ffn = version.ChannelMix(config, layer, fused_choice)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: BlockState | None
+        self, x: Tensor, v_first: Tensor | None, state: BlockState | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
-        """Output [B,T,C], v_first and state; v_first [B,T,C] is RWKV-7's, None before block 0; a state if one came."""
+        """Output [B,T,C], v_first and state; v_first [B,T,C] is RWKV-7's, None before block 0; a state if one came.
+
+        starts: bool [B,T], true where a document begins: it sees nothing of what came before, nor of the state.
+        """
         before, wkv, ffn_before = state or (None, None, None)
         att_input = self.ln1(x)
-        out, v_first, wkv = self.att(att_input, v_first, before, wkv)
+        out, v_first, wkv = self.att(att_input, v_first, before, wkv, starts)
         x = x + out
         ffn_input = self.ln2(x)
-        x = x + self.ffn(ffn_input, ffn_before)
+        x = x + self.ffn(ffn_input, ffn_before, starts)
         if state is None:
             return x, v_first, None
         return x, v_first, BlockState(att_input[:, -1].clone(), wkv, ffn_input[:, -1].clone())
@@ -91,9 +94,12 @@ class RWKV(nn.Module):
         """Logits [B,T,V] of int tokens [B,T], continuing from `state` if given."""
         return self.head(self._run(tokens, state)[0])
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Activations [B,T,C] after ln_out, on which `head_loss` applies the head."""
-        return self._run(tokens, None)[0]
+    def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Activations [B,T,C] after ln_out, on which `head_loss` applies the head.
+
+        starts: bool [B,T], true where a document begins: WKV's state and both token shifts begin at zero there.
+        """
+        return self._run(tokens, None, starts)[0]
 
     def forward_with_state(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits [B,T,V] and the state after the last token, to be passed in with the tokens that follow."""
@@ -113,7 +119,7 @@ class RWKV(nn.Module):
         wkv = shift.new_zeros(batch_size, widths.n_head, widths.head_size, widths.head_size, dtype=wkv_dtype)
         return [BlockState(shift, wkv, shift) for _ in self.blocks]
 
-    def _run(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _run(self, tokens: Tensor, state: State | None, starts: Tensor | None = None) -> tuple[Tensor, State]:
         x = self.emb(tokens)  # [B,T,C]
         first = self.blocks[0]
         assert isinstance(first, Block)
@@ -124,9 +130,9 @@ class RWKV(nn.Module):
             before = None if state is None else state[layer]
             if self.grad_cp and torch.is_grad_enabled():
                 x, v_first, block_state = checkpoint(
-                    block, x, v_first, before, use_reentrant=False, preserve_rng_state=False
+                    block, x, v_first, before, starts, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, v_first, block_state = block(x, v_first, before)
+                x, v_first, block_state = block(x, v_first, before, starts)
             after.append(block_state)
         return self.ln_out(x), after

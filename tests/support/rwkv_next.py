@@ -33,11 +33,11 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(C)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, None, Tensor]:
         r, k, v = (layer(x).unflatten(-1, (self.n_head, -1)) for layer in (self.receptance, self.key, self.value))
         w = self.decay.expand_as(r).contiguous()
-        y, wkv = ops.wkv6(r, k, v, w, torch.zeros_like(self.decay), wkv, backend=self.wkv_backend)
+        y, wkv = ops.wkv6(r, k, v, w, torch.zeros_like(self.decay), wkv, starts=starts, backend=self.wkv_backend)
         gate = linear(torch.tanh(linear(x, self.g1.t())), self.g2.t())
         y = y.flatten(2) * self.ln_x.weight + self.ln_x.bias
         return self.output(y * (1 + gate)), v_first, wkv

@@ -28,9 +28,10 @@ class GatedChannelMix(nn.Module):
         self.receptance = Linear(widths.embd, widths.embd)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
+    def forward(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
+        """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
         mixes = [self.get_parameter(name) for name in self.mix_names]
-        x_k, x_r = token_shift_mix(
-            x, before, [1 - m.to(x.dtype) for m in mixes] if self.mixes_current else mixes, self.fused
-        )
+        if self.mixes_current:
+            mixes = [1 - m.to(x.dtype) for m in mixes]
+        x_k, x_r = token_shift_mix(x, before, mixes, self.fused, starts)
         return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))

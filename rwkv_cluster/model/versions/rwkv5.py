@@ -39,15 +39,15 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, None, Tensor]:
-        """x [B,T,C], before [B,C], wkv [B,H,N,N] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
+        """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x_r, x_k, x_v, x_g = token_shift_mix(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused)
+        x_r, x_k, x_v, x_g = token_shift_mix(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused, starts)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
-        y, wkv = ops.wkv5(r, k, v, decay, bonus, wkv, backend=self.wkv_backend)
+        y, wkv = ops.wkv5(r, k, v, decay, bonus, wkv, starts=starts, backend=self.wkv_backend)
         norm = self.ln_x
         z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
         return self.output(z), v_first, wkv

@@ -45,22 +45,23 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, None, Tensor]:
-        """x [B,T,C], before [B,C], wkv [B,H,N,N] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
-        x_w, x_k, x_v, x_r, x_g = self._mix(x, before)
+        """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
+        x_w, x_k, x_v, x_r, x_g = self._mix(x, before, starts)
         hidden = torch.tanh(linear(x_w, self.time_decay_w1.t()))  # [B,T,D]
         w = linear(hidden, self.time_decay_w2.t(), self.time_decay.flatten())  # [B,T,A]
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
-        y, wkv = ops.wkv6(r, k, v, w, self.time_faaaa.to(r.dtype), wkv, backend=self.wkv_backend)
+        bonus = self.time_faaaa.to(r.dtype)  # [H,N]
+        y, wkv = ops.wkv6(r, k, v, w, bonus, wkv, starts=starts, backend=self.wkv_backend)
         norm = self.ln_x
         z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
         return self.output(z), v_first, wkv
 
-    def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
+    def _mix(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> list[Tensor]:
         """The inputs of w, k, v, r, g, in this order: 5 x [B,T,C]."""
-        delta = shift_delta(x, before)
+        delta = shift_delta(x, before, starts)
         (base,) = fused.blend(x, delta, (self.time_maa_x,), choice=self.fused)
         low = torch.tanh(linear(base, self.time_maa_w1.t()))  # [B,T,5M]
         constant = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)

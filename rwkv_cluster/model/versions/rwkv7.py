@@ -46,10 +46,10 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(C)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None
+        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, v_first [B,T,C] (None in block 0), before [B,C], wkv [B,H,N,N] -> out, v_first, final wkv."""
-        x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before)
+        """x, v_first [B,T,C] (block 0: None), before [B,C], wkv [B,H,N,N], starts [B,T] -> out, v_first, final wkv."""
+        x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before, starts)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)
@@ -63,14 +63,14 @@ class TimeMix(nn.Module):
 
         k, removed, replaced = fused.prepare_keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
         r, omega, k, v, removed, replaced = (self._heads(z) for z in (r, omega, k, v, removed, replaced))
-        y, wkv = ops.wkv7(r, omega, k, v, removed, replaced, wkv, backend=self.wkv_backend)  # [B,T,H,N]
+        y, wkv = ops.wkv7(r, omega, k, v, removed, replaced, wkv, starts=starts, backend=self.wkv_backend)  # [B,T,H,N]
         norm = self.ln_x
         z = fused.gated_readout(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
         return self.output(z), v_first, wkv
 
-    def _mix(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
+    def _mix(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> list[Tensor]:
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        return token_shift_mix(x, before, mixes, self.fused)  # 6 x [B,T,C]
+        return token_shift_mix(x, before, mixes, self.fused, starts)  # 6 x [B,T,C]
 
     def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
         return z.unflatten(-1, (self.n_head, -1))
@@ -87,8 +87,9 @@ class ChannelMix(nn.Module):
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:  # [B,T,C], [B,C] -> [B,T,C]
-        (k,) = token_shift_mix(x, before, (self.x_k,), self.fused)
+    def forward(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
+        """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
+        (k,) = token_shift_mix(x, before, (self.x_k,), self.fused, starts)
         return self.value(fused.squared_relu(self.key(k), choice=self.fused))
 
 
