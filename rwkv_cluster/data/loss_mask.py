@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -71,10 +72,12 @@ class LossMaskWriter:
         self._file.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None and self._held.size:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None and self._held.size:
             self._file.write(np.packbits(self._held, bitorder="little").tobytes())
-        self._file.__exit__(*error)
+        self._file.__exit__(kind, error, traceback)
 
     @property
     def digest(self) -> FileDigest:
