@@ -42,10 +42,11 @@ class FileRecord(_Part):
 
 
 class ValidationRecord(_Part):
-    """The held-out documents, in `val.bin` and `val.idx`."""
+    """The held-out documents, in `val.bin` and `val.idx`. n_trained: see `DataManifest`, of `val.mask`."""
 
     n_tokens: Count
     n_documents: Count
+    n_trained: Count | None = None
 
 
 class DataManifest(_Part):
@@ -53,8 +54,9 @@ class DataManifest(_Part):
 
     prefix: of the training token file, relative to the directory; `adopted`, when set, is the absolute prefix of a
     token file that is used where it is, and then holds instead. Use `token_prefix`. n_documents: items in the file,
-    duplication included. n_source_documents: documents in the input, those held out included. files: by name, of this
-    directory or beside `adopted`. options: the settings that decide the content.
+    duplication included. n_source_documents: documents in the input, those held out included. n_trained: tokens that
+    are trained on, which `train.mask` marks; None where it is all of them, and there is no such file. files: by name,
+    of this directory or beside `adopted`. options: the settings that decide the content.
     """
 
     version: Literal[1]
@@ -66,6 +68,7 @@ class DataManifest(_Part):
     n_source_documents: Count
     n_empty_documents: Count = 0
     n_bad_lines: Count = 0
+    n_trained: Count | None = None
     dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"]
     vocab_size: Annotated[int, Field(ge=1, lt=2**63)]
     files: dict[PlainName, FileRecord]
@@ -79,15 +82,18 @@ class DataManifest(_Part):
     def _names_its_files(self) -> DataManifest:
         if self.adopted is not None and (not os.path.isabs(self.adopted) or ".." in Path(self.adopted).parts):
             raise ValueError("adopted is not an absolute path")
-        needed = {f"{self.prefix}.bin", f"{self.prefix}.idx"} | ({"val.bin", "val.idx"} if self.validation else set())
+        needed = _token_files(self.prefix, self.n_trained)
+        if self.validation:
+            needed |= _token_files("val", self.validation.n_trained)
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the training tokens, their dtype or the vocabulary size."""
-        content = [self.files[f"{self.prefix}.{suffix}"].sha256 for suffix in ("bin", "idx")]
+        """16 hexadecimal digits that change with the training tokens, their mask, dtype or the vocabulary size."""
+        suffixes = ["bin", "idx"] if self.n_trained is None else ["bin", "idx", "mask"]
+        content = [self.files[f"{self.prefix}.{suffix}"].sha256 for suffix in suffixes]
         return hashlib.sha256(_canonical([content, self.dtype, self.vocab_size])).hexdigest()[:16]
 
     def token_prefix(self, out_dir: Path) -> Path:
@@ -112,7 +118,15 @@ class DataManifest(_Part):
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
-        return (json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n").encode()
+        record = self.model_dump()
+        for part in (record, record["validation"] or {}):
+            if part.get("n_trained", 0) is None:  # data without a mask has the manifest that it always had
+                del part["n_trained"]
+        return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _token_files(prefix: str, n_trained: int | None) -> set[str]:
+    return {f"{prefix}.{suffix}" for suffix in ("bin", "idx", *([] if n_trained is None else ["mask"]))}
 
 
 def _canonical(value: Any) -> bytes:

@@ -135,27 +135,42 @@ def kind_name(value: object) -> str:
     return _KIND_NAMES.get(type(value), "a number")
 
 
-def parse_line(line: bytes, field: str) -> str | list[int]:
-    """The document of a JSONL line: a string or a list of integers. Raises BadLine."""
+def parse_object(line: bytes, field: str) -> dict[str, Any]:
+    """The object of a JSONL line. field: one that it should have, for the message. Raises BadLine."""
     record = _parse_json(line)
     if type(record) is list and record and type(record[0]) in (dict, list, str):
         raise BadLine(f"is a JSON array; {ONE_A_LINE}", SPLIT_ARRAY)
     if type(record) is not dict:
         raise BadLine(f'is {kind_name(record)}, expected an object like {{"{field}": ...}}')
+    return record
+
+
+def field_names(record: dict[str, Any]) -> str:
+    """Which fields an object has, for messages."""
+    return ", ".join(f'"{key[:40]}"' for key in list(record)[:5]) or "no fields"
+
+
+def parse_line(line: bytes, field: str) -> str | list[int]:
+    """The document of a JSONL line: a string or a list of integers. Raises BadLine."""
+    record = parse_object(line, field)
     if field not in record:
-        present = ", ".join(f'"{key[:40]}"' for key in list(record)[:5]) or "no fields"
-        raise BadLine(f'has no field "{field}" (it has {present}); data.text_field names the field to read')
+        raise BadLine(f'has no field "{field}" (it has {field_names(record)}); data.text_field names the field to read')
     value = record[field]
     if type(value) is str:
         if b"\\" in line and _SURROGATE_ESCAPE.search(line):
             _refuse_lone_surrogates(value, field)
     elif type(value) is list:
-        for index, element in enumerate(value) if not set(map(type, value)) <= {int} else ():
-            if type(element) is not int:
-                raise BadLine(f'"{field}" has {kind_name(element)} that is no integer at index {index}')
+        require_integers(value, field)
     else:
         raise BadLine(f'"{field}" is {kind_name(value)}, expected a string or a list of integers')
     return value
+
+
+def require_integers(values: list[Any], field: str) -> None:
+    """Raises BadLine where a list of the field is not all integers."""
+    for index, element in enumerate(values) if not set(map(type, values)) <= {int} else ():
+        if type(element) is not int:
+            raise BadLine(f'"{field}" has {kind_name(element)} that is no integer at index {index}')
 
 
 def _parse_json(line: bytes) -> Any:

@@ -3,6 +3,8 @@
 Every document ends with token 0. Values (arrays, lists in JSONL) mean what the tokenizer says: integer and angle
 tokenizers map value v to id v + 1; for every other tokenizer they are token ids already, and a final 0 that is there
 is not doubled. But an array of uint8 holds bytes: the byte tokenizer maps them to byte + 1, as it does with text.
+
+Where rows of JSONL say what is not trained on, their documents consist of marked tokens: see `marked_tokens`.
 """
 
 from __future__ import annotations
@@ -16,10 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_cluster.data.conversations.row_format import TEXT_ROWS, RowRules
 from rwkv_cluster.data.inputs.bad_lines import FIX, BadLine
-from rwkv_cluster.data.inputs.readers import LineBlock, Values, decode_text, document_blocks, parse_line
+from rwkv_cluster.data.inputs.labelled_tokens import read_labelled
+from rwkv_cluster.data.inputs.readers import (
+    LineBlock,
+    Values,
+    decode_text,
+    document_blocks,
+    parse_line,
+    parse_object,
+)
 from rwkv_cluster.data.inputs.refused_formats import fill_in
 from rwkv_cluster.data.inputs.sources import Source
+from rwkv_cluster.data.preparation import marked_tokens
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.tokenizer import (
     AngleTokenizer,
@@ -55,8 +67,9 @@ class LargeFile:
 class Encoded:
     """Documents as token ids, in input order.
 
-    tokens: 1-D, of the token file's dtype, each document with its final 0. lengths: [n] int64. digests: [n] uint64 when
-    there is a validation split. jsonl: the documents as lines. contents: sha256 of the sources that were read whole.
+    tokens: 1-D, of the token file's dtype or marked, each document with its final 0. lengths: [n] int64. digests: [n]
+    uint64 when there is a validation split. jsonl: the documents as lines. contents: sha256 of the sources that were
+    read whole.
     """
 
     tokens: np.ndarray
@@ -88,7 +101,7 @@ class DocumentEncoder:
     """Encodes documents for one token file. Holds no state: copies of it in worker processes give the same result.
 
     digest_key: seed of the documents' digests, or None without a validation split. with_jsonl: also give the documents
-    as JSONL, for inputs that are not JSONL yet.
+    as JSONL, for inputs that are not JSONL yet. rows: what the rows of JSONL files are, by default text.
     """
 
     def __init__(
@@ -99,15 +112,19 @@ class DocumentEncoder:
         skip_bad_lines: bool = False,
         digest_key: int | None = None,
         with_jsonl: bool = False,
+        rows: RowRules = TEXT_ROWS,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = int(tokenizer.vocab_size)
         self.dtype = np.dtype(id_dtype(self.vocab_size))
+        self.stored_dtype = marked_tokens.DTYPE if rows.have_marks else self.dtype
+        self._rows = rows
         self.with_jsonl = with_jsonl
         self._text_field = text_field
         self._skip_bad_lines = skip_bad_lines
         self._digest_key = None if digest_key is None else digest_key.to_bytes(8, "little")
         self._offset = 1 if isinstance(tokenizer, IntegerTokenizer | AngleTokenizer) else 0
+        self._row_encoders = {"text": self._encode_text_row, "tokens": self._encode_token_row}
         self._trusted = is_built_in(tokenizer)
         self._encode = tokenizer.encode_to_array if self._trusted else partial(encode_to_array, tokenizer)
 
@@ -169,29 +186,45 @@ class DocumentEncoder:
         documents: list[np.ndarray] = []
         bad: list[str] = []
         n_empty, name, remedy = 0, str(block.path), FIX
+        encode_row = self._row_encoders[self._rows.format_of(block.path)]
         if block.too_long:
             bad.append(f"{name}:{block.first_line}: is longer than 32 MiB")
         for number, line in block.lines():
             try:
-                value = parse_line(line, self._text_field)
+                document = encode_row(line, f"{name}:{number}")
             except BadLine as error:
                 bad.append(f"{name}:{number}: {error}")
                 remedy = fill_in(error.remedy, block.path)
                 if not self._skip_bad_lines:
                     break
                 continue
-            if not value or (isinstance(value, str) and value.isspace()):
+            if document is None:
                 n_empty += 1
-            elif isinstance(value, str):
-                documents.append(self.encode_text(value, f"{name}:{number}"))
             else:
-                documents.append(self.encode_list(value, f"{name}:{number}"))
+                documents.append(document)
         if bad and not self._skip_bad_lines:
             raise DataError(f"{bad[0]}", remedy=remedy)
-        encoded = self._collect(documents)
+        encoded = self._collect(documents, terminated=self._rows.have_marks)
         encoded.n_empty, encoded.n_bad_lines = encoded.n_empty + n_empty, len(bad)
         encoded.bad_lines = bad[:_SHOWN_BAD_LINES]
         return encoded
+
+    def _encode_text_row(self, line: bytes, place: str) -> np.ndarray | None:
+        """A row's document, with its final 0 where rows have marks; None for an empty one. Raises BadLine."""
+        value = parse_line(line, self._text_field)
+        if not value or (isinstance(value, str) and value.isspace()):
+            return None
+        ids = self.encode_text(value, place) if isinstance(value, str) else self.encode_list(value, place)
+        return marked_tokens.marked(np.append(ids, 0), True) if self._rows.have_marks else ids
+
+    def _encode_token_row(self, line: bytes, place: str) -> np.ndarray | None:
+        """The same of a row of tokens with labels or a mask. Raises BadLine."""
+        values, trained = read_labelled(parse_object(line, "input_ids"))
+        if not values:
+            return None
+        ids, ends = self.encode_list(values, place), self._offset == 0 and values[-1] == 0
+        bits = trained if ends else np.append(trained, trained[-1])
+        return marked_tokens.marked(np.append(ids, 0), bits)
 
     def encode_files(self, block: FileBlock) -> list[Encoded | LargeFile]:
         """One document for each text file, or LargeFile where a file exceeds LARGE_TEXT_BYTES."""
@@ -236,7 +269,7 @@ class DocumentEncoder:
         digests = []
         for document in documents:
             digest = self.new_digest()
-            digest.update(document)
+            digest.update(marked_tokens.plain_ids(document, self.dtype))
             digests.append(digest.value())
         return np.array(digests, np.uint64)
 
@@ -246,10 +279,11 @@ class DocumentEncoder:
         n_empty = len(documents) - len(nonempty)
         bare = [document[:-1] for document in nonempty] if terminated else nonempty
         lengths = np.fromiter(map(len, bare), np.int64, len(bare)) + 1
-        tokens = np.empty(int(lengths.sum()), self.dtype)
+        tokens = np.empty(int(lengths.sum()), self.stored_dtype)
         zero = np.zeros(1, self.dtype)
-        if bare:
-            np.concatenate([part for document in bare for part in (document, zero)], out=tokens, casting="unsafe")
+        parts = nonempty if terminated else [part for document in bare for part in (document, zero)]
+        if parts:
+            np.concatenate(parts, out=tokens, casting="unsafe")
         return Encoded(tokens, lengths, self._digests(bare), n_empty=n_empty)
 
     def _check_ids(self, ids: np.ndarray, place: str) -> None:

@@ -1,5 +1,7 @@
 """Prepare data: inputs -> `train.bin`, `train.idx`, a copy of the tokenizer, `manifest.json` in one directory.
 
+Where some tokens are not trained on, `train.mask` is beside them (`val.mask` too where documents are held out).
+
 Documents are tokenized in input order into a store (`token_store`), by worker processes where there is much of it, then
 split and shuffled into the token files (`shuffle_split`). Everything happens in a temporary folder of the same
 directory; the old manifest is removed, the files are renamed into place, and the new manifest is written last, so a
@@ -15,21 +17,24 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import TokenFileWriter
+from rwkv_cluster.data.conversations.row_format import RowRules, row_rules
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
 from rwkv_cluster.data.manifest import VERSION, DataManifest, FileRecord, ValidationRecord, check_name, load_manifest
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.data.preparation.external_tokens import check_pair
+from rwkv_cluster.data.preparation.marked_tokens import MarkedTokensWriter
 from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
 from rwkv_cluster.data.preparation.shuffle_split import (
     Order,
+    Writer,
     all_documents,
     is_training,
     is_validation,
@@ -42,6 +47,7 @@ from rwkv_cluster.data.preparation.staleness import (
     content_options,
     named_inputs,
     read_cache,
+    rows_of,
     source_digest,
     source_stat,
     why_stale,
@@ -51,7 +57,7 @@ from rwkv_cluster.data.preparation.token_store import EncodedDocuments
 from rwkv_cluster.data.preparation.tokenize import Progress, Tokenization, TokenizedInputs
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
-from rwkv_cluster.tokenizer import save_vocab, saved_name, tokenizer_identity
+from rwkv_cluster.tokenizer import id_dtype, save_vocab, saved_name, tokenizer_identity
 from rwkv_cluster.workdir import DATA_MANIFEST, remove_temporaries, sha256_file
 
 __all__ = ["DataManifest", "load_manifest", "prepare", "prepared_before", "reason_to_prepare", "write_pair"]
@@ -128,7 +134,8 @@ def prepared_before(
         manifest = load_manifest(out_dir)
     except DataError:
         return None
-    options = content_options(data, jsonl=bool(manifest.options.get("write_jsonl")))
+    written = bool(manifest.options.get("write_jsonl"))
+    options = content_options(data, jsonl=written, rows=rows_of(data, manifest))
     same_inputs = read_cache(Path(out_dir))[0] == named_inputs(data)
     same = manifest.name == name and manifest.tokenizer == tokenizer_identity(tokenizer) and manifest.options == options
     return manifest if same_inputs and same else None
@@ -179,13 +186,20 @@ class _Job:
         return only_tokens and self.data.validation_fraction == 0
 
     @property
+    def dtype(self) -> np.dtype:
+        """The token files' dtype."""
+        return np.dtype(id_dtype(int(self.tokenizer.vocab_size)))
+
+    @property
     def vocabulary(self) -> str:
         """Name of the copy of the tokenizer's file."""
         return saved_name(self.tokenizer)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"in_place": True} if self.is_in_place else content_options(self.data, jsonl=self.writes_jsonl)
+    def options(self, rows: str) -> dict[str, Any]:
+        """What the manifest says of the settings. rows: see `content_options`."""
+        if self.is_in_place:
+            return {"in_place": True}
+        return content_options(self.data, jsonl=self.writes_jsonl, rows=rows)
 
     def reusable(self, *, refresh: bool) -> DataManifest | str:
         """The manifest of an earlier preparation that still holds, or why there is none."""
@@ -202,7 +216,7 @@ class _Job:
             Wanted(
                 name=self.name,
                 tokenizer=tokenizer_identity(self.tokenizer),
-                options=self.options,
+                options=self.options(rows_of(self.data, manifest)),
                 n_arrays=len(self.arrays),
                 array_digests=self._array_digests,
                 named=named_inputs(self.data),
@@ -234,19 +248,22 @@ class _Job:
         with temporary_folder(self.out_dir) as folder:
             finished = folder / "finished"
             finished.mkdir()
-            store, filled, jsonl = self._fill(folder, finished)
-            parts = self._write(store, folder, finished)
+            rows = row_rules(self.data, self.sources)
+            store, filled, jsonl = self._fill(rows, folder, finished)
+            parts = self._write(store, folder, finished, have_marks=rows.have_marks)
             files = parts[0].files | (parts[1].files if len(parts) > 1 else {})
             if jsonl is not None:
                 files[jsonl.path.name] = jsonl.digest
             manifest = self._manifest(
                 files | {self.vocabulary: self._save_vocab(finished)},
+                self.options(rows.name),
                 n_tokens=parts[0].n_tokens,
                 n_documents=parts[0].n_documents,
+                n_trained=parts[0].n_trained,
                 n_source_documents=store.n_documents,
                 n_empty_documents=filled.n_empty,
                 n_bad_lines=filled.n_bad_lines,
-                dtype=store.dtype.name,
+                dtype=self.dtype.name,
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
                 validation=_validation_record(parts),
             )
@@ -267,6 +284,7 @@ class _Job:
             finished.mkdir()
             manifest = self._manifest(
                 files | {self.vocabulary: self._save_vocab(finished)},
+                self.options("text"),
                 adopted=None if inside else os.path.abspath(source.path),
                 n_tokens=pair.tokens.n_tokens,
                 n_documents=pair.n_documents,
@@ -279,15 +297,18 @@ class _Job:
         write_cache(self.out_dir, named_inputs(self.data), stats, [pair.content])
         return manifest
 
-    def _fill(self, folder: Path, finished: Path) -> tuple[EncodedDocuments, TokenizedInputs, HashedFile | None]:
+    def _fill(
+        self, rows: RowRules, folder: Path, finished: Path
+    ) -> tuple[EncodedDocuments, TokenizedInputs, HashedFile | None]:
         encoder = DocumentEncoder(
             self.tokenizer,
             text_field=self.data.text_field,
             skip_bad_lines=self.data.skip_bad_lines,
             digest_key=self.data.seed if self.data.validation_fraction else None,
             with_jsonl=self.writes_jsonl,
+            rows=rows,
         )
-        store = EncodedDocuments(folder, encoder.dtype, with_digests=encoder.has_digests)
+        store = EncodedDocuments(folder, encoder.stored_dtype, with_digests=encoder.has_digests)
         with ExitStack() as files:
             jsonl = files.enter_context(HashedFile(finished / f"{self.name}.jsonl")) if self.writes_jsonl else None
             filled = Tokenization(encoder, store, jsonl, folder).fill(
@@ -302,27 +323,30 @@ class _Job:
         _require_documents(store, self.sources)
         return store, filled, jsonl
 
-    def _write(self, store: EncodedDocuments, folder: Path, finished: Path) -> list[TokenFileWriter]:
+    def _write(self, store: EncodedDocuments, folder: Path, finished: Path, *, have_marks: bool) -> list[_WrittenPart]:
+        """The training documents, and those held out. Masks stay only where some token is not trained on."""
         fraction = self.data.validation_fraction
         threshold = split_threshold(store, fraction) if fraction else 0
         seed = self.data.seed if self.data.shuffle else None
         passes = self.data.n_epochs_duplication
         progress = Progress("writing", folder, None if fraction else store.n_tokens * passes)
-        with TokenFileWriter(finished / self.name, store.dtype) as train:
+        new_writer = MarkedTokensWriter if have_marks else TokenFileWriter
+        with new_writer(finished / self.name, self.dtype) as train:
             chosen = is_training(threshold) if fraction else all_documents
             write_documents(store, train, chosen, folder, Order(passes, seed), progress.advance)
-        if not fraction:
-            return [train]
-        with TokenFileWriter(finished / _VALIDATION, store.dtype) as held_out:
-            write_documents(store, held_out, is_validation(threshold), folder, Order(1, seed, side=1))
-        return [train, held_out]
+        writers: list[Writer] = [train]
+        if fraction:
+            with new_writer(finished / _VALIDATION, self.dtype) as held_out:
+                write_documents(store, held_out, is_validation(threshold), folder, Order(1, seed, side=1))
+            writers.append(held_out)
+        return _parts(writers, finished)
 
     def _save_vocab(self, finished: Path) -> FileDigest:
         path = finished / self.vocabulary
         save_vocab(self.tokenizer, path)
         return FileDigest(path.stat().st_size, sha256_file(path))
 
-    def _manifest(self, files: dict[str, Any], **fields: Any) -> DataManifest:
+    def _manifest(self, files: dict[str, Any], options: dict[str, Any], **fields: Any) -> DataManifest:
         records = {
             name: record if isinstance(record, FileRecord) else FileRecord(**record._asdict())
             for name, record in files.items()
@@ -334,7 +358,7 @@ class _Job:
             vocab_size=int(self.tokenizer.vocab_size),
             files=records,
             tokenizer=tokenizer_identity(self.tokenizer),
-            options=self.options,
+            options=options,
             n_sources=len(self.arrays) + len(self.sources),
             **fields,
         )
@@ -363,10 +387,11 @@ class _Job:
         names = [
             f"{self.name}.bin",
             f"{self.name}.idx",
+            f"{self.name}.mask",
             f"{self.name}.jsonl" if self.writes_jsonl else self.vocabulary,
         ]
         if self.data.validation_fraction:
-            names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx"]
+            names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx", f"{_VALIDATION}.mask"]
         outputs = {os.path.realpath(self.out_dir / name) for name in [*names, self.vocabulary, DATA_MANIFEST]}
         for source in self.sources:
             for path in source.files():
@@ -376,10 +401,38 @@ class _Job:
                     )
 
 
-def _validation_record(parts: list[TokenFileWriter]) -> ValidationRecord | None:
+class _WrittenPart(NamedTuple):
+    """A token file and what the manifest says of it. n_trained: None where it has no mask."""
+
+    files: dict[str, FileDigest]
+    n_tokens: int
+    n_documents: int
+    n_trained: int | None = None
+
+
+def _parts(writers: Sequence[Writer], finished: Path) -> list[_WrittenPart]:
+    """What was written into `finished`. Masks that mark every token say nothing and are removed."""
+    n_trained = [writer.n_trained if isinstance(writer, MarkedTokensWriter) else writer.n_tokens for writer in writers]
+    if n_trained != [writer.n_tokens for writer in writers]:
+        return [
+            _WrittenPart(writer.files, writer.n_tokens, writer.n_documents, trained)
+            for writer, trained in zip(writers, n_trained, strict=True)
+        ]
+    parts = []
+    for writer in writers:
+        masks = [name for name in writer.files if name.endswith(".mask")]
+        for name in masks:
+            (finished / name).unlink()
+        files = {name: digest for name, digest in writer.files.items() if name not in masks}
+        parts.append(_WrittenPart(files, writer.n_tokens, writer.n_documents))
+    return parts
+
+
+def _validation_record(parts: list[_WrittenPart]) -> ValidationRecord | None:
     if len(parts) == 1:
         return None
-    return ValidationRecord(n_tokens=parts[1].n_tokens, n_documents=parts[1].n_documents)
+    held_out = parts[1]
+    return ValidationRecord(n_tokens=held_out.n_tokens, n_documents=held_out.n_documents, n_trained=held_out.n_trained)
 
 
 def _require_documents(store: EncodedDocuments, sources: Sequence[Source]) -> None:
@@ -397,7 +450,8 @@ def _names(paths: Sequence[Path]) -> str:
 
 def _summary(manifest: DataManifest) -> str:
     held_out = f", {manifest.validation.n_documents} held out" if manifest.validation else ""
+    trained = "" if manifest.n_trained is None else f" ({manifest.n_trained:,} trained on)"
     return (
-        f"{manifest.n_tokens:,} tokens, {manifest.n_documents:,} documents from {manifest.n_source_documents:,}"
-        f"{held_out}, {manifest.dtype}, vocabulary {manifest.vocab_size:,}"
+        f"{manifest.n_tokens:,} tokens{trained}, {manifest.n_documents:,} documents from "
+        f"{manifest.n_source_documents:,}{held_out}, {manifest.dtype}, vocabulary {manifest.vocab_size:,}"
     )

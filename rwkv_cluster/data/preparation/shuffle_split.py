@@ -22,6 +22,7 @@ import numpy as np
 
 from rwkv_cluster.data.binidx import TokenFileWriter
 from rwkv_cluster.data.hashed_file import as_bytes
+from rwkv_cluster.data.preparation.marked_tokens import MarkedTokensWriter
 from rwkv_cluster.data.preparation.token_store import Block, EncodedDocuments
 from rwkv_cluster.errors import DataError
 
@@ -30,6 +31,7 @@ _BOOKKEEPING_BYTES = 64  # of memory for each document of a region, beside its t
 _OUTPUT_BYTES = 1 << 20
 _DIGEST_BINS = 1 << 16
 
+Writer = TokenFileWriter | MarkedTokensWriter
 Choose = Callable[[Block], np.ndarray]  # which documents of a block take part: [n] bool
 
 
@@ -94,7 +96,7 @@ class Order:
 
 def write_documents(
     store: EncodedDocuments,
-    writer: TokenFileWriter,
+    writer: Writer,
     choose: Choose,
     scratch: Path,
     order: Order,
@@ -110,7 +112,7 @@ def write_documents(
 
 
 def _write_in_input_order(
-    store: EncodedDocuments, writer: TokenFileWriter, choose: Choose, advance: Callable[[int], None]
+    store: EncodedDocuments, writer: Writer, choose: Choose, advance: Callable[[int], None]
 ) -> None:
     for block in store.blocks():
         chosen = np.flatnonzero(choose(block))
@@ -126,7 +128,7 @@ def _write_in_input_order(
 
 
 def _copy_large(
-    store: EncodedDocuments, first: int, length: int, writer: TokenFileWriter, advance: Callable[[int], None]
+    store: EncodedDocuments, first: int, length: int, writer: Writer, advance: Callable[[int], None]
 ) -> None:
     for tokens in store.token_blocks(first, length):
         writer.write_tokens(tokens)
@@ -233,7 +235,7 @@ class _Shuffle:
             n_tokens += np.bincount(regions, lengths, self._n_regions).astype(np.int64)  # exact below 2**53
         return _Regions(n_documents, n_tokens)
 
-    def write(self, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
+    def write(self, writer: Writer, advance: Callable[[int], None]) -> None:
         try:
             self._scatter()
             for region in range(self._n_regions):
@@ -283,7 +285,7 @@ class _Shuffle:
             document[region] += stop - start
             token[region] += last - first
 
-    def _write_region(self, region: int, writer: TokenFileWriter, advance: Callable[[int], None]) -> None:
+    def _write_region(self, region: int, writer: Writer, advance: Callable[[int], None]) -> None:
         first, count = int(self._regions.first_document[region]), int(self._regions.n_documents[region])
         tokens = self._tokens.read(int(self._regions.first_token[region]), int(self._regions.n_tokens[region]))
         lengths = self._lengths.read(first, count)
@@ -304,7 +306,7 @@ def _write_ordered(
     tokens: np.ndarray,
     lengths: np.ndarray,
     order: np.ndarray,
-    writer: TokenFileWriter,
+    writer: Writer,
     advance: Callable[[int], None],
 ) -> None:
     """Write documents in order, a few megabytes at a time."""

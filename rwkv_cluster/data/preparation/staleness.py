@@ -30,8 +30,12 @@ FORMAT = 1  # raise when the same input and options give other bytes than before
 _RECENT_NS = 3_000_000_000  # a file changed this recently may change again within its time stamp's resolution
 
 
-def content_options(data: DataConfig, *, jsonl: bool) -> dict[str, Any]:
-    """The settings that decide what is written, as they are compared and stored."""
+def content_options(data: DataConfig, *, jsonl: bool, rows: str) -> dict[str, Any]:
+    """The settings that decide what is written, as they are compared and stored.
+
+    rows: what the rows of JSONL files are, see `RowRules.name`. What all is text is stored as it was before there were
+    other rows, so that it is used again.
+    """
     names = (
         "sequence_length",
         "n_epochs_duplication",
@@ -40,11 +44,20 @@ def content_options(data: DataConfig, *, jsonl: bool) -> dict[str, Any]:
         "validation_fraction",
         "shuffle",
     )
-    return {name: getattr(data, name) for name in names} | {
-        "seed": data.seed,
-        "write_jsonl": data.write_jsonl and jsonl,
-        "format": FORMAT,
-    }
+    return (
+        {name: getattr(data, name) for name in names}
+        | {
+            "seed": data.seed,
+            "write_jsonl": data.write_jsonl and jsonl,
+            "format": FORMAT,
+        }
+        | ({} if rows == "text" else {"rows": rows})
+    )
+
+
+def rows_of(data: DataConfig, manifest: DataManifest) -> str:
+    """What the rows are if the content is what it was: where `data` leaves that to the content, they are the same."""
+    return manifest.options.get("rows", "text") if data.format == "auto" else data.format
 
 
 def new_array_digest(array: np.ndarray, sequence_length: int) -> Any:

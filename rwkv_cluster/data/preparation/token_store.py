@@ -1,8 +1,8 @@
 """Encoded documents on disk in input order, between tokenizing and shuffling.
 
-Three flat files in the temporary directory: tokens (of the token file's dtype), lengths (int32 a document) and, for a
-validation split, digests (uint64 a document). Everything reads them in blocks, so that memory stays the same for any
-number and any length of documents.
+Three flat files in the temporary directory: tokens (of the token file's dtype, or marked, see `marked_tokens`), lengths
+(int32 a document) and, for a validation split, digests (uint64 a document). Everything reads them in blocks, so that
+memory stays the same for any number and any length of documents.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from rwkv_cluster.data.inputs.sources import Source, content_digest, read_blocks
 from rwkv_cluster.data.preparation.encode import DocumentEncoder, Encoded, FileBlock, LargeFile, text_line
 from rwkv_cluster.data.preparation.encode_large_file import encode_large_text
 from rwkv_cluster.data.preparation.external_tokens import token_documents
+from rwkv_cluster.data.preparation.marked_tokens import plain_ids
 from rwkv_cluster.data.preparation.publish import PROGRESS_NAME
 from rwkv_cluster.data.preparation.staleness import new_array_digest
 from rwkv_cluster.data.preparation.token_store import EncodedDocuments
@@ -143,7 +144,7 @@ class Tokenization:
                 path.unlink()
             return
         for pieces in token_documents(source.path, self._encoder.vocab_size):
-            self._add_pieces(((piece.astype(self._store.dtype), None) for piece in pieces), str(source.path))
+            self._add_pieces(((piece.astype(self._encoder.dtype), None) for piece in pieces), str(source.path))
 
     def _decompressed(self, source: Source) -> Path:
         if not source.compression:
@@ -158,7 +159,7 @@ class Tokenization:
         for values in rows:
             encoded = self._encoder.encode_rows(values)
             if digest is not None:
-                digest.update(encoded.tokens.data)
+                digest.update(plain_ids(encoded.tokens, self._encoder.dtype).data)
             self._add(encoded, filled)
 
     def _add_large_text(self, part: LargeFile, filled: TokenizedInputs) -> None:

@@ -1,0 +1,1 @@
+"""Rows of JSONL that say what is trained on: conversations and tokens with labels."""
