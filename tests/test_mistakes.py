@@ -368,6 +368,7 @@ def test_data_is_no_configuration(run: Run) -> None:
         (line("ab"), 32, 3, "a model.ctx_len of at most 1"),
         (line("a"), 32, 2, "at least 3 tokens"),
         (line("abc" * 30), 1000, 91, "a model.ctx_len of at most 30"),
+        (line("abc" * 30), 90, 91, "a model.ctx_len of at most 30, or data.order=all"),
     ],
 )
 def test_too_little_data(content: str, ctx_len: int, n_tokens: int, remedy: str, run: Run) -> None:

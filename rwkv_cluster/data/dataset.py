@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.sampler import SamplePlan
+from rwkv_cluster.data.windows import TokenBatch, Windows
 
 
-class TokenDataset(Dataset[Tensor]):
-    """Samples of one token file, addressed by sample number (from 1).
+class TokenDataset(Dataset[TokenBatch]):
+    """Samples of one token file, addressed by sample number (from 1)."""
 
-    Documents are not looked at: a sample is a flat slice of the file, as in RWKV-LM.
-    """
-
-    def __init__(self, tokens: IndexedTokens, sample_plan: SamplePlan) -> None:
-        self._tokens = tokens
+    def __init__(self, windows: Windows, sample_plan: SamplePlan) -> None:
+        self._windows = windows
         self._sample_plan = sample_plan
+        self._counted: tuple[int, int] | None = None  # a global batch, and its number of trained targets
 
-    def __getitem__(self, sample: int) -> Tensor:
-        """[T + 1] int64: inputs are all but the last, targets all but the first."""
-        return self.__getitems__([sample])[0]
+    def __getitem__(self, sample: int) -> TokenBatch:
+        """A batch of one sample."""
+        return self.__getitems__([sample])
 
-    def __getitems__(self, samples: Sequence[int]) -> Tensor:
-        """[len(samples), T + 1] int64."""
-        offsets = [self._sample_plan.offset(sample) for sample in samples]
-        return torch.from_numpy(self._tokens.read_rows(offsets, self._sample_plan.ctx_len + 1).astype(np.int64))
+    def __getitems__(self, samples: Sequence[int]) -> TokenBatch:
+        """A micro batch of samples of one optimizer step."""
+        batch = self._windows.read([self._sample_plan.window(sample) for sample in samples])
+        if batch.trained is None:
+            return batch
+        return batch._replace(n_trained=self._count_trained(self._sample_plan.batch_of(samples[0])))
+
+    def _count_trained(self, batch: int) -> int:
+        """Trained targets of a global batch, counted by each rank alone from the masks of all samples in it."""
+        if self._counted is None or self._counted[0] != batch:
+            samples = self._sample_plan.samples_of_batch(batch)
+            counts = (self._windows.count_trained(self._sample_plan.window(sample)) for sample in samples)
+            self._counted = (batch, sum(counts))
+        return self._counted[1]
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,16 @@ class MicroBatches:
 
 
 def validation_batches(
-    tokens: IndexedTokens, *, ctx_len: int, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Tensor | None]:
-    """[b, length + 1] int64 windows that cover the first `max_tokens` targets of a file once, in file order.
+    windows: Windows, *, batch_size: int, max_tokens: int, rank: int = 0, world_size: int = 1
+) -> Iterator[TokenBatch | None]:
+    """Batches that cover the first `max_tokens` targets of a file once, in file order.
 
-    The last window may be shorter than ctx_len and then comes alone. Ranks take whole batches in turn, so the sum
-    over ranks does not depend on their number. None stands for the turn of a rank for which none is left: each has as
-    many turns, since under ZeRO-3 no rank can compute alone.
+    Ranks take whole batches in turn, so the sum over ranks does not depend on their number. None stands for the turn of
+    a rank for which none is left: each has as many turns, since under ZeRO-3 no rank can compute alone.
     """
-    n_targets = min(tokens.n_tokens - 1, max_tokens)
-    full, rest = divmod(n_targets, ctx_len)
-    starts = [index * ctx_len for index in range(full)]
-    batches = [(starts[i : i + batch_size], ctx_len) for i in range(0, full, batch_size)]
-    if rest:
-        batches.append(([full * ctx_len], rest))
-    for turn in range(rank, -(-len(batches) // world_size) * world_size, world_size):
-        if turn >= len(batches):
+    groups = windows.groups(batch_size, max_tokens)
+    for turn in range(rank, -(-len(groups) // world_size) * world_size, world_size):
+        if turn >= len(groups):
             yield None
             return
-        group, length = batches[turn]
-        yield torch.from_numpy(tokens.read_rows(group, length + 1).astype(np.int64))
+        yield windows.read(*groups[turn])

@@ -34,7 +34,7 @@ def horizon(
     samples_per_epoch: int | None,
 ) -> Horizon:
     """The earliest of the given bounds; one epoch when none is given."""
-    epoch_samples = samples_per_epoch or plan.magic_prime
+    epoch_samples = samples_per_epoch or plan.order.n_windows
     if num_epochs is None and max_steps is None and max_tokens is None:
         num_epochs = 1
     bounds = []

@@ -41,12 +41,56 @@ class FileRecord(_Part):
     sha256: Sha256
 
 
+class PackingRecord(_Part):
+    """Windows of `ctx_len` positions into which documents were packed.
+
+    n_spans: documents or parts of one in them. n_positions: of the windows, without padding; n_trained: of these, on
+    whose targets the model is trained. n_split, n_cut, n_dropped: documents longer than a window, which are in several,
+    whose end alone is there, or that were left out. n_too_short: documents of one token, which predict nothing.
+    n_untrained: parts without a trained target, which were left out. n_positions_lost: that all this has left out.
+    """
+
+    ctx_len: Annotated[int, Field(ge=1)]
+    n_windows: Count
+    n_spans: Count
+    n_positions: Count
+    n_trained: Count
+    n_split: Count = 0
+    n_cut: Count = 0
+    n_dropped: Count = 0
+    n_too_short: Count = 0
+    n_untrained: Count = 0
+    n_positions_lost: Count = 0
+
+    @property
+    def waste(self) -> float:
+        """Share of the windows that is padding."""
+        return 1 - self.n_positions / (self.n_windows * self.ctx_len) if self.n_windows else 0.0
+
+    def in_words(self) -> str:
+        """What became of the documents, in a sentence's part."""
+        left_out = {
+            "longer ones split": self.n_split,
+            "longer ones cut to their end": self.n_cut,
+            "longer ones left out": self.n_dropped,
+            "of one token left out": self.n_too_short,
+            "parts without a trained token left out": self.n_untrained,
+        }
+        parts = [f"{number:,} {what}" for what, number in left_out.items() if number]
+        lost = f", {self.n_positions_lost:,} tokens lost by it" if self.n_positions_lost else ""
+        return (
+            f"{self.n_windows:,} windows of {self.ctx_len:,}, {self.n_positions:,} tokens packed, {self.n_trained:,} "
+            f"trained on, {self.waste:.1%} waste" + (f"; {', '.join(parts)}{lost}" if parts else "")
+        )
+
+
 class ValidationRecord(_Part):
-    """The held-out documents, in `val.bin` and `val.idx`. n_trained: see `DataManifest`, of `val.mask`."""
+    """The held-out documents, in `val.bin` and `val.idx`. n_trained, packing: as in `DataManifest`."""
 
     n_tokens: Count
     n_documents: Count
     n_trained: Count | None = None
+    packing: PackingRecord | None = None
 
 
 class DataManifest(_Part):
@@ -56,7 +100,8 @@ class DataManifest(_Part):
     token file that is used where it is, and then holds instead. Use `token_prefix`. n_documents: items in the file,
     duplication included. n_source_documents: documents in the input, those held out included. n_trained: tokens that
     are trained on, which `train.mask` marks; None where it is all of them, and there is no such file. files: by name,
-    of this directory or beside `adopted`. options: the settings that decide the content.
+    of this directory or beside `adopted`. packing: None where samples are slices of one stream. options: the settings
+    that decide the content.
     """
 
     version: Literal[1]
@@ -73,6 +118,7 @@ class DataManifest(_Part):
     vocab_size: Annotated[int, Field(ge=1, lt=2**63)]
     files: dict[PlainName, FileRecord]
     validation: ValidationRecord | None = None
+    packing: PackingRecord | None = None
     tokenizer: dict[str, Any]
     options: dict[str, Any]
     n_sources: Count
@@ -82,17 +128,17 @@ class DataManifest(_Part):
     def _names_its_files(self) -> DataManifest:
         if self.adopted is not None and (not os.path.isabs(self.adopted) or ".." in Path(self.adopted).parts):
             raise ValueError("adopted is not an absolute path")
-        needed = _token_files(self.prefix, self.n_trained)
+        needed = _token_files(self.prefix, self.n_trained, self.packing)
         if self.validation:
-            needed |= _token_files("val", self.validation.n_trained)
+            needed |= _token_files("val", self.validation.n_trained, self.validation.packing)
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the training tokens, their mask, dtype or the vocabulary size."""
-        suffixes = ["bin", "idx"] if self.n_trained is None else ["bin", "idx", "mask"]
+        """16 hexadecimal digits that change with the training tokens, mask, windows, dtype or the vocabulary size."""
+        suffixes = _suffixes(self.n_trained, self.packing)
         content = [self.files[f"{self.prefix}.{suffix}"].sha256 for suffix in suffixes]
         return hashlib.sha256(_canonical([content, self.dtype, self.vocab_size])).hexdigest()[:16]
 
@@ -103,6 +149,11 @@ class DataManifest(_Part):
     def validation_prefix(self, out_dir: Path) -> Path | None:
         """Prefix of the held-out token file, or None."""
         return Path(out_dir) / "val" if self.validation else None
+
+    @property
+    def validation_files(self) -> list[str]:
+        """Those of `files` that an evaluation reads."""
+        return [name for name in self.files if name.startswith("val.")]
 
     @property
     def run_files(self) -> list[str]:
@@ -120,13 +171,21 @@ class DataManifest(_Part):
         """The content of manifest.json."""
         record = self.model_dump()
         for part in (record, record["validation"] or {}):
-            if part.get("n_trained", 0) is None:  # data without a mask has the manifest that it always had
-                del part["n_trained"]
+            for name in ("n_trained", "packing"):  # plain data has the manifest that it always had
+                if part.get(name, 0) is None:
+                    del part[name]
         return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _token_files(prefix: str, n_trained: int | None) -> set[str]:
-    return {f"{prefix}.{suffix}" for suffix in ("bin", "idx", *([] if n_trained is None else ["mask"]))}
+def _suffixes(n_trained: int | None, packing: PackingRecord | None) -> list[str]:
+    """Endings of a token file's parts."""
+    masks = [] if n_trained is None else ["mask"]
+    windows = [] if packing is None else ["windows.bin", "windows.idx"]
+    return ["bin", "idx", *masks, *windows]
+
+
+def _token_files(prefix: str, n_trained: int | None, packing: PackingRecord | None) -> set[str]:
+    return {f"{prefix}.{suffix}" for suffix in _suffixes(n_trained, packing)}
 
 
 def _canonical(value: Any) -> bytes:

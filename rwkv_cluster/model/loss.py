@@ -23,11 +23,43 @@ from rwkv_cluster.model.rwkv import RWKV
 
 def next_token_loss(model: RWKV, batch: Tensor, l2wrap: float = 0.0) -> Tensor:
     """`head_loss` of predicting each next token of batch [b, T + 1] int64."""
-    hidden = model.hidden(batch[:, :-1]).flatten(0, 1)  # [b T, C]
-    return head_loss(hidden, model.head.weight, batch[:, 1:].flatten(), l2wrap)
+    return target_loss(model, batch[:, :-1], batch[:, 1:], l2wrap)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, chunk_rows: int | None = None) -> Tensor:
+def target_loss(
+    model: RWKV,
+    inputs: Tensor,
+    targets: Tensor,
+    l2wrap: float = 0.0,
+    *,
+    starts: Tensor | None = None,
+    trained: Tensor | None = None,
+    divisor: float | None = None,
+) -> Tensor:
+    """`head_loss` of predicting targets [b,T] int64 after inputs [b,T].
+
+    Head and softmax are computed where the model is trained alone, so that the other rows have a gradient of exactly 0.
+
+    Args:
+        starts: [b,T] bool, where the state is empty before a position; see `RWKV.hidden`.
+        trained: int64 indices into the b * T targets; None: all. Without any the loss is 0 and has a graph.
+        divisor: what the sum over the rows is divided by; by default their number.
+    """
+    hidden = model.hidden(inputs) if starts is None else model.hidden(inputs, starts=starts)
+    rows, wanted = hidden.flatten(0, 1), targets.flatten()  # [b T, C], [b T]
+    if trained is not None:
+        rows, wanted = rows.index_select(0, trained), wanted.index_select(0, trained)
+    return head_loss(rows, model.head.weight, wanted, l2wrap, divisor=divisor)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    l2wrap: float,
+    chunk_rows: int | None = None,
+    divisor: float | None = None,
+) -> Tensor:
     """Mean cross entropy of softmax(hidden Wᵀ) against `targets`.
 
     The gradient also carries L2Wrap: at the largest logit m of a row (the first, in a tie) l2wrap * m / M is
@@ -39,14 +71,17 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, ch
         targets: int64 [M].
         l2wrap: weight of the extra gradient, 1e-4 in RWKV-LM; 0 for none.
         chunk_rows: rows at a time; by default as many as have 2**24 logits, on a GPU 2**28.
+        divisor: of the sums over the rows in place of M.
 
     Returns:
         Scalar in fp32 (float64 for float64).
     """
     elements = LOGITS_IN_FLIGHT["cuda" if hidden.is_cuda else "cpu"]
     rows = chunk_rows or max(16, elements // weight.shape[0])
-    has_gradient = torch.is_grad_enabled()  # inside a Function it never is
-    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, has_gradient)
+    if not torch.is_grad_enabled():  # which a Function cannot see: its needs_input_grad stays
+        hidden, weight = hidden.detach(), weight.detach()
+    divisor = max(hidden.shape[0], 1) if divisor is None else divisor
+    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, divisor)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -58,9 +93,9 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         l2wrap: float,
         chunk_rows: int,
-        has_gradient: bool,
+        divisor: float,
     ) -> Tensor:
-        needs_hidden, needs_weight = (has_gradient and needed for needed in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=hidden.device)
         cast_weight = weight.to(hidden.dtype)
@@ -79,14 +114,14 @@ class _HeadLoss(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.n_rows, ctx.weight_dtype = hidden.shape[0], weight.dtype
-        return total / hidden.shape[0]
+        ctx.divisor, ctx.weight_dtype = divisor, weight.dtype
+        return total / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad / ctx.n_rows  # the mean's 1 / M comes last: in fp16 the gradients would vanish with it
+        scale = grad / ctx.divisor  # the mean's 1 / M comes last: in fp16 the gradients would vanish with it
         if grad_hidden is not None:
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         if grad_weight is not None:

@@ -8,7 +8,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest
-from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
+from rwkv_cluster.data.sampler import CubicOrder, SamplePlan, plan_samples
 from rwkv_cluster.train.schedule import learning_rate
 
 UNKNOWN = (
@@ -47,9 +47,10 @@ def length(config: Config, ranks: int, manifest: DataManifest | None) -> Length:
         global_batch_size=training.global_batch_size,
     )
     batch = training.micro_bsz * ranks * accumulate
-    prime = require_magic_prime(manifest.n_tokens, ctx_len) if manifest else 0
+    unknown = SamplePlan(ctx_len, CubicOrder(0), batch)
+    plan = plan_samples(manifest, config.data, ctx_len, batch) if manifest else unknown
     needs_data = not manifest and training.samples_per_epoch is None
-    run_horizon = _horizon(config, SamplePlan(ctx_len, prime, batch), needs_data=needs_data)
+    run_horizon = _horizon(config, plan, needs_data=needs_data)
     epochs = None if run_horizon is None or needs_data else run_horizon.total_steps * batch / run_horizon.epoch_samples
     bounded_by_data = needs_data and training.num_epochs is not None
     return Length(

@@ -13,7 +13,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
+from rwkv_cluster.data.sampler import plan_samples
 from rwkv_cluster.errors import RWKVClusterError
 from rwkv_cluster.runtime.own_file import open_own, require_own
 from rwkv_cluster.workdir import WorkDir
@@ -141,7 +141,7 @@ def end_of_run(config: Config, manifest: DataManifest, last: Mapping[str, Any]) 
     training, ctx_len = config.training, config.model.ctx_len
     samples = max(round(tokens / step / ctx_len), 1)
     try:
-        plan = SamplePlan(ctx_len, require_magic_prime(manifest.n_tokens, ctx_len), samples)
+        plan = plan_samples(manifest, config.data, ctx_len, samples)
     except RWKVClusterError:
         return None
     return horizon(

@@ -5,32 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from pytorch_lightning import LightningDataModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rwkv_cluster.data.binidx import IndexedTokens
 from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.sampler import SamplePlan
+from rwkv_cluster.data.windows import TokenBatch, Windows
 from rwkv_cluster.train.distributed import collectives
 
 
 class TokenDataModule(LightningDataModule):
-    """Micro batches [b, T + 1] int64 of this rank from `start_step` on.
+    """Micro batches of this rank from `start_step` on.
 
     Reading a sample is a slice of a memory-mapped file, microseconds: no worker processes are worth their trouble.
     """
 
     def __init__(
-        self, tokens: IndexedTokens, sample_plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
+        self, windows: Windows, sample_plan: SamplePlan, *, start_step: int, total_steps: int, micro_bsz: int
     ) -> None:
         super().__init__()
-        self._dataset = TokenDataset(tokens, sample_plan)
+        self._dataset = TokenDataset(windows, sample_plan)
         self._sample_plan = sample_plan
         self._start_step = start_step
         self._total_steps = total_steps
         self._micro_bsz = micro_bsz
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[TokenBatch]:
         assert self.trainer is not None
         batches = MicroBatches(
             self._sample_plan,

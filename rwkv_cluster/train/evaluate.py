@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
 from rwkv_cluster.data.dataset import validation_batches
 from rwkv_cluster.data.horizon import is_due
 from rwkv_cluster.data.preparation.prepare import load_manifest
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
+from rwkv_cluster.data.sampler import require_same_packing
 from rwkv_cluster.data.verify import check_files
+from rwkv_cluster.data.windows import TokenBatch, Windows, open_validation
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
-from rwkv_cluster.model.loss import next_token_loss
+from rwkv_cluster.model.loss import target_loss
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
 from rwkv_cluster.train.checkpoint.weights import load_model
@@ -31,12 +32,12 @@ from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
 
-_STAND_IN = torch.zeros(1, 2, dtype=torch.int64)  # for a rank whose turn has no batch; counts for nothing
+_STAND_IN = TokenBatch.of(torch.zeros(1, 2, dtype=torch.int64))  # for a rank whose turn has no batch
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss: mean cross entropy in nats per token. n_tokens: targets that it is the mean of.
+    """loss: mean cross entropy in nats per token. n_tokens: trained targets that it is the mean of.
 
     n_bytes: of text that these stand for; None where that is not known.
     """
@@ -57,51 +58,54 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    loss_of: Callable[[Tensor], Tensor],
-    tokens: IndexedTokens,
+    loss_of: Callable[[TokenBatch], Tensor],
+    windows: Windows,
     *,
-    ctx_len: int,
     batch_size: int,
     max_tokens: int,
     device: torch.device,
     token_sizes: Tensor | None = None,
 ) -> EvalResult:
-    """Mean loss over the first `max_tokens` targets of `tokens`, in windows of ctx_len that start from a zero state.
+    """Mean loss over the trained ones of the first `max_tokens` targets of `windows`, which start from a zero state.
 
-    Collective: every rank must call it, and takes its share of the batches. loss_of: a batch [b, T + 1] of int64 on
-    `device` -> the mean loss of predicting each next token. token_sizes: bytes [V] by token id, int64 on the CPU.
+    Collective: every rank must call it, and takes its share of the batches. loss_of: a batch on `device` -> its mean
+    loss. token_sizes: bytes [V] by token id, int64 on the CPU.
     """
     rank, world_size = collectives.position()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     batches = validation_batches(
-        tokens,
-        ctx_len=ctx_len,
+        windows,
         batch_size=batch_size,
         max_tokens=max_tokens,
         rank=rank,
         world_size=world_size,
     )
     for batch in batches:
-        loss = loss_of((_STAND_IN if batch is None else batch).to(device))
+        loss = loss_of(_on(device, _STAND_IN if batch is None else batch))
         if batch is not None:
-            targets = batch[:, 1:]
+            targets = batch.targets if batch.trained is None else batch.targets.flatten()[batch.trained]
             n_bytes = 0 if token_sizes is None else int(token_sizes[targets].sum())
             counts = torch.tensor([targets.numel(), n_bytes], dtype=torch.float64, device=device)
             sums += torch.cat([loss.double()[None] * targets.numel(), counts])
     total, n_tokens, n_bytes = collectives.sum_over_ranks(sums).tolist()
-    return EvalResult(total / n_tokens, int(n_tokens), None if token_sizes is None else int(n_bytes))
+    loss = total / n_tokens if n_tokens else math.nan
+    return EvalResult(loss, int(n_tokens), None if token_sizes is None else int(n_bytes))
+
+
+def _on(device: torch.device, batch: TokenBatch) -> TokenBatch:
+    return TokenBatch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
 
 
 class Evaluator:
     """Validation of a model in training, and early stopping by it. Every rank has one, and all see the same.
 
-    tokens: None without validation. token_sizes: see `evaluate`. improvement: what an earlier session has left.
+    windows: None without validation. token_sizes: see `evaluate`. improvement: what an earlier session has left.
     """
 
     def __init__(
         self,
         config: Config,
-        tokens: IndexedTokens | None,
+        windows: Windows | None,
         token_sizes: Tensor | None,
         improvement: EarlyStopState,
         events: Events,
@@ -110,22 +114,21 @@ class Evaluator:
         self.last: EvalResult | None = None
         """The session's last evaluation that was accepted."""
         self._config = config
-        self._tokens = tokens
+        self._windows = windows
         self._token_sizes = token_sizes
         self._events = events
 
     def is_due(self, step: int, *, epoch_ends: bool, run_ends: bool) -> bool:
         """Whether it is time after so many steps. Always at the run's end."""
         interval = self._config.training.val_interval_steps
-        return self._tokens is not None and (run_ends or is_due(step, interval, epoch_ends=epoch_ends))
+        return self._windows is not None and (run_ends or is_due(step, interval, epoch_ends=epoch_ends))
 
-    def evaluate(self, loss_of: Callable[[Tensor], Tensor], step: int, device: torch.device) -> EvalResult:
+    def evaluate(self, loss_of: Callable[[TokenBatch], Tensor], step: int, device: torch.device) -> EvalResult:
         """Evaluate after so many steps. Collective. loss_of: see `evaluate`; what it raises ends the evaluation."""
-        assert self._tokens is not None
+        assert self._windows is not None
         result = evaluate(
             loss_of,
-            self._tokens,
-            ctx_len=self._config.model.ctx_len,
+            self._windows,
             batch_size=self._config.training.micro_bsz,
             max_tokens=self._config.training.val_max_tokens,
             device=device,
@@ -163,14 +166,14 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     """
     work = WorkDir(config.work_dir)
     manifest = load_manifest(work.data)
-    prefix = manifest.validation_prefix(work.data)
-    if prefix is None:
+    if manifest.validation is None:
         raise DataError(
             f"{work.data} has no validation data: data.validation_fraction was 0",
             remedy="Set it and prepare the data in a new work_dir",
         )
-    check_files(manifest, work.data, [bin_path(prefix).name, idx_path(prefix).name])
+    check_files(manifest, work.data, manifest.validation_files)
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
+    require_same_packing(manifest, config.data, config.model.ctx_len)
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
     n_rows = model.config.vocab_size or 0
     if n_rows < manifest.vocab_size:
@@ -179,20 +182,25 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
             f"{manifest.vocab_size - 1:,}",
             remedy="Use weights that were trained with the tokenizer of this data",
         )
-    tokens = open_tokens(prefix, manifest.vocab_size)
-    with Countdown("evaluating", tokens.n_tokens - 1, "tokens") as left:
+    windows = open_validation(manifest, work.data, config.model.ctx_len)
+    if windows is None:
+        raise DataError(
+            f"the validation data in {work.data} has nothing to predict", remedy="Hold out more of the data"
+        )
+    packing = manifest.validation.packing
+    n_tokens = packing.n_windows * packing.ctx_len if packing else manifest.validation.n_tokens - 1
+    with Countdown("evaluating", n_tokens, "tokens") as left:
 
-        def loss_of(batch: Tensor) -> Tensor:
-            loss = next_token_loss(model, batch)
-            left.advance(batch.numel() - len(batch))
+        def loss_of(batch: TokenBatch) -> Tensor:
+            loss = target_loss(model, batch.inputs, batch.targets, starts=batch.starts, trained=batch.trained)
+            left.advance(batch.inputs.numel())
             return loss
 
         return evaluate(
             loss_of,
-            tokens,
-            ctx_len=config.model.ctx_len,
+            windows,
             batch_size=config.training.micro_bsz,
-            max_tokens=tokens.n_tokens,
+            max_tokens=n_tokens,
             device=torch.device(device),
             token_sizes=_sizes_of_run(config),
         )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.horizon import Horizon
 from rwkv_cluster.data.sampler import SamplePlan
+from rwkv_cluster.data.windows import TokenBatch
 from rwkv_cluster.errors import CheckpointError, TrainingError
-from rwkv_cluster.model.loss import next_token_loss
+from rwkv_cluster.model.loss import target_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
@@ -86,6 +87,7 @@ class TrainingModule(LightningModule):
         self._gradient_sum = torch.zeros(())  # of this rank alone, before any exchange
         model.emb.register_forward_hook(self._watch_gradient)
         self._loss: float | None = None  # of the step whose update is due
+        self._n_trained: int | None = None  # of that step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.model.config.model_type, self.training_config)
@@ -109,7 +111,7 @@ class TrainingModule(LightningModule):
         (optimizer,) = self.trainer.optimizers
         return optimizer
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> int | None:
         """-1 ends the loop: what the step before had left undone is done, and nothing follows it."""
         if self.should_stop or self.step == self.horizon.total_steps:
             return -1
@@ -126,13 +128,29 @@ class TrainingModule(LightningModule):
             horizon_tokens=self.horizon.tokens,
         )
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """batch [b, T + 1] int64 -> scalar fp32 loss of predicting each next token."""
-        return next_token_loss(self.model, batch, self.training_config.l2wrap)
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Scalar fp32 loss of predicting each target of `batch`: its mean over those that are trained on.
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """batch [b, T + 1] int64 -> scalar fp32 loss of this micro batch."""
+        Of a micro batch whose step has n trained targets in all, the sum is divided by n / (number of micro batches):
+        the mean over ranks and micro batches is then the mean over all n, however unevenly they lie.
+        """
+        divisor = None
+        if batch.n_trained is not None:
+            divisor = max(batch.n_trained, 1) * len(batch.inputs) / self.sample_plan.global_batch_size
+        return target_loss(
+            self.model,
+            batch.inputs,
+            batch.targets,
+            self.training_config.l2wrap,
+            starts=batch.starts,
+            trained=batch.trained,
+            divisor=divisor,
+        )
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Scalar fp32 loss of this micro batch, see `forward`."""
         loss = self.forward(batch)
+        self._n_trained = batch.n_trained
         if collectives.fault_point("train.loss", step=self.step):
             loss = loss * math.nan
         if collectives.fault_point("train.spike", step=self.sample_plan.batch(self.step)):
@@ -189,7 +207,8 @@ class TrainingModule(LightningModule):
             grad_norm = self.state.grad_norm()
             if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
                 self._require_finite(grad_norm)
-            result, self._loss = StepResult(self.step, self._loss, grad_norm, self.current_lr), None
+            result = StepResult(self.step, self._loss, grad_norm, self.current_lr, self._n_trained)
+            self._loss = None
             self._gradient_sum = torch.zeros_like(self._gradient_sum)
             if self._observer is not None:
                 self._observer.step_ended(result, self._agreed)
@@ -207,14 +226,16 @@ class TrainingModule(LightningModule):
         bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
         samples = self.sample_plan.samples(self.step)
         suspects = [number for rank in bad for number in samples[rank :: len(values)]] or list(samples)
-        positions = [self.sample_plan.offset(number) for number in suspects]
-        facts = {"what": what, "ranks": bad, "losses": losses, "grad_norm": grad_norm}
-        self._events.add("nonfinite", self.step, **facts, samples=suspects, positions=positions)
+        place, begin = ("windows", "are windows") if self.sample_plan.is_packed else ("positions", "begin at token")
+        of_sample = self.sample_plan.window if self.sample_plan.is_packed else self.sample_plan.offset
+        positions = [of_sample(number) for number in suspects]
+        facts = {"what": what, "ranks": bad, "losses": losses, "grad_norm": grad_norm, place: positions}
+        self._events.add("nonfinite", self.step, **facts, samples=suspects)
         ranks = f" on rank {', '.join(map(str, bad))}" if bad else ""
         raise TrainingError(
             f"step {self.step}: the {what} is not finite{ranks} (losses {losses}, gradient norm "
             f"{grad_norm}). Samples {samples.start} to {samples.stop - 1} of the token file were not applied; those"
-            f"{ranks} begin at token {_shown(positions)}",
+            f"{ranks} {begin} {_shown(positions)}",
             remedy="The same command starts again from the newest checkpoint; lower training.lr_init or look at the "
             "data",
         )

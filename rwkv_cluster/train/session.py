@@ -13,10 +13,10 @@ from torch import Tensor
 from rwkv_cluster.config import Config, ModelConfig
 from rwkv_cluster.config.schema import with_vocabulary
 from rwkv_cluster.data.batch_size import accumulation
-from rwkv_cluster.data.binidx import IndexedTokens, open_tokens
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.preparation.prepare import DataManifest
-from rwkv_cluster.data.sampler import SamplePlan, require_magic_prime
+from rwkv_cluster.data.sampler import SamplePlan, plan_samples
+from rwkv_cluster.data.windows import Windows, open_validation, open_windows
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.read import peek_weights, read_weights
 from rwkv_cluster.interchange.vocabulary_rows import fit_rows
@@ -96,17 +96,16 @@ class Session:
             data_fingerprint=self.manifest.fingerprint,
             global_batch_size=self.sample_plan.global_batch_size,
             magic_prime=self.sample_plan.magic_prime,
+            order=self.sample_plan.order_name,
         )
 
-    def train_tokens(self) -> IndexedTokens:
-        """The training file."""
-        return open_tokens(self.manifest.token_prefix(self.work.data), self.manifest.vocab_size)
+    def train_windows(self) -> Windows:
+        """Windows of the training file."""
+        return open_windows(self.manifest, self.work.data, self.config.model.ctx_len)
 
-    def val_tokens(self) -> IndexedTokens | None:
-        """The validation file; None when it has nothing to predict."""
-        prefix = self.manifest.validation_prefix(self.work.data)
-        tokens = open_tokens(prefix, self.manifest.vocab_size) if prefix is not None else None
-        return tokens if tokens is not None and tokens.n_tokens > 1 else None
+    def val_windows(self) -> Windows | None:
+        """Windows of the validation file; None when it has nothing to predict."""
+        return open_validation(self.manifest, self.work.data, self.config.model.ctx_len)
 
 
 def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Session:
@@ -121,12 +120,9 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         accumulate = resume.accumulation_of(checkpoint, training, placement.world_size) or accumulate
     if training.grad_cp == "auto":
         config = with_grad_cp(config, _grad_cp(config, placement, accumulate, checkpoint))
-    sample_plan = SamplePlan(
-        ctx_len=config.model.ctx_len,
-        magic_prime=require_magic_prime(manifest.n_tokens, config.model.ctx_len),
-        global_batch_size=training.micro_bsz * placement.world_size * accumulate,
-        skipped=checkpoint.state.skipped if checkpoint else (),
-    )
+    global_batch_size = training.micro_bsz * placement.world_size * accumulate
+    sample_plan = plan_samples(manifest, config.data, config.model.ctx_len, global_batch_size)
+    sample_plan = replace(sample_plan, skipped=checkpoint.state.skipped if checkpoint else ())
     end = horizon(
         sample_plan,
         num_epochs=training.num_epochs,
@@ -178,7 +174,7 @@ def guard_states(checkpoint: Checkpoint | None) -> tuple[SpikeState, EarlyStopSt
 
 def _require_validation(session: Session) -> None:
     """Raises ConfigError where early stopping is wanted and there is nothing to judge by."""
-    if session.config.training.early_stop_patience is not None and session.val_tokens() is None:
+    if session.config.training.early_stop_patience is not None and session.val_windows() is None:
         raise ConfigError(
             f"training.early_stop_patience is set, but {session.work.data} has no validation data",
             remedy="Set data.validation_fraction in a new work_dir, or leave training.early_stop_patience out",

@@ -62,7 +62,7 @@ def build_trainer(session: Session, callbacks: list[Callback]) -> Trainer:
 def build_datamodule(session: Session) -> TokenDataModule:
     """This rank's batches from where the session starts."""
     return TokenDataModule(
-        session.train_tokens(),
+        session.train_windows(),
         session.sample_plan,
         start_step=session.start_step,
         # one batch more where the last step has left something undone, so that the loop comes to run at all
@@ -90,7 +90,7 @@ def build_after_step(
         session.horizon,
         stop_request,
         SpikeGuard(config.guard, session.spikes),
-        Evaluator(config, session.val_tokens(), sizes_of(tokenizer), session.improvement, events),
+        Evaluator(config, session.val_windows(), sizes_of(tokenizer), session.improvement, events),
         Sampler(tokenizer, config.logging, work.samples, events),
         recorder,
         Saver(config, work, session.identity, checkpointer, events),

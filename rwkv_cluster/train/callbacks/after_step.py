@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rwkv_cluster.data.horizon import Horizon
+from rwkv_cluster.data.windows import TokenBatch
 from rwkv_cluster.train.checkpoint.saver import Saver
 from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed import collectives
@@ -82,7 +83,9 @@ class AfterStep(Callback):
         self._recorder.begin(module.step)
         collectives.fault_point("train.step", step=module.step)
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: TokenBatch, batch_idx: int
+    ) -> None:
         assert isinstance(module, TrainingModule)
         if self.unfinished is not None and not module.should_stop:
             record, self.unfinished = self.unfinished, None
@@ -91,7 +94,7 @@ class AfterStep(Callback):
             trainer.should_stop = module.should_stop
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
     ) -> None:
         assert isinstance(module, TrainingModule)
         if self._ended_step is None:
@@ -166,11 +169,11 @@ class AfterStep(Callback):
             elif is_due and not self._guard.is_spiking and not again:
                 self._save(module, is_last=False)
 
-    def _loss_of(self, module: TrainingModule) -> Callable[[Tensor], Tensor]:
+    def _loss_of(self, module: TrainingModule) -> Callable[[TokenBatch], Tensor]:
         """Loss of a batch. Raises _CutShort."""
         model = module.trainer.strategy.model or module
 
-        def loss_of(batch: Tensor) -> Tensor:
+        def loss_of(batch: TokenBatch) -> Tensor:
             self._check_for_stop(module)
             loss: Tensor = model(batch)
             return loss

@@ -9,6 +9,8 @@ from pytorch_lightning.strategies.launchers.subprocess_script import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from rwkv_cluster.data.windows import TokenBatch
+
 
 class StableBuckets(Callback):
     """Lets DDP choose its buckets for good before the first step of a session.
@@ -23,7 +25,7 @@ class StableBuckets(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
-            batch = torch.zeros(1, 3, dtype=torch.int64, device=module.device)
+            batch = TokenBatch.of(torch.zeros(1, 3, dtype=torch.int64, device=module.device))
             with torch.compiler.set_stance("force_eager"):
                 model(batch).backward()
             module.zero_grad()

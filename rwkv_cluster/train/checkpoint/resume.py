@@ -67,6 +67,7 @@ def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights
         for label, before, now in (
             ("data (fingerprint)", checkpoint.state.data_fingerprint, identity.data_fingerprint),
             ("magic prime", checkpoint.state.magic_prime, identity.magic_prime),
+            ("order", checkpoint.state.order, identity.order),
         )
         if before != now
     ]

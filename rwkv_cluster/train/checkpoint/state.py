@@ -55,6 +55,7 @@ class RunIdentity:
     data_fingerprint: str
     global_batch_size: int
     magic_prime: int
+    order: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class CheckpointState:
     """Samples of an optimizer step, of all ranks together."""
 
     magic_prime: Count
-    """The prime that fixes the order of the samples, see `SamplePlan`."""
+    """The prime that fixes RWKV-LM's order of the samples, see `SamplePlan`; 0 in another."""
 
     step: Count
     """Optimizer steps done."""
@@ -123,12 +124,17 @@ class CheckpointState:
     unfinished: StepRecord | None = None
     """Numbers of the last step, where a stop has cut short what follows it: its validation, or a sample."""
 
+    order: str | None = None
+    """What fixes another order than RWKV-LM's, see `SamplePlan.order_name`; None for that, and absent in the file."""
+
     def to_json(self) -> str:
         """The content of `state.json`."""
         values = asdict(self)
         for rng_state in values["random_states"]:
             if rng_state["cuda"] is None:
                 del rng_state["cuda"]
+        if values["order"] is None:
+            del values["order"]
         return json.dumps(values, indent=1)
 
     @staticmethod

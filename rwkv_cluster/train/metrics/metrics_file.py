@@ -28,7 +28,7 @@ class StepRecord:
     tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
     of this process. val_bits_per_byte: None where tokens are no text. save_wait_s: seconds that training has waited for
     checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `metrics.throughput`; None where it is
-    not known. docs/metrics.md says it all.
+    not known. trained_tokens: of this step; None where all are trained on. docs/metrics.md says it all.
     """
 
     step: Count
@@ -44,6 +44,7 @@ class StepRecord:
     save_wait_s: float | None = None
     mfu: float | None = None
     hfu: float | None = None
+    trained_tokens: Count | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that this step has, by name."""

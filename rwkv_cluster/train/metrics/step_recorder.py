@@ -22,15 +22,17 @@ from rwkv_cluster.train.metrics.train_log import TrainLog
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. step: from 0. loss: mean over micro batches and ranks, without L2Wrap.
+    """One optimizer step. step: from 0. loss: mean over the targets that are trained on, without L2Wrap.
 
     grad_norm: before clipping; infinite where fp16's loss scaling skipped the update. lr: before a group's multiplier.
+    n_trained: number of those targets; None where all are trained on.
     """
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    n_trained: int | None = None
 
 
 class EpochMean:
@@ -113,6 +115,7 @@ class StepRecorder:
             save_wait_s=save_wait_s or None,
             mfu=self._utilization.mfu(tokens_per_s) if self._utilization else None,
             hfu=self._utilization.hfu(tokens_per_s) if self._utilization else None,
+            trained_tokens=result.n_trained,
         )
 
     def record(self, record: StepRecord, loggers: Sequence[Logger], committed_step: int | None) -> None:

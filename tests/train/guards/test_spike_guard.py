@@ -11,7 +11,7 @@ import pytest
 from tiny_run import fingerprint, losses, tiny_run_config
 
 from rwkv_cluster.config import Config, GuardConfig
-from rwkv_cluster.data.sampler import SamplePlan
+from rwkv_cluster.data.sampler import CubicOrder, SamplePlan
 from rwkv_cluster.errors import Preempted, TrainingError
 from rwkv_cluster.report.run_files import events as read_events
 from rwkv_cluster.train import run
@@ -61,7 +61,7 @@ def test_a_restart_at_any_step_forgets_nothing() -> None:
 
 
 def test_batches_left_out_shift_those_that_follow() -> None:
-    plan = SamplePlan(8, 101, 2)
+    plan = SamplePlan(8, CubicOrder(101), 2)
     assert [plan.batch(step) for step in range(4)] == [0, 1, 2, 3]
     plan = plan.without(1, 2)
     assert [plan.batch(step) for step in range(4)] == [0, 3, 4, 5]
