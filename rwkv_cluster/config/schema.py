@@ -241,7 +241,7 @@ class DataConfig(Section):
     )
     num_workers: int = Field(0, ge=0, le=1024, description="processes that tokenize; 0: every core")
 
-    _paths = field_validator("inputs", mode="before")(path_text)
+    _paths = field_validator("inputs", "template", mode="before")(path_text)
 
 
 class TrainingConfig(Section):

@@ -157,8 +157,7 @@ def parse_line(line: bytes, field: str) -> str | list[int]:
         raise BadLine(f'has no field "{field}" (it has {field_names(record)}); data.text_field names the field to read')
     value = record[field]
     if type(value) is str:
-        if b"\\" in line and _SURROGATE_ESCAPE.search(line):
-            _refuse_lone_surrogates(value, field)
+        refuse_lone_surrogates(line, value, field)
     elif type(value) is list:
         require_integers(value, field)
     else:
@@ -189,7 +188,10 @@ def _parse_json(line: bytes) -> Any:
         raise BadLine("has a number with too many digits") from None
 
 
-def _refuse_lone_surrogates(text: str, field: str) -> None:
+def refuse_lone_surrogates(line: bytes, text: str, field: str) -> None:
+    """Raises BadLine where a text of the line's field has half a surrogate pair, as only an escape can make."""
+    if b"\\" not in line or not _SURROGATE_ESCAPE.search(line):
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.data.conversations.row_format import TEXT_ROWS, RowRules
+from rwkv_cluster.data.conversations.schemas import read_conversation
 from rwkv_cluster.data.inputs.bad_lines import FIX, BadLine
 from rwkv_cluster.data.inputs.labelled_tokens import read_labelled
 from rwkv_cluster.data.inputs.readers import (
@@ -28,6 +29,7 @@ from rwkv_cluster.data.inputs.readers import (
     document_blocks,
     parse_line,
     parse_object,
+    refuse_lone_surrogates,
 )
 from rwkv_cluster.data.inputs.refused_formats import fill_in
 from rwkv_cluster.data.inputs.sources import Source
@@ -124,7 +126,11 @@ class DocumentEncoder:
         self._skip_bad_lines = skip_bad_lines
         self._digest_key = None if digest_key is None else digest_key.to_bytes(8, "little")
         self._offset = 1 if isinstance(tokenizer, IntegerTokenizer | AngleTokenizer) else 0
-        self._row_encoders = {"text": self._encode_text_row, "tokens": self._encode_token_row}
+        self._row_encoders = {
+            "text": self._encode_text_row,
+            "conversations": self._encode_conversation_row,
+            "tokens": self._encode_token_row,
+        }
         self._trusted = is_built_in(tokenizer)
         self._encode = tokenizer.encode_to_array if self._trusted else partial(encode_to_array, tokenizer)
 
@@ -225,6 +231,22 @@ class DocumentEncoder:
         ids, ends = self.encode_list(values, place), self._offset == 0 and values[-1] == 0
         bits = trained if ends else np.append(trained, trained[-1])
         return marked_tokens.marked(np.append(ids, 0), bits)
+
+    def _encode_conversation_row(self, line: bytes, place: str) -> np.ndarray | None:
+        """The same of a row with a conversation. Raises BadLine, also where there is no answer to train on."""
+        conversation = read_conversation(parse_object(line, "messages"), self._text_field)
+        assert self._rows.template is not None
+        pieces = self._rows.template.pieces(conversation)
+        if self._rows.answers_only and not any(trained for _, trained in pieces):
+            raise BadLine("has no answer of an assistant to train on")
+        refuse_lone_surrogates(line, "".join(text for text, _ in pieces), "it")
+        encoded = [self.encode_text(text, place) for text, _ in pieces]
+        if not self._rows.have_marks:
+            return np.concatenate(encoded)
+        trained = [marked or not self._rows.answers_only for _, marked in pieces]
+        ends = conversation.ends_with_answer or not self._rows.answers_only
+        bits = np.repeat([*trained, ends], [*map(len, encoded), 1])
+        return marked_tokens.marked(np.concatenate([*encoded, np.zeros(1, self.dtype)]), bits)
 
     def encode_files(self, block: FileBlock) -> list[Encoded | LargeFile]:
         """One document for each text file, or LargeFile where a file exceeds LARGE_TEXT_BYTES."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import DataConfig
+from rwkv_cluster.data.conversations.template import template_identity
 from rwkv_cluster.data.inputs.readers import array_values
 from rwkv_cluster.data.inputs.sources import STDLIB, Source, content_digest
 from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
@@ -44,15 +45,20 @@ def content_options(data: DataConfig, *, jsonl: bool, rows: str) -> dict[str, An
         "validation_fraction",
         "shuffle",
     )
-    return (
-        {name: getattr(data, name) for name in names}
-        | {
-            "seed": data.seed,
-            "write_jsonl": data.write_jsonl and jsonl,
-            "format": FORMAT,
-        }
-        | ({} if rows == "text" else {"rows": rows})
-    )
+    options = {name: getattr(data, name) for name in names} | {
+        "seed": data.seed,
+        "write_jsonl": data.write_jsonl and jsonl,
+        "format": FORMAT,
+    }
+    return options | _row_options(data, rows)
+
+
+def _row_options(data: DataConfig, rows: str) -> dict[str, Any]:
+    if rows == "text":
+        return {}
+    if "conversations" not in rows:
+        return {"rows": rows}
+    return {"rows": rows, "template": template_identity(data.template), "train_on": data.train_on}
 
 
 def rows_of(data: DataConfig, manifest: DataManifest) -> str:

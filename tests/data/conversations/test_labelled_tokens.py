@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prepared_files import content, marked_documents, plain_config, write_rows
 
-from rwkv_cluster.config import DataConfig
-from rwkv_cluster.data.binidx import open_tokens
-from rwkv_cluster.data.loss_mask import LossMask
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.data.preparation import shuffle_split, token_store, tokenize
 from rwkv_cluster.data.preparation.prepare import prepare, reason_to_prepare
@@ -22,35 +20,8 @@ BYTES = ByteTokenizer()
 LABELLED = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
 
 
-def config(path: Path, **options: Any) -> DataConfig:
-    return DataConfig(
-        inputs=[str(path)], **{"n_epochs_duplication": 1, "shuffle": False, "write_jsonl": False, **options}
-    )
-
-
-def lines(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def documents(folder: Path, name: str = "train") -> list[tuple[list[int], list[int]]]:
-    """(ids, 0 or 1 for each) of each document."""
-    tokens = open_tokens(folder / name)
-    mask = LossMask(folder / f"{name}.mask", tokens.n_tokens).read(0, tokens.n_tokens)
-    ends = np.cumsum([len(tokens[item]) for item in range(len(tokens))])
-    return [
-        (tokens[item].tolist(), bits.astype(int).tolist())
-        for item, bits in zip(range(len(tokens)), np.split(mask, ends[:-1]), strict=True)
-    ]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    caches = ("inputs.json", "verified.json", ".prepare.lock")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in caches}
-
-
 def test_labels_and_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
-    path = lines(
+    path = write_rows(
         tmp_path / "a.jsonl",
         LABELLED,
         {"tokens": [9, 0], "mask": [1, 0]},
@@ -58,8 +29,8 @@ def test_labels_and_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
         {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, -100], "attention_mask": [1, 1, 1, 0]},
         {"input_ids": [], "labels": []},
     )
-    manifest = prepare(config(path, format="tokens", skip_bad_lines=True), BYTES, tmp_path / "out")
-    assert documents(tmp_path / "out") == [
+    manifest = prepare(plain_config(path, format="tokens", skip_bad_lines=True), BYTES, tmp_path / "out")
+    assert marked_documents(tmp_path / "out") == [
         ([5, 6, 7, 8, 0], [0, 0, 1, 1, 1]),
         ([9, 0], [1, 0]),
         ([1, 2, 3, 0], [0, 1, 0, 0]),
@@ -71,28 +42,30 @@ def test_labels_and_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
 
 
 def test_integers_are_values_and_their_zero_is_one(tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", {"tokens": [0, 3, 0], "mask": [0, 1, 0]})
-    prepare(config(path), IntegerTokenizer(9), tmp_path / "out")
-    assert documents(tmp_path / "out") == [([1, 4, 1, 0], [0, 1, 0, 0])]
+    path = write_rows(tmp_path / "a.jsonl", {"tokens": [0, 3, 0], "mask": [0, 1, 0]})
+    prepare(plain_config(path), IntegerTokenizer(9), tmp_path / "out")
+    assert marked_documents(tmp_path / "out") == [([1, 4, 1, 0], [0, 1, 0, 0])]
 
 
 def test_text_is_all_trained_on_and_the_first_row_says_what_rows_are(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("one")
-    lines(folder / "b.jsonl", {"text": "two", **LABELLED})  # the field of text counts first
-    lines(folder / "c.jsonl", LABELLED)
+    write_rows(folder / "b.jsonl", {"text": "two", **LABELLED})  # the field of text counts first
+    write_rows(folder / "c.jsonl", LABELLED)
     arrays = [np.array([[7, 8]])]
-    manifest = prepare(config(folder), BYTES, tmp_path / "out", arrays=arrays)
+    manifest = prepare(plain_config(folder), BYTES, tmp_path / "out", arrays=arrays)
     text = [([*BYTES.encode(word), 0], [1] * 4) for word in ("one", "two")]
-    assert documents(tmp_path / "out") == [([7, 8, 0], [1] * 3), *text, ([5, 6, 7, 8, 0], [0, 0, 1, 1, 1])]
+    assert marked_documents(tmp_path / "out") == [([7, 8, 0], [1] * 3), *text, ([5, 6, 7, 8, 0], [0, 0, 1, 1, 1])]
     assert manifest.options["rows"] == "text+tokens"
-    assert reason_to_prepare(config(folder), BYTES, tmp_path / "out", arrays=arrays) is None
+    assert reason_to_prepare(plain_config(folder), BYTES, tmp_path / "out", arrays=arrays) is None
 
 
 def test_no_mask_is_written_where_everything_is_trained_on(tmp_path: Path) -> None:
     rows = [{"tokens": [5 + n], "mask": [1]} for n in range(4)]
-    manifest = prepare(config(lines(tmp_path / "a.jsonl", *rows), validation_fraction=0.5), BYTES, tmp_path / "out")
+    manifest = prepare(
+        plain_config(write_rows(tmp_path / "a.jsonl", *rows), validation_fraction=0.5), BYTES, tmp_path / "out"
+    )
     assert manifest.validation is not None
     assert (manifest.n_trained, manifest.validation.n_trained) == (None, None)
     assert {name for name in content(tmp_path / "out") if "mask" in name} == set()
@@ -101,8 +74,8 @@ def test_no_mask_is_written_where_everything_is_trained_on(tmp_path: Path) -> No
 
 def test_another_mask_is_other_data(tmp_path: Path) -> None:
     def prepared(mask: list[int]) -> DataManifest:
-        path = lines(tmp_path / "a.jsonl", {"tokens": [5, 6], "mask": mask})
-        return prepare(config(path), BYTES, tmp_path / "out")
+        path = write_rows(tmp_path / "a.jsonl", {"tokens": [5, 6], "mask": mask})
+        return prepare(plain_config(path), BYTES, tmp_path / "out")
 
     manifests = [prepared(mask) for mask in ([0, 1], [1, 0], [1, 1])]
     assert len({manifest.files["train.bin"].sha256 for manifest in manifests}) == 1
@@ -117,7 +90,7 @@ def many(path: Path, n: int) -> Path:
         ids = generator.integers(1, 250, int(generator.integers(2, 40))).tolist()
         mask = generator.integers(0, 2, len(ids) - 1).tolist()
         rows.append({"tokens": ids, "mask": [*mask, 1]})
-    return lines(path, *rows, *rows[: n // 3])
+    return write_rows(path, *rows, *rows[: n // 3])
 
 
 def test_a_document_keeps_its_mask_through_shuffle_split_and_regions(
@@ -125,15 +98,15 @@ def test_a_document_keeps_its_mask_through_shuffle_split_and_regions(
 ) -> None:
     path = many(tmp_path / "a.jsonl", 300)
     options = {"shuffle": True, "validation_fraction": 0.2, "n_epochs_duplication": 2}
-    manifest = prepare(config(path, **options), BYTES, tmp_path / "one")
+    manifest = prepare(plain_config(path, **options), BYTES, tmp_path / "one")
     monkeypatch.setattr(tokenize, "_BYTES_WORTH_WORKERS", 1)
     monkeypatch.setattr(shuffle_split, "REGION_BYTES", 4096)
     for name, size in (("LARGE_DOCUMENT_BYTES", 100), ("_BLOCK_BYTES", 100), ("_HELD_BYTES", 0)):
         monkeypatch.setattr(token_store, name, size)
-    prepare(config(path, num_workers=2, **options), BYTES, tmp_path / "other")
+    prepare(plain_config(path, num_workers=2, **options), BYTES, tmp_path / "other")
     assert content(tmp_path / "one") == content(tmp_path / "other")
     wanted = {(*row["tokens"], 0): [*row["mask"], 1] for row in map(json.loads, path.read_text().splitlines())}
-    train, held_out = documents(tmp_path / "one"), documents(tmp_path / "one", "val")
+    train, held_out = marked_documents(tmp_path / "one"), marked_documents(tmp_path / "one", "val")
     assert all(wanted[tuple(ids)] == mask for ids, mask in train + held_out)
     assert not {tuple(ids) for ids, _ in train} & {tuple(ids) for ids, _ in held_out}
     assert manifest.n_trained == sum(sum(mask) for _, mask in train)
@@ -143,11 +116,11 @@ def test_a_document_keeps_its_mask_through_shuffle_split_and_regions(
 
 def test_the_split_of_text_is_that_of_the_same_ids_with_labels(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(40)]
-    plain = lines(tmp_path / "p.jsonl", *({"text": text} for text in texts))
+    plain = write_rows(tmp_path / "p.jsonl", *({"text": text} for text in texts))
     ids = [BYTES.encode(text) for text in texts]
-    labelled = lines(tmp_path / "l.jsonl", *({"tokens": row, "mask": [0, *[1] * (len(row) - 1)]} for row in ids))
+    labelled = write_rows(tmp_path / "l.jsonl", *({"tokens": row, "mask": [0, *[1] * (len(row) - 1)]} for row in ids))
     for path, name in ((plain, "plain"), (labelled, "labelled")):
-        prepare(config(path, validation_fraction=0.3), BYTES, tmp_path / name)
+        prepare(plain_config(path, validation_fraction=0.3), BYTES, tmp_path / name)
     for file in ("train.bin", "train.idx", "val.bin", "val.idx"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "labelled" / file).read_bytes()
 
@@ -167,21 +140,21 @@ def test_the_split_of_text_is_that_of_the_same_ids_with_labels(tmp_path: Path) -
     ],
 )
 def test_a_bad_row_is_refused_with_its_place_or_counted(tmp_path: Path, row: dict[str, Any]) -> None:
-    path = lines(tmp_path / "a.jsonl", LABELLED, row)
+    path = write_rows(tmp_path / "a.jsonl", LABELLED, row)
     with pytest.raises(DataError, match=r"a\.jsonl:2: "):
-        prepare(config(path, format="tokens"), BYTES, tmp_path / "out")
-    assert prepare(config(path, format="tokens", skip_bad_lines=True), BYTES, tmp_path / "out").n_bad_lines == 1
+        prepare(plain_config(path, format="tokens"), BYTES, tmp_path / "out")
+    assert prepare(plain_config(path, format="tokens", skip_bad_lines=True), BYTES, tmp_path / "out").n_bad_lines == 1
 
 
 def test_rows_of_one_kind_are_not_looked_for_in_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab")
     with pytest.raises(DataError, match=r"a\.txt is no JSONL"):
-        prepare(config(tmp_path / "a.txt", format="tokens"), BYTES, tmp_path / "out")
+        prepare(plain_config(tmp_path / "a.txt", format="tokens"), BYTES, tmp_path / "out")
 
 
 def test_text_keeps_its_manifest_and_a_changed_format_prepares_anew(tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", {"text": [5, 6], **LABELLED})
-    manifest = prepare(config(path), BYTES, tmp_path / "out")
+    path = write_rows(tmp_path / "a.jsonl", {"text": [5, 6], **LABELLED})
+    manifest = prepare(plain_config(path), BYTES, tmp_path / "out")
     assert "rows" not in manifest.options
-    assert reason_to_prepare(config(path, format="text"), BYTES, tmp_path / "out") is None
-    assert reason_to_prepare(config(path, format="tokens"), BYTES, tmp_path / "out") is not None
+    assert reason_to_prepare(plain_config(path, format="text"), BYTES, tmp_path / "out") is None
+    assert reason_to_prepare(plain_config(path, format="tokens"), BYTES, tmp_path / "out") is not None
