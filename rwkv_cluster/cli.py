@@ -147,7 +147,8 @@ def _dispatch(command: Subcommand, options: argparse.Namespace, extra: list[str]
     options.extra = extra
     result = command.run(options)
     if rank() == 0 and (result.text or options.json):
-        text = visible(result.text.rstrip("\n"))
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        text = (result.coloured if on_terminal else "") or visible(result.text.rstrip("\n"))
         print_result(json.dumps(result.data, indent=2, default=str) if options.json else text)
     if result.error is not None:
         raise result.error

@@ -283,7 +283,10 @@ def test_prepare_counts_tokens(run_yaml: str, install: Install, capsys: pytest.C
         def model_dump(self, mode: str) -> dict[str, object]:
             return vars(self)
 
-    install("train.run", prepare_data=lambda config: Manifest(n_tokens=12345, n_documents=67, dtype="uint16"))
+    install(
+        "train.run",
+        prepare_data=lambda config: Manifest(n_tokens=12345, n_documents=67, dtype="uint16", n_trained=None),
+    )
     assert main(["prepare", run_yaml]) == 0
     assert capsys.readouterr().out == "12,345 tokens in 67 documents (uint16), in w/data\n"
     assert main(["prepare", run_yaml, "--json"]) == 0

@@ -19,12 +19,14 @@ class Result:
         data: the same for `--json`.
         code: exit code.
         error: raised once text or data is printed.
+        coloured: what a terminal gets in place of text; nothing in it commands a terminal but its colours.
     """
 
     text: str
     data: Any
     code: int = 0
     error: RWKVClusterError | None = None
+    coloured: str = ""
 
 
 def add_nothing(parser: ArgumentParser) -> None:

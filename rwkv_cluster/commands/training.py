@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_cluster.commands.loading import importing_torch, named_config, trusted_config
 from rwkv_cluster.commands.subcommand import Result, Subcommand
 from rwkv_cluster.runtime.rank_env import rank
+from rwkv_cluster.runtime.terminal.text_safety import visible
+
+if TYPE_CHECKING:
+    from rwkv_cluster.config import Config
+    from rwkv_cluster.data.manifest import DataManifest
 
 PROFILE_STEPS = 5  # of `train --profile` without a number
 
@@ -21,7 +27,24 @@ def prepare(options: argparse.Namespace) -> Result:
 
     manifest = prepare_data(config)
     amount = f"{manifest.n_tokens:,} tokens in {manifest.n_documents:,} documents ({manifest.dtype})"
-    return Result(f"{amount}, in {config.work_dir}/data", manifest.model_dump(mode="json"))
+    text, data = f"{amount}, in {config.work_dir}/data", manifest.model_dump(mode="json")
+    if manifest.n_trained is None:
+        return Result(text, data)
+    share = f"{manifest.n_trained:,} of them, {manifest.n_trained / manifest.n_tokens:.0%}, are trained on"
+    left_out = f"; {manifest.n_bad_lines:,} lines were left out" if manifest.n_bad_lines else ""
+    text += f"\n{share}{left_out}\n\nThe first document, with what is trained on in"
+    brackets, green = (_first_document(config, manifest, in_colour=in_colour) for in_colour in (False, True))
+    return Result(f"{text} [[ ]]:\n\n{brackets}", data, coloured=f"{visible(text)} green:\n\n{green}")
+
+
+def _first_document(config: Config, manifest: DataManifest, *, in_colour: bool) -> str:
+    from rwkv_cluster.data.conversations.show import BRACKETS, GREEN, first_document
+    from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
+    from rwkv_cluster.workdir import WorkDir
+
+    data = WorkDir(config.work_dir).data
+    tokenizer = tokenizer_of_run(config.data.tokenizer, data)
+    return first_document(manifest.token_prefix(data), tokenizer, GREEN if in_colour else BRACKETS)
 
 
 PREPARE = Subcommand(
