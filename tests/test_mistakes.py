@@ -141,6 +141,53 @@ def test_data_that_cannot_be_read(
     refused(run, 3, sentence, verb, "run.yaml", override, *arguments)
 
 
+CHAT = '{"prompt": "q", "completion": "a"}\n'
+CONVERSATIONS = "--data.format=conversations"
+TEMPLATE = "--data.template=t.jinja"
+
+
+def messages(*turns: tuple[str, Any]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "sentence"),
+    [
+        ("c.jsonl", CHAT + messages(("narrator", "q")), [], f'c.jsonl:2: "messages"[0] has the role "narrator", expected system, user, assistant or tool. {FIX}'),
+        ("c.jsonl", CHAT + messages(("user", "q"), ("assistant", " ")), [], f"c.jsonl:2: has an empty turn: number 2, of the assistant. {FIX}"),
+        ("c.jsonl", CHAT + messages(("user", "q")), [], f"c.jsonl:2: has no answer of an assistant to train on. {FIX}"),
+        ("c.jsonl", CHAT + messages(("user", [{"type": "image"}])), [], f'c.jsonl:2: "messages"[0] has a content that is not all text. {FIX}'),
+        ("c.jsonl", CHAT + messages(), [], f"c.jsonl:2: has no turns. {FIX}"),
+        ("c.jsonl", CHAT + '{"messages": "q"}\n', [], f'c.jsonl:2: "messages" is a string, expected a list of messages. {FIX}'),
+        ("c.jsonl", CHAT + '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "?"}]}]}', [], f'c.jsonl:2: "messages"[0] has a call that is no "name" with an object of "arguments". {FIX}'),
+        ("c.jsonl", CHAT + '{"prompt": "q", "chosen": "a", "rejected": "b"}\n', [], 'c.jsonl:2: has no conversation (it has "prompt", "chosen", "rejected"), expected "messages", "conversations", '
+         f'"prompt" and "completion", "instruction" and "output", or World text in "text". {FIX}'),
+        ("c.jsonl", line("Once upon"), [CONVERSATIONS], f'c.jsonl:1: begins with "Once upon", expected "User:", "System:" or another speaker of World text. {FIX}'),
+        ("c.jsonl", '{"input_ids": [5, 6], "labels": [6, -100]}', [], f'c.jsonl:1: "labels" has 6 at index 0 where the id is 5, expected the same or -100: labels are not shifted. {FIX}'),
+        ("c.jsonl", '{"input_ids": [5, 6], "labels": [-100, -100]}', [], f'c.jsonl:1: has no token to train on: "labels" is -100 in every place. {FIX}'),
+        ("c.jsonl", '{"tokens": [5, 6], "mask": [1]}', [], f'c.jsonl:1: "mask" has 1 values, and "tokens" has 2. {FIX}'),
+        ("c.jsonl", '{"tokens": [5, 6]}', ["--data.format=tokens"], f'c.jsonl:1: has no "input_ids" with "labels", and no "tokens" with "mask" (it has "tokens"). {FIX}'),
+        ("c.txt", "a", [CONVERSATIONS], "c.txt is no JSONL, and data.format is 'conversations'. Write one JSON object a line into a .jsonl file, or set data.format to auto"),
+        ("c.jsonl", CHAT, ["--data.template=none.jinja"], "data.template is 'none.jinja', which is no file. Use g1, or name a Jinja file"),
+        ("c.jsonl", CHAT, [TEMPLATE, "{{ raise_exception('Only one!') }}"], "c.jsonl:1: t.jinja cannot render it: Only one!. Correct the line or the template"),
+        ("c.jsonl", CHAT, [TEMPLATE, "{{ messages | length }}"], "c.jsonl:1: cannot be told which part of its text turn 2 is: t.jinja renders what is before it otherwise when it goes on. "
+         "Put {% generation %} and {% endgeneration %} around answers in the template"),
+    ],
+)  # fmt: skip
+def test_conversations_that_cannot_be_read(
+    name: str, content: str, arguments: list[str], sentence: str, run: Run
+) -> None:
+    options = [argument for argument in arguments if argument.startswith("--")]
+    Path("t.jinja").write_text("".join(argument for argument in arguments if argument not in options))
+    refused(run, 3, sentence, "prepare", "run.yaml", write(name, content), *options)
+
+
+def test_a_template_that_is_no_jinja(run: Run) -> None:
+    Path("t.jinja").write_text("a\n{% for %}")
+    sentence = "t.jinja:2: Expected an expression, got 'end of statement block'. Correct the template"
+    refused(run, 2, sentence, "prepare", "run.yaml", write("c.jsonl", CHAT), TEMPLATE)
+
+
 def test_bad_json(run: Run) -> None:
     override = write("t.jsonl", line("a") + '{"text": "b\n')
     code, lines = run("prepare", "run.yaml", override)

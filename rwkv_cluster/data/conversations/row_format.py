@@ -80,7 +80,9 @@ def row_rules(data: DataConfig, sources: Iterable[Source]) -> RowRules:
 
 
 def _told(source: Source, text_field: str) -> RowFormat:
-    """What the first row that can be read is; text where none says anything."""
+    """What the first row that can be read is; text where none says anything, or the field of text was named."""
+    if text_field != DataConfig.model_fields["text_field"].default:
+        return "text"
     lines = (line for block in line_blocks(source) for _, line in block.lines())
     for line in islice(lines, _FIRST_ROWS):
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from prepared_files import write_rows
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import TokenFileWriter, open_tokens
@@ -615,12 +616,15 @@ def prepare_and_die(out: Path, source: Path, call: int) -> None:
 
 
 @pytest.mark.system
-def test_killed_at_any_step_leaves_nothing_to_trust(tmp_path):
+@pytest.mark.parametrize("rows", ["text", "conversations"])
+def test_killed_at_any_step_leaves_nothing_to_trust(tmp_path, rows):
     source = write_lines(tmp_path / "a.jsonl", [f"text {number}" for number in range(30)])
+    if rows == "conversations":
+        write_rows(source, *({"prompt": f"question {number}", "completion": f"{number}"} for number in range(30)))
     old, new = config(source, write_jsonl=True), config(source, validation_fraction=0.2, shuffle=True, seed=1)
     prepare(new, BYTES, tmp_path / "undisturbed")
     finished = False
-    for call in range(1, 60, 2):
+    for call in range(1, 80, 2):
         out = tmp_path / f"out{call}"
         before = prepare(old, BYTES, out)
         child = multiprocessing.get_context("fork").Process(target=prepare_and_die, args=(out, source, call))
