@@ -182,6 +182,12 @@ def test_conversations_that_cannot_be_read(
     refused(run, 3, sentence, "prepare", "run.yaml", write(name, content), *options)
 
 
+def test_a_question_that_cannot_be_asked(run: Run) -> None:
+    refused(run, 2, "--template answers a question, and --prompt has none", "generate", "work", "--template", "g1")
+    sentence = "data.template is 'g2', which is no file. Use g1, or name a Jinja file"
+    refused(run, 3, sentence, "generate", "work", "--template", "g2", "--prompt", "q")
+
+
 def test_a_template_that_is_no_jinja(run: Run) -> None:
     Path("t.jinja").write_text("a\n{% for %}")
     sentence = "t.jinja:2: Expected an expression, got 'end of statement block'. Correct the template"

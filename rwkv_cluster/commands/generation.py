@@ -12,6 +12,7 @@ from rwkv_cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from rwkv_cluster.config import TokenizerConfig
+    from rwkv_cluster.data.conversations.turns import Question
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,9 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or a file or folder of weights"
     )
     parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument(
+        "--template", metavar="NAME", help="answer --prompt as a question, in g1's text or that of a Jinja file"
+    )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
@@ -35,12 +39,13 @@ def generate(options: argparse.Namespace) -> Result:
     """
     tokenizer = _tokenizer(options.tokenizer, options.vocab_file)
     _check(options)
+    prompt = options.prompt if options.template is None else _question(options.template, options.prompt)
     with importing_torch():
         from rwkv_cluster.train.sample import generate_text
 
     text = generate_text(
         Path(options.source),
-        options.prompt,
+        prompt,
         n_tokens=options.tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -69,6 +74,19 @@ def _check(options: argparse.Namespace) -> None:
         options.prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("--prompt is not UTF-8 text", remedy="Check the terminal's encoding") from error
+
+
+def _question(template: str, question: str) -> Question:
+    """The question in the template's text. Raises ConfigError or MissingDataError."""
+    from rwkv_cluster.data.conversations.template import load_template
+    from rwkv_cluster.data.inputs.bad_lines import BadLine
+
+    if not question.strip():
+        raise ConfigError("--template answers a question, and --prompt has none")
+    try:
+        return load_template(template).ask(question)
+    except BadLine as error:
+        raise ConfigError(f"--prompt {error}", remedy="Correct the template") from error
 
 
 def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_cluster.commands.loading import importing_torch, named_config, trusted_config
 from rwkv_cluster.commands.subcommand import Result, Subcommand
+from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.runtime.terminal.text_safety import visible
 
@@ -119,13 +120,27 @@ def train(options: argparse.Namespace) -> Result:
     if result.sample:
         lines.append(f"\nsample:\n{result.sample}\n")
     tokenizer = tokenizer_options(config.data.tokenizer)
-    generate = Command(("rwkv-cluster", "generate", config.work_dir, "--prompt", "some text", *tokenizer))
+    generate = Command(("rwkv-cluster", "generate", config.work_dir, *_prompt_like_the_data(config), *tokenizer))
     lines += [
         f"weights    {result.final_path}",
         f"everything {config.work_dir}",
         f"next       {generate.shell()}",
     ]
     return Result("\n".join(lines), dataclasses.asdict(result))
+
+
+def _prompt_like_the_data(config: Config) -> list[str]:
+    """The options of `generate` for what the run was trained on: conversations or text."""
+    from rwkv_cluster.data.manifest import load_manifest
+    from rwkv_cluster.workdir import WorkDir
+
+    try:
+        options = load_manifest(WorkDir(config.work_dir).data).options
+    except DataError:  # the run does not need its data any more
+        options = {}
+    if "conversations" in options.get("rows", ""):
+        return ["--template", config.data.template, "--prompt", "a question"]
+    return ["--prompt", "some text"]
 
 
 TRAIN = Subcommand(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from rwkv_cluster.config import LoggingConfig, TokenizerConfig
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
+from rwkv_cluster.data.conversations.turns import Question
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, peek_weights
@@ -79,6 +80,24 @@ def continue_text(
     """`prompt` and what the model makes of it. Raises DataError for a prompt that the tokenizer cannot encode."""
     prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
     tokens = stream(model, prompt_ids, temperature=temperature, top_p=top_p, seed=seed)
+    return _text(tokenizer, [*prompt_ids, *_taken(tokens, n_tokens)])
+
+
+def answer(
+    model: RWKV, tokenizer: Any, question: Question, *, n_tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
+    """What the model answers, without the prompt and what follows the answer. Raises DataError as `continue_text`."""
+    tokens = stream(model, list(tokenizer.encode(question.prompt)), temperature=temperature, top_p=top_p, seed=seed)
+    stop, last = question.stop, len(question.stop)  # a token has a byte at least
+
+    def is_over(ids: list[int]) -> bool:
+        return bool(stop) and stop in _text(tokenizer, ids[-last:])
+
+    return _text(tokenizer, _taken(tokens, n_tokens, is_over)).partition(stop or "\0")[0].strip()
+
+
+def _taken(tokens: Iterator[int], n_tokens: int, is_over: Callable[[list[int]], bool] = lambda ids: False) -> list[int]:
+    """The next tokens, `n_tokens` at most, up to the end of the document or until `is_over` of them."""
     ids: list[int] = []
     with Countdown("generating", n_tokens, "tokens") as left:
         for token in islice(tokens, n_tokens):
@@ -86,7 +105,9 @@ def continue_text(
                 break
             ids.append(token)
             left.advance(1)
-    return _text(tokenizer, [*prompt_ids, *ids])
+            if is_over(ids):
+                break
+    return ids
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
@@ -131,7 +152,7 @@ class Sampler:
 
 def generate_text(
     source: Path,
-    prompt: str,
+    prompt: str | Question,
     *,
     n_tokens: int,
     temperature: float,
@@ -139,7 +160,7 @@ def generate_text(
     seed: int,
     tokenizer: TokenizerConfig | None = None,
 ) -> str:
-    """Continue `prompt` with the newest weights of a work directory, or with a file or folder of weights.
+    """Continue `prompt`, or answer it, with the newest weights of a work directory, or a file or folder of weights.
 
     tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
     vocabulary that lies beside the weights, or an installed one for a model with its number of rows. Raises ConfigError
@@ -156,15 +177,10 @@ def generate_text(
             f"{source} has {n_rows:,} vocabulary rows, fewer than the tokenizer has ids ({n_ids:,})",
             remedy="Name the tokenizer that it was trained with by --tokenizer and --vocab-file",
         )
-    return continue_text(
-        model,
-        chosen,
-        prompt,
-        n_tokens=n_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    options: dict[str, Any] = {"n_tokens": n_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if isinstance(prompt, Question):
+        return answer(model, chosen, prompt, **options)
+    return continue_text(model, chosen, prompt, **options)
 
 
 def _tokenizer_of(source: Path) -> Any:

@@ -13,11 +13,10 @@ import json
 import re
 from typing import Any
 
-from rwkv_cluster.data.conversations.turns import Conversation, Turn
+from rwkv_cluster.data.conversations.turns import Conversation, Question, Turn
 
 NAME = "g1"
-ANSWER_FOLLOWS = "Assistant:"
-NEXT_QUESTION = "\n\nUser:"  # what a model writes that goes on after its answer
+_ANSWER_FOLLOWS = "Assistant:"
 _BLANK_LINES = re.compile(r"\n{2,}")
 
 
@@ -35,7 +34,7 @@ class G1Template:
         for number, turn in enumerate(turns, 1):
             end = "\n\n" if number < len(turns) else ""
             if turn.role == "assistant":
-                pieces += [(prompt + ANSWER_FOLLOWS, False), (f" {_answer(turn)}{end}", turn.is_trained)]
+                pieces += [(prompt + _ANSWER_FOLLOWS, False), (f" {_answer(turn)}{end}", turn.is_trained)]
                 prompt = ""
             elif turn.role == "tool":
                 prompt += f"User: Function output:\n{clean(turn.text)}{end}"
@@ -43,9 +42,9 @@ class G1Template:
                 prompt += f"{turn.role.capitalize()}: {clean(turn.text)}{end}"
         return [*pieces, (prompt, False)] if prompt else pieces
 
-    def prompt(self, question: str) -> str:
-        """The text after which a model answers a question."""
-        return f"User: {clean(question)}\n\n{ANSWER_FOLLOWS}"
+    def ask(self, question: str) -> Question:
+        """The text of a user's question, as in training."""
+        return Question(f"User: {clean(question)}\n\n{_ANSWER_FOLLOWS}", stop="\n\nUser:")
 
 
 def clean(text: str) -> str:

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rwkv_cluster.data.conversations.turns import Conversation, Turn
+from rwkv_cluster.data.conversations.turns import Conversation, Question, Turn
 from rwkv_cluster.data.inputs.bad_lines import BadLine
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.workdir import sha256_file
@@ -58,9 +58,11 @@ class JinjaTemplate:
         pieces = self._from_blocks(conversation) if self._has_blocks else self._from_prefixes(conversation)
         return [(text, trained) for text, trained in pieces if text]
 
-    def prompt(self, question: str) -> str:
-        """The text after which a model answers a question. Raises BadLine."""
-        return _without_marks(self._render([Turn("user", question)], (), answer_follows=True))
+    def ask(self, question: str) -> Question:
+        """The text of a user's question, as in training. Raises BadLine."""
+        asked = Turn("user", question)
+        answered = _without_marks(self._render([asked, Turn("assistant", _BEGIN)], ()))
+        return Question(self._render([asked], (), answer_follows=True), stop=answered.rpartition(_BEGIN)[2].strip())
 
     def _from_blocks(self, conversation: Conversation) -> list[tuple[str, bool]]:
         before, *marked = self._render(conversation.turns, conversation.tools).split(_BEGIN)

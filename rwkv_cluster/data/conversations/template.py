@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rwkv_cluster.data.conversations import g1
-from rwkv_cluster.data.conversations.turns import Conversation
+from rwkv_cluster.data.conversations.turns import Conversation, Question
 from rwkv_cluster.errors import ConfigError, MissingDataError
 from rwkv_cluster.workdir import sha256_file
 
@@ -19,8 +19,8 @@ class Template(Protocol):
     def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """Texts that are encoded one by one, each with whether it is trained on. Raises BadLine."""
 
-    def prompt(self, question: str) -> str:
-        """The text after which a model answers a question."""
+    def ask(self, question: str) -> Question:
+        """The text of a user's question, as in training."""
 
 
 def load_template(name: str) -> Template:

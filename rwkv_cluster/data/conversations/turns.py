@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -43,3 +43,10 @@ class Conversation:
     def ends_with_answer(self) -> bool:
         """Whether the end of the document is a part of an answer."""
         return self.turns[-1].is_answer
+
+
+class Question(NamedTuple):
+    """A text after which a model answers, and the text that follows its answer unless the document ends; or none."""
+
+    prompt: str
+    stop: str
