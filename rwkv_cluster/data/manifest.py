@@ -70,14 +70,14 @@ class PackingRecord(_Part):
     def in_words(self) -> str:
         """What became of the documents, in a sentence's part."""
         left_out = {
-            "longer ones split": self.n_split,
-            "longer ones cut to their end": self.n_cut,
-            "longer ones left out": self.n_dropped,
-            "of one token left out": self.n_too_short,
+            "long documents split": self.n_split,
+            "long documents cut to their end": self.n_cut,
+            "long documents left out": self.n_dropped,
+            "documents of one token left out": self.n_too_short,
             "parts without a trained token left out": self.n_untrained,
         }
         parts = [f"{number:,} {what}" for what, number in left_out.items() if number]
-        lost = f", {self.n_positions_lost:,} tokens lost by it" if self.n_positions_lost else ""
+        lost = f", {self.n_positions_lost:,} tokens lost with them" if self.n_positions_lost else ""
         return (
             f"{self.n_windows:,} windows of {self.ctx_len:,}, {self.n_positions:,} tokens packed, {self.n_trained:,} "
             f"trained on, {self.waste:.1%} waste" + (f"; {', '.join(parts)}{lost}" if parts else "")
@@ -175,6 +175,11 @@ class DataManifest(_Part):
                 if part.get(name, 0) is None:
                     del part[name]
         return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+
+
+def is_windows(file_name: str) -> bool:
+    """Whether a file of a manifest holds packed windows."""
+    return file_name.endswith((".windows.bin", ".windows.idx"))
 
 
 def _suffixes(n_trained: int | None, packing: PackingRecord | None) -> list[str]:

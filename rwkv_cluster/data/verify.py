@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_cluster.data.manifest import DataManifest
+from rwkv_cluster.data.manifest import DataManifest, is_windows
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.heartbeat import machine
 from rwkv_cluster.runtime.own_file import read_own
@@ -49,11 +49,12 @@ class _Content(NamedTuple):
 
 
 class DamagedFileError(DataError):
-    """A file is not what was prepared. `fault`: the message without what to do about it."""
+    """A file is not what was prepared. fault: the message without what to do about it. own: we made the file."""
 
-    def __init__(self, fault: str, remedy: str) -> None:
+    def __init__(self, fault: str, remedy: str, *, own: bool) -> None:
         super().__init__(f"{fault}. {remedy}")
         self.fault = fault
+        self.own = own
 
 
 def check_files(manifest: DataManifest, out_dir: Path, names: Iterable[str]) -> None:
@@ -96,7 +97,7 @@ class _Fault(Exception):
 @contextmanager
 def _faults(manifest: DataManifest, name: str) -> Iterator[None]:
     """What is found wrong with file `name` becomes a DamagedFileError."""
-    own = "in_place" not in manifest.options or name in (VOCABULARY, HUB_TOKENIZER)
+    own = "in_place" not in manifest.options or name in (VOCABULARY, HUB_TOKENIZER) or is_windows(name)
     remedy = (
         "Make it again from its input with `rwkv-cluster prepare CONFIG`"
         if own
@@ -105,9 +106,9 @@ def _faults(manifest: DataManifest, name: str) -> Iterator[None]:
     try:
         yield
     except _Fault as fault:
-        raise DamagedFileError(str(fault), remedy) from None
+        raise DamagedFileError(str(fault), remedy, own=own) from None
     except OSError as error:
-        raise DamagedFileError(f"{error.filename or name} cannot be read: {error.strerror}", remedy) from error
+        raise DamagedFileError(f"{error.filename or name} cannot be read: {error.strerror}", remedy, own=own) from error
 
 
 def _known(cache: Mapping[str, _Known], name: str, sha256: str) -> _Known:

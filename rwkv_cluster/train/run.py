@@ -15,6 +15,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.config.schema import with_vocabulary
 from rwkv_cluster.data.preparation.prepare import (
     DataManifest,
+    Earlier,
     load_manifest,
     prepare,
     prepared_before,
@@ -70,9 +71,17 @@ def prepare_data(
             if not config.data.inputs and not arrays:
                 return _is_prepared(work)
             try:
-                return reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name) is None
+                return (
+                    reason_to_prepare(
+                        config.data, tokenizer, work.data, arrays=arrays, name=name, ctx_len=config.model.ctx_len
+                    )
+                    is None
+                )
             except MissingDataError:
-                return prepared_before(config.data, tokenizer, work.data, name=name) is not None
+                return (
+                    prepared_before(config.data, tokenizer, work.data, name=name, ctx_len=config.model.ctx_len)
+                    is not None
+                )
 
         what = "the preparation of the data"
         is_there = once_each(lambda: stamp_of(work.data_manifest), is_prepared)
@@ -187,7 +196,9 @@ def _prepared(
             ) from error
 
     try:
-        change = reason_to_prepare(config.data, tokenizer, work.data, arrays=arrays, name=name)
+        change = reason_to_prepare(
+            config.data, tokenizer, work.data, arrays=arrays, name=name, ctx_len=config.model.ctx_len
+        )
     except MissingDataError as error:
         return _without_inputs(config, work, tokenizer, name, error)
     fingerprint = None
@@ -197,7 +208,15 @@ def _prepared(
             resume.require_unchanged_data(checkpoint, change)
         elif checkpoint is not None:
             fingerprint = checkpoint.state.data_fingerprint
-    return prepare(config.data, tokenizer, work.data, arrays=arrays, name=name, mend=mend, fingerprint=fingerprint)
+    return prepare(
+        config.data,
+        tokenizer,
+        work.data,
+        arrays=arrays,
+        name=name,
+        ctx_len=config.model.ctx_len,
+        earlier=Earlier(mend, fingerprint),
+    )
 
 
 def _verified(manifest: DataManifest, work: WorkDir) -> DataManifest:
@@ -207,7 +226,7 @@ def _verified(manifest: DataManifest, work: WorkDir) -> DataManifest:
 
 def _without_inputs(config: Config, work: WorkDir, tokenizer: Any, name: str, error: MissingDataError) -> DataManifest:
     """The data that was prepared from inputs that are gone. Raises `error` where it was prepared from others."""
-    manifest = prepared_before(config.data, tokenizer, work.data, name=name)
+    manifest = prepared_before(config.data, tokenizer, work.data, name=name, ctx_len=config.model.ctx_len)
     if manifest is not None:
         log.warning("%s. Going on with the data that was prepared from it, in %s", error, work.data)
         return _verified(manifest, work)

@@ -10,7 +10,7 @@ import pytest
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data import verify
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
-from rwkv_cluster.data.preparation.prepare import prepare
+from rwkv_cluster.data.preparation.prepare import Earlier, prepare
 from rwkv_cluster.data.verify import DamagedFileError, check_every_byte, check_files
 from rwkv_cluster.tokenizer import IntegerTokenizer
 
@@ -148,7 +148,7 @@ def test_a_run_is_told_of_a_damaged_file_and_nothing_is_made_anew(data):
     flip(data / "train.bin", 7)
     damaged = (data / "train.bin").read_bytes()
     with pytest.raises(DamagedFileError, match=r"train\.bin is damaged"):
-        prepare(OPTIONS, IntegerTokenizer(), data, arrays=ARRAYS, mend=False)
+        prepare(OPTIONS, IntegerTokenizer(), data, arrays=ARRAYS, earlier=Earlier(mend=False))
     assert (data / "train.bin").read_bytes() == damaged
 
 

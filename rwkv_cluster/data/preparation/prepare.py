@@ -21,16 +21,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_cluster.config import DataConfig
+from rwkv_cluster.config import DataConfig, ModelConfig
 from rwkv_cluster.data.binidx import TokenFileWriter
 from rwkv_cluster.data.conversations.row_format import RowRules, row_rules
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
-from rwkv_cluster.data.manifest import VERSION, DataManifest, FileRecord, ValidationRecord, check_name, load_manifest
+from rwkv_cluster.data.loss_mask import mask_path
+from rwkv_cluster.data.manifest import (
+    VERSION,
+    DataManifest,
+    FileRecord,
+    PackingRecord,
+    ValidationRecord,
+    check_name,
+    is_windows,
+    load_manifest,
+)
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.data.preparation.external_tokens import check_pair
 from rwkv_cluster.data.preparation.marked_tokens import MarkedTokensWriter
+from rwkv_cluster.data.preparation.pack import pack, require_windows, resets
 from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
 from rwkv_cluster.data.preparation.shuffle_split import (
     Order,
@@ -46,6 +57,7 @@ from rwkv_cluster.data.preparation.staleness import (
     array_digest,
     content_options,
     named_inputs,
+    packing_options,
     read_cache,
     rows_of,
     source_digest,
@@ -65,6 +77,19 @@ __all__ = ["DataManifest", "load_manifest", "prepare", "prepared_before", "reaso
 log = logging.getLogger("rwkv_cluster")
 
 _VALIDATION = "val"
+DEFAULT_CTX_LEN = ModelConfig().ctx_len
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What to do about an earlier preparation.
+
+    mend: make a damaged file of it again, instead of raising DataError. fingerprint: of the data that a run was trained
+    on, to refuse any other when it is ready.
+    """
+
+    mend: bool = True
+    fingerprint: str | None = None
 
 
 def prepare(
@@ -74,16 +99,15 @@ def prepare(
     *,
     arrays: Sequence[np.ndarray] = (),
     name: str = "train",
-    mend: bool = True,
-    fingerprint: str | None = None,
+    ctx_len: int = DEFAULT_CTX_LEN,
+    earlier: Earlier = Earlier(),
 ) -> DataManifest:
     """Prepare `arrays` and then `data.inputs` into `out_dir`, or use what is there again when nothing has changed.
 
     arrays: 1-D or 2-D, integers or whole numbers; see `inputs.readers`. tokenizer: any object with encode, decode and
-    vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. mend: make a damaged file of
-    an earlier preparation again, instead of raising DataError. fingerprint: of the data that a run was trained on, to
-    refuse any other when it is ready. Raises DataError, with the document and the reason; an earlier preparation then
-    stays as it was.
+    vocab_size. A single `.bin`/`.idx` pair without a validation split is used where it is. ctx_len: of the samples that
+    documents are packed into, where they are. earlier: what to do about an earlier preparation. Raises DataError, with
+    the document and the reason; an earlier preparation then stays as it was.
     """
     if not data.inputs and not len(arrays):
         raise DataError("there is no input", remedy="Name files, folders or patterns in data.inputs, or give arrays")
@@ -91,7 +115,7 @@ def prepare(
         raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents", remedy="Choose another")
     left_out: list[Path] = []
     sources = tuple(find_sources(data, left_out))
-    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), sources, name, fingerprint)
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), sources, name, ctx_len)
     if left_out:
         log.info(
             "%d files of data.inputs are left out, as earlier runs wrote them: %s", len(left_out), _names(left_out)
@@ -102,12 +126,13 @@ def prepare(
             remove_temporaries(job.out_dir)
             reusable = job.reusable(refresh=True)
             if isinstance(reusable, DataManifest):
-                reusable = job.undamaged(reusable, mend=mend)
+                reusable = job.undamaged(reusable, mend=earlier.mend)
             if isinstance(reusable, DataManifest):
                 log.info("data in %s is unchanged and is used again: %s", out_dir, _summary(reusable))
                 return reusable
             log.info("preparing data in %s: %s", out_dir, reusable)
-            manifest = job.adopt() if job.is_in_place else job.run()
+            write = job.adopt if job.is_in_place else job.run
+            manifest = write(earlier.fingerprint)
     log.info("data prepared in %s: %s", out_dir, _summary(manifest))
     return manifest
 
@@ -119,15 +144,21 @@ def reason_to_prepare(
     *,
     arrays: Sequence[np.ndarray] = (),
     name: str = "train",
+    ctx_len: int = DEFAULT_CTX_LEN,
 ) -> str | None:
     """Why `prepare` would do its work anew, or None when it would use what is there. Writes nothing."""
-    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name)
+    job = _Job(data, tokenizer, Path(out_dir), _given(arrays), tuple(find_sources(data)), name, ctx_len)
     reusable = job.reusable(refresh=False)
     return reusable if isinstance(reusable, str) else None
 
 
 def prepared_before(
-    data: DataConfig, tokenizer: Any, out_dir: str | Path, *, name: str = "train"
+    data: DataConfig,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    name: str = "train",
+    ctx_len: int = DEFAULT_CTX_LEN,
 ) -> DataManifest | None:
     """What these `data.inputs` were prepared into with these settings, for when the inputs are gone; else None."""
     try:
@@ -136,6 +167,7 @@ def prepared_before(
         return None
     written = bool(manifest.options.get("write_jsonl"))
     options = content_options(data, jsonl=written, rows=rows_of(data, manifest))
+    options |= packing_options(data, ctx_len, have_mask=manifest.n_trained is not None)
     same_inputs = read_cache(Path(out_dir))[0] == named_inputs(data)
     same = manifest.name == name and manifest.tokenizer == tokenizer_identity(tokenizer) and manifest.options == options
     return manifest if same_inputs and same else None
@@ -171,7 +203,7 @@ class _Job:
     arrays: tuple[np.ndarray, ...]
     sources: tuple[Source, ...]
     name: str
-    fingerprint: str | None = None
+    ctx_len: int
 
     @property
     def writes_jsonl(self) -> bool:
@@ -195,11 +227,12 @@ class _Job:
         """Name of the copy of the tokenizer's file."""
         return saved_name(self.tokenizer)
 
-    def options(self, rows: str) -> dict[str, Any]:
+    def options(self, rows: str, *, have_mask: bool) -> dict[str, Any]:
         """What the manifest says of the settings. rows: see `content_options`."""
+        options = packing_options(self.data, self.ctx_len, have_mask=have_mask)
         if self.is_in_place:
-            return {"in_place": True}
-        return content_options(self.data, jsonl=self.writes_jsonl, rows=rows)
+            return {"in_place": True} | options
+        return content_options(self.data, jsonl=self.writes_jsonl, rows=rows) | options
 
     def reusable(self, *, refresh: bool) -> DataManifest | str:
         """The manifest of an earlier preparation that still holds, or why there is none."""
@@ -216,7 +249,7 @@ class _Job:
             Wanted(
                 name=self.name,
                 tokenizer=tokenizer_identity(self.tokenizer),
-                options=self.options(rows_of(self.data, manifest)),
+                options=self.options(rows_of(self.data, manifest), have_mask=manifest.n_trained is not None),
                 n_arrays=len(self.arrays),
                 array_digests=self._array_digests,
                 named=named_inputs(self.data),
@@ -231,7 +264,7 @@ class _Job:
         try:
             check_files(manifest, self.out_dir, manifest.files if mend else manifest.run_files)
         except DamagedFileError as error:
-            if not mend or self.is_in_place:
+            if not mend or not error.own:
                 raise
             return error.fault
         return manifest
@@ -240,8 +273,8 @@ class _Job:
         encoder, length = DocumentEncoder(self.tokenizer), self.data.sequence_length
         return [array_digest(array, f"array {n}", encoder, length) for n, array in enumerate(self.arrays, 1)]
 
-    def run(self) -> DataManifest:
-        """Tokenize, split, shuffle, commit."""
+    def run(self, fingerprint: str | None) -> DataManifest:
+        """Tokenize, split, shuffle, pack, commit."""
         refuse_by_name(self.sources)
         self._refuse_overwriting_inputs()
         stats = [source_stat(source) for source in self.sources]
@@ -251,15 +284,19 @@ class _Job:
             rows = row_rules(self.data, self.sources)
             store, filled, jsonl = self._fill(rows, folder, finished)
             parts = self._write(store, folder, finished, have_marks=rows.have_marks)
+            have_mask = parts[0].n_trained is not None
+            if resets(self.data, have_mask=have_mask):
+                parts = self._packed(parts, finished)
             files = parts[0].files | (parts[1].files if len(parts) > 1 else {})
             if jsonl is not None:
                 files[jsonl.path.name] = jsonl.digest
             manifest = self._manifest(
                 files | {self.vocabulary: self._save_vocab(finished)},
-                self.options(rows.name),
+                self.options(rows.name, have_mask=have_mask),
                 n_tokens=parts[0].n_tokens,
                 n_documents=parts[0].n_documents,
                 n_trained=parts[0].n_trained,
+                packing=parts[0].packing,
                 n_source_documents=store.n_documents,
                 n_empty_documents=filled.n_empty,
                 n_bad_lines=filled.n_bad_lines,
@@ -267,13 +304,13 @@ class _Job:
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
                 validation=_validation_record(parts),
             )
-            self._require_fingerprint(manifest)
+            _require_fingerprint(manifest, fingerprint)
             commit(self.out_dir, manifest, finished, self._stale_files(manifest))
         write_cache(self.out_dir, named_inputs(self.data), stats, filled.contents)
         return manifest
 
-    def adopt(self) -> DataManifest:
-        """Check a token file and refer to it."""
+    def adopt(self, fingerprint: str | None) -> DataManifest:
+        """Check a token file and refer to it; windows of its documents are written here."""
         (source,) = self.sources
         stats = [source_stat(source)]
         pair = check_pair(source.path, int(self.tokenizer.vocab_size))
@@ -282,9 +319,15 @@ class _Job:
         with temporary_folder(self.out_dir) as folder:
             finished = folder / "finished"
             finished.mkdir()
+            packed = None
+            if resets(self.data, have_mask=False):
+                packed = pack(source.path, finished / f"{self.name}.windows", self.data, self.ctx_len, None)
+                require_windows(packed)
+                files |= {name: FileRecord(**digest._asdict()) for name, digest in packed.files.items()}
             manifest = self._manifest(
                 files | {self.vocabulary: self._save_vocab(finished)},
-                self.options("text"),
+                self.options("text", have_mask=False),
+                packing=packed.record if packed else None,
                 adopted=None if inside else os.path.abspath(source.path),
                 n_tokens=pair.tokens.n_tokens,
                 n_documents=pair.n_documents,
@@ -292,8 +335,8 @@ class _Job:
                 dtype=pair.tokens.dtype.name,
                 source_digest=source_digest([], self.sources, [pair.content]),
             )
-            self._require_fingerprint(manifest)
-            commit(self.out_dir, manifest, finished, ())
+            _require_fingerprint(manifest, fingerprint)
+            commit(self.out_dir, manifest, finished, filter(is_windows, self._stale_files(manifest)))
         write_cache(self.out_dir, named_inputs(self.data), stats, [pair.content])
         return manifest
 
@@ -328,7 +371,7 @@ class _Job:
         fraction = self.data.validation_fraction
         threshold = split_threshold(store, fraction) if fraction else 0
         seed = self.data.seed if self.data.shuffle else None
-        passes = self.data.n_epochs_duplication
+        passes = 1 if resets(self.data, have_mask=have_marks) else self.data.n_epochs_duplication
         progress = Progress("writing", folder, None if fraction else store.n_tokens * passes)
         new_writer = MarkedTokensWriter if have_marks else TokenFileWriter
         with new_writer(finished / self.name, self.dtype) as train:
@@ -340,6 +383,25 @@ class _Job:
                 write_documents(store, held_out, is_validation(threshold), folder, Order(1, seed, side=1))
             writers.append(held_out)
         return _parts(writers, finished)
+
+    def _packed(self, parts: list[_WrittenPart], finished: Path) -> list[_WrittenPart]:
+        """The parts with the windows that their documents are packed into."""
+        if self.data.n_epochs_duplication > 1:
+            log.info(
+                "documents are packed, each once: data.n_epochs_duplication copies are of use to one stream only. "
+                "training.num_epochs says how often they are read"
+            )
+        names = [self.name, _VALIDATION][: len(parts)]
+        packed = []
+        for name, part in zip(names, parts, strict=True):
+            prefix = finished / name
+            mask = mask_path(prefix) if part.n_trained is not None else None
+            packed.append(pack(prefix, finished / f"{name}.windows", self.data, self.ctx_len, mask))
+        require_windows(packed[0])
+        return [
+            part._replace(files=part.files | windows.files, packing=windows.record)
+            for part, windows in zip(parts, packed, strict=True)
+        ]
 
     def _save_vocab(self, finished: Path) -> FileDigest:
         path = finished / self.vocabulary
@@ -363,35 +425,25 @@ class _Job:
             **fields,
         )
 
-    def _require_fingerprint(self, manifest: DataManifest) -> None:
-        if self.fingerprint not in (None, manifest.fingerprint):
-            raise DataError(
-                f"the inputs now give other data (fingerprint {manifest.fingerprint}) than this run was trained on "
-                f"({self.fingerprint})",
-                remedy="Put the inputs and data settings back to continue, or choose another work_dir for a new run",
-            )
-
     def _stale_files(self, manifest: DataManifest) -> set[str]:
         """What an earlier preparation of the same name wrote and this one does not replace."""
         try:
             previous = load_manifest(self.out_dir)
         except DataError:
             return set()
-        if "in_place" in previous.options or previous.name != self.name:
+        if previous.name != self.name:
             return set()
         inputs = {os.path.realpath(path) for source in self.sources for path in source.files()}
         stale = set(previous.files) - set(manifest.files)
+        if "in_place" in previous.options:
+            stale = {name for name in stale if is_windows(name)}
         return {name for name in stale if os.path.realpath(self.out_dir / name) not in inputs}
 
     def _refuse_overwriting_inputs(self) -> None:
-        names = [
-            f"{self.name}.bin",
-            f"{self.name}.idx",
-            f"{self.name}.mask",
-            f"{self.name}.jsonl" if self.writes_jsonl else self.vocabulary,
-        ]
-        if self.data.validation_fraction:
-            names += [f"{_VALIDATION}.bin", f"{_VALIDATION}.idx", f"{_VALIDATION}.mask"]
+        prefixes = [self.name, *([_VALIDATION] if self.data.validation_fraction else [])]
+        suffixes = ("bin", "idx", "mask", "windows.bin", "windows.idx")
+        names = [f"{prefix}.{suffix}" for prefix in prefixes for suffix in suffixes]
+        names += [f"{self.name}.jsonl"] if self.writes_jsonl else []
         outputs = {os.path.realpath(self.out_dir / name) for name in [*names, self.vocabulary, DATA_MANIFEST]}
         for source in self.sources:
             for path in source.files():
@@ -402,12 +454,13 @@ class _Job:
 
 
 class _WrittenPart(NamedTuple):
-    """A token file and what the manifest says of it. n_trained: None where it has no mask."""
+    """A token file and what the manifest says of it. n_trained, packing: None where it has no mask, or no windows."""
 
     files: dict[str, FileDigest]
     n_tokens: int
     n_documents: int
     n_trained: int | None = None
+    packing: PackingRecord | None = None
 
 
 def _parts(writers: Sequence[Writer], finished: Path) -> list[_WrittenPart]:
@@ -432,7 +485,18 @@ def _validation_record(parts: list[_WrittenPart]) -> ValidationRecord | None:
     if len(parts) == 1:
         return None
     held_out = parts[1]
-    return ValidationRecord(n_tokens=held_out.n_tokens, n_documents=held_out.n_documents, n_trained=held_out.n_trained)
+    facts = held_out._asdict()
+    del facts["files"]
+    return ValidationRecord(**facts)
+
+
+def _require_fingerprint(manifest: DataManifest, wanted: str | None) -> None:
+    if wanted not in (None, manifest.fingerprint):
+        raise DataError(
+            f"the inputs now give other data (fingerprint {manifest.fingerprint}) than this run was trained on "
+            f"({wanted})",
+            remedy="Put the inputs and data settings back to continue, or choose another work_dir for a new run",
+        )
 
 
 def _require_documents(store: EncodedDocuments, sources: Sequence[Source]) -> None:

@@ -24,6 +24,7 @@ from rwkv_cluster.data.inputs.readers import array_values
 from rwkv_cluster.data.inputs.sources import STDLIB, Source, content_digest
 from rwkv_cluster.data.manifest import CACHE_NAME, DataManifest
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
+from rwkv_cluster.data.preparation.pack import resets
 from rwkv_cluster.runtime.own_file import read_own
 from rwkv_cluster.workdir import atomic_write
 
@@ -59,6 +60,13 @@ def _row_options(data: DataConfig, rows: str) -> dict[str, Any]:
     if "conversations" not in rows:
         return {"rows": rows}
     return {"rows": rows, "template": template_identity(data.template), "train_on": data.train_on}
+
+
+def packing_options(data: DataConfig, ctx_len: int, *, have_mask: bool) -> dict[str, Any]:
+    """The settings that decide how documents are packed; none where they are one stream, as data always was."""
+    if not resets(data, have_mask=have_mask):
+        return {}
+    return {"documents": "reset", "too_long": data.too_long, "ctx_len": ctx_len}
 
 
 def rows_of(data: DataConfig, manifest: DataManifest) -> str:

@@ -80,7 +80,8 @@ def _data(config: Config) -> str:
     try:
         sources = find_sources(config.data)
     except MissingDataError:
-        if prepared_before(config.data, build_tokenizer(config.data.tokenizer), folder) is None:
+        tokenizer, ctx_len = build_tokenizer(config.data.tokenizer), config.model.ctx_len
+        if prepared_before(config.data, tokenizer, folder, ctx_len=ctx_len) is None:
             raise
         return f"prepared: {manifest.n_tokens:,} tokens, from inputs that are gone"
     if not is_prepared:

@@ -74,10 +74,10 @@ def test_no_mask_is_written_where_everything_is_trained_on(tmp_path: Path) -> No
 
 def test_another_mask_is_other_data(tmp_path: Path) -> None:
     def prepared(mask: list[int]) -> DataManifest:
-        path = write_rows(tmp_path / "a.jsonl", {"tokens": [5, 6], "mask": mask})
+        path = write_rows(tmp_path / "a.jsonl", {"tokens": [5, 6, 7], "mask": mask})
         return prepare(plain_config(path), BYTES, tmp_path / "out")
 
-    manifests = [prepared(mask) for mask in ([0, 1], [1, 0], [1, 1])]
+    manifests = [prepared(mask) for mask in ([0, 0, 1], [0, 1, 0], [1, 1, 1])]
     assert len({manifest.files["train.bin"].sha256 for manifest in manifests}) == 1
     assert len({manifest.fingerprint for manifest in manifests}) == 3
     assert "train.mask" not in content(tmp_path / "out")  # the last one's has gone
