@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -115,7 +115,7 @@ class JinjaTemplate:
 class _Generation(Extension):  # Jinja knows tags by this class alone
     """The tag `{% generation %}`, which marks what it encloses."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 -- declared so by Jinja
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The block as a call of `_marked`."""
