@@ -189,7 +189,11 @@ class DataConfig(Section):
 
     sequence_length: int = Field(1024, ge=1, description="a 1-D integer array is cut into documents of this length")
     n_epochs_duplication: int = Field(
-        3, ge=1, le=1_000_000, description="copies of every document in the token file, each pass shuffled anew"
+        3,
+        ge=1,
+        le=1_000_000,
+        description="copies of every document in the token file, each pass shuffled anew; one where they are packed "
+        "(documents reset)",
     )
     inputs: list[str] = Field(
         default_factory=list,

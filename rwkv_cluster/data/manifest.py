@@ -151,6 +151,13 @@ class DataManifest(_Part):
         return Path(out_dir) / "val" if self.validation else None
 
     @property
+    def samples_in_words(self) -> str | None:
+        """What is trained on and how documents are packed; None for one stream of which everything is."""
+        trained = [] if self.n_trained is None else [f"{self.n_trained:,} of {self.n_tokens:,} tokens trained on"]
+        packed = [] if self.packing is None else [self.packing.in_words()]
+        return "; ".join(trained + packed) or None
+
+    @property
     def validation_files(self) -> list[str]:
         """Those of `files` that an evaluation reads."""
         return [name for name in self.files if name.startswith("val.")]

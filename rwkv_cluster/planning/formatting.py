@@ -20,6 +20,7 @@ def text(plan: RunPlan) -> str:
         "model": _model(plan),
         "parameters": _parameters(plan),
         "batch": _batch(plan),
+        **_samples(plan),
         "length": _length(plan),
         "learning rate": _learning_rate(plan),
         "FLOPs a token": _flops(plan),
@@ -46,6 +47,8 @@ def data(plan: RunPlan) -> dict[str, Any]:
         "total_steps": run.horizon.total_steps if run.horizon else None,
         "total_tokens": run.horizon.total_steps * run.tokens_per_step if run.horizon else None,
         "epochs": run.epochs,
+        "trained_tokens": plan.manifest.n_trained if plan.manifest else None,
+        "packing": plan.manifest.packing.model_dump() if plan.manifest and plan.manifest.packing else None,
         "learning_rates": [{"step": step, "lr": rate} for step, rate in plan.learning_rates.items()],
         "flops_per_token": {
             "parameters": flops.parameters,
@@ -106,6 +109,12 @@ def _batch(plan: RunPlan) -> str:
     product = f"micro_bsz {plan.config.training.micro_bsz} * {_several(ranks, 'rank')}"
     product += f" * {_several(run.accumulate, 'micro batch', 'es')}"
     return f"{product} = {_several(run.global_batch_size, 'sample')}, {run.tokens_per_step:,} tokens a step"
+
+
+def _samples(plan: RunPlan) -> dict[str, str]:
+    """A row where the data is prepared and not one stream of which everything is trained on."""
+    words = plan.manifest.samples_in_words if plan.manifest else None
+    return {"samples": words} if words else {}
 
 
 def _length(plan: RunPlan) -> str:

@@ -53,7 +53,8 @@ class RunPlan:
     """All that is known about a run before it starts.
 
     config: with the vocabulary's size. grad_cp: what training.grad_cp auto becomes, where that is known.
-    seconds, tokens_per_s: None where no speed was given, or no end is known.
+    manifest: of the data, None where it is not prepared. seconds, tokens_per_s: None where no speed was given, or no
+    end is known.
 
     to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
     host_copy: bytes that a rank needs in the host's memory while a checkpoint is written in the background.
@@ -66,6 +67,7 @@ class RunPlan:
     flops: FlopsPerToken
     length: Length
     learning_rates: dict[int, float]
+    manifest: DataManifest | None
     kernels: Kernels
     rows: list[Row]
     to_fit: Setting | None
@@ -94,6 +96,8 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     model, training = config.model, config.training
     assert model.vocab_size is not None
     shapes = parameter_shapes(model, model.vocab_size)
+    if manifest is not None and manifest.packing is not None and manifest.packing.ctx_len != model.ctx_len:
+        manifest = None  # the run will prepare it again
     run = length(config, assumptions.ranks, manifest)
     kernels = Kernels.of(training, model, "cpu" if training.accelerator == "cpu" else "cuda")
     memory_model = MemoryModel(model, model.vocab_size, training, kernels)
@@ -113,6 +117,7 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         flops=flops,
         length=run,
         learning_rates=learning_rates(config, run),
+        manifest=manifest,
         kernels=kernels,
         rows=_rows(memory_model, configured, gpu_bytes),
         to_fit=None if gpu_bytes is None else change(memory_model, configured, gpu_bytes),

@@ -116,7 +116,8 @@ def _loss(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
         if len(val.value):
             label = "validation" if alone else f"{run.name}, validation"
             curves.append(Curve(label, val.tokens, val.value, 1 if alone else color, "dashed", markers=True))
-    chart = Chart("loss", "Loss", "nats per token", curves, _all_marks(runs), note=_smoothing_note(runs))
+    unit = series.loss_unit([run.manifest for run in runs])
+    chart = Chart("loss", "Loss", unit, curves, _all_marks(runs), note=_smoothing_note(runs))
     return _of_values(chart, values)
 
 

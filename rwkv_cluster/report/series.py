@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.report import run_files
 
 Columns = dict[str, np.ndarray]
@@ -38,6 +39,12 @@ class Series:
         """Values for JSON, which has no word for NaN."""
         points = {"step": integers(self.step), "tokens": integers(self.tokens), "value": numbers(self.value)}
         return {**points, "n_records": self.n_records}
+
+
+def loss_unit(manifests: Sequence[DataManifest | None]) -> str:
+    """Unit of a loss, which says where it is the mean over some tokens only."""
+    masked = any(manifest is not None and manifest.n_trained is not None for manifest in manifests)
+    return "nats per trained token" if masked else "nats per token"
 
 
 def integers(values: np.ndarray) -> list[int]:

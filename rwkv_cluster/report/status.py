@@ -214,7 +214,9 @@ def rows(status: RunStatus) -> dict[str, str]:
         shown["preparing"] = _preparation_text(status.preparation)
     elif status.data is not None:
         shown["data"] = f"{status.data.n_tokens:,} tokens in {status.data.n_documents:,} documents"
-    shown |= _training_rows(status.training) if status.training else {"step": "none yet"}
+        shown |= {"samples": words} if (words := status.data.samples_in_words) else {}
+    masked = status.data is not None and status.data.n_trained is not None
+    shown |= _training_rows(status.training, masked) if status.training else {"step": "none yet"}
     shown["checkpoint"] = _checkpoint_text(status.checkpoint)
     shown |= {"damaged": "; ".join(status.faults)} if status.faults else {}
     shown |= {"last event": _event_text(status.event)} if status.event else {}
@@ -235,11 +237,14 @@ def _preparation_text(progress: dict[str, Any]) -> str:
     return in_words(progress) + (f", {rate:,.0f} tokens/s" if rate else "")
 
 
-def _training_rows(training: Training) -> dict[str, str]:
+def _training_rows(training: Training, masked: bool) -> dict[str, str]:
+    """Rows of how far the steps have come. masked: whether some tokens are not trained on."""
     total = training.total_steps
     share = f" of {total:,} ({training.step / total:.0%})" if total else ", the end is not known"
     shown = {"step": f"{training.step:,}{share}, {training.tokens:,} tokens"}
-    shown["loss"] = f"{training.loss:.4f} smoothed, {training.last_loss:.4f} last"
+    shown["loss"] = f"{training.loss:.4f} smoothed, {training.last_loss:.4f} last" + (
+        ", of trained tokens" if masked else ""
+    )
     if training.val_loss is not None:
         shown["val loss"] = f"{training.val_loss:.4f} at step {training.val_loss_step:,}"
     if training.tokens_per_s:

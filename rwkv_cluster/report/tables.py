@@ -32,7 +32,7 @@ def summary(run: Run) -> dict[str, tuple[str, str]]:
     cards = {
         "Steps": (f"{step[-1]:,.0f}", total),
         "Tokens": (short(run.metrics["tokens"][-1]), f"{run.metrics['tokens'][-1]:,.0f}"),
-        "Training loss": (_number(loss[-1], 4), "smoothed, nats per token"),
+        "Training loss": (_number(loss[-1], 4), f"smoothed, {series.loss_unit([run.manifest])}"),
         "Validation loss": (_number(val, 4), f"at step {val_step:,.0f}" if val is not None else "none"),
         "Speed": (short(float(np.nanmedian(speed))) if np.isfinite(speed).any() else NONE, "tokens/s, median"),
         "Peak memory": (
@@ -148,6 +148,8 @@ def _manifest(run: Run) -> dict[str, str]:
         "tokens": f"{manifest.n_tokens:,}",
         "documents": f"{manifest.n_documents:,} from {manifest.n_source_documents:,}",
         "held out": f"{held_out.n_tokens:,} tokens in {held_out.n_documents:,} documents" if held_out else "none",
+        "samples": manifest.samples_in_words or "one stream, all of it trained on",
+        "held-out samples": held_out.packing.in_words() if held_out and held_out.packing else NONE,
         "left out": f"{manifest.n_empty_documents:,} empty documents, {manifest.n_bad_lines:,} bad lines",
         "vocabulary": f"{manifest.vocab_size:,}, {manifest.dtype}",
         "tokenizer": str(manifest.tokenizer.get("class", NONE)),
