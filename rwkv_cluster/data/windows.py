@@ -114,7 +114,9 @@ class PackedWindows:
         starts = np.zeros(shape, bool)
         starts.reshape(-1)[np.concatenate([place, end[end < (np.arange(len(windows)) + 1) * length]])] = True
         trained = positions if self._mask is None else positions[self._trained(first, sizes)]
-        return TokenBatch(*map(torch.from_numpy, (inputs, targets, starts, trained)))
+        return TokenBatch(
+            torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(starts), torch.from_numpy(trained)
+        )
 
     def count_trained(self, window: int) -> int:
         if self._counts[window] < 0:

@@ -87,13 +87,16 @@ def evaluate(
             n_bytes = 0 if token_sizes is None else int(token_sizes[targets].sum())
             counts = torch.tensor([targets.numel(), n_bytes], dtype=torch.float64, device=device)
             sums += torch.cat([loss.double()[None] * targets.numel(), counts])
-    total, n_tokens, n_bytes = collectives.sum_over_ranks(sums).tolist()
-    loss = total / n_tokens if n_tokens else math.nan
-    return EvalResult(loss, int(n_tokens), None if token_sizes is None else int(n_bytes))
+    total, all_tokens, all_bytes = collectives.sum_over_ranks(sums).tolist()
+    mean = total / all_tokens if all_tokens else math.nan
+    return EvalResult(mean, int(all_tokens), None if token_sizes is None else int(all_bytes))
 
 
 def _on(device: torch.device, batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+    starts, trained = (None if part is None else part.to(device) for part in (batch.starts, batch.trained))
+    return batch._replace(
+        inputs=batch.inputs.to(device), targets=batch.targets.to(device), starts=starts, trained=trained
+    )
 
 
 class Evaluator:

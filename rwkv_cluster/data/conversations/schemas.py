@@ -83,7 +83,8 @@ def _turn(message: Any, place: str) -> Turn:
     if not isinstance(message, dict):
         raise BadLine(f"{place} is {kind_name(message)}, expected an object with a role")
     speaker = message.get("role", message.get("from"))
-    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    name = speaker.lower() if isinstance(speaker, str) else ""
+    role = _ROLES.get(name)
     if role is None:
         shown = f'"{speaker[:40]}"' if isinstance(speaker, str) else kind_name(speaker)
         raise BadLine(f"{place} has the role {shown}, expected system, user, assistant or tool")
@@ -91,9 +92,9 @@ def _turn(message: Any, place: str) -> Turn:
     if role != "assistant":
         return Turn(role, text)
     calls = _calls(message.get("tool_calls"), place)
-    if speaker.lower() == "function_call":
+    if name == "function_call":
         text, calls = "", (_call(text, place),)
-    thinking = next((message[name] for name in _THINKING if isinstance(message.get(name), str)), "")
+    thinking = next((message[field] for field in _THINKING if isinstance(message.get(field), str)), "")
     return Turn(role, text, thinking, calls, is_trained=message.get("weight", 1) != 0)
 
 
@@ -105,10 +106,14 @@ def _text(content: Any, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise BadLine(f"{place} has {kind_name(content)} as its content, expected a string")
-    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    if not all(isinstance(part, str) for part in parts):
+    texts = [part["text"] for part in content if _is_text(part)]
+    if len(texts) < len(content):
         raise BadLine(f"{place} has a content that is not all text")
-    return "".join(parts)
+    return "".join(texts)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _calls(calls: Any, place: str) -> tuple[dict[str, Any], ...]:

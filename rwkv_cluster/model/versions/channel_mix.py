@@ -30,7 +30,7 @@ class GatedChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
         """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
-        mixes = [self.get_parameter(name) for name in self.mix_names]
+        mixes: list[Tensor] = [self.get_parameter(name) for name in self.mix_names]
         if self.mixes_current:
             mixes = [1 - m.to(x.dtype) for m in mixes]
         x_k, x_r = token_shift_mix(x, before, mixes, self.fused, starts)
