@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from naive_wkv import VERSIONS, naive, output_gradients, random_inputs, relative_errors, values_and_gradients
+from naive_wkv import (
+    VERSIONS,
+    each_document_alone,
+    naive,
+    output_gradients,
+    random_inputs,
+    relative_errors,
+    values_and_gradients,
+)
 
 from rwkv_cluster.kernels import native, ops, reference
 
@@ -51,15 +59,21 @@ def on_gpu(inputs, dtype, device="cuda"):
     return [*(x.to(device, dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float().to(device)]
 
 
-def run(version, backend, inputs, dtype, device="cuda"):
+def definition(version: str, time: int, starts: torch.Tensor | None):
+    """The naive loop; for many steps, where that takes minutes, the loop in PyTorch, which is itself held to it."""
+    if time > 64:
+        return partial(getattr(reference, version), starts=starts)
+    return partial(naive, version) if starts is None else partial(each_document_alone, version, starts)
+
+
+def run(version, backend, inputs, dtype, device="cuda", starts=None):
     """y, final state and gradients on the device, beside float64 of the same rounded inputs."""
     given = on_gpu(inputs, dtype, device)
     rounded = [x.double().cpu() for x in given]
-    # the loop in PyTorch is itself tested against the naive one; at T 4096 that would take minutes
-    definition = partial(naive, version) if inputs[0].shape[1] <= 64 else getattr(reference, version)
-    wanted = values_and_gradients(definition, rounded)
+    wanted = values_and_gradients(definition(version, inputs[0].shape[1], starts), rounded)
     leaves = [x.requires_grad_() for x in given]
-    y, state = operator(version, backend)(*leaves)
+    starts = None if starts is None else starts.to(device)
+    y, state = operator(version, backend)(*leaves, starts=starts)
     dy, dstate = (x.to(device) for x in output_gradients(rounded))
     found = [y, state, *torch.autograd.grad((y, state), leaves, (dy.to(y), dstate.to(state)))]
     return [x.detach().cpu() for x in found], wanted
@@ -76,6 +90,21 @@ def test_against_float64(version, shape, backend, dtype):
         forward = SAME_DECAY
     assert max(errors[:2]) < forward, errors
     assert max(errors[2:]) < backward, errors
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", [(3, 53, 5), (1, 2048, 2)], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_documents_know_nothing_of_each_other(version, shape, backend, dtype):
+    batch, time, _ = shape
+    starts = torch.rand(batch, time, generator=torch.Generator().manual_seed(1)) < 0.1
+    starts[0, 0] = starts[-1, -1] = True
+    found, wanted = run(version, backend, random_inputs(version, *shape, 64), dtype, starts=starts)
+    errors = relative_errors(found, wanted)
+    forward, backward = TOLERANCES[backend, dtype]
+    assert max(errors[:2]) < forward, errors
+    assert max(errors[2:]) < backward, errors
+    assert not found[-1][0].any()  # the gradient of a state that a document's start hides
 
 
 @KERNELS
@@ -142,7 +171,9 @@ def test_compiles_into_one_graph(version, backend, dtype):
 @pytest.mark.parametrize("version", ["wkv6", "wkv7"])
 def test_opcheck(version):
     given = [x.requires_grad_() for x in on_gpu(random_inputs(version, 1, 20, 2, 64), torch.bfloat16)]
-    torch.library.opcheck(getattr(torch.ops.rwkv_cluster, version).default, [*given, False, True])
+    starts = torch.arange(20, device="cuda")[None] % 7 == 0
+    for arguments in ([*given, None, False, True], [*given, starts, False, True]):
+        torch.library.opcheck(getattr(torch.ops.rwkv_cluster, version).default, arguments)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -157,12 +188,14 @@ import torch
 from naive_wkv import VERSIONS, random_inputs
 from rwkv_cluster.kernels import ops
 
+documents = torch.arange(37, device="cuda")[None] % 9 == 0
 for version in VERSIONS:
     for backend in ("native", "exact"):
-        *tensors, state = random_inputs(version, 1, 37, 2, 64)
-        leaves = [x.to("cuda", torch.bfloat16 if x.ndim == 4 else torch.float32).requires_grad_() for x in tensors]
-        y, final = getattr(ops, version)(*leaves, state.float().cuda(), backend=backend)
-        torch.autograd.grad((y, final), leaves, (torch.ones_like(y), torch.ones_like(final)))
+        for starts in (None, documents):
+            *tensors, state = random_inputs(version, 1, 37, 2, 64)
+            leaves = [x.to("cuda", torch.bfloat16 if x.ndim == 4 else torch.float32).requires_grad_() for x in tensors]
+            y, final = getattr(ops, version)(*leaves, state.float().cuda(), starts=starts, backend=backend)
+            torch.autograd.grad((y, final), leaves, (torch.ones_like(y), torch.ones_like(final)))
 torch.cuda.synchronize()
 """
 

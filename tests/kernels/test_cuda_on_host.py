@@ -9,7 +9,7 @@ import naive_wkv
 import pytest
 import torch
 from host_kernels import EXACT, TENSOR_CORES, values_and_gradients
-from naive_wkv import VERSIONS, naive, random_inputs, relative_errors
+from naive_wkv import VERSIONS, as_starts, each_document_alone, naive, random_inputs, relative_errors
 
 from rwkv_cluster.kernels import native
 from rwkv_cluster.kernels.signatures import Problem
@@ -39,10 +39,11 @@ def representable(inputs, dtype):
     return [*(x.to(dtype if x.ndim == 4 else torch.float32).double() for x in tensors), state.float().double()]
 
 
-def check(library, version, inputs, kernel, dtype, *, skip=()):
+def check(library, version, inputs, kernel, dtype, *, skip=(), starts=None):
     inputs = representable(inputs, dtype)
-    wanted = naive_wkv.values_and_gradients(partial(naive, version), inputs)
-    found = values_and_gradients(library, version, inputs, dtype, kernel=kernel)
+    operator = partial(naive, version) if starts is None else partial(each_document_alone, version, starts)
+    wanted = naive_wkv.values_and_gradients(operator, inputs)
+    found = values_and_gradients(library, version, inputs, dtype, kernel=kernel, starts=starts)
     errors = relative_errors(found, wanted)
     for index in skip:
         errors[index] = 0.0
@@ -91,6 +92,68 @@ def test_extreme_decays_have_finite_results_and_no_gradient(host_library, versio
     assert torch.equal(found[gradient], torch.zeros_like(found[gradient]))
 
 
+STARTS = {  # of three rows; chunks have 16 steps, and runs with fp32 maths 8
+    1: {"step 0": [[0], [], [0]]},
+    16: {"first and last": [[0], [15], [0, 15]]},
+    53: {
+        "edges": [[0, 16, 32, 48], [16], [8, 15, 17, 40]],
+        "several in a chunk": [[3, 5, 9, 14, 20], [1, 7, 23, 24, 25], [30, 47, 52]],
+        "every step": [range(53), range(53), [0]],
+    },
+}
+DOCUMENTS = pytest.mark.parametrize(
+    "starts",
+    [
+        pytest.param(as_starts(rows, time), id=f"{time}, {name}")
+        for time, cases in STARTS.items()
+        for name, rows in cases.items()
+    ],
+)
+
+
+@KERNELS
+@DOCUMENTS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_documents_know_nothing_of_each_other(host_library, version, starts, kernel, dtype):
+    inputs = random_inputs(version, *starts.shape, 2, 64)
+    *gradients, dstate = check(host_library, version, inputs, kernel, dtype, starts=starts)
+    assert not dstate[starts[:, 0]].any()
+    if version != "wkv5":  # whose one decay is that of all steps
+        assert not gradients[2 + W[version]][starts].any()
+
+
+@KERNELS
+@pytest.mark.parametrize("quiet", [(0, 13), (13, 21), (21, 40)], ids=["first", "second", "last"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_document_is_as_exact_beside_others_with_large_values(host_library, version, quiet, kernel, dtype):
+    inputs = random_inputs(version, 1, 40, 1, 64)
+    size = torch.full((40, 1, 1), 10.0 if dtype == torch.float16 else 100.0, dtype=torch.float64)
+    size[slice(*quiet)] = 1
+    for index in (0, 2, 3) if version == "wkv7" else (0, 1, 2):
+        inputs[index] = inputs[index] * size
+    inputs, starts = representable(inputs, dtype), as_starts([[13, 21]], 40)
+    wanted = naive_wkv.values_and_gradients(partial(each_document_alone, version, starts), inputs)
+    found = values_and_gradients(host_library, version, inputs, dtype, kernel=kernel, starts=starts)
+    of_document = [
+        [x[:, slice(*quiet)] for x in results if x.ndim == 4 and x.shape[1] == 40] for results in (found, wanted)
+    ]
+    assert max(relative_errors(*of_document)) < TOLERANCES[kernel, dtype][1]
+
+
+@KERNELS
+@pytest.mark.parametrize("logits", [(1e4, 1e4), (-1e4, -1e4), (-20.0, 6.0)], ids=["none left", "all left", "mixed"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_documents_with_extreme_decays(host_library, version, logits, kernel, dtype):
+    inputs = random_inputs(version, 2, 40, 1, 64)
+    w, (low, high) = inputs[W[version]], logits
+    uniform = torch.rand(w.shape, generator=torch.Generator().manual_seed(5), dtype=w.dtype)
+    inputs[W[version]] = uniform * (high - low) + low
+    gradient = 2 + W[version]  # at the ends 0 for a decay that no longer moves, and 0 * inf in the naive loop
+    starts = as_starts([[0, 3, 17, 20, 39], [7, 8, 30]], 40)
+    found = check(host_library, version, inputs, kernel, dtype, skip=(gradient,) if low == high else (), starts=starts)
+    assert torch.isfinite(found[gradient]).all()
+
+
 def resembling_keys(similarity):
     inputs = random_inputs("wkv7", 1, 100, 1, 64)
     kappa = torch.nn.functional.normalize(inputs[5], dim=-1)
@@ -117,12 +180,13 @@ def test_large_values(host_library, version, kernel, dtype):
 
 @KERNELS
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_schedule_gives_the_same_bits(host_library, version, kernel, dtype):
+@pytest.mark.parametrize("starts", [None, as_starts([[5, 19, 20, 48]], 50)], ids=["one document", "documents"])
+def test_every_schedule_gives_the_same_bits(host_library, version, starts, kernel, dtype):
     inputs = representable(random_inputs(version, 1, 50, 1, 64), dtype)
     results = []
     for seed in range(6):
         host_library.rwkv_host_schedule(seed)
-        results.append(values_and_gradients(host_library, version, inputs, dtype, kernel=kernel))
+        results.append(values_and_gradients(host_library, version, inputs, dtype, kernel=kernel, starts=starts))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -138,6 +202,17 @@ def test_null_pointers_count_as_zeros(host_library, version, kernel, dtype):
         wanted = values_and_gradients(host_library, version, zeros, dtype, kernel=kernel, gradients=given)
         found = values_and_gradients(host_library, version, [*tensors, None], dtype, kernel=kernel, gradients=nothing)
         assert all(map(torch.equal, wanted, found))
+
+
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_starts_without_a_start_change_no_bit(host_library, version, kernel, dtype):
+    inputs = representable(random_inputs(version, 2, 33, 1, 64), dtype)
+    wanted, found = (
+        values_and_gradients(host_library, version, inputs, dtype, kernel=kernel, starts=starts)
+        for starts in (None, as_starts([[], []], 33))
+    )
+    assert all(map(torch.equal, wanted, found))
 
 
 @pytest.mark.parametrize("kernel", [EXACT, TENSOR_CORES])

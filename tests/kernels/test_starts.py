@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
-from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
-from torch import Tensor
+from naive_wkv import (
+    VERSIONS,
+    as_starts,
+    each_document_alone,
+    random_inputs,
+    relative_errors,
+    values_and_gradients,
+)
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import ops
@@ -31,36 +36,11 @@ def _small_segments_of_nan(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def as_starts(rows: list[list[int]], time: int = TIME) -> Tensor:
-    starts = torch.zeros(len(rows), time, dtype=torch.bool)
-    for row, steps in enumerate(rows):
-        starts[row, list(steps)] = True
-    return starts
-
-
-def each_document_alone(version: str, starts: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the final state of `naive` called once for each document, with a state only where a row goes on."""
-    *tensors, state = inputs
-    ys, finals = [], []
-    for row, begins in enumerate(starts):
-        inner = [step for step in begins.nonzero().flatten().tolist() if step]
-        s = torch.zeros_like(state[:1]) if begins[0] else state[row : row + 1]
-        parts = []
-        for first, last in pairwise([0, *inner, starts.shape[1]]):
-            document = [x[row : row + 1, first:last] if x.ndim == 4 else x for x in tensors]
-            y, final = naive(version, *document, s)
-            parts.append(y)
-            s = torch.zeros_like(s)
-        ys.append(torch.cat(parts, dim=1))
-        finals.append(final)
-    return torch.cat(ys), torch.cat(finals)
-
-
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("where", STARTS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_documents_know_nothing_of_each_other(version, where, backend):
-    starts = as_starts(STARTS[where])
+    starts = as_starts(STARTS[where], TIME)
     inputs = random_inputs(version, 3, TIME, 2, 4)
     wanted = values_and_gradients(partial(each_document_alone, version, starts), inputs)
     found = values_and_gradients(partial(getattr(ops, version), starts=starts, backend=backend), inputs)

@@ -6,6 +6,8 @@ Slow and independent of `rwkv_cluster.kernels`: autograd over this in float64 is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +18,32 @@ VERSIONS = ("wkv5", "wkv6", "wkv7")
 def naive(version: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """y and the final state for the arguments of the operator `version`, the state included."""
     return _naive7(*inputs) if version == "wkv7" else _naive6(*inputs)
+
+
+def as_starts(rows: Sequence[Iterable[int]], time: int) -> Tensor:
+    """Where documents begin, bool [B,T], from the steps of each row."""
+    starts = torch.zeros(len(rows), time, dtype=torch.bool)
+    for row, steps in enumerate(rows):
+        starts[row, list(steps)] = True
+    return starts
+
+
+def each_document_alone(version: str, starts: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """y and the final state of `naive` called once for each document, with a state only where a row goes on."""
+    *tensors, state = inputs
+    ys, finals = [], []
+    for row, begins in enumerate(starts):
+        inner = [step for step in begins.nonzero().flatten().tolist() if step]
+        s = torch.zeros_like(state[:1]) if begins[0] else state[row : row + 1]
+        parts = []
+        for first, last in pairwise([0, *inner, starts.shape[1]]):
+            document = [x[row : row + 1, first:last] if x.ndim == 4 else x for x in tensors]
+            y, final = naive(version, *document, s)
+            parts.append(y)
+            s = torch.zeros_like(s)
+        ys.append(torch.cat(parts, dim=1))
+        finals.append(final)
+    return torch.cat(ys), torch.cat(finals)
 
 
 def random_inputs(version: str, batch: int, time: int, heads: int, size: int, *, seed: int = 0) -> list[Tensor]:

@@ -18,7 +18,6 @@ constexpr int64_t MOST_BLOCKS = 2147483647;
 int32_t check(const rwkv_problem &p) {
     if (p.batch * p.heads > MOST_BLOCKS) return RWKV_NO_SUCH_SIZE;
     if (p.size != 64) return RWKV_NO_SUCH_SIZE;
-    if (p.starts) return RWKV_NO_SUCH_KERNEL;
     if (p.kernel == RWKV_TENSOR_CORES) return p.io == RWKV_BF16 ? RWKV_OK : RWKV_NO_SUCH_IO;
     if (p.kernel != RWKV_EXACT) return RWKV_NO_SUCH_KERNEL;
     return p.io == RWKV_FP32 || p.io == RWKV_BF16 || p.io == RWKV_FP16 ? RWKV_OK : RWKV_NO_SUCH_IO;

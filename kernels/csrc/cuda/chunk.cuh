@@ -5,6 +5,7 @@
 // 8 (i % 8) on of step i / 8: one 16-byte piece of each input.
 #pragma once
 
+#include "documents.cuh"
 #include "fragments.cuh"
 
 namespace rwkv {
@@ -47,6 +48,14 @@ __device__ __forceinline__ void store_piece(Steps &to, const uint4 &piece) {
     *reinterpret_cast<uint4 *>(&to[threadIdx.x / 8][threadIdx.x % 8 * 8]) = piece;
 }
 
+// Zero in the rows that `holds` does not.
+template <typename Holds>
+__device__ __forceinline__ void keep_rows(float (&acc)[2][4], const Holds &holds) {
+    for_pairs(acc, [&](int row, int, float &x, float &y) {
+        if (!holds(row)) x = y = 0.0f;
+    });
+}
+
 using State = float[N / 8][4];  // 16 value rows from the warp's first on, all keys
 
 __device__ __forceinline__ void load_state(State &s, const float *from, int first, int value_stride,
@@ -84,13 +93,13 @@ __device__ __forceinline__ void store_steps(bf16 *to, const Head &head, int64_t 
 }
 
 // A column of a [16,16] matrix of fragments has rows g = lane / 4 and g + 8. Over the eight rows g of one half:
-// the sum of x from each row on.
-__device__ __forceinline__ float suffix_sum(float x) {
+// the sum of x from each row on, over at most `rows`.
+__device__ __forceinline__ float suffix_sum(float x, int rows = L) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
         const float later = __shfl_sync(0xffffffffu, x, lane + distance);
-        if (lane + distance < 32) x += later;
+        if (lane + distance < 32 && distance / 4 < rows) x += later;
     }
     return x;
 }

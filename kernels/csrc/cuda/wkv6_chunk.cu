@@ -14,6 +14,9 @@
 //   dP = tril(dY V^T);  dV = P^T dY + ke dS'^T;  dS = dS' c_L + dY^T rs
 //   drs = dY S;  dke = V dS';  drl = leaf(dP) kl;  dkl = leaf(dP)^T rl;  dh = cross(dP) h, and cross(dP)^T h
 //
+// Where documents begin inside a chunk, P and dP are zero between documents; rs is zero from the first start on, ke is
+// zero before the last one, and c_L is then zero.
+//
 // The gradient of log d_m sums, over every factor that contains d_m, the factor times its gradient. Only a leaf's sums
 // cancel (eight rows, the same rounded operands on both sides), and where d_m is below the bound they count as 0.
 #include "chunk.cuh"
@@ -89,7 +92,7 @@ struct Factors {
 // One barrier inside.
 template <typename Memory>
 __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Pointers &in, const uint4 &raw,
-                                              bool is_step, int heads) {
+                                              const Documents &documents, bool is_step, int heads) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8;
     const bool before_middle = warp % 2 == 0;  // a leaf is two warps' steps
     float w[8], up_to[8], after[8];
@@ -125,13 +128,21 @@ __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Point
         const float to_row_8 = warp == 0 ? after[i] + sums[1] : after[i];
         const float from_row_8 = warp == 3 ? sums[2] + up_to[i] : up_to[i];
         f.half[i] = exp_approx(warp < 2 ? to_row_8 : from_row_8);
-        if (threadIdx.x < 8) x.total[column + i] = exp_approx(sums[0] + sums[1] + sums[2] + sums[3]);
+        const float total = exp_approx(sums[0] + sums[1] + sums[2] + sums[3]);
+        if (threadIdx.x < 8) x.total[column + i] = documents.starts ? 0.0f : total;
+    }
+    const int row = threadIdx.x / 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (!documents.reads_first_state(row)) f.start[i] = 0.0f;
+        if (!documents.reaches_last_state(row)) f.end[i] = 0.0f;
     }
 }
 
-__device__ __forceinline__ void keep(Chunk &, const Factors &, const Inputs &) {}
+__device__ __forceinline__ void keep(Chunk &, const Factors &, const Documents &, const Inputs &) {}
 
-__device__ __forceinline__ void keep(BackwardChunk &x, const Factors &f, const Inputs &in) {
+__device__ __forceinline__ void keep(BackwardChunk &x, const Factors &f, const Documents &documents,
+                                     const Inputs &in) {
     const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -140,7 +151,7 @@ __device__ __forceinline__ void keep(BackwardChunk &x, const Factors &f, const I
         x.half[row][column + i] = f.half[i];
         x.leaf_read[row][column + i] = f.leaf_read[i];
         x.leaf_write[row][column + i] = f.leaf_write[i];
-        x.own_log_decay[row][column + i] = f.log_decay[i];
+        x.own_log_decay[row][column + i] = documents.is_start(row) ? 0.0f : f.log_decay[i];
     }
     store_piece(x.r, in.r);
     store_piece(x.k, in.k);
@@ -149,11 +160,11 @@ __device__ __forceinline__ void keep(BackwardChunk &x, const Factors &f, const I
 // From inputs in registers to the chunk's factors in shared memory. One barrier inside; the caller adds the next.
 template <typename Memory>
 __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Pointers &pointers, const Head &head,
-                                        int64_t start, int heads) {
+                                        const Documents &documents, int64_t start, int heads) {
     const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
     Factors f;
-    decay_factors(x, f, pointers, in.w, start + row < head.time, heads);
-    keep(x, f, in);
+    decay_factors(x, f, pointers, in.w, documents, start + row < head.time, heads);
+    keep(x, f, documents, in);
     float r[8], k[8], product[8], bonus = 0.0f;
     unpack(r, in.r);
     unpack(k, in.k);
@@ -185,40 +196,43 @@ __device__ __forceinline__ bool is_cross(int row, int column) {
 }
 
 // P: the leaves, their diagonal and the empty corner by warp 0, the crossing by warp 1. The caller adds a barrier.
-__device__ __forceinline__ void weigh(Chunk &x) {
+__device__ __forceinline__ void weigh(Chunk &x, const Documents &documents) {
     const int warp = threadIdx.x / 32;
     if (warp > 1) return;
     float acc[2][4] = {};
     multiply<N, false, true>(acc, operand(warp == 0 ? x.rl : x.h), operand(warp == 0 ? x.kl : x.h));
     const auto chosen = [&](int row, int column, float value) {
-        return row == column ? x.bonus[row] : is_leaf(row, column) ? value : 0.0f;
+        if (row == column) return x.bonus[row];
+        return (warp == 1 || is_leaf(row, column)) && documents.joins(row, column) ? value : 0.0f;
     };
     for_pairs(acc, [&](int row, int column, float first, float second) {
         if (is_cross(row, column) != (warp == 1)) return;
-        if (warp == 0) {
-            first = chosen(row, column, first);
-            second = chosen(row, column + 1, second);
-        }
-        *reinterpret_cast<uint32_t *>(&x.weights[row][column]) = pack2(first, second);
+        const uint32_t pair = pack2(chosen(row, column, first), chosen(row, column + 1, second));
+        *reinterpret_cast<uint32_t *>(&x.weights[row][column]) = pair;
     });
 }
 
+template <bool has_starts>
 __global__ void __launch_bounds__(THREADS)
-    forward(int64_t time, int heads, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
+    forward(int64_t time, int heads, const uint8_t *starts, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
     Chunk &x = *dynamic_memory<Chunk>();
     const Head head(time, heads);
     const int warp = threadIdx.x / 32, first = warp * L;
     const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
     State s;
     load_state(s, at(state, block * N * N), first, 1, N);
+    starts = row_of_starts(starts, time, heads);
     Inputs next = load_inputs(in, head, 0);
+    bool next_start = has_starts && load_start(starts, time, 0, L);
     for (int64_t start = 0; start < time; start += L) {
+        const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
         store(&x.s[first][0], STRIDE, s);
         if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
-        prepare(x, next, in, head, start, heads);
+        prepare(x, next, in, head, documents, start, heads);
         next = load_inputs(in, head, start + L);
+        if (has_starts) next_start = load_start(starts, time, start + L, L);
         __syncthreads();
-        weigh(x);
+        weigh(x, documents);
         float out[2][4] = {};
         multiply<N, false, true>(out, operand(x.rs), operand(x.s, first));
         decay(s, x.total);
@@ -231,12 +245,14 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // dP, split into leaves, crossing and diagonal; one warp. The caller adds a barrier.
-__device__ __forceinline__ void weigh_gradients(BackwardChunk &x) {
+__device__ __forceinline__ void weigh_gradients(BackwardChunk &x, const Documents &documents) {
     float acc[2][4] = {};
     multiply<N, false, true>(acc, operand(x.dy), operand(x.v));
     for_pairs(acc, [&](int row, int column, float first, float second) {
         const auto pair = [&](auto holds) {
-            return pack2(holds(row, column) ? first : 0.0f, holds(row, column + 1) ? second : 0.0f);
+            const bool has_first = holds(row, column) && documents.joins(row, column);
+            const bool has_second = holds(row, column + 1) && documents.joins(row, column + 1);
+            return pack2(has_first ? first : 0.0f, has_second ? second : 0.0f);
         };
         *reinterpret_cast<uint32_t *>(&x.dleaf[row][column]) = pair(is_leaf);
         *reinterpret_cast<uint32_t *>(&x.dcross[row][column]) = pair(is_cross);
@@ -257,7 +273,8 @@ struct ChannelSums {
 
 // The gradients of r, k, w, u for this warp's 16 keys, from `first` on.
 __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sums, const Gradients &out,
-                                              const float *u, const Head &head, int64_t start, int first) {
+                                              const float *u, const Head &head, const Documents &documents,
+                                              int64_t start, int first) {
     float drs[2][4] = {}, dke[2][4] = {}, drl[2][4] = {}, dkl[2][4] = {}, dh_read[2][4] = {}, dh_written[2][4] = {};
     multiply<N>(drs, operand(x.dy), operand(x.s, 0, first));
     multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
@@ -305,7 +322,9 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sum
             for (int half = 0; half < 2; ++half) {
                 const int row = g + 8 * half;
                 const float log_decay = x.own_log_decay[row][j];
-                const float leaf = row_after(suffix_sum(leaf_read[half] - leaf_written[half])) - leaf_written[half];
+                const int rows = documents.steps_left(row);
+                const float later = row_after(suffix_sum(leaf_read[half] - leaf_written[half], rows));
+                const float leaf = (rows > 1 ? later : 0.0f) - leaf_written[half];
                 const float all = dlog[half] + at_end + (log_decay > LEAF_BOUND ? leaf : 0.0f);
                 dw[n][2 * half + side] = all * log_decay;  // d log d / dw = -exp(w) = log d
                 if (start + row < head.time) sums.dw[n][side] += all * log_decay;
@@ -330,9 +349,10 @@ __device__ __forceinline__ void store_channel_sums(float *to, float (&x)[2][2], 
     }
 }
 
+template <bool has_starts>
 __global__ void __launch_bounds__(THREADS)
-    backward(int64_t time, int heads, Pointers in, const bf16 *saved, const bf16 *dy, const float *dfinal_state,
-             Gradients out, float *dstate) {
+    backward(int64_t time, int heads, const uint8_t *starts, Pointers in, const bf16 *saved, const bf16 *dy,
+             const float *dfinal_state, Gradients out, float *dstate) {
     BackwardChunk &x = *dynamic_memory<BackwardChunk>();
     const Head head(time, heads);
     const int warp = threadIdx.x / 32, first = warp * L;
@@ -341,21 +361,25 @@ __global__ void __launch_bounds__(THREADS)
     State g;  // the gradient of the state at the chunk's end
     load_state(g, at(dfinal_state, block * N * N), first, 1, N);
     ChannelSums sums;
+    starts = row_of_starts(starts, time, heads);
     int64_t start = (chunks - 1) * L;
     Inputs next = load_inputs(in, head, start);
     uint4 next_dy = load_piece(dy, head, start);
     SavedState next_state = load_saved(states, chunks - 1);
+    bool next_start = has_starts && load_start(starts, time, start, L);
     for (; start >= 0; start -= L) {
-        prepare(x, next, in, head, start, heads);
+        const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
+        prepare(x, next, in, head, documents, start, heads);
         store_piece(x.dy, next_dy);
         store_saved(x.s, next_state);
         store(&x.ds[first][0], STRIDE, g);
         next = load_inputs(in, head, start - L);
         next_dy = load_piece(dy, head, start - L);
         next_state = load_saved(states, start / L - 1);
+        if (has_starts) next_start = load_start(starts, time, start - L, L);
         __syncthreads();
-        weigh(x);
-        if (warp == 2) weigh_gradients(x);
+        weigh(x, documents);
+        if (warp == 2) weigh_gradients(x, documents);
         float dv[2][4] = {};
         multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
         decay(g, x.total);
@@ -363,7 +387,7 @@ __global__ void __launch_bounds__(THREADS)
         __syncthreads();
         multiply<L, true>(dv, operand(x.weights), operand(x.dy, 0, first));
         store_steps(out.dv, head, start, first, dv);
-        key_gradients(x, sums, out, in.u + block % heads * N, head, start, first);
+        key_gradients(x, sums, out, in.u + block % heads * N, head, documents, start, first);
     }
     store_channel_sums(out.du, sums.du, first);
     if (out.dconstant) store_channel_sums(out.dconstant, sums.dw, first);
@@ -378,16 +402,16 @@ Pointers pointers(const rwkv_problem &p, const void *r, const void *k, const voi
 }  // namespace
 
 int32_t wkv6_chunk(const rwkv_problem &p, const Wkv6Forward &x) {
-    return launch(forward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
-                  static_cast<int>(p.heads), pointers(p, x.r, x.k, x.v, x.w, x.u), x.state, out(x.y), x.final_state,
+    return launch(p.starts ? forward<true> : forward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
+                  static_cast<int>(p.heads), p.starts, pointers(p, x.r, x.k, x.v, x.w, x.u), x.state, out(x.y), x.final_state,
                   out(x.saved));
 }
 
 int32_t wkv6_chunk(const rwkv_problem &p, const Wkv6Backward &x) {
     const Gradients gradients{out(x.dr), out(x.dk), out(x.dv), p.constant_decay ? nullptr : out(x.dw),
                               p.constant_decay ? static_cast<float *>(x.dw) : nullptr, x.du};
-    return launch(backward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
-                  static_cast<int>(p.heads), pointers(p, x.r, x.k, x.v, x.w, x.u), in(x.saved), in(x.dy),
+    return launch(p.starts ? backward<true> : backward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
+                  static_cast<int>(p.heads), p.starts, pointers(p, x.r, x.k, x.v, x.w, x.u), in(x.saved), in(x.dy),
                   x.dfinal_state, gradients, x.dstate);
 }
 

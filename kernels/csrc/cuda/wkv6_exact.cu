@@ -6,6 +6,10 @@
 // Forward saves the state of every 16th step in the threads' own order. Backward recomputes the state before each step
 // from the one at the start of its run of 8 steps, without any sum over threads and without dividing by a decay, which
 // may be 0. Formulas of the gradients: csrc/cpu/wkv6.hpp.
+//
+// Where a document begins, d counts as 0 and S r as unread: then neither the step nor any gradient knows the state
+// before it.
+#include "documents.cuh"
 #include "launchers.hpp"
 #include "tile.cuh"
 
@@ -55,10 +59,11 @@ struct ForwardMemory {
 
 template <typename io>
 __global__ void __launch_bounds__(THREADS)
-    forward(int64_t time, int heads, const io *r, const io *k, const io *v, Decay<io> w, const float *u,
-            const float *state, io *y, float *final_state, float *saved) {
+    forward(int64_t time, int heads, const uint8_t *starts, const io *r, const io *k, const io *v, Decay<io> w,
+            const float *u, const float *state, io *y, float *final_state, float *saved) {
     ForwardMemory &x = *dynamic_memory<ForwardMemory>();
     const Head head(time, heads);
+    starts = row_of_starts(starts, time, heads);
     const int i = threadIdx.x, kg = i % EDGE, rg = i / EDGE, lane = i % 32;
     const int64_t this_state = static_cast<int64_t>(blockIdx.x) * N * N;
     Tile s;
@@ -70,6 +75,7 @@ __global__ void __launch_bounds__(THREADS)
         if (states && start % STEPS_BETWEEN_STATES == 0) {
             store_private(states + start / STEPS_BETWEEN_STATES * N * N, s);
         }
+        const Documents documents = share_starts(load_start(starts, time, start, RUN));
         __syncthreads();
         for (int t = 0; t < steps; ++t) {
             const int64_t from = head.at(start + t);
@@ -78,12 +84,14 @@ __global__ void __launch_bounds__(THREADS)
             x.k[t][i] = to_float(k[from]);
             x.v[t][i] = to_float(v[from]);
         }
+        documents.for_starts([&](int t) { x.d[t][i] = 0.0f; });
         __syncthreads();
 #pragma unroll 1
         for (int t = 0; t < steps; ++t) {
             float sums[EDGE];
             times_row(sums, s, x.r[t], kg);
-            const float read = sum_over_keys(sums, lane);  // of row i = 8 rg + kg
+            float read = sum_over_keys(sums, lane);  // of row i = 8 rg + kg
+            if (documents.is_start(t)) read = 0.0f;
             y[head.at(start + t)] = from_float<io>(read + bonus(x.r[t], x.u, x.k[t], kg) * x.v[t][i]);
             advance(s, x.v[t], x.d[t], x.k[t], kg, rg);
         }
@@ -93,15 +101,15 @@ __global__ void __launch_bounds__(THREADS)
 
 struct BackwardMemory {
     float start[N * N];  // the state at the run's start, in private order
-    Row u, r[RUN], d[RUN], k[RUN], v[RUN], dy[RUN], rate[RUN];
+    Row zero, u, r[RUN], d[RUN], k[RUN], v[RUN], dy[RUN], rate[RUN];
     Row s_dy[RUN][WARPS], dd[RUN][WARPS], dk[RUN][WARPS];  // by warp
     float v_dy[RUN][WARPS];
 };
 
 // What moves the state over a run: d, k and v.
 template <typename io>
-__device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, int64_t start, int steps, int heads,
-                                           const io *k, const io *v, const Decay<io> &w) {
+__device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, const Documents &documents,
+                                           int64_t start, int steps, int heads, const io *k, const io *v, const Decay<io> &w) {
     const int i = threadIdx.x;
     for (int t = 0; t < steps; ++t) {
         const int64_t from = head.at(start + t);
@@ -111,11 +119,12 @@ __device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, 
         x.k[t][i] = to_float(k[from]);
         x.v[t][i] = to_float(v[from]);
     }
+    documents.for_starts([&](int t) { x.d[t][i] = 0.0f; });
 }
 
 // Gradients of step t from g, the gradient of the state after it, which becomes that of the state before it.
 template <typename io>
-__device__ __forceinline__ void step_back(Tile &g, BackwardMemory &x, int t, io *dv) {
+__device__ __forceinline__ void step_back(Tile &g, BackwardMemory &x, const Documents &documents, int t, io *dv) {
     const int i = threadIdx.x, kg = i % EDGE, rg = i / EDGE, lane = i % 32, warp = i / 32;
     float dy[EDGE], v[EDGE], sums[EDGE];
     load_values(dy, x.dy[t], rg);
@@ -142,7 +151,7 @@ __device__ __forceinline__ void step_back(Tile &g, BackwardMemory &x, int t, io 
     if (lane == 0) x.v_dy[t][warp] = v_dy;
     float d[EDGE], r[EDGE];
     load_keys(d, x.d[t], kg);
-    load_keys(r, x.r[t], kg);
+    load_keys(r, documents.is_start(t) ? x.zero : x.r[t], kg);
 #pragma unroll
     for (int q = 0; q < EDGE; ++q) {
 #pragma unroll
@@ -153,11 +162,12 @@ __device__ __forceinline__ void step_back(Tile &g, BackwardMemory &x, int t, io 
 // dw: [B,T,H,N] elements; or null, and dconstant fp32 [B,H,N].
 template <typename io>
 __global__ void __launch_bounds__(THREADS)
-    backward(int64_t time, int heads, const io *r, const io *k, const io *v, Decay<io> w, const float *u,
-             const float *saved, const io *dy, const float *dfinal_state, io *dr, io *dk, io *dv, io *dw,
-             float *dconstant, float *du, float *dstate) {
+    backward(int64_t time, int heads, const uint8_t *starts, const io *r, const io *k, const io *v, Decay<io> w,
+             const float *u, const float *saved, const io *dy, const float *dfinal_state, io *dr, io *dk, io *dv,
+             io *dw, float *dconstant, float *du, float *dstate) {
     BackwardMemory &x = *dynamic_memory<BackwardMemory>();
     const Head head(time, heads);
+    starts = row_of_starts(starts, time, heads);
     const int i = threadIdx.x, kg = i % EDGE, rg = i / EDGE;
     const int64_t this_state = static_cast<int64_t>(blockIdx.x) * N * N;
     const float *states = saved + this_state * states_of(time);
@@ -166,20 +176,23 @@ __global__ void __launch_bounds__(THREADS)
     Tile g;
     load_state(g, at(dfinal_state, this_state), 1, N);
     x.u[i] = its_u;
+    x.zero[i] = 0.0f;
     for (int64_t start = (time - 1) / RUN * RUN; start >= 0; start -= RUN) {
         const int steps = static_cast<int>(time - start < RUN ? time - start : RUN);
         Tile s;
         load_private(s, states + start / STEPS_BETWEEN_STATES * N * N);
         // no barrier: since the last one each thread has read its own column alone, and it writes no other now
         if (start % STEPS_BETWEEN_STATES) {
-            load_moves(x, head, start - RUN, RUN, heads, k, v, w);
+            const Documents earlier = share_starts(load_start(starts, time, start - RUN, RUN));
+            load_moves(x, head, earlier, start - RUN, RUN, heads, k, v, w);
             __syncthreads();
 #pragma unroll 1
             for (int t = 0; t < RUN; ++t) advance(s, x.v[t], x.d[t], x.k[t], kg, rg);
             __syncthreads();
         }
         store_private(x.start, s);  // each thread reads its own part alone
-        load_moves(x, head, start, steps, heads, k, v, w);
+        const Documents documents = share_starts(load_start(starts, time, start, RUN));
+        load_moves(x, head, documents, start, steps, heads, k, v, w);
         for (int t = 0; t < steps; ++t) {
             const int64_t from = head.at(start + t);
             x.r[t][i] = to_float(r[from]);
@@ -187,8 +200,9 @@ __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
 #pragma unroll 1
-        for (int t = steps - 1; t >= 0; --t) step_back<io>(g, x, t, dv + head.at(start + t));
+        for (int t = steps - 1; t >= 0; --t) step_back<io>(g, x, documents, t, dv + head.at(start + t));
         __syncthreads();
+        documents.for_starts([&](int t) { x.s_dy[t][0][i] = x.s_dy[t][1][i] = 0.0f; });
         for (int t = steps - 1; t >= 0; --t) {
             const int64_t to = head.at(start + t);
             const float v_dy = x.v_dy[t][0] + x.v_dy[t][1];
@@ -218,7 +232,7 @@ template <typename io>
 int32_t run(const rwkv_problem &p, const Wkv6Forward &x) {
     const auto in = [](const void *pointer) { return static_cast<const io *>(pointer); };
     return launch(forward<io>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(ForwardMemory), p.stream, p.time,
-                  static_cast<int>(p.heads), in(x.r), in(x.k), in(x.v), decay<io>(p, x.w), x.u, x.state,
+                  static_cast<int>(p.heads), p.starts, in(x.r), in(x.k), in(x.v), decay<io>(p, x.w), x.u, x.state,
                   static_cast<io *>(x.y), x.final_state, static_cast<float *>(x.saved));
 }
 
@@ -229,7 +243,7 @@ int32_t run(const rwkv_problem &p, const Wkv6Backward &x) {
     io *dw = p.constant_decay ? nullptr : out(x.dw);
     float *dconstant = p.constant_decay ? static_cast<float *>(x.dw) : nullptr;
     return launch(backward<io>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardMemory), p.stream, p.time,
-                  static_cast<int>(p.heads), in(x.r), in(x.k), in(x.v), decay<io>(p, x.w), x.u,
+                  static_cast<int>(p.heads), p.starts, in(x.r), in(x.k), in(x.v), decay<io>(p, x.w), x.u,
                   static_cast<const float *>(x.saved), in(x.dy), x.dfinal_state, out(x.dr), out(x.dk), out(x.dv), dw,
                   dconstant, x.du, x.dstate);
 }

@@ -19,6 +19,9 @@
 // The gradient of log d is a sum over time of each factor times its gradient; both as rounded, so that what cancels
 // cancels exactly. d > 0.545, so 1 / c_t < 1.7e4 and nothing overflows.
 //
+// Where documents begin inside a chunk, the [L,L] matrices and their gradients are zero between documents; only what
+// comes before the first start reads S, and only what follows the last one reaches S', which S itself then does not.
+//
 // Warp w computes one of the four [L,L] matrices, then owns the 16 value rows from 16 w on (of S, U, V, Y, Z) and, for
 // the gradients of what is indexed by keys, the 16 keys from 16 w on. The state itself stays in fp32 registers.
 // Thread i loads the 8 channels from 8 (i % 8) on of step i / 8, one 16-byte piece of each input, a chunk ahead.
@@ -89,7 +92,8 @@ __device__ __forceinline__ void scan_products(float (&d)[8], float (&exclusive)[
 
 // From inputs in registers to the chunk's factors in shared memory. One barrier inside; the caller adds the next.
 template <typename Memory>
-__device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, int64_t start) {
+__device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, const Documents &documents,
+                                        int64_t start) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8, row = threadIdx.x / 8;
     float inclusive[8], exclusive[8], w[8];
     unpack(w, in.w);
@@ -119,7 +123,11 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
         total[i] = all;
         if (row == 0) x.total[column + i] = all;
     }
-    keep(x, inclusive, exclusive, w, row, column);
+    keep(x, inclusive, exclusive, w, documents.is_start(row), row, column);
+    if (!documents.reaches_last_state(row)) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total[i] = 0.0f;
+    }
     float from[8], to[8], inverse[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) inverse[i] = reciprocal_approx(inclusive[i]);
@@ -149,15 +157,15 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
 }
 
 // What backward needs later: forward keeps nothing.
-__device__ __forceinline__ void keep(Chunk &, const float (&)[8], const float (&)[8], const float (&)[8], int, int) {}
+__device__ __forceinline__ void keep(Chunk &, const float (&)[8], const float (&)[8], const float (&)[8], bool, int, int) {}
 
 __device__ __forceinline__ void keep(BackwardChunk &x, const float (&inclusive)[8], const float (&exclusive)[8],
-                                     const float (&w)[8], int row, int column) {
+                                     const float (&w)[8], bool is_start, int row, int column) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (row == 0) x.cumulative[0][column + i] = exclusive[i];
         x.cumulative[row + 1][column + i] = inclusive[i];
-        x.slope[row][column + i] = LOG_DECAY_SCALE * sigmoid(w[i]) * sigmoid(-w[i]);
+        x.slope[row][column + i] = is_start ? 0.0f : LOG_DECAY_SCALE * sigmoid(w[i]) * sigmoid(-w[i]);
     }
 }
 
@@ -176,21 +184,22 @@ __device__ __forceinline__ void store_split(Steps &columns, Steps &rest, int fir
     store(&rest[0][first], STRIDE, acc);
 }
 
-// Zero above the diagonal, and on it for the matrices whose rows are aq.
-__device__ __forceinline__ float masked(int matrix, int row, int column, float x) {
-    return column < row || (column == row && matrix >= QB) ? x : 0.0f;
+// Zero above the diagonal, on it for the matrices whose rows are aq, and between documents.
+__device__ __forceinline__ float masked(int matrix, const Documents &documents, int row, int column, float x) {
+    const bool is_read = (column < row && documents.joins(row, column)) || (column == row && matrix >= QB);
+    return is_read ? x : 0.0f;
 }
 
 // This warp's one of the four [L,L] matrices. The caller adds a barrier.
-__device__ __forceinline__ void multiply_steps(Chunk &x) {
+__device__ __forceinline__ void multiply_steps(Chunk &x, const Documents &documents) {
     const int matrix = threadIdx.x / 32;
     float acc[2][4] = {};
     const bool reads_b = matrix == AB || matrix == QB;
     multiply<N, false, true>(acc, operand(matrix < QB ? x.aq : x.rq), operand(reads_b ? x.bi : x.ki));
     if (matrix < QB) multiply<N, false, true>(acc, operand(x.aq_rest), operand(reads_b ? x.bi : x.ki));
     for_pairs(acc, [&](int row, int column, float &first, float &second) {
-        first = masked(matrix, row, column, first);
-        second = masked(matrix, row, column + 1, second);
+        first = masked(matrix, documents, row, column, first);
+        second = masked(matrix, documents, row, column + 1, second);
         if (matrix == AB) {
             x.ab[row][column] = first;
             x.ab[row][column + 1] = second;
@@ -221,10 +230,11 @@ __device__ __forceinline__ void invert(Chunk &x) {
 }
 
 // This warp's columns of aq S^T + AK V, to x.u.
-__device__ __forceinline__ void project(Chunk &x, int first) {
+__device__ __forceinline__ void project(Chunk &x, const Documents &documents, int first) {
     float acc[2][4] = {};
     multiply<N, false, true>(acc, operand(x.aq), operand(x.s, first));
     multiply<N, false, true>(acc, operand(x.aq_rest), operand(x.s, first));
+    keep_rows(acc, [&](int row) { return documents.reads_first_state(row); });
     multiply<L>(acc, operand(x.product[AK]), operand(x.v, 0, first));
     multiply<L>(acc, operand(x.product_rest[AK]), operand(x.v, 0, first));
     store_split(x.u, x.rest, first, acc);
@@ -242,35 +252,48 @@ __device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int
     store_split(columns, rest, first, acc);
 }
 
+// S, or its gradient, to the chunk's other end.
+__device__ __forceinline__ void pass(State &s, const Chunk &x, const Documents &documents) {
+    decay(s, x.total);
+    if (!documents.starts) return;
+    for_pairs(s, [](int, int, float &first, float &second) { first = second = 0.0f; });
+}
+
+template <bool has_starts>
 __global__ void __launch_bounds__(THREADS)
-    forward(int64_t time, int heads, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
+    forward(int64_t time, int heads, const uint8_t *starts, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
     Chunk &x = *dynamic_memory<Chunk>();
     const Head head(time, heads);
     const int warp = threadIdx.x / 32, first = warp * L;
     const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
     State s;
     load_state(s, at(state, block * N * N), first, N, 1);
+    starts = row_of_starts(starts, time, heads);
     Inputs next = load_inputs(in, head, 0);
+    bool next_start = has_starts && load_start(starts, time, 0, L);
     for (int64_t start = 0; start < time; start += L) {
+        const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
         store(&x.s[first][0], STRIDE, s);
         if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
-        prepare(x, next, head, start);
+        prepare(x, next, head, documents, start);
         next = load_inputs(in, head, start + L);
+        if (has_starts) next_start = load_start(starts, time, start + L, L);
         __syncthreads();
-        multiply_steps(x);
+        multiply_steps(x, documents);
         __syncthreads();
         if (warp == 0) invert(x);
         __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
-        project(x, first);
+        project(x, documents, first);
         __syncthreads();
         solve<false>(x, x.u, x.rest, first);
         float out[2][4] = {};
         multiply<N, false, true>(out, operand(x.rq), operand(x.s, first));
+        keep_rows(out, [&](int row) { return documents.reads_first_state(row); });
         multiply<L>(out, operand(x.product[QK]), operand(x.v, 0, first));
         __syncwarp();
         multiply<L>(out, operand(x.product[QB]), operand(x.u, 0, first));
         store_steps(y, head, start, first, out);
-        decay(s, x.total);
+        pass(s, x, documents);
         multiply<L, true>(s, operand(x.v, 0, first), operand(x.ke));
         multiply<L, true>(s, operand(x.u, 0, first), operand(x.be));
     }
@@ -282,19 +305,25 @@ struct Gradients {
 };
 
 // The gradients of r, w, k, a, b for this warp's 16 keys, from `first` on.
-__device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients &out, const Head &head, int64_t start,
-                                              int first) {
+__device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients &out, const Head &head,
+                                              const Documents &documents, int64_t start, int first) {
     float drq[2][4] = {}, daq[2][4] = {}, dki[2][4] = {}, dke[2][4] = {}, dbi[2][4] = {}, dbe[2][4] = {};
+    const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
+    const auto reaches_last_state = [&](int row) { return documents.reaches_last_state(row); };
     multiply<N>(drq, operand(x.dy), operand(x.s, 0, first));
+    keep_rows(drq, reads_first_state);
     multiply<L>(drq, operand(x.dproduct[QB]), operand(x.bi, 0, first));
     multiply<L>(drq, operand(x.dproduct[QK]), operand(x.ki, 0, first));
     multiply<N>(daq, operand(x.z), operand(x.s, 0, first));
     multiply<N>(daq, operand(x.z_rest), operand(x.s, 0, first));
+    keep_rows(daq, reads_first_state);
     multiply<L>(daq, operand(x.dproduct[AB]), operand(x.bi, 0, first));
     multiply<L>(daq, operand(x.dproduct[AK]), operand(x.ki, 0, first));
     multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
     multiply<N>(dbe, operand(x.u), operand(x.ds, 0, first));
     multiply<N>(dbe, operand(x.rest), operand(x.ds, 0, first));
+    keep_rows(dke, reaches_last_state);
+    keep_rows(dbe, reaches_last_state);
     multiply<L, true>(dki, operand(x.dproduct[QK]), operand(x.rq, 0, first));
     multiply<L, true>(dki, operand(x.dproduct[AK]), operand(x.aq, 0, first));
     multiply<L, true>(dbi, operand(x.dproduct[QB]), operand(x.rq, 0, first));
@@ -308,7 +337,8 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const int column = 8 * n + 2 * t + side, j = first + column;
-            const float total = x.total[j], at_end = __shfl_sync(0xffffffffu, product, column) * total;
+            const float total = x.total[j];
+            const float at_end = documents.starts ? 0.0f : __shfl_sync(0xffffffffu, product, column) * total;
             float reads[2], read_before[2], writes[2];  // rows g and g + 8
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -323,13 +353,17 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
                 dki[n][i] = dki[n][i] * inverse + dke[n][i] * (inverse * total);
                 dbi[n][i] = dbi[n][i] * inverse + dbe[n][i] * (inverse * total);
             }
-            // log d_t reaches what is read from t on (aq: after t), and what is written before t
-            const float late_reads = suffix_sum(reads[1]), late_writes = suffix_sum(writes[1]);
-            const float early_reads = suffix_sum(reads[0]) + first_row(late_reads);
+            // log d_t reaches what its document reads from t on (aq: after t), and what it writes before t
+            const float late_reads = suffix_sum(reads[1], documents.steps_left(g + 8));
+            const float late_writes = suffix_sum(writes[1]), from_row_8 = first_row(late_reads);
+            const float early_reads = suffix_sum(reads[0], documents.steps_left(g)) +
+                                      (documents.joins(8, g) ? from_row_8 : 0.0f);
             const float early_writes = suffix_sum(writes[0]) + first_row(late_writes);
             const float all_writes = first_row(early_writes);
-            dw[n][side] = x.slope[g][j] * (early_reads - read_before[0] + (all_writes - early_writes) + at_end);
-            dw[n][2 + side] = x.slope[g + 8][j] * (late_reads - read_before[1] + (all_writes - late_writes) + at_end);
+            const float before_early = reaches_last_state(g) ? all_writes - early_writes : 0.0f;
+            const float before_late = reaches_last_state(g + 8) ? all_writes - late_writes : 0.0f;
+            dw[n][side] = x.slope[g][j] * (early_reads - read_before[0] + before_early + at_end);
+            dw[n][2 + side] = x.slope[g + 8][j] * (late_reads - read_before[1] + before_late + at_end);
         }
     }
     store_steps(out.dr, head, start, first, drq);
@@ -340,21 +374,22 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
 }
 
 // This warp's one of the gradients of the four [L,L] matrices. The caller adds a barrier.
-__device__ __forceinline__ void multiply_gradients(BackwardChunk &x) {
+__device__ __forceinline__ void multiply_gradients(BackwardChunk &x, const Documents &documents) {
     const int matrix = threadIdx.x / 32;
     float acc[2][4] = {};
     const bool reads_u = matrix == AB || matrix == QB;
     multiply<N, false, true>(acc, operand(matrix < QB ? x.z : x.dy), operand(reads_u ? x.u : x.v));
     for_pairs(acc, [&](int row, int column, float &first, float &second) {
-        first = masked(matrix, row, column, first);
-        second = masked(matrix, row, column + 1, second);
+        first = masked(matrix, documents, row, column, first);
+        second = masked(matrix, documents, row, column + 1, second);
     });
     store(&x.dproduct[matrix][0][0], SMALL_STRIDE, acc);
 }
 
+template <bool has_starts>
 __global__ void __launch_bounds__(THREADS, 2)
-    backward(int64_t time, int heads, Pointers in, const bf16 *saved, const bf16 *dy, const float *dfinal_state,
-             Gradients out, float *dstate) {
+    backward(int64_t time, int heads, const uint8_t *starts, Pointers in, const bf16 *saved, const bf16 *dy,
+             const float *dfinal_state, Gradients out, float *dstate) {
     BackwardChunk &x = *dynamic_memory<BackwardChunk>();
     const Head head(time, heads);
     const int warp = threadIdx.x / 32, first = warp * L;
@@ -362,24 +397,28 @@ __global__ void __launch_bounds__(THREADS, 2)
     const bf16 *states = saved + block * chunks * N * N;
     State g;  // the gradient of the state at the chunk's end
     load_state(g, at(dfinal_state, block * N * N), first, N, 1);
+    starts = row_of_starts(starts, time, heads);
     int64_t start = (chunks - 1) * L;
     Inputs next = load_inputs(in, head, start);
     uint4 next_dy = load_piece(dy, head, start);
     SavedState next_state = load_saved(states, chunks - 1);
+    bool next_start = has_starts && load_start(starts, time, start, L);
     for (; start >= 0; start -= L) {
-        prepare(x, next, head, start);
+        const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
+        prepare(x, next, head, documents, start);
         store_piece(x.dy, next_dy);
         store_saved(x.s, next_state);
         store(&x.ds[first][0], STRIDE, g);
         next = load_inputs(in, head, start - L);
         next_dy = load_piece(dy, head, start - L);
         next_state = load_saved(states, start / L - 1);
+        if (has_starts) next_start = load_start(starts, time, start - L, L);
         __syncthreads();
-        multiply_steps(x);
+        multiply_steps(x, documents);
         __syncthreads();
         if (warp == 0) invert(x);
         __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
-        project(x, first);
+        project(x, documents, first);
         float acc[2][4] = {};  // QB^T dY + be dS'^T
         multiply<L, true>(acc, operand(x.product[QB]), operand(x.dy, 0, first));
         multiply<L, true>(acc, operand(x.product_rest[QB]), operand(x.dy, 0, first));
@@ -395,12 +434,13 @@ __global__ void __launch_bounds__(THREADS, 2)
         __syncthreads();  // U and Z of all warps
         multiply<L, true>(dv, operand(x.product[AK]), operand(x.z, 0, first));
         store_steps(out.dv, head, start, first, dv);
-        multiply_gradients(x);
-        decay(g, x.total);
-        multiply<L, true>(g, operand(x.dy, 0, first), operand(x.rq));
-        multiply<L, true>(g, operand(x.z, 0, first), operand(x.aq));
+        multiply_gradients(x, documents);
+        pass(g, x, documents);
+        const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
+        multiply_rows(g, operand(x.dy, 0, first), operand(x.rq), reads_first_state);
+        multiply_rows(g, operand(x.z, 0, first), operand(x.aq), reads_first_state);
         __syncthreads();
-        key_gradients(x, out, head, start, first);
+        key_gradients(x, out, head, documents, start, first);
     }
     store_state(at(dstate, block * N * N), g, first, N, 1);
 }
@@ -409,15 +449,15 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Forward &x) {
     const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
-    return launch(forward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
-                  static_cast<int>(p.heads), pointers, x.state, out(x.y), x.final_state, out(x.saved));
+    return launch(p.starts ? forward<true> : forward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
+                  static_cast<int>(p.heads), p.starts, pointers, x.state, out(x.y), x.final_state, out(x.saved));
 }
 
 int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Backward &x) {
     const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
     const Gradients gradients{out(x.dr), out(x.dw), out(x.dk), out(x.dv), out(x.da), out(x.db)};
-    return launch(backward, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
-                  static_cast<int>(p.heads), pointers, in(x.saved), in(x.dy), x.dfinal_state, gradients, x.dstate);
+    return launch(p.starts ? backward<true> : backward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,
+                  static_cast<int>(p.heads), p.starts, pointers, in(x.saved), in(x.dy), x.dfinal_state, gradients, x.dstate);
 }
 
 }  // namespace rwkv

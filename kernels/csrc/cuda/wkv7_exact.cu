@@ -5,6 +5,9 @@
 // Forward saves the state of every 16th step, in the threads' own order, and sa. With sa known a state follows from an
 // earlier one without any sum over threads, so backward recomputes the state before each step from the one at the
 // start of its run of 8 steps, and never divides by a decay. Formulas of the gradients: csrc/cpu/wkv7.hpp.
+//
+// Where a document begins, d and a count as 0: then neither the step nor any gradient knows the state before it.
+#include "documents.cuh"
 #include "launchers.hpp"
 #include "tile.cuh"
 
@@ -37,10 +40,12 @@ struct ForwardMemory {
 
 template <typename io>
 __global__ void __launch_bounds__(THREADS)
-    forward(int64_t time, int heads, const io *r, const io *w, const io *k, const io *v, const io *a, const io *b,
-            const float *state, io *y, float *final_state, float *saved_states, float *saved_sa) {
+    forward(int64_t time, int heads, const uint8_t *starts, const io *r, const io *w, const io *k, const io *v,
+            const io *a, const io *b, const float *state, io *y, float *final_state, float *saved_states,
+            float *saved_sa) {
     ForwardMemory &x = *dynamic_memory<ForwardMemory>();
     const Head head(time, heads);
+    starts = row_of_starts(starts, time, heads);
     const int i = threadIdx.x, kg = i % EDGE, rg = i / EDGE, lane = i % 32;
     const int64_t this_state = static_cast<int64_t>(blockIdx.x) * N * N;
     Tile s;
@@ -51,6 +56,7 @@ __global__ void __launch_bounds__(THREADS)
         if (states && start % STEPS_BETWEEN_STATES == 0) {
             store_private(states + start / STEPS_BETWEEN_STATES * N * N, s);
         }
+        const Documents documents = share_starts(load_start(starts, time, start, RUN));
         __syncthreads();
         for (int t = 0; t < steps; ++t) {
             const int64_t from = head.at(start + t);
@@ -61,6 +67,7 @@ __global__ void __launch_bounds__(THREADS)
             x.a[t][i] = to_float(a[from]);
             x.b[t][i] = to_float(b[from]);
         }
+        documents.for_starts([&](int t) { x.d[t][i] = x.a[t][i] = 0.0f; });
         __syncthreads();
 #pragma unroll 1
         for (int t = 0; t < steps; ++t) {
@@ -87,8 +94,9 @@ struct BackwardMemory {
 
 // What moves the state over a run: d, k, v, b and sa.
 template <typename io>
-__device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, int64_t start, int steps, const io *w,
-                                           const io *k, const io *v, const io *b, const float *sa) {
+__device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, const Documents &documents,
+                                           int64_t start, int steps, const io *w, const io *k, const io *v, const io *b,
+                                           const float *sa) {
     const int i = threadIdx.x;
     for (int t = 0; t < steps; ++t) {
         const int64_t from = head.at(start + t);
@@ -98,6 +106,7 @@ __device__ __forceinline__ void load_moves(BackwardMemory &x, const Head &head, 
         x.b[t][i] = to_float(b[from]);
         x.sa[t][i] = sa[from];
     }
+    documents.for_starts([&](int t) { x.d[t][i] = 0.0f; });
 }
 
 __device__ __forceinline__ void advance(Tile &s, const BackwardMemory &x, int t, int kg, int rg) {
@@ -161,11 +170,12 @@ __device__ __forceinline__ void step_back(Tile &g, BackwardMemory &x, int t, io 
 
 template <typename io>
 __global__ void __launch_bounds__(THREADS)
-    backward(int64_t time, int heads, const io *r, const io *w, const io *k, const io *v, const io *a, const io *b,
-             const float *saved_states, const float *saved_sa, const io *dy, const float *dfinal_state, io *dr, io *dw,
-             io *dk, io *dv, io *da, io *db, float *dstate) {
+    backward(int64_t time, int heads, const uint8_t *starts, const io *r, const io *w, const io *k, const io *v,
+             const io *a, const io *b, const float *saved_states, const float *saved_sa, const io *dy,
+             const float *dfinal_state, io *dr, io *dw, io *dk, io *dv, io *da, io *db, float *dstate) {
     BackwardMemory &x = *dynamic_memory<BackwardMemory>();
     const Head head(time, heads);
+    starts = row_of_starts(starts, time, heads);
     const int i = threadIdx.x, kg = i % EDGE, rg = i / EDGE;
     const int64_t this_state = static_cast<int64_t>(blockIdx.x) * N * N;
     const float *states = saved_states + this_state * states_of(time);
@@ -177,24 +187,28 @@ __global__ void __launch_bounds__(THREADS)
         load_private(s, states + start / STEPS_BETWEEN_STATES * N * N);
         // no barrier: since the last one each thread has read its own column alone, and it writes no other now
         if (start % STEPS_BETWEEN_STATES) {
-            load_moves(x, head, start - RUN, RUN, w, k, v, b, saved_sa);
+            const Documents earlier = share_starts(load_start(starts, time, start - RUN, RUN));
+            load_moves(x, head, earlier, start - RUN, RUN, w, k, v, b, saved_sa);
             __syncthreads();
 #pragma unroll 1
             for (int t = 0; t < RUN; ++t) advance(s, x, t, kg, rg);
             __syncthreads();
         }
         store_private(x.start, s);  // each thread reads its own part alone
-        load_moves(x, head, start, steps, w, k, v, b, saved_sa);
+        const Documents documents = share_starts(load_start(starts, time, start, RUN));
+        load_moves(x, head, documents, start, steps, w, k, v, b, saved_sa);
         for (int t = 0; t < steps; ++t) {
             const int64_t from = head.at(start + t);
             x.r[t][i] = to_float(r[from]);
             x.a[t][i] = to_float(a[from]);
             x.dy[t][i] = dy ? to_float(dy[from]) : 0.0f;
         }
+        documents.for_starts([&](int t) { x.a[t][i] = 0.0f; });
         __syncthreads();
 #pragma unroll 1
         for (int t = steps - 1; t >= 0; --t) step_back<io>(g, x, t, dv + head.at(start + t));
         __syncthreads();
+        documents.for_starts([&](int t) { x.da[t][0][i] = x.da[t][1][i] = 0.0f; });
         for (int t = 0; t < steps; ++t) {
             const int64_t to = head.at(start + t);
             const float sa_dy = x.sa_dy[t][0] + x.sa_dy[t][1], v_dy = x.v_dy[t][0] + x.v_dy[t][1];
@@ -221,7 +235,7 @@ template <typename io>
 int32_t run(const rwkv_problem &p, const Wkv7Forward &x) {
     const auto in = [](const void *pointer) { return static_cast<const io *>(pointer); };
     return launch(forward<io>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(ForwardMemory), p.stream, p.time,
-                  static_cast<int>(p.heads), in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b), x.state,
+                  static_cast<int>(p.heads), p.starts, in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b), x.state,
                   static_cast<io *>(x.y), x.final_state, static_cast<float *>(x.saved), projections(p, x.saved));
 }
 
@@ -230,7 +244,7 @@ int32_t run(const rwkv_problem &p, const Wkv7Backward &x) {
     const auto in = [](const void *pointer) { return static_cast<const io *>(pointer); };
     const auto out = [](void *pointer) { return static_cast<io *>(pointer); };
     return launch(backward<io>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardMemory), p.stream, p.time,
-                  static_cast<int>(p.heads), in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b),
+                  static_cast<int>(p.heads), p.starts, in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b),
                   static_cast<const float *>(x.saved), static_cast<const float *>(projections(p, x.saved)), in(x.dy),
                   x.dfinal_state, out(x.dr), out(x.dw), out(x.dk), out(x.dv), out(x.da), out(x.db), x.dstate);
 }

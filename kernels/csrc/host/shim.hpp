@@ -262,6 +262,22 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::received<T>(shim::exchange(value), shim::lane() ^ mask);
 }
 
+// Bit l: the predicate of lane l.
+inline uint32_t __ballot_sync(unsigned, bool predicate) {
+    const auto &slots = shim::exchange(predicate);
+    uint32_t ballot = 0;
+    for (int lane = 0; lane < shim::WARP; ++lane) ballot |= uint32_t(shim::received<bool>(slots, lane)) << lane;
+    return ballot;
+}
+
+inline int __clz(uint32_t x) {
+    return x ? __builtin_clz(x) : 32;
+}
+
+inline int __ffs(uint32_t x) {
+    return __builtin_ffs(x);
+}
+
 inline float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof(x));
