@@ -58,7 +58,7 @@ def wkv5(
         KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
     _check(r, {"k": k, "v": v}, {"w": w, "u": u}, state, starts)
-    return _operator("wkv5", backend, r, starts)(r, k, v, w, u, state, starts=starts)
+    return _operator("wkv5", backend, r)(r, k, v, w, u, state, starts=starts)
 
 
 def wkv6(
@@ -83,7 +83,7 @@ def wkv6(
         KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
     _check(r, {"k": k, "v": v, "w": w}, {"u": u}, state, starts)
-    return _operator("wkv6", backend, r, starts)(r, k, v, w, u, state, starts=starts)
+    return _operator("wkv6", backend, r)(r, k, v, w, u, state, starts=starts)
 
 
 def wkv7(
@@ -109,7 +109,7 @@ def wkv7(
         KernelError: unknown backend, or shapes or dtypes that do not belong together.
     """
     _check(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, {}, state, starts)
-    return _operator("wkv7", backend, r, starts)(r, w, k, v, a, b, state, starts=starts)
+    return _operator("wkv7", backend, r)(r, w, k, v, a, b, state, starts=starts)
 
 
 def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
@@ -120,15 +120,13 @@ def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: i
         _fla().require(device)
 
 
-def _operator(version: str, backend: str, r: Tensor, starts: Tensor | None) -> _Operator:
+def _operator(version: str, backend: str, r: Tensor) -> _Operator:
     if backend not in BACKENDS:
         raise KernelError(f'Unknown WKV backend "{backend}"', remedy=f"Use one of: {', '.join(BACKENDS)}.")
     if backend == "auto":
         backend = _automatic(r)
     else:
         require(backend, r.device, r.dtype, r.shape[-1])
-    if starts is not None and backend in ("native", "exact"):  # the compiled kernels do not know them yet
-        backend = "chunked"
     if backend in ("native", "exact"):
         return functools.partial(getattr(native, version), exact=backend == "exact")
     module = {"reference": reference, "chunked": chunked}.get(backend) or _fla()

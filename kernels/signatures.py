@@ -37,6 +37,7 @@ class Rows(ctypes.Structure):
         ("size", c_int64),
         ("io", c_int32),
         ("threads", c_int32),
+        ("starts", c_void_p),
     )
 
 

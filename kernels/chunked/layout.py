@@ -7,6 +7,8 @@ Legend: B batch, T time, H heads, N head size, L chunk length, n chunks in the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,6 +35,32 @@ def load(x: Tensor, segment: slice, chunk: int, fill: float = 0.0) -> Tensor:
     if missing:
         x = pad(x, (0, 0, 0, 0, 0, missing), value=fill)
     return _chunks(x, chunk)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which positions of a segment's chunks belong together, each [n,B,1,..] for all heads."""
+
+    apart: Tensor  # bool [n,B,1,L,L], true for two positions of different documents
+    first: Tensor  # [n,B,1,L,1], 1 for what the state at the chunk's start belongs to, else 0
+    last: Tensor  # [n,B,1,L,1], 1 for what the state at the chunk's end belongs to, else 0
+    through: Tensor  # [n,B,1,1,1], 1 where no document begins in the chunk, else 0
+
+
+def documents(starts: Tensor | None, segment: slice, chunk: int, dtype: torch.dtype) -> Documents | None:
+    """The documents in `segment` of `starts`, bool [B,T]; factors in `dtype`. None where `starts` is None."""
+    if starts is None:
+        return None
+    begins = starts[:, segment].int()
+    begins = pad(begins, (0, -begins.shape[1] % chunk))
+    number = begins.unflatten(1, (-1, chunk)).cumsum(-1).transpose(0, 1).unsqueeze(2)  # [n,B,1,L]
+    last = number[..., -1:]
+    return Documents(
+        apart=number.unsqueeze(-1) != number.unsqueeze(-2),
+        first=(number == 0).to(dtype).unsqueeze(-1),
+        last=(number == last).to(dtype).unsqueeze(-1),
+        through=(last == 0).to(dtype).unsqueeze(-1),
+    )
 
 
 def empty_padded(x: Tensor, chunk: int) -> Tensor:

@@ -15,6 +15,9 @@ error of the terms it is added to.
 
 Y = P V + (r c_{t-1}) S_0 and S_L = diag(c_L) S_0 + (k c_L/c)^T V carry the state over the chunk.
 
+Where documents begin inside a chunk, P has no entries between two of them, only the first one reads S_0, and only the
+last one is written into S_L.
+
 Forward keeps the state at segment boundaries and nothing else; backward recomputes a segment before it
 differentiates it.
 
@@ -34,7 +37,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_cluster.kernels import reference
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import initial_state
 from rwkv_cluster.kernels.sizes import CHUNK
@@ -69,42 +71,40 @@ def wkv6(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's operator with the arguments and results of `reference.wkv6`; differentiable once in every argument."""
-    if starts is not None:
-        return reference.wkv6(r, k, v, w.expand_as(r), u, state, starts=starts)
-    return _Wkv6.apply(r, k, v, w, u, initial_state(r, state))
+    return _Wkv6.apply(r, k, v, w, u, initial_state(r, state), starts)
 
 
 class _Wkv6(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
+        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y = layout.empty_padded(r, CHUNK)
         s = _t(state)
         boundaries = []
         for segment in layout.segments(r, CHUNK):
             boundaries.append(s)
-            part = _prepare(r, k, v, w, u, segment)
+            part = _prepare(r, k, v, w, u, segment, starts)
             states = _advance(part, s)
             s = states[-1].clone()
             from_state = part.r_start @ _t(states[:-1])
             torch.add(part.weights @ part.v, from_state, out=layout.store(y, segment, CHUNK))
-        ctx.save_for_backward(r, k, v, w, u, *boundaries)
+        ctx.save_for_backward(r, k, v, w, u, starts, *boundaries)
         return layout.trimmed(y, r.shape[1]), _t(s).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
-        r, k, v, w, u, *boundaries = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        r, k, v, w, u, starts, *boundaries = ctx.saved_tensors
         grads = [layout.empty_padded(x, CHUNK) for x in (r, k, v, w)]
         du = torch.zeros(u.shape, dtype=dstate.dtype, device=u.device)
         g = _t(dstate)
         for segment, s in reversed(list(zip(layout.segments(r, CHUNK), boundaries, strict=True))):
-            part = _prepare(r, k, v, w, u, segment)
+            part = _prepare(r, k, v, w, u, segment, starts)
             states = _advance(part, s)
             targets = [layout.store(x, segment, CHUNK) for x in grads]
             g = _differentiate(part, states, layout.load(dy, segment, CHUNK), g, targets, du)
-        return *(layout.trimmed(x, dy.shape[1]) for x in grads), du.to(u.dtype), _t(g)
+        return *(layout.trimmed(x, dy.shape[1]) for x in grads), du.to(u.dtype), _t(g), None
 
 
 @dataclass
@@ -116,15 +116,16 @@ class _Segment:
     v: Tensor
     u: Tensor  # [H,1,N]
     log_decay: Tensor  # [n,W,H,L,N]
-    scales: list[Tensor]  # [n,W,H,L,N] each: from the start, to the end, then one for each halving
+    scales: list[Tensor]  # [n,W,H,L,N] each: from the start, to the end, then one for each halving; W = B of documents
     leaf_scales: list[Tensor]  # [n,W,H,L,N] each: of r and of k, about the middle of the leaf
-    total: Tensor  # [n,W,H,1,N] c_L
-    r_start: Tensor  # r c_{t-1}
-    k_end: Tensor  # k c_L / c_t
+    total: Tensor  # [n,W,H,1,N] c_L, or 0 where a document begins in the chunk
+    r_start: Tensor  # r c_{t-1}, or 0 behind the first begin
+    k_end: Tensor  # k c_L / c_t, or 0 before the last begin
     r_leaf: Tensor  # [n,B,H,L/8,8,N]
     k_leaf: Tensor  # [n,B,H,L/8,8,N]
     halves: list[tuple[Tensor, Tensor]]  # r of right halves, k of left halves: [n,B,H,L/2m,m,N], m = 8, 16, ..
     weights: Tensor  # [n,B,H,L,L] P
+    documents: layout.Documents | None
 
 
 @lru_cache(maxsize=8)
@@ -152,13 +153,18 @@ def _halvings(chunk: int) -> list[int]:
     return [LEAF << level for level in range((chunk // LEAF).bit_length() - 1)]
 
 
-def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: slice) -> _Segment:
+def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: slice, starts: Tensor | None) -> _Segment:
     r, k, v = (layout.load(x, segment, CHUNK).contiguous() for x in (r, k, v))
     w = layout.load(w, segment, CHUNK, -math.inf)
     log_decay = torch.exp(w, out=layout.empty_chunks(w, CHUNK)).neg_().clamp_(min=MIN_LOG_DECAY)
     table, leaf_table = _tables(CHUNK, r.dtype, r.device)
     summed = (table @ log_decay).exp_()
     scales = list(summed[..., :-1, :].unflatten(-2, (-1, CHUNK)).unbind(-3))
+    total = summed[..., -1:, :]
+    documents = layout.documents(starts, segment, CHUNK, r.dtype)
+    if documents is not None:
+        scales[:2] = scales[0] * documents.first, scales[1] * documents.last
+        total = total * documents.through
     leaf_bound = -0.2 * math.log(torch.finfo(r.dtype).max)  # at most 4 terms: e^71 in float32
     leaf_summed = (leaf_table @ log_decay.clamp(min=leaf_bound)).exp_()
     r_scale, k_scale = leaf_scales = list(leaf_summed.unflatten(-2, (2, CHUNK)).unbind(-3))
@@ -170,7 +176,7 @@ def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: sli
         log_decay=log_decay,
         scales=scales,
         leaf_scales=leaf_scales,
-        total=summed[..., -1:, :],
+        total=total,
         r_start=r * scales[0],
         k_end=k * scales[1],
         r_leaf=(r * r_scale).unflatten(-2, (-1, LEAF)),
@@ -180,6 +186,7 @@ def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, segment: sli
             for m, scale in zip(_halvings(CHUNK), scales[2:], strict=True)
         ],
         weights=r.new_zeros(*r.shape[:-1], CHUNK),
+        documents=documents,
     )
     _fill_weights(part)
     return part
@@ -189,7 +196,14 @@ def _fill_weights(p: _Segment) -> None:
     _leaves(p.weights).copy_((p.r_leaf @ _t(p.k_leaf)).tril_(-1))
     for m, (r_half, k_half) in zip(_halvings(CHUNK), p.halves, strict=True):
         _crossing(p.weights, m).copy_(r_half @ _t(k_half))
+    _drop_others(p, p.weights)
     p.weights.diagonal(dim1=-2, dim2=-1).copy_((p.r * p.u).mul_(p.k).sum(-1))
+
+
+def _drop_others(p: _Segment, weights: Tensor) -> None:
+    """Zero the weights [n,B,H,L,L] between positions of different documents."""
+    if p.documents is not None:
+        weights.masked_fill_(p.documents.apart, 0.0)
 
 
 def _advance(p: _Segment, state: Tensor) -> Tensor:
@@ -225,6 +239,7 @@ def _differentiate(p: _Segment, states: Tensor, dy: Tensor, g: Tensor, targets: 
     grads = _retreat(p, dy, g)
     ends = grads[1:]
     dweights = dy @ _t(p.v)
+    _drop_others(p, dweights)
     dv = (_t(p.weights) @ dy).add_(p.k_end @ _t(ends))
     dr = (dy @ states[:-1]).mul_(p.scales[0])
     dk = (p.v @ ends).mul_(p.scales[1])

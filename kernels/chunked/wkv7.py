@@ -9,6 +9,9 @@ inner product with exactly the decay that lies between its two times. With u_t =
     Y          = rb U + rk V + (r c_t) S_0^T
     S_L        = (S_0 + U^T (b/c) + V^T (k/c)) diag(c_L)
 
+Where documents begin inside a chunk, left @ right^T has no entries between two of them, only the first one reads S_0,
+and only the last one is written into S_L.
+
 The inverse of (1 - ab) is never built by doubling (Neumann series), which is unstable for correlated keys.
 RWKV-7's decay is above 0.545, so 1/c stays below 2e4 in a chunk of 16: harmless in float32.
 
@@ -30,7 +33,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_cluster.kernels import reference
 from rwkv_cluster.kernels.chunked import layout
 from rwkv_cluster.kernels.reference import LOG_DECAY_SCALE, initial_state
 from rwkv_cluster.kernels.sizes import CHUNK
@@ -48,39 +50,45 @@ def wkv7(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's operator with the arguments and results of `reference.wkv7`; differentiable once in every argument."""
-    if starts is not None:
-        return reference.wkv7(r, w, k, v, a, b, state, starts=starts)
-    return _Wkv7.apply(r, w, k, v, a, b, initial_state(r, state))
+    return _Wkv7.apply(r, w, k, v, a, b, initial_state(r, state), starts)
 
 
 class _Wkv7(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+        ctx: Any,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y = layout.empty_padded(r, CHUNK)
         s = state.flatten(0, 1)  # [BH,N,N]
         boundaries = []
         for segment in layout.segments(r, CHUNK):
             boundaries.append(s)
-            part = _prepare(r, w, k, v, a, b, segment)
+            part = _prepare(r, w, k, v, a, b, segment, starts)
             s = _advance(part, s)[-1].clone()
             _read(part, layout.store(y, segment, CHUNK))
-        ctx.save_for_backward(r, w, k, v, a, b, *boundaries)
+        ctx.save_for_backward(r, w, k, v, a, b, starts, *boundaries)
         return layout.trimmed(y, r.shape[1]), s.view(state.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
-        r, w, k, v, a, b, *boundaries = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        r, w, k, v, a, b, starts, *boundaries = ctx.saved_tensors
         grads = [layout.empty_padded(x, CHUNK) for x in (r, w, k, v, a, b)]
         g = dstate.flatten(0, 1)  # [BH,N,N]
         for segment, s in reversed(list(zip(layout.segments(dy, CHUNK), boundaries, strict=True))):
-            part = _prepare(r, w, k, v, a, b, segment)
+            part = _prepare(r, w, k, v, a, b, segment, starts)
             _advance(part, s)
             targets = [layout.store(x, segment, CHUNK) for x in grads]
             g = _differentiate(part, layout.load(dy, segment, CHUNK), g, targets)
-        return *(layout.trimmed(x, dy.shape[1]) for x in grads), g.view(dstate.shape)
+        return *(layout.trimmed(x, dy.shape[1]) for x in grads), g.view(dstate.shape), None
 
 
 @dataclass
@@ -90,10 +98,14 @@ class _Segment:
     rate: Tensor  # [n,BH,L,N]   sigmoid(w); log d = LOG_DECAY_SCALE * rate
     scale: Tensor  # [n,BH,2L,N] c_{t-1}, then c_t
     inverse_c: Tensor  # [n,BH,L,N]
-    total: Tensor  # [n,BH,1,N]  c_L
     left: Tensor  # [n,BH,2L,N]
     right: Tensor  # [n,BH,2L,N]
-    right_end: Tensor  # [n,BH,2L,N] right * c_L: decayed to the chunk's end
+    reads: Tensor | None  # [n,BH,2L,1] 1 for what reads the state at the start, 0 behind the first begin of a document
+    left_start: Tensor  # [n,BH,2L,N] left * reads
+    to_end: Tensor  # [n,BH,1 or 2L,N] c_L, or 0 before the last begin
+    right_end: Tensor  # [n,BH,2L,N] right * to_end: decayed to the chunk's end
+    total: Tensor  # [n,BH,1,N]  c_L, or 0 where a document begins in the chunk
+    mask: Tensor  # [2L,2L] causal, or [n,BH,2L,2L] within documents: 1 or 0
     products: Tensor  # [n,BH,2L,2L] masked left @ right^T
     solver: Tensor  # [n,BH,L,L]  (1 - ab)^-1
     uv: Tensor  # [n,BH,2L,N]
@@ -108,7 +120,9 @@ def _tables(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     return sums * LOG_DECAY_SCALE, torch.cat([sums, sums], dim=1)
 
 
-def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, segment: slice) -> _Segment:
+def _prepare(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, segment: slice, starts: Tensor | None
+) -> _Segment:
     r, k, v, a, b = (layout.load(x, segment, CHUNK) for x in (r, k, v, a, b))
     rate = torch.sigmoid(layout.load(w, segment, CHUNK, -math.inf), out=layout.empty_chunks(r, CHUNK))
     sums, mask = _tables(CHUNK, rate.dtype, rate.device)
@@ -124,19 +138,48 @@ def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
     rate, scale, inverse_c, total, left, right, uv = (
         x.flatten(1, 2) for x in (rate, scale, inverse_c, total, left, right, uv)
     )
+    reads, left_start, to_end = None, left, total
+    documents = layout.documents(starts, segment, CHUNK, rate.dtype)
+    if documents is not None:
+        mask = mask * ~_for_heads(documents.apart, r, 2, 2)
+        reads = _for_heads(documents.first, r, 2)
+        left_start = left * reads
+        to_end = total * _for_heads(documents.last, r, 2)
+        total = total * _for_heads(documents.through, r)
     products = (left @ _t(right)).mul_(mask)
     ab = products[..., :CHUNK, :CHUNK]
     identity = torch.eye(CHUNK, dtype=ab.dtype, device=ab.device).expand_as(ab)
     solver = torch.linalg.solve_triangular(-ab, identity, upper=False, unitriangular=True)
     n, heads, _, size = uv.shape
     states = uv.new_empty(n + 1, heads, size, size)
-    return _Segment(rate, scale, inverse_c, total, left, right, right * total, products, solver, uv, states)
+    return _Segment(
+        rate=rate,
+        scale=scale,
+        inverse_c=inverse_c,
+        left=left,
+        right=right,
+        reads=reads,
+        left_start=left_start,
+        to_end=to_end,
+        right_end=right * to_end,
+        total=total,
+        mask=mask,
+        products=products,
+        solver=solver,
+        uv=uv,
+        states=states,
+    )
+
+
+def _for_heads(x: Tensor, like: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+    """x [n,B,1,i,j] for each head of `like` [n,B,H,L,N], `rows` by `columns` copies: [n,BH,rows i,columns j]."""
+    return x.repeat(1, 1, like.shape[2], rows, columns).flatten(1, 2)
 
 
 def _advance(p: _Segment, state: Tensor) -> Tensor:
     """Fill U and the states of the segment from the state [BH,N,N] at its start; returns the states."""
     u = p.solver @ (p.products[..., :CHUNK, CHUNK:] @ p.uv[..., CHUNK:, :])  # the part of U without S_0
-    from_state = p.solver @ p.left[..., :CHUNK, :]  # U += from_state @ S_0^T
+    from_state = p.solver @ p.left_start[..., :CHUNK, :]  # U += from_state @ S_0^T
     p.states[0] = state
     s, *after = p.states.unbind()
     walk = zip(u, from_state, p.uv, p.right_end, p.total, after, strict=True)
@@ -149,7 +192,7 @@ def _advance(p: _Segment, state: Tensor) -> Tensor:
 def _read(p: _Segment, y: Tensor) -> None:
     """Write y [n,B,H,L,N]."""
     from_chunk = p.products[..., CHUNK:, :] @ p.uv
-    from_state = p.left[..., CHUNK:, :] @ _t(p.states[:-1])
+    from_state = p.left_start[..., CHUNK:, :] @ _t(p.states[:-1])
     torch.add(from_chunk.view(y.shape), from_state.view(y.shape), out=y)
 
 
@@ -159,13 +202,16 @@ def _differentiate(p: _Segment, dy: Tensor, g: Tensor, targets: list[Tensor]) ->
     dy [n,B,H,L,N]; g [BH,N,N] is the gradient of the segment's last state. Writes the gradients of
     r, w, k, v, a, b into `targets` [n,B,H,L,N] and returns the gradient of the segment's first state.
     """
-    sums, mask = _tables(CHUNK, g.dtype, g.device)
+    sums, _ = _tables(CHUNK, g.dtype, g.device)
     zdy = torch.empty_like(p.uv)  # [Z; dY], Z the gradient of the right-hand side that U solves
     zdy[..., CHUNK:, :] = dy.flatten(1, 2)
     ends, g = _retreat(p, zdy, g)
-    dproducts = (zdy @ _t(p.uv)).mul_(mask)
-    dleft = (dproducts @ p.right).add_(zdy @ p.states[:-1])
-    dright = (_t(dproducts) @ p.left).addcmul_(p.uv @ ends, p.total)
+    dproducts = (zdy @ _t(p.uv)).mul_(p.mask)
+    from_state = zdy @ p.states[:-1]
+    if p.reads is not None:
+        from_state *= p.reads
+    dleft = (dproducts @ p.right).add_(from_state)
+    dright = (_t(dproducts) @ p.left).addcmul_(p.uv @ ends, p.to_end)
     dv = (_t(p.products[..., CHUNK:]) @ zdy).add_(p.right_end[..., CHUNK:, :] @ _t(ends))
 
     # d log c: each factor times its gradient; the decay of the whole chunk acts on the state at its end.
@@ -203,7 +249,7 @@ def _retreat(p: _Segment, zdy: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     grads = p.states.new_empty(p.states.shape)
     grads[-1] = g
     *before, g = grads.unbind()
-    walk = list(zip(z, from_state, zdy, p.left, p.total, before, strict=True))
+    walk = list(zip(z, from_state, zdy, p.left_start, p.total, before, strict=True))
     for z_c, from_state_c, zdy_c, left_c, total_c, next_g in reversed(walk):
         zdy_c[:, :CHUNK] = z_c.baddbmm_(from_state_c, _t(g))
         g = torch.mul(g, total_c, out=next_g).baddbmm_(_t(zdy_c), left_c)

@@ -17,9 +17,11 @@ typedef struct {
     int64_t rows, time, width, size;  // R = B T, T, C, N
     int32_t io;
     int32_t threads;
+    const uint8_t *starts;  // mix: [R], 1 where a document begins. Null: only sequences begin
 } rwkv_rows;
 
-// outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before a sequence's first is zero. mixes [count,C].
+// outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before the first of a sequence or document is zero.
+// mixes [count,C].
 int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                          void *const *outputs);
 // doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].

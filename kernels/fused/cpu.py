@@ -30,9 +30,14 @@ def serves(x: Tensor, size: int) -> bool:
     return fits and isinstance(loader.cpu(), loader.Library)
 
 
-def mix(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements."""
-    result: tuple[Tensor, ...] = _Mix.apply(x.contiguous(), torch.stack([_parameter(m, x) for m in mixes]))
+def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Token shift: x [B,T,C] + (x one step earlier - x) * m for each m of `mixes`, parameters of C elements.
+
+    starts: bool [B,T], true where a document begins: zeros come before that step.
+    """
+    if starts is not None:
+        starts = starts.contiguous()
+    result: tuple[Tensor, ...] = _Mix.apply(x.contiguous(), torch.stack([_parameter(m, x) for m in mixes]), starts)
     return result
 
 
@@ -60,20 +65,21 @@ def gated_readout(
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, mixes)
+    def forward(ctx: Any, x: Tensor, mixes: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, mixes, starts)
         outputs = tuple(torch.empty_like(x) for _ in mixes)
-        _call("rwkv_mix_forward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(outputs))
+        _call("rwkv_mix_forward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(outputs), starts=starts)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, Tensor]:
-        x, mixes = ctx.saved_tensors
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, mixes, starts = ctx.saved_tensors
         doutputs = tuple(g.contiguous() for g in doutputs)
         dx, dmixes = torch.empty_like(x), _partial(x, *mixes.shape)
-        _call("rwkv_mix_backward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
-        return dx, dmixes.sum(0)
+        arguments = (len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
+        _call("rwkv_mix_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
+        return dx, dmixes.sum(0), None
 
 
 class _SquaredRelu(torch.autograd.Function):
@@ -146,12 +152,13 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
-def _call(name: str, x: Tensor, size: int, *arguments: Any) -> None:
+def _call(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | None = None) -> None:
     """Run a library's function for rows like those of x [B,T,C]; tensors are passed by their addresses."""
     library = loader.cpu()
     assert isinstance(library, loader.Library)  # `serves` has asked
     batch, time, width = x.shape
-    shape = Rows(batch * time, time, width, size, IO[x.dtype], torch.get_num_threads())
+    begins = None if starts is None else starts.data_ptr()
+    shape = Rows(batch * time, time, width, size, IO[x.dtype], torch.get_num_threads(), begins)
     passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
     status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
     if status:

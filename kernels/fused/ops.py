@@ -65,8 +65,8 @@ def mix(
         choice: one of CHOICES.
     """
     form = _form(choice, x, x.shape[-1])
-    if form == "native" and starts is None:
-        return fused_cpu.mix(x, mixes)
+    if form == "native":
+        return fused_cpu.mix(x, mixes, starts)
     result: tuple[Tensor, ...] = _plain(plain.mix, form)(x, mixes, starts)
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sysconfig
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -45,11 +46,19 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
     return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
 
 
-def run(name: str, given: list[torch.Tensor], size: int, choice: str) -> list[torch.Tensor]:
+def some_starts(batch: int, time: int) -> torch.Tensor:
+    """Documents of a block of 64 rows: of 3 tokens, of one, and from its first row and its last."""
+    in_block = torch.arange(batch * time).view(batch, time) % 64
+    return (in_block % 3 == 0) | (in_block == 1)
+
+
+def run(
+    name: str, given: list[torch.Tensor], size: int, choice: str, starts: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """Results and the gradients of everything."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
     if name == "mix":
-        results = list(fused.mix(leaves[0], leaves[1:], choice=choice))
+        results = list(fused.mix(leaves[0], leaves[1:], starts, choice=choice))
     elif name == "blend":
         results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
     elif name == "prepare_keys":
@@ -80,6 +89,24 @@ def test_results_and_every_gradient(name, shape, dtype):
     wanted = run(name, [x.double() for x in given], shape[-1], "plain")
     limit = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_token_shift_sees_no_other_document(shape):
+    tensors, _ = arguments("mix", shape)
+    x, mixes = tensors[0], tensors[1:]
+    starts = some_starts(*shape[:2])
+    for row in range(shape[0]):
+        inner = [step for step in starts[row].nonzero().flatten().tolist() if step]
+        lengths = [last - first for first, last in pairwise([0, *inner, shape[1]])]
+        alone = [fused.mix(document, mixes) for document in x[row : row + 1].split(lengths, 1)]
+        together = fused.mix(x[row : row + 1], mixes, starts[row : row + 1])
+        for i, whole in enumerate(together):
+            assert torch.equal(whole, torch.cat([document[i] for document in alone], 1))
+    given = [x.float() for x in tensors]
+    wanted = run("mix", [x.double() for x in given], shape[-1], "plain", starts)
+    assert max(relative_errors(run("mix", given, shape[-1], "native", starts), wanted)) < 2e-6
+    assert max(relative_errors(run("mix", given, shape[-1], "native"), wanted)) > 0.1 or shape[1] == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -143,6 +170,10 @@ def test_under_torch_compile(name):
     wanted = run(name, [x.double() for x in given], 32, "plain")
     limit = 8e-3  # the plain form rounds in between, and the compiled one may
     assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
+    if name == "mix":
+        starts = some_starts(2, 9)
+        wanted = run(name, [x.double() for x in given], 32, "plain", starts)
+        assert max(relative_errors(run(name, given, 32, "compile", starts), wanted)) < limit
 
 
 def test_what_the_native_form_does_not_take_goes_the_plain_way(monkeypatch):

@@ -57,7 +57,6 @@ template <typename Body>
 int32_t for_heads(const rwkv_problem &p, const Body &body) {
     if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
     if (p.size > LARGEST_SIZE) return RWKV_NO_SUCH_SIZE;
-    if (p.starts) return RWKV_NO_SUCH_KERNEL;
     parallel_for(p.batch * p.heads, p.threads, [&](int64_t item, int32_t) { body(item); });
     return RWKV_OK;
 }

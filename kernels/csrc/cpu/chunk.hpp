@@ -53,6 +53,13 @@ RWKV_INLINE void prefetch_row(const void *from, int32_t io, int64_t at, int size
     for (int64_t offset = 0; offset < size * bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
 }
 
+template <int N>
+RWKV_INLINE void clear(vec (&rows)[R][N / LANES]) {
+    for (int q = 0; q < R; ++q) {
+        for (int c = 0; c < N / LANES; ++c) rows[q][c] = vec{};
+    }
+}
+
 // As load_rows, with zeros for the rows above `size` and for a null pointer.
 template <int N>
 RWKV_INLINE void load_state(Row<N> *to, const float *from, int size) {
@@ -83,14 +90,28 @@ __attribute__((noinline)) void store_rows(void *to, int32_t io, int64_t at, cons
     if (io == RWKV_FP16) store_rows<N>(static_cast<half *>(to) + at, from, stride, steps, size);
 }
 
+// The step after `step` where the next document begins, or `steps`.
+RWKV_INLINE int document_end(const uint8_t (&begins)[L], int step, int steps) {
+    do ++step;
+    while (step < steps && !begins[step]);
+    return step;
+}
+
 // One head of [B,T,H,N] tensors: element `first` of each is its first, `stride` elements lie between its steps.
 struct Head {
     int64_t time, first, stride;
     int size;
     int32_t io;
+    const uint8_t *starts;  // [T], 1 where a document begins; null: none begins
 
     int64_t at(int64_t step) const {
         return first + step * stride;
+    }
+
+    // Which of a chunk's steps begin a document: the state before them is zero.
+    void load_starts(uint8_t (&begins)[L], int64_t step, int steps) const {
+        if (starts) memcpy(begins, starts + step, steps);
+        else memset(begins, 0, L);
     }
 };
 

@@ -37,6 +37,11 @@ io *out(void *x, int64_t offset) {
     return static_cast<io *>(x) + offset;
 }
 
+// Whether nothing comes before the row: it is the first of its sequence or document.
+RWKV_INLINE bool is_first(const rwkv_rows &p, int64_t row) {
+    return row % p.time == 0 || (p.starts && p.starts[row]);
+}
+
 RWKV_INLINE void accumulate(float *to, vec x) {
     store(to, load(to) + x);
 }
@@ -47,10 +52,11 @@ void mix_forward(const rwkv_rows &p, int64_t block, int32_t count, const void *x
         using io = decltype(element);
         const Range rows = rows_of(p, block);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
+            const bool first = is_first(p, row);
             for (int64_t c = 0; c < p.width; c += LANES) {
                 const int64_t place = row * p.width + c;
                 const vec now = load_io(in<io>(x, place));
-                const vec before = row % p.time ? load_io(in<io>(x, place - p.width)) : vec{};
+                const vec before = first ? vec{} : load_io(in<io>(x, place - p.width));
                 for (int32_t m = 0; m < count; ++m) {
                     store_io(out<io>(outputs[m], place), now + (before - now) * load(mixes + m * p.width + c));
                 }
@@ -73,8 +79,8 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
                 mix[m] = load(mixes + m * p.width + c);
                 total[m] = vec{};
             }
-            vec later = {};  // sum of g mix of the row after this one, where it is of the same sequence
-            if (rows.end < p.rows && rows.end % p.time) {
+            vec later = {};  // sum of g mix of the row after this one, where it is of the same document
+            if (rows.end < p.rows && !is_first(p, rows.end)) {
                 for (int32_t m = 0; m < count; ++m) {
                     later += load_io(in<io>(doutputs[m], rows.end * p.width + c)) * mix[m];
                 }
@@ -82,7 +88,8 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
             for (int64_t row = rows.end - 1; row >= rows.begin; --row) {
                 const int64_t place = row * p.width + c;
                 const vec now = load_io(in<io>(x, place));
-                const vec before = row % p.time ? load_io(in<io>(x, place - p.width)) : vec{};
+                const bool first = is_first(p, row);
+                const vec before = first ? vec{} : load_io(in<io>(x, place - p.width));
                 vec whole = {}, mixed = {};
                 for (int32_t m = 0; m < count; ++m) {
                     const vec g = load_io(in<io>(doutputs[m], place));
@@ -91,7 +98,7 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
                     total[m] += g * (before - now);
                 }
                 store_io(out<io>(dx, place), whole - mixed + later);
-                later = row % p.time ? mixed : vec{};
+                later = first ? vec{} : mixed;
             }
             for (int32_t m = 0; m < count; ++m) store(sums + m * p.width + c, total[m]);
         }

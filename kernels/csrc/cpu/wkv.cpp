@@ -32,7 +32,8 @@ template <typename Body>
 void on_head(const rwkv_problem &p, int64_t item, const Body &body) {
     const int64_t batch = item / p.heads, channel = item % p.heads * p.size, stride = p.heads * p.size;
     const int64_t states = (p.time + L - 1) / L, area = p.size * p.size;
-    const Head head{p.time, batch * p.time * stride + channel, stride, static_cast<int>(p.size), p.io};
+    const uint8_t *starts = p.starts ? p.starts + batch * p.time : nullptr;
+    const Head head{p.time, batch * p.time * stride + channel, stride, static_cast<int>(p.size), p.io, starts};
     const Places places{item * area, item * states * area, item * p.size, channel};
     if (p.size <= 64) body(std::integral_constant<int, 64>(), head, places);
     else body(std::integral_constant<int, LARGEST_SIZE>(), head, places);

@@ -16,6 +16,7 @@ template <int N>
 struct alignas(64) Inputs6 {
     Row<N> r[PADDED], d[PADDED], k[PADDED], v[PADDED], rate[PADDED];  // rate: exp(w) = -log d
     float bonus[L];                          // r . (u k)
+    uint8_t begins[L];                       // a document
 };
 
 // w: [B,T,H,N] elements; or, where it is null, `constant`, the head's fp32 [N].
@@ -49,6 +50,7 @@ void load_inputs(Inputs6<N> &x, const Pointers6 &from, const float *u, const Hea
     load_rows<N>(x.k, from.k, head.io, head.at(start), head.stride, steps, head.size);
     load_rows<N>(x.v, from.v, head.io, head.at(start), head.stride, steps, head.size);
     if (from.w) load_rows<N>(x.rate, from.w, head.io, head.at(start), head.stride, steps, head.size);
+    head.load_starts(x.begins, start, steps);
     for (int t = 0; t < steps; ++t) {
         if (from.w) set_decay(x, t);
         vec bonus = {};
@@ -98,6 +100,7 @@ void wkv6_forward_head(const Head &head, const Pointers6 &in, const float *state
             }
             for (int t = 0; t < steps; ++t) {
                 const float *v = &x.v[t][i];
+                if (x.begins[t]) clear<N>(s);
                 vec by_r[R] = {};
                 for (int q = 0; q < R; ++q) {
                     for (int c = 0; c < N / LANES; ++c) {
@@ -142,13 +145,16 @@ RWKV_INLINE void recompute(Backward6<N> &local, const float *start, int i, int s
     for (int q = 0; q < R; ++q) {
         for (int c = 0; c < N / LANES; ++c) s[q][c] = load(&first[q][c * LANES]);
     }
-    for (int t = 0; t < steps; ++t) {
-        for (int q = 0; q < R; ++q) {
-            const vec v = splat(x.v[t][i + q]);
-            for (int c = 0; c < N / LANES; ++c) {
-                const int j = c * LANES;
-                store(&local.states[t][q][j], s[q][c]);
-                s[q][c] = s[q][c] * load(&x.d[t][j]) + v * load(&x.k[t][j]);
+    for (int t = 0; t < steps;) {  // by documents: a branch in every step would cost a tenth of the backward pass
+        if (x.begins[t]) clear<N>(s);
+        for (const int end = document_end(x.begins, t, steps); t < end; ++t) {
+            for (int q = 0; q < R; ++q) {
+                const vec v = splat(x.v[t][i + q]);
+                for (int c = 0; c < N / LANES; ++c) {
+                    const int j = c * LANES;
+                    store(&local.states[t][q][j], s[q][c]);
+                    s[q][c] = s[q][c] * load(&x.d[t][j]) + v * load(&x.k[t][j]);
+                }
             }
         }
     }
@@ -181,6 +187,7 @@ RWKV_INLINE void step_back(Backward6<N> &local, vec (&g)[R][N / LANES], int i, i
         store(&local.dd[t][j], dd);
         store(&local.dk[t][j], dk);
     }
+    if (x.begins[t]) clear<N>(g);
 }
 
 // The terms of the bonus, and dd, now complete, as the gradient of w.

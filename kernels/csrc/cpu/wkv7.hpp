@@ -18,6 +18,7 @@ constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
 template <int N>
 struct alignas(64) Inputs7 {
     Row<N> r[PADDED], d[PADDED], k[PADDED], v[PADDED], a[PADDED], b[PADDED];
+    uint8_t begins[L];  // a document
 };
 
 struct Pointers7 {
@@ -32,6 +33,7 @@ void load_inputs(Inputs7<N> &x, const Pointers7 &from, const Head &head, int64_t
     load_rows<N>(x.v, from.v, head.io, head.at(start), head.stride, steps, head.size);
     load_rows<N>(x.a, from.a, head.io, head.at(start), head.stride, steps, head.size);
     load_rows<N>(x.b, from.b, head.io, head.at(start), head.stride, steps, head.size);
+    head.load_starts(x.begins, start, steps);
 }
 
 // Spread over a chunk's groups of rows: group i asks for the chunk's step i / R of the chunk that comes next.
@@ -98,6 +100,7 @@ void wkv7_forward_head(const Head &head, const Pointers7 &in, const float *state
             }
             for (int t = 0; t < steps; ++t) {
                 float sa[R], read[R];
+                if (x.begins[t]) clear<N>(s);
                 project<N>(s, x.a[t], sa);
                 memcpy(&local.sa[t][i], sa, sizeof(sa));
                 advance<N>(s, x, t, sa, &x.v[t][i]);
@@ -119,11 +122,12 @@ struct alignas(64) Backward7 {
     Inputs7<N> x;
     Row<N> dy[PADDED];
     Row<N> dr[PADDED], dd[PADDED], dk[PADDED], da[PADDED], db[PADDED], dv[PADDED];
-    Row<N> states[L + 1][R], sa[PADDED];
+    Row<N> states[L + 1][R], no_state[R], sa[PADDED];
     Row<N> g[N];
 };
 
-// The states of rows i.. before every step of the chunk and after its last, from `start`, the chunk's first.
+// The states of rows i.. before every step of the chunk and after its last, from `start`, the chunk's first. Where a
+// document begins it is the one that the step before left, which that step reads.
 template <int N>
 RWKV_INLINE void recompute(Backward7<N> &local, const float *start, int i, int steps, int size) {
     const Inputs7<N> &x = local.x;
@@ -140,6 +144,7 @@ RWKV_INLINE void recompute(Backward7<N> &local, const float *start, int i, int s
             for (int c = 0; c < N / LANES; ++c) store(&local.states[t][q][c * LANES], s[q][c]);
         }
         if (t == steps) break;
+        if (x.begins[t]) clear<N>(s);
         advance<N>(s, x, t, &local.sa[t][i], &x.v[t][i]);
     }
 }
@@ -149,6 +154,7 @@ template <int N>
 RWKV_INLINE void step_back(Backward7<N> &local, vec (&g)[R][N / LANES], int i, int t) {
     const Inputs7<N> &x = local.x;
     const float *dy = &local.dy[t][i], *v = &x.v[t][i], *sa = &local.sa[t][i];
+    const Row<N> *state = x.begins[t] ? local.no_state : local.states[t];
     vec by_k[R] = {}, by_b[R] = {};
     for (int q = 0; q < R; ++q) {
         for (int c = 0; c < N / LANES; ++c) {
@@ -168,7 +174,7 @@ RWKV_INLINE void step_back(Backward7<N> &local, vec (&g)[R][N / LANES], int i, i
         vec da = load(&local.da[t][j]), db = load(&local.db[t][j]);
         const vec d = load(&x.d[t][j]), a = load(&x.a[t][j]);
         for (int q = 0; q < R; ++q) {
-            const vec before = load(&local.states[t][q][j]), after = load(&local.states[t + 1][q][j]);
+            const vec before = load(&state[q][j]), after = load(&local.states[t + 1][q][j]);
             dr += after * splat(dy[q]);
             dd += g[q][c] * before;
             dk += g[q][c] * splat(v[q]);
@@ -182,6 +188,7 @@ RWKV_INLINE void step_back(Backward7<N> &local, vec (&g)[R][N / LANES], int i, i
         store(&local.da[t][j], da);
         store(&local.db[t][j], db);
     }
+    if (x.begins[t]) clear<N>(g);
 }
 
 struct Gradients7 {
@@ -195,6 +202,7 @@ void wkv7_backward_head(const Head &head, const Pointers7 &in, const Saved7 &sav
     Backward7<N> local;
     Inputs7<N> &x = local.x;
     load_state<N>(local.g, dfinal_state, size);
+    memset(local.no_state, 0, sizeof(local.no_state));
     for (int64_t start = (head.time - 1) / L * L; start >= 0; start -= L) {
         const int64_t at = head.at(start);
         const int steps = head.time - start < L ? head.time - start : L;
