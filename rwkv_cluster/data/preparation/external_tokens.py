@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_cluster.data.binidx import IndexedTokens, bin_path, idx_path, open_tokens
+from rwkv_cluster.data.inputs.sources import Source
+from rwkv_cluster.data.loss_mask import mask_path
 from rwkv_cluster.data.manifest import FileRecord
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
@@ -50,6 +52,17 @@ def check_pair(prefix: Path, vocab_size: int) -> CheckedPair:
             idx_digest.update(content)
     idx_record = FileRecord(bytes=idx_path(prefix).stat().st_size, sha256=idx_digest.hexdigest())
     return CheckedPair(tokens, bin_record, idx_record, digest.hexdigest())
+
+
+def refuse_masks(sources: Iterable[Source]) -> None:
+    """Raises DataError for a token file with a loss mask beside it, which would be lost, and all be trained on."""
+    for source in sources:
+        mask = mask_path(source.path)
+        if source.kind == "tokens" and mask.exists():
+            raise DataError(
+                f"{mask} says what is trained on in {bin_path(source.path).name}, and would be lost here",
+                remedy="Name the rows that it was prepared from, or move the mask away to train on every token",
+            )
 
 
 def token_documents(prefix: Path, vocab_size: int) -> Iterator[Iterator[np.ndarray]]:

@@ -39,7 +39,7 @@ from rwkv_cluster.data.manifest import (
     load_manifest,
 )
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
-from rwkv_cluster.data.preparation.external_tokens import check_pair
+from rwkv_cluster.data.preparation.external_tokens import check_pair, refuse_masks
 from rwkv_cluster.data.preparation.marked_tokens import MarkedTokensWriter
 from rwkv_cluster.data.preparation.pack import pack, require_windows, resets
 from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
@@ -276,6 +276,7 @@ class _Job:
     def run(self, fingerprint: str | None) -> DataManifest:
         """Tokenize, split, shuffle, pack, commit."""
         refuse_by_name(self.sources)
+        refuse_masks(self.sources)
         self._refuse_overwriting_inputs()
         stats = [source_stat(source) for source in self.sources]
         with temporary_folder(self.out_dir) as folder:
@@ -311,6 +312,7 @@ class _Job:
 
     def adopt(self, fingerprint: str | None) -> DataManifest:
         """Check a token file and refer to it; windows of its documents are written here."""
+        refuse_masks(self.sources)
         (source,) = self.sources
         stats = [source_stat(source)]
         pair = check_pair(source.path, int(self.tokenizer.vocab_size))

@@ -158,3 +158,14 @@ def test_text_keeps_its_manifest_and_a_changed_format_prepares_anew(tmp_path: Pa
     assert "rows" not in manifest.options
     assert reason_to_prepare(plain_config(path, format="text"), BYTES, tmp_path / "out") is None
     assert reason_to_prepare(plain_config(path, format="tokens"), BYTES, tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"validation_fraction": 0.5}])
+def test_the_mask_of_a_token_file_is_not_lost(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = write_rows(tmp_path / "a.jsonl", LABELLED, {"tokens": [9], "mask": [1]})
+    prepare(plain_config(path), BYTES, tmp_path / "one")
+    pair = plain_config(tmp_path / "one" / "train", **options)
+    with pytest.raises(DataError, match=r"train\.mask"):
+        prepare(pair, BYTES, tmp_path / "other")
+    (tmp_path / "one" / "train.mask").unlink()
+    assert prepare(pair, BYTES, tmp_path / "other").n_trained is None
