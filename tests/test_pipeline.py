@@ -187,6 +187,17 @@ class Letters:
         return "".join(chr(token + 96) for token in tokens)
 
 
+def test_conversations_are_prepared_and_trained_on_their_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {number}", "completion": "answer " * 5} for number in range(20)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pipeline = tiny(tmp_path / "w", tokenizer="byte")
+    info = pipeline.prepare_data_from_jsonl(tmp_path / "chat.jsonl")
+    assert info["num_sequences"] == 20
+    assert pipeline.manifest is not None
+    assert pipeline.manifest.n_trained == 20 * len(" answer answer answer answer answer0")
+    assert pipeline.train().step == 2
+
+
 def test_a_class_with_encode_decode_and_vocab_size(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "letters.jsonl", ["abcxyz" * 20] * 3)
     pipeline = tiny(tmp_path / "w", tokenizer=Letters(), logging_config=LoggingConfig(sample_tokens=5))
