@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,18 +57,13 @@ def read_conversation(row: Row, text_field: str) -> Conversation:
             f'has no conversation (it has {field_names(row)}), expected "messages", "conversations", "prompt" and '
             f'"completion", "instruction" and "output", or World text in "{text_field}"'
         )
-    return Conversation(tuple(_said(turns)), _tools(row.get("tools")))
-
-
-def _said(turns: list[Turn]) -> Iterable[Turn]:
-    """`turns` without empty ones of the system. Raises BadLine where another one is empty, or there is none."""
-    if not turns:
-        raise BadLine("has no turns")
     for number, turn in enumerate(turns, 1):
-        if not turn.is_empty:
-            yield turn
-        elif turn.role != "system":
+        if turn.is_empty and turn.role != "system":
             raise BadLine(f"has an empty turn: number {number}, of the {turn.role}")
+    said = tuple(turn for turn in turns if not turn.is_empty)
+    if not said:
+        raise BadLine("has no turns")
+    return Conversation(said, _tools(row.get("tools")))
 
 
 def _messages(row: Row, field: str) -> list[Turn]:
@@ -136,9 +131,18 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """Descriptions of functions: a list of objects, or JSON of one in a string."""
     tools = _from_json(tools) if tools else []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadLine(f'"tools" is {kind_name(tools)}, expected a list of objects')
+    if not isinstance(tools, list):
+        raise BadLine(f'"tools" is {kind_name(tools)}, expected a list of functions')
+    if not all(_is_function(tool) for tool in tools):
+        raise BadLine('"tools" has something that is no function with a name and an object of parameters')
     return tuple(tools)
+
+
+def _is_function(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    return isinstance(function.get("parameters") or {}, dict)
 
 
 def _from_json(value: Any) -> Any:
@@ -165,7 +169,7 @@ def _conversation_turns(row: Row) -> list[Turn]:
 
 def _alpaca_turns(row: Row) -> list[Turn]:
     history = row.get("history") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadLine('"history" is not a list of questions with their answers')
     earlier = [_text(said, f'"history"[{index}]') for index, pair in enumerate(history) for said in pair]
     roles: tuple[Role, Role] = ("user", "assistant")

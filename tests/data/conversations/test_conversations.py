@@ -232,6 +232,8 @@ def test_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
         said("q", " "),
         said(" ", "a"),
         said("q", "a", tools="[1]"),
+        said("q", "a", tools=[{"name": "f", "parameters": "x"}]),
+        said("s: "),
         {
             "messages": [
                 {"role": "user", "content": "q"},
@@ -239,6 +241,7 @@ def test_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
             ]
         },
         {"instruction": "i", "output": "o", "history": ["q"]},
+        {"instruction": "i", "output": "o", "history": 1},
         {"prompt": "p", "completion": 5},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
         {"text": "no turns"},
