@@ -29,9 +29,11 @@ def prepare(options: argparse.Namespace) -> Result:
     manifest = prepare_data(config)
     amount = f"{manifest.n_tokens:,} tokens in {manifest.n_documents:,} documents ({manifest.dtype})"
     text, data = f"{amount}, in {config.work_dir}/data", manifest.model_dump(mode="json")
+    if manifest.packing is not None:
+        text += f"\n{manifest.packing.in_words()}"
     if manifest.n_trained is None:
         return Result(text, data)
-    share = f"{manifest.n_trained:,} of them, {manifest.n_trained / manifest.n_tokens:.0%}, are trained on"
+    share = f"{manifest.n_trained:,} tokens, {manifest.n_trained / manifest.n_tokens:.0%}, are trained on"
     left_out = f"; {manifest.n_bad_lines:,} lines were left out" if manifest.n_bad_lines else ""
     text += f"\n{share}{left_out}\n\nThe first document, with what is trained on in"
     brackets, green = (_first_document(config, manifest, in_colour=in_colour) for in_colour in (False, True))

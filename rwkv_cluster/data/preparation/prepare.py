@@ -388,7 +388,7 @@ class _Job:
 
     def _packed(self, parts: list[_WrittenPart], finished: Path) -> list[_WrittenPart]:
         """The parts with the windows that their documents are packed into."""
-        if self.data.n_epochs_duplication > 1:
+        if self.data.n_epochs_duplication > 1 and "n_epochs_duplication" in self.data.model_fields_set:
             log.info(
                 "documents are packed, each once: data.n_epochs_duplication copies are of use to one stream only. "
                 "training.num_epochs says how often they are read"
