@@ -1,18 +1,27 @@
 """The arguments that flash-linear-attention gets.
 
-Its kernels need a GPU. Stand-ins that follow its documented signatures (log decay, scale, [key, value] states) take
-their place here, so what is tested is our side of the bargain.
+Its kernels need a GPU. Stand-ins that follow its documented signatures (log decay, scale, [key, value] states, and the
+offsets of sequences in one row) take their place here, so what is tested is our side of the bargain.
 """
 
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, wraps
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
 import torch
-from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
+from naive_wkv import (
+    VERSIONS,
+    as_starts,
+    each_document_alone,
+    naive,
+    random_inputs,
+    relative_errors,
+    values_and_gradients,
+)
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import fla, ops
@@ -23,6 +32,31 @@ def started(r, initial_state):
     return r.new_zeros(batch, heads, size, size) if initial_state is None else initial_state  # [B,H,key,value]
 
 
+def takes_sequences(operator):
+    """With `cu_seqlens` as flash-linear-attention has it: batch size 1, a state for each sequence."""
+
+    @wraps(operator)
+    def on_each(*tensors, initial_state=None, cu_seqlens=None, **options):
+        if cu_seqlens is None:
+            return operator(*tensors, initial_state=initial_state, **options)
+        assert tensors[0].shape[0] == 1
+        assert (cu_seqlens[0], cu_seqlens[-1]) == (0, tensors[0].shape[1])
+        assert initial_state is None or len(initial_state) == len(cu_seqlens) - 1
+        results = [
+            operator(
+                *(x[:, first:last] if x.ndim == 4 else x for x in tensors),
+                initial_state=None if initial_state is None else initial_state[i : i + 1],
+                **options,
+            )
+            for i, (first, last) in enumerate(pairwise(cu_seqlens.tolist()))
+        ]
+        ys, finals = zip(*results, strict=True)
+        return torch.cat(ys, 1), torch.cat(finals)
+
+    return on_each
+
+
+@takes_sequences
 def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
     s, ys = started(r, initial_state), []
     for t in range(r.shape[1]):
@@ -32,6 +66,7 @@ def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_stat
     return torch.stack(ys, 1), s if output_final_state else None
 
 
+@takes_sequences
 def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False):
     s, ys = started(r, initial_state), []
     for t in range(r.shape[1]):
@@ -63,13 +98,30 @@ def test_decay_scale_and_state_are_given_as_it_wants_them(version, stand_in):
     assert max(relative_errors(found, wanted)) < 5e-6
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_documents_are_given_as_sequences_of_one_row(version, stand_in):
+    starts = as_starts([[0, 3, 4, 9], [5], []], 12)
+    inputs = [x.float().double() for x in random_inputs(version, 3, 12, 2, 8)]
+    wanted = values_and_gradients(partial(each_document_alone, version, starts), inputs)
+    found = values_and_gradients(partial(getattr(fla, version), starts=starts), inputs, torch.float32)
+    assert max(relative_errors(found, wanted)) < 5e-6
+
+
+def test_where_documents_begin_as_offsets():
+    offsets, first, last = fla.sequences(as_starts([[0, 2], [3], [], [0, 1, 2, 3]], 4))
+    assert offsets.tolist() == [0, 2, 4, 7, 8, 12, 13, 14, 15, 16]
+    assert (first.tolist(), last.tolist()) == ([0, 2, 4, 5], [1, 3, 4, 8])
+    assert offsets.dtype == torch.int64
+    assert fla.sequences(torch.zeros(2, 5, dtype=torch.bool)).offsets.tolist() == [0, 5, 10]
+
+
 def test_it_is_told_the_bound_of_the_decay_where_it_asks_and_no_state_where_there_is_none(stand_in, monkeypatch):
     given = {}
 
     def newer(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, lower_bound=None):
         given.update(bound=lower_bound, state=initial_state)
         assert lower_bound <= w.min()
-        return chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state)
+        return chunk_rwkv7(r, w, k, v, a, b, scale, initial_state=initial_state, output_final_state=output_final_state)
 
     monkeypatch.setattr(sys.modules["fla.ops.rwkv7"], "chunk_rwkv7", newer)
     *inputs, _ = (x.float() for x in random_inputs("wkv7", 2, 12, 2, 8))
