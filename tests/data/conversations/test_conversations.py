@@ -161,6 +161,7 @@ def test_answers_are_trained_on_and_nothing_else(tmp_path: Path, row: dict[str, 
     assert shown(*document) == expected
 
 
+@pytest.mark.system  # the package reads its vocabulary in Python, which takes seconds
 @needs_world
 def test_ids_are_those_that_inference_makes(tmp_path: Path) -> None:
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER  # the program that will run the model
