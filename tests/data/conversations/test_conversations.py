@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from prepared_files import content, marked_documents, plain_config, write_rows
 
+from rwkv_cluster.data.conversations.template import load_template
 from rwkv_cluster.data.preparation import tokenize
 from rwkv_cluster.data.preparation.prepare import prepare, reason_to_prepare
 from rwkv_cluster.errors import ConfigError, DataError, MissingDataError
+from rwkv_cluster.interchange.export.tokenizer_files import CHAT_TEMPLATE
 from rwkv_cluster.tokenizer import ByteTokenizer, world_file, world_tokenizer
 
 BYTES = ByteTokenizer()
@@ -282,6 +284,16 @@ def test_a_jinja_file_is_a_template(tmp_path: Path, template: str, expected: str
     file.write_text(template)
     (document,) = prepared(tmp_path, [said("q", "a", "é", "b")], BYTES, template=str(file))
     assert shown(*document) == expected
+
+
+def test_exported_chat_templates_make_the_same_text(tmp_path: Path) -> None:
+    names = ("one turn", "several turns and a system", "unicode", "thinks in the text", "Alpaca", "World text")
+    rows = [row for name, row, _ in TABLE if name in names]
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHAT_TEMPLATE)
+    jinja = prepared(tmp_path, rows, BYTES, template=str(file))
+    assert [ids for ids, _ in jinja] == [ids for ids, _ in prepared(tmp_path, rows, BYTES)]
+    assert load_template(str(file)).ask("q\n\n1").prompt == load_template("g1").ask("q\n\n1").prompt
 
 
 @pytest.mark.parametrize(
