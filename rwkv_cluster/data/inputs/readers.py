@@ -157,7 +157,7 @@ def parse_line(line: bytes, field: str) -> str | list[int]:
         raise BadLine(f'has no field "{field}" (it has {field_names(record)}); data.text_field names the field to read')
     value = record[field]
     if type(value) is str:
-        refuse_lone_surrogates(line, value, field)
+        refuse_lone_surrogates(line, [value], f'"{field}"')
     elif type(value) is list:
         require_integers(value, field)
     else:
@@ -188,16 +188,18 @@ def _parse_json(line: bytes) -> Any:
         raise BadLine("has a number with too many digits") from None
 
 
-def refuse_lone_surrogates(line: bytes, text: str, field: str) -> None:
-    """Raises BadLine where a text of the line's field has half a surrogate pair, as only an escape can make."""
+def refuse_lone_surrogates(line: bytes, texts: list[str], what: str) -> None:
+    """Raises BadLine where texts of the line have half a surrogate pair, as only an escape can make.
+
+    what: the texts' name in the message.
+    """
     if b"\\" not in line or not _SURROGATE_ESCAPE.search(line):
         return
+    text = "".join(texts)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadLine(
-            f'"{field}" has a lone surrogate, U+{ord(text[error.start]):04X}, which is no character'
-        ) from None
+        raise BadLine(f"{what} has a lone surrogate, U+{ord(text[error.start]):04X}, which is no character") from None
 
 
 def decode_text(data: bytes, path: Path) -> str:

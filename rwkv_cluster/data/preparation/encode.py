@@ -48,6 +48,7 @@ from rwkv_cluster.tokenizer import (
 LARGE_TEXT_BYTES = 16 << 20  # a larger file is encoded piece by piece, by one process
 _SHOWN_BAD_LINES = 3
 _NO_BYTES = b""
+_TRAINED_END, _UNTRAINED_END = (marked_tokens.marked(np.zeros(1, np.int32), trained) for trained in (True, False))
 
 
 @dataclass(frozen=True)
@@ -239,14 +240,17 @@ class DocumentEncoder:
         pieces = self._rows.template.pieces(conversation)
         if self._rows.answers_only and not any(trained for _, trained in pieces):
             raise BadLine("has no answer of an assistant to train on")
-        refuse_lone_surrogates(line, "".join(text for text, _ in pieces), "it")
+        refuse_lone_surrogates(line, [text for text, _ in pieces], "a turn")
         encoded = [self.encode_text(text, place) for text, _ in pieces]
         if not self._rows.have_marks:
             return np.concatenate(encoded)
-        trained = [marked or not self._rows.answers_only for _, marked in pieces]
-        ends = conversation.ends_with_answer or not self._rows.answers_only
-        bits = np.repeat([*trained, ends], [*map(len, encoded), 1])
-        return marked_tokens.marked(np.concatenate([*encoded, np.zeros(1, self.dtype)]), bits)
+        every = not self._rows.answers_only
+        end = _TRAINED_END if every or conversation.ends_with_answer else _UNTRAINED_END
+        parts = [
+            ids if every or trained else marked_tokens.untrained(ids)
+            for ids, (_, trained) in zip(encoded, pieces, strict=True)
+        ]
+        return np.concatenate([*parts, end])
 
     def encode_files(self, block: FileBlock) -> list[Encoded | LargeFile]:
         """One document for each text file, or LargeFile where a file exceeds LARGE_TEXT_BYTES."""

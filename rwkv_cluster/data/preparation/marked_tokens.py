@@ -26,6 +26,11 @@ def marked(ids: np.ndarray, trained: np.ndarray | bool) -> np.ndarray:
     return np.where(trained, wide, ~wide)
 
 
+def untrained(ids: np.ndarray) -> np.ndarray:
+    """Ids [n] marked as not trained on."""
+    return np.invert(ids, dtype=DTYPE)
+
+
 def is_trained(values: np.ndarray) -> np.ndarray:
     """The marks of marked tokens."""
     return values >= 0
