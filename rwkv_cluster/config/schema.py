@@ -292,15 +292,13 @@ class TrainingConfig(Section):
     communication_dtype: Precision | None = Field(
         None, description="ZeRO: gradients travel in this dtype; default: that of the parameters"
     )
-    num_epochs: int | None = Field(
-        None, ge=1, description="passes over the token file's slots; default 1 without another bound"
-    )
+    num_epochs: int | None = Field(None, ge=1, description="passes over the data; default 1 without another bound")
     max_steps: int | None = Field(None, ge=1, description="end after this many optimizer steps")
     max_tokens: int | None = Field(None, ge=1, description="end after this many tokens (RWKV-LM's exit_tokens)")
     samples_per_epoch: int | None = Field(
         None,
         ge=1,
-        description="samples in an epoch; default: one pass over the slots. 40320 is RWKV-LM's mini-epoch",
+        description="samples in an epoch; default: one pass over the data. 40320 is RWKV-LM's mini-epoch",
     )
     accumulate_grad_batches: int | None = Field(
         None,

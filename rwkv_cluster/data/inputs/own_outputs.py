@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from rwkv_cluster.data.manifest import CACHE_NAME, parse_manifest
+from rwkv_cluster.data.manifest import CACHE_NAME, is_windows, parse_manifest
+from rwkv_cluster.data.verify import CACHE_NAME as VERIFIED
 from rwkv_cluster.errors import DataError
 from rwkv_cluster.workdir import DATA_MANIFEST, HUB_TOKENIZER, VOCABULARY
 
@@ -49,5 +50,5 @@ def _prepared(folder: Path) -> set[str]:
         return set()
     names = set(manifest.files)
     if manifest.options.get("in_place"):
-        names &= {VOCABULARY, HUB_TOKENIZER}
-    return {DATA_MANIFEST, CACHE_NAME} | names
+        names = {name for name in names if name in (VOCABULARY, HUB_TOKENIZER) or is_windows(name)}
+    return {DATA_MANIFEST, CACHE_NAME, VERIFIED} | names

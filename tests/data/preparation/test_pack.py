@@ -11,6 +11,7 @@ import pytest
 
 from rwkv_cluster.config import DataConfig
 from rwkv_cluster.data.binidx import IndexedTokens, TokenFileWriter, bin_path, idx_path, index_bytes, open_tokens
+from rwkv_cluster.data.inputs.sources import find_sources
 from rwkv_cluster.data.loss_mask import LossMaskWriter
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.data.preparation.pack import Packed, pack
@@ -188,6 +189,9 @@ def test_a_pair_stays_where_it_is_and_its_windows_are_here(tmp_path: Path) -> No
     assert manifest.packing.n_positions == 3 + 5 + 20 + 7
     assert {path.name for path in (tmp_path / "e").glob("train.*")} == {"train.windows.bin", "train.windows.idx"}
     assert _prepare(tmp_path / "e", pair) == manifest
+
+    (tmp_path / "e" / "b.txt").write_text("more")
+    assert [source.path.name for source in find_sources(DataConfig(inputs=[str(tmp_path / "e")]))] == ["b.txt"]
 
     broken = tmp_path / "e" / "train.windows.bin"
     broken.write_bytes(bytes(len(broken.read_bytes())))
