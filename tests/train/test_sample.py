@@ -41,8 +41,11 @@ def test_an_answer_ends_with_the_document_or_before_the_next_question(
     assert asked == [BYTES.encode("User: q\n1\n\nAssistant:")]
 
 
-def test_a_jinja_template_says_what_ends_an_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"])
+def test_a_jinja_template_says_what_ends_an_answer(answer: str, tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
-    file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
-                    "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
-    assert load_template(str(file)).ask("q") == ("<user>q</user>\n<assistant>", "</assistant>")
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<a>" + answer + "</a>{% else %}<u>{{ m.content }}</u>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    assert load_template(str(file)).ask("q") == ("<u>q</u><a>", "</a>")

@@ -61,8 +61,9 @@ class JinjaTemplate:
     def ask(self, question: str) -> Question:
         """The text of a user's question, as in training. Raises BadLine."""
         asked = Turn("user", question)
-        answered = _without_marks(self._render([asked, Turn("assistant", _BEGIN)], ()))
-        return Question(self._render([asked], (), answer_follows=True), stop=answered.rpartition(_BEGIN)[2].strip())
+        answered = self._render([asked, Turn("assistant", _BEGIN)], ())
+        after = answered.rpartition(_BEGIN)[2].replace(_END, "")
+        return Question(self._render([asked], (), answer_follows=True), stop=after.strip())
 
     def _from_blocks(self, conversation: Conversation) -> list[tuple[str, bool]]:
         before, *marked = self._render(conversation.turns, conversation.tools).split(_BEGIN)
@@ -125,10 +126,6 @@ class _Generation(Extension):  # Jinja knows tags by this class alone
 
     def _marked(self, caller: Callable[[], str]) -> str:
         return f"{_BEGIN}{caller()}{_END}"
-
-
-def _without_marks(text: str) -> str:
-    return text.replace(_BEGIN, "").replace(_END, "")
 
 
 def _message(turn: Turn) -> dict[str, Any]:
