@@ -21,12 +21,14 @@ def operator(version: str, backend: str):
     return partial(getattr(ops, version), backend=backend)
 
 
-def packed(version: str, dtype: torch.dtype, *, state: bool = True, grad: bool = True) -> list:
+def packed(
+    version: str, dtype: torch.dtype, *, state: bool = True, grad: bool = True, starts: torch.Tensor | None = None
+) -> list:
     """Arguments of the custom operator below the door."""
     *tensors, initial = random_inputs(version, 2, 19, 2, 8)
     tensors = [x.to(torch.float32 if x.ndim == 2 else dtype) for x in tensors]
     leaves = [x.requires_grad_(grad) for x in (*tensors, initial.float())]
-    return [*leaves[:-1], leaves[-1] if state else None, False, grad]
+    return [*leaves[:-1], leaves[-1] if state else None, starts, False, grad]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 2, 4), (1, 15, 1, 20), (2, 33, 3, 64), (1, 77, 1, 128)], ids=str)
@@ -161,7 +163,10 @@ def test_any_number_of_threads_gives_the_same_bits(version):
 def test_opcheck(version, dtype, state):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     op = getattr(torch.ops.rwkv_cluster, version).default
+    starts = torch.zeros(2, 19, dtype=torch.bool)
+    starts[:, ::5] = True
     torch.library.opcheck(op, packed(version, dtype, state=state), test_utils=tests)
+    torch.library.opcheck(op, packed(version, dtype, state=state, starts=starts), test_utils=tests)
     torch.library.opcheck(op, packed(version, dtype, state=state, grad=False), test_utils=tests)
 
 
@@ -170,8 +175,10 @@ def test_opcheck(version, dtype, state):
 def test_compiles_into_one_graph(version):
     inputs = [x.float() for x in random_inputs(version, 1, 20, 2, 8)]
 
+    starts = torch.arange(20).unsqueeze(0) % 7 == 3
+
     def step(*leaves):
-        y, state = operator(version, "auto")(*leaves)
+        y, state = operator(version, "auto")(*leaves, starts=starts)
         return torch.tanh(y), state
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
