@@ -96,6 +96,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-s", metavar="X", help="speed of all ranks together")
     parser.add_argument("--mfu", metavar="F", help="speed as a share of the peak, such as 0.4")
     parser.add_argument("--peak-tflops", metavar="P", help="10^12 operations per second of one GPU, dense bf16")
+    parser.add_argument("--step-time", action="store_true", help="predict the time of a step by part, for --gpu NAME")
 
 
 def plan(options: argparse.Namespace) -> Result:
@@ -108,7 +109,13 @@ def plan(options: argparse.Namespace) -> Result:
     names = ("ranks", "tokens_per_s", "mfu", "peak_tflops", "gpu", "gpu_memory_gb")
     assumptions = Assumptions.of(config, **{name: getattr(options, name) for name in names})
     planned = plan_run(config, assumptions)
-    return Result(formatting.text(planned), formatting.data(planned))
+    text, data = formatting.text(planned), formatting.data(planned)
+    if options.step_time:
+        from rwkv_cluster.planning.step_time import predict
+
+        prediction = predict(planned, options.gpu)
+        text, data = f"{text}\n\n{prediction.text()}", {**data, "step_time": prediction.data()}
+    return Result(text, data)
 
 
 PLAN = Subcommand(

@@ -1,0 +1,186 @@
+"""Predicted time of a step of one GPU, by part: what is computed and moved, over the rate that a GPU reaches.
+
+A model to hold the first real run against, not a measurement. The work is counted, and the counts are tested: FLOPs by
+`model.flops`, tensors and launches of a block by `tests/planning/test_step_time.py`. The rates are assumptions, named
+below with where they come from. Communication between ranks is not in it. Torch-free.
+
+T tokens of a micro batch, C width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.kernels.sizes import STEPS_BETWEEN_STATES
+from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims, trained
+from rwkv_cluster.planning.run_plan import RunPlan
+from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
+from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Work of one block for one token beside its matrix products and WKV.
+
+    forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
+    launches, launches_forward: operations that the host queues for a block, products included.
+    """
+
+    forward: int
+    training: int
+    launches_forward: int
+    launches: int
+
+
+PASSES = {
+    ("x052", False): Passes(70, 221, 36, 125),
+    ("x060", False): Passes(91, 289, 47, 164),
+    ("x070", False): Passes(102, 382, 52, 209),
+    ("x052", True): Passes(33, 80, 24, 59),
+    ("x060", True): Passes(59, 147, 36, 97),
+    ("x070", True): Passes(47, 142, 28, 83),
+}
+"""By version and whether the passes between products run under torch.compile, counted as one pass each way.
+
+At width 512, without weights and LoRAs' small tensors.
+"""
+
+INPUTS = {"x052": 3, "x060": 4, "x070": 6}
+"""[T,A] tensors that WKV reads; forward it writes one, backward it reads one more and writes a gradient of each."""
+
+PARAMETER_BYTES = 36
+"""Moved for a parameter in the update: AdamW reads and writes weight and moments and reads the gradient, 28; its norm
+reads it once more, 4; and it is set to zero, 4."""
+CAST_BYTES = 12
+"""Moved for a parameter of a block in a micro batch where weights are kept in fp32: its copy and its gradient's."""
+
+BANDWIDTH_SHARE = 0.78
+"""Of the datasheet's bandwidth that passes over tensors reach: 2.6 TB/s of 3.35 on an H100."""
+WKV_OVER_BYTES = 1.7
+"""Time of a WKV kernel over that of its bytes: both are bound by shared memory. From a model of the compiled code:
+4.3 to 5.5 ms for B 8, T 4096, H 64 on an H100, and 6 to 8 ms with fp32 maths."""
+WKV_BLOCKS = 2
+"""Blocks of the backward pass on a multiprocessor; with fewer heads than places the time stays."""
+LAUNCH_SECONDS = 16e-6
+"""Of the host for one operation with its backward in Python and PyTorch."""
+
+
+PARTS = {
+    "blocks": "products of the blocks",
+    "head": "products of the head",
+    "loss": "softmax and its gradient",
+    "passes": "norms, token shift, gates",
+    "wkv": "WKV",
+    "casts": "bf16 copies of weights",
+    "update": "AdamW and clipping",
+    "host": "the host, beside these",
+}
+"""Fields of StepTime that are seconds, in words."""
+
+
+def product_share(width: int) -> float:
+    """Share of the peak that matrix products of [T, width] reach: 0.56 at 768, 0.64 at 2048, 0.67 at 4096."""
+    return 0.7 * width / (width + 200)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step of one GPU, by part; host: to queue it, beside the rest. wkv: None where it is not modelled.
+
+    tokens, six_n, peak: of the step, of a token and of the GPU, for the speed and its share of the peak.
+    """
+
+    blocks: float
+    head: float
+    loss: float
+    passes: float
+    wkv: float | None
+    casts: float
+    update: float
+    host: float
+    tokens: int
+    six_n: int
+    peak: float
+
+    @property
+    def total(self) -> float:
+        """Seconds: of the GPU, or of the host where that is slower."""
+        device = sum(getattr(self, part) or 0.0 for part in PARTS if part != "host")
+        return max(device, self.host)
+
+    def text(self) -> str:
+        """Table of the parts and the sum."""
+        lines = ["predicted step of one GPU, ms: a model, not a measurement; without communication"]
+        for part, words in PARTS.items():
+            seconds = getattr(self, part)
+            lines.append(f"  {words:<28}" + (" not modelled" if seconds is None else f"{seconds * 1e3:10.1f}"))
+        speed = self.tokens / self.total
+        most = "at most " if self.wkv is None else ""
+        mfu = speed * self.six_n / self.peak
+        lines.append(f"  {'step':<28}{self.total * 1e3:10.1f}  {most}{speed:,.0f} tokens/s, {mfu:.0%} MFU (6N)")
+        return "\n".join(lines)
+
+    def data(self) -> dict[str, float | None]:
+        """Seconds by part and in all, and tokens per second, for JSON."""
+        return {
+            **{part: getattr(self, part) for part in PARTS},
+            "total": self.total,
+            "tokens_per_s": self.tokens / self.total,
+        }
+
+
+def predict(plan: RunPlan, gpu: str | None) -> StepTime:
+    """Prediction for the configured setting of `plan` on the GPU of that name. Raises ConfigError without one."""
+    if gpu is None:
+        raise ConfigError("--step-time needs the GPU's rates", remedy="Give --gpu NAME")
+    if plan.kernels.device != "cuda":
+        raise ConfigError("--step-time is for GPUs, and training.accelerator is cpu", remedy="Set it to auto or cuda")
+    return step_time(plan, find_gpu(gpu))
+
+
+def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
+    """Prediction for the configured setting of `plan` on `gpu`."""
+    model, setting, kernels = plan.config.model, plan.configured.setting, plan.kernels
+    assert model.vocab_size is not None
+    micro_batches, item = plan.length.accumulate, ITEM_BYTES[plan.config.training.precision]
+    tokens = setting.micro_bsz * model.ctx_len * micro_batches
+    again = int(setting.grad_cp)  # forward passes of the blocks that are computed once more
+    products = gpu.peak_tflops * 1e12 * product_share(model.n_embd) * (1 if item < FP32 else 0.5)  # TF32: half
+    bandwidth = gpu.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
+    passes = PASSES[model.model_type, kernels.fused == "compile"]
+    moved = passes.training + again * passes.forward
+    launches = passes.launches + again * passes.launches_forward
+    casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * block_parameters(model) * micro_batches
+    parameters = count(trained(plan.shapes)) / (setting.sharding.ranks if setting.sharding.stage else 1)
+    return StepTime(
+        blocks=tokens * plan.flops.blocks * (3 + again) / products,
+        head=tokens * plan.flops.head * 3 / products,
+        loss=tokens * model.vocab_size * _logit_bytes(item) / bandwidth,
+        passes=tokens * model.n_layer * model.n_embd * moved * item / bandwidth,
+        wkv=_wkv(plan, gpu, tokens, bandwidth) if kernels.is_compiled else None,
+        casts=casts / bandwidth,
+        update=PARAMETER_BYTES * parameters / bandwidth,
+        host=LAUNCH_SECONDS * launches * model.n_layer * micro_batches,
+        tokens=tokens,
+        six_n=plan.flops.six_n,
+        peak=gpu.peak_tflops * 1e12,
+    )
+
+
+def _logit_bytes(item: int) -> int:
+    """Moved for a logit beside the head's products: the maximum, softmax into fp32, the gradient's cast."""
+    return item + (item + FP32) + (FP32 + item if item < FP32 else 0)
+
+
+def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:
+    """Seconds of WKV in a step: of the bytes of inputs, outputs and states, and more where heads are few."""
+    model, setting = plan.config.model, plan.configured.setting
+    widths, inputs, item = model_dims(model), INPUTS[model.model_type], ITEM_BYTES[plan.config.training.precision]
+    state = (2 if plan.kernels.wkv == "tensor_cores" else FP32) * widths.head_size / STEPS_BETWEEN_STATES
+    forward = (inputs + 1) * item + state  # for an element of [T,A]
+    backward = (2 * inputs + 1) * item + state
+    elements = tokens * widths.n_head * widths.head_size * model.n_layer
+    seconds = elements * (forward * (1 + setting.grad_cp) + backward) / bandwidth * WKV_OVER_BYTES
+    idle = WKV_BLOCKS * gpu.multiprocessors / (setting.micro_bsz * widths.n_head)
+    return seconds * max(1.0, idle)
