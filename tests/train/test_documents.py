@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.config import DataConfig, TrainingConfig
 from rwkv_cluster.data.binidx import TokenFileWriter, open_tokens
 from rwkv_cluster.data.dataset import MicroBatches, TokenDataset
 from rwkv_cluster.data.horizon import Horizon
 from rwkv_cluster.data.loss_mask import LossMask, LossMaskWriter
+from rwkv_cluster.data.manifest import load_manifest
 from rwkv_cluster.data.preparation.pack import pack
 from rwkv_cluster.data.sampler import SamplePlan, ShuffledOrder
 from rwkv_cluster.data.windows import FlatWindows, PackedWindows, TokenBatch
+from rwkv_cluster.errors import TrainingError
 from rwkv_cluster.model.loss import head_loss, target_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.module import TrainingModule
+from rwkv_cluster.train.run import train
 
 CTX_LEN = 24
 LENGTHS = [5, 9, 13, 2, 25, 7, 40, 3, 11, 6, 30, 8]
@@ -155,3 +160,16 @@ def _mean_over_trained(batch: TokenBatch) -> float:
         logits = tiny_model("x070").head(logits).flatten(0, 1)
         entropy = torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="none")
     return entropy[batch.trained].mean().item()
+
+
+def test_a_loss_that_is_not_finite_names_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.loss@0:hit")
+    config = tiny_run_config(tmp_path, data={"documents": "reset"}, training={"max_steps": 1})
+    with pytest.raises(TrainingError, match=r"those( on rank 0)? are windows \d+, \d+, \d+, \d+\."):
+        train(config)
+    events = [json.loads(line) for line in (tmp_path / "work/logs/events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["kind"] == "nonfinite"]
+    packing = load_manifest(tmp_path / "work/data").packing
+    assert packing is not None
+    plan = SamplePlan(32, ShuffledOrder(packing.n_windows, 0), 4)
+    assert event["windows"] == [plan.window(sample) for sample in (1, 2, 3, 4)]
