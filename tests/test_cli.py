@@ -285,7 +285,9 @@ def test_prepare_counts_tokens(run_yaml: str, install: Install, capsys: pytest.C
 
     install(
         "train.run",
-        prepare_data=lambda config: Manifest(n_tokens=12345, n_documents=67, dtype="uint16", n_trained=None),
+        prepare_data=lambda config: Manifest(
+            n_tokens=12345, n_documents=67, dtype="uint16", n_trained=None, packing=None
+        ),
     )
     assert main(["prepare", run_yaml]) == 0
     assert capsys.readouterr().out == "12,345 tokens in 67 documents (uint16), in w/data\n"
