@@ -60,7 +60,7 @@ def model_with(model_type: str, **choices: str | bool) -> RWKV:
         pytest.param("reference", "plain", False, marks=pytest.mark.system),
         pytest.param("reference", "native", True, marks=pytest.mark.system),
         pytest.param("chunked", "native", True, marks=pytest.mark.system),
-        pytest.param("native", "compile", False, marks=pytest.mark.system),
+        pytest.param("native", "compile", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("model_type", VERSIONS)
