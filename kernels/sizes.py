@@ -32,16 +32,19 @@ class Operator:
 
     flops_per_state_element: operations of the recurrence for each of the N^2 elements of a head's state
         (kernels/reference.py). A chunked kernel does more.
+    inputs: tensors [B,T,H,N] that it reads.
     saves_each_token: the compiled kernel with fp32 maths keeps a vector of N a head and token, S a, beside the states.
     """
 
     flops_per_state_element: int
+    inputs: int
     saves_each_token: bool = False
 
 
 OPERATORS = {
-    "wkv5": Operator(flops_per_state_element=5),  # read 2, decay 1, write 2
-    "wkv6": Operator(flops_per_state_element=5),
-    "wkv7": Operator(flops_per_state_element=9, saves_each_token=True),  # read 2, decay 1, S a 2, (S a) b^T 2, write 2
+    "wkv5": Operator(flops_per_state_element=5, inputs=3),  # read 2, decay 1, write 2
+    "wkv6": Operator(flops_per_state_element=5, inputs=4),
+    # read 2, decay 1, S a 2, (S a) b^T 2, write 2
+    "wkv7": Operator(flops_per_state_element=9, inputs=6, saves_each_token=True),
 }
 """The WKV operators by the name that they have in every backend."""

@@ -12,42 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.kernels.sizes import STEPS_BETWEEN_STATES
+from rwkv_cluster.kernels.sizes import OPERATORS, STEPS_BETWEEN_STATES
 from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims, trained
+from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.planning.run_plan import RunPlan
 from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
 from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Work of one block for one token beside its matrix products and WKV.
-
-    forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
-    launches, launches_forward: operations that the host queues for a block, products included.
-    """
-
-    forward: int
-    training: int
-    launches_forward: int
-    launches: int
-
-
-PASSES = {
-    ("x052", False): Passes(70, 221, 36, 125),
-    ("x060", False): Passes(91, 289, 47, 164),
-    ("x070", False): Passes(102, 382, 52, 209),
-    ("x052", True): Passes(33, 80, 24, 59),
-    ("x060", True): Passes(59, 147, 36, 97),
-    ("x070", True): Passes(47, 142, 28, 83),
-}
-"""By version and whether the passes between products run under torch.compile, counted as one pass each way.
-
-At width 512, without weights and LoRAs' small tensors.
-"""
-
-INPUTS = {"x052": 3, "x060": 4, "x070": 6}
-"""[T,A] tensors that WKV reads; forward it writes one, backward it reads one more and writes a gradient of each."""
 
 PARAMETER_BYTES = 36
 """Moved for a parameter in the update: AdamW reads and writes weight and moments and reads the gradient, 28; its norm
@@ -148,7 +118,8 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     again = int(setting.grad_cp)  # forward passes of the blocks that are computed once more
     products = gpu.peak_tflops * 1e12 * product_share(model.n_embd) * (1 if item < FP32 else 0.5)  # TF32: half
     bandwidth = gpu.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
-    passes = PASSES[model.model_type, kernels.fused == "compile"]
+    version = version_of(model)
+    passes = version.passes_compiled if kernels.fused == "compile" else version.passes
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
     casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * block_parameters(model) * micro_batches
@@ -176,9 +147,10 @@ def _logit_bytes(item: int) -> int:
 def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:
     """Seconds of WKV in a step: of the bytes of inputs, outputs and states, and more where heads are few."""
     model, setting = plan.config.model, plan.configured.setting
-    widths, inputs, item = model_dims(model), INPUTS[model.model_type], ITEM_BYTES[plan.config.training.precision]
+    widths, item = model_dims(model), ITEM_BYTES[plan.config.training.precision]
+    inputs = OPERATORS[version_of(model).operator].inputs
     state = (2 if plan.kernels.wkv == "tensor_cores" else FP32) * widths.head_size / STEPS_BETWEEN_STATES
-    forward = (inputs + 1) * item + state  # for an element of [T,A]
+    forward = (inputs + 1) * item + state  # for an element of [T,A]; backward reads one more, writes a gradient of each
     backward = (2 * inputs + 1) * item + state
     elements = tokens * widths.n_head * widths.head_size * model.n_layer
     seconds = elements * (forward * (1 + setting.grad_cp) + backward) / bandwidth * WKV_OVER_BYTES

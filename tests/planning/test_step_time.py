@@ -19,7 +19,9 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.planning.step_time import PARTS, PASSES, Passes
+from rwkv_cluster.model.versions.table import VERSIONS
+from rwkv_cluster.model.versions.version import Passes
+from rwkv_cluster.planning.step_time import PARTS
 
 C, T = 512, 64
 PRODUCTS = ("mm", "addmm", "bmm")
@@ -109,7 +111,8 @@ def measured(version: str, layers: int, batch: int, is_compiled: bool, monkeypat
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(("version", "is_compiled"), list(PASSES), ids=str)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("version", list(VERSIONS))
 def test_the_work_of_a_layer_is_counted(version: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = ([measured(version, layers, batch, is_compiled, monkeypatch) for layers in (2, 3)] for batch in (1, 2))
     (fewer, more), (fewer_of_two, more_of_two) = one, two
@@ -124,7 +127,7 @@ def test_the_work_of_a_layer_is_counted(version: str, is_compiled: bool, monkeyp
         more.launches_forward - fewer.launches_forward,
         more.launches - fewer.launches,
     )
-    assert found == PASSES[version, is_compiled]
+    assert found == (VERSIONS[version].passes_compiled if is_compiled else VERSIONS[version].passes)
 
 
 def prediction(path: Path, *options: str, capsys: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rwkv_cluster.model.layers import HeadNorm, Linear, linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, uniform, zeros
-from rwkv_cluster.model.versions.version import ModelDims, SavedTensors, Shapes, Version
+from rwkv_cluster.model.versions.version import ModelDims, Passes, SavedTensors, Shapes, Version
 
 
 class TimeMix(nn.Module):
@@ -83,5 +83,7 @@ ROW = Version(
     ranks_of=_ranks_of,
     optimizer_group=lambda name, is_matrix: (3.0 if "att.decay" in name else 1.0, is_matrix),
     saved=SavedTensors(of_width=10),
+    passes=Passes(forward=80, training=250, launches_forward=40, launches=140),
+    passes_compiled=Passes(forward=50, training=120, launches_forward=30, launches=80),
     loras=(("g1", "g2"),),
 )

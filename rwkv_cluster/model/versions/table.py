@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.model.versions.version import ModelDims, SavedTensors, Shapes, Version
+from rwkv_cluster.model.versions.version import ModelDims, Passes, SavedTensors, Shapes, Version
 
 _ATT = "blocks.0.att."
 
@@ -168,6 +168,8 @@ _ROWS = (
         ranks_of=_no_ranks,
         optimizer_group=_group_of_rwkv5,
         saved=SavedTensors(of_width=12, of_attention=6, of_attention_uncompiled=3),
+        passes=Passes(forward=70, training=221, launches_forward=36, launches=125),
+        passes_compiled=Passes(forward=33, training=80, launches_forward=24, launches=59),
     ),
     Version(
         name="x060",
@@ -183,6 +185,8 @@ _ROWS = (
         ranks_of=_ranks_of_rwkv6,
         optimizer_group=_group_of_rwkv5,
         saved=SavedTensors(of_width=19, of_attention=7, of_attention_uncompiled=3),
+        passes=Passes(forward=91, training=289, launches_forward=47, launches=164),
+        passes_compiled=Passes(forward=59, training=147, launches_forward=36, launches=97),
         loras=(("time_maa_w1", "time_maa_w2"), ("time_decay_w1", "time_decay_w2")),
     ),
     Version(
@@ -200,6 +204,8 @@ _ROWS = (
         optimizer_group=_group_of_rwkv7,
         # plain: kappa's norm and the reading; block 0 defines v_first and interpolates nothing
         saved=SavedTensors(of_width=24, of_width_plain=6, of_width_not_in_block_0=2, carried=1),
+        passes=Passes(forward=102, training=382, launches_forward=52, launches=209),
+        passes_compiled=Passes(forward=47, training=142, launches_forward=28, launches=83),
         loras=(("w1", "w2"), ("a1", "a2"), ("v1", "v2"), ("g1", "g2")),
         unused_in_block_0=("v0", "v1", "v2"),
     ),

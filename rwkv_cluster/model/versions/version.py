@@ -56,6 +56,23 @@ class SavedTensors:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Work of one block for one token beside its matrix products and WKV, at width 512.
+
+    Weights and LoRAs' small tensors are not in it. A pass that torch.compile makes is counted as one each way.
+
+    Attributes:
+        forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
+        launches_forward, launches: operations that the host queues for the block, products included.
+    """
+
+    forward: int
+    training: int
+    launches_forward: int
+    launches: int
+
+
+@dataclass(frozen=True)
 class Version:
     """One version of the RWKV architecture: all that the rest of the package asks about it.
 
@@ -76,6 +93,7 @@ class Version:
         ranks_of: shapes of a weights file -> fields of the configuration that say its LoRA ranks.
         optimizer_group: (name, whether it is a matrix) -> (learning-rate multiplier, whether weight decay applies).
         saved: what the backward pass needs.
+        passes, passes_compiled: work beside the products, in the plain form and under torch.compile.
     """
 
     name: str
@@ -91,6 +109,8 @@ class Version:
     ranks_of: Callable[[Shapes], Mapping[str, int | bool | None]]
     optimizer_group: Callable[[str, bool], tuple[float, bool]]
     saved: SavedTensors
+    passes: Passes
+    passes_compiled: Passes
     loras: tuple[tuple[str, str], ...] = ()
     unused_in_block_0: tuple[str, ...] = ()
 
