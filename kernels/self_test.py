@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,12 +14,16 @@ from rwkv_cluster.kernels import ops, reference
 VERSIONS = ("wkv5", "wkv6", "wkv7")
 LIMITS = {("native", torch.bfloat16): 6e-3, ("exact", torch.bfloat16): 2.5e-3, ("fla", torch.bfloat16): 2e-2}
 FLOAT32_LIMIT = 5e-5
+TIME = 37  # more than two chunks, and a part of one
+BEGINS = (5, 16, 17, 30)
+"""Steps at which documents begin in the second of two trials: inside a chunk, at its edge, and of one step."""
 
 
 def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
     """Name, dtype, worst relative L2 error and allowed error of each backend that serves on `device`.
 
-    The error is the worst of outputs, final states and gradients, over the three operators.
+    The error is the worst of outputs, final states and gradients, over the three operators, with one document and
+    with several in a row.
     """
     for backend in ops.BACKENDS[1:]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -28,7 +33,8 @@ def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
                 ops.require(backend, torch.device(device), dtype, 64)
             except KernelError:
                 continue
-            worst = max(_error(version, backend, dtype, device) for version in VERSIONS)
+            trials = ((version, starts) for version in VERSIONS for starts in (None, _starts()))
+            worst = max(_error(version, starts, backend, dtype, device) for version, starts in trials)
             yield backend, dtype, worst, LIMITS.get((backend, dtype), FLOAT32_LIMIT)
 
 
@@ -47,12 +53,22 @@ def inputs(version: str, batch: int, time: int, heads: int, size: int) -> list[T
     return [*(normal(*full) for _ in range(3)), w, normal(heads, size), state]
 
 
-def _error(version: str, backend: str, dtype: torch.dtype, device: str) -> float:
+def _starts() -> Tensor:
+    """[1,T] bool, true where documents begin."""
+    starts = torch.zeros(1, TIME, dtype=torch.bool)
+    starts[0, list(BEGINS)] = True
+    return starts
+
+
+def _error(version: str, starts: Tensor | None, backend: str, dtype: torch.dtype, device: str) -> float:
     # [H,N] tensors stay float32: the gradients of so few numbers would show little but bf16's rounding
-    *tensors, state = inputs(version, 1, 37, 2, 64)
+    *tensors, state = inputs(version, 1, TIME, 2, 64)
     arguments = [*(x.to(dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float()]
-    expected = _results(getattr(reference, version), [x.double() for x in arguments], "cpu")
-    results = _results(lambda *x: getattr(ops, version)(*x, backend=backend), arguments, device)
+    on_device = None if starts is None else starts.to(device)
+    by_reference = partial(getattr(reference, version), starts=starts)
+    by_backend = partial(getattr(ops, version), starts=on_device, backend=backend)
+    expected = _results(by_reference, [x.double() for x in arguments], "cpu")
+    results = _results(by_backend, arguments, device)
     pairs = zip(results, expected, strict=True)
     return max(float((x.double().cpu() - y).norm() / y.norm()) for x, y in pairs)
 
