@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MAX_PARAMETERS = 7
 MAX_FILES = 13
+PACKAGES = ("rwkv_cluster", "kernels", "launch", "configs")
 PREPOSITIONS = """
     about above across after against along among around as at before behind below beneath beside besides between beyond
     by despite during except for from in inside into like near of off on onto out outside over past per since than
@@ -51,11 +52,7 @@ def _parameters(function: Function) -> list[str]:
 
 def test_the_first_line_of_a_docstring_stands_alone() -> None:
     """It begins with a noun or a verb: neither with a preposition, nor with the name of another docstring."""
-    dependent = {
-        name
-        for name, node in _definitions("rwkv_cluster", "kernels", "launch", "configs")
-        if _depends_on_another(ast.get_docstring(node) or "")
-    }
+    dependent = {name for name, node in _definitions(*PACKAGES) if _depends_on_another(ast.get_docstring(node) or "")}
     assert sorted(dependent) == []
 
 
@@ -78,8 +75,18 @@ def test_functions_have_few_parameters() -> None:
 
 def test_folders_have_few_files() -> None:
     counts: dict[str, int] = {}
-    for folder in ("rwkv_cluster", "kernels", "launch", "configs"):
+    for folder in PACKAGES:
         for path in (ROOT / folder).rglob("*.py"):
             place = str(path.parent.relative_to(ROOT))
             counts[place] = counts.get(place, 0) + (path.name != "__init__.py")
     assert sorted({place for place, count in counts.items() if count > MAX_FILES}) == []
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml names them, for kernels, launch and configs lie beside rwkv_cluster."""
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    folders = {path.parent.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
+    found = {".".join(folder.parts).removeprefix("rwkv_cluster.") for folder in folders}
+    named = {name.removeprefix("rwkv_cluster.") for name in re.findall(r'"([\w.]+)"', listed[1])}
+    assert named == found

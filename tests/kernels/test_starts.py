@@ -60,6 +60,7 @@ def test_the_compiled_kernel_in_lower_precision(version, dtype):
     assert max(relative_errors(found, wanted)) < (2e-6 if dtype == torch.float32 else 2.5e-3)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_instruction_set(version, target):
