@@ -16,15 +16,6 @@ with importing_torch():  # as the command line does: transformers alone would ta
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has left out, for this process and those that it starts
 
 
-LONGEST = ("test_image", "test_slurm", "test_zero", "test_slurm_faults")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first, so that workers that take a file each end together."""
-    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(FLAG, action="store_true", help="write the files in tests/golden anew where they differ")
 
