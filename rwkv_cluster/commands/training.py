@@ -36,18 +36,20 @@ def prepare(options: argparse.Namespace) -> Result:
     share = f"{manifest.n_trained:,} tokens, {manifest.n_trained / manifest.n_tokens:.0%}, are trained on"
     left_out = f"; {manifest.n_bad_lines:,} lines were left out" if manifest.n_bad_lines else ""
     text += f"\n{share}{left_out}\n\nThe first document, with what is trained on in"
-    brackets, green = (_first_document(config, manifest, in_colour=in_colour) for in_colour in (False, True))
+    brackets, green = _first_document(config, manifest)
     return Result(f"{text} [[ ]]:\n\n{brackets}", data, coloured=f"{visible(text)} green:\n\n{green}")
 
 
-def _first_document(config: Config, manifest: DataManifest, *, in_colour: bool) -> str:
+def _first_document(config: Config, manifest: DataManifest) -> tuple[str, str]:
+    """What is trained on in it in brackets, and in green."""
     from rwkv_cluster.data.conversations.show import BRACKETS, GREEN, first_document
     from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
     from rwkv_cluster.workdir import WorkDir
 
     data = WorkDir(config.work_dir).data
     tokenizer = tokenizer_of_run(config.data.tokenizer, data)
-    return first_document(manifest.token_prefix(data), tokenizer, GREEN if in_colour else BRACKETS)
+    prefix = manifest.token_prefix(data)
+    return first_document(prefix, tokenizer, BRACKETS), first_document(prefix, tokenizer, GREEN)
 
 
 PREPARE = Subcommand(

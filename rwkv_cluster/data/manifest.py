@@ -20,6 +20,7 @@ from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.runtime.own_file import open_own
 from rwkv_cluster.workdir import DATA_MANIFEST, sha256_file
 
+VALIDATION = "val"  # name of the token file of held-out documents
 CACHE_NAME = "inputs.json"  # see `data.preparation.staleness`
 VERSION: Literal[1] = 1
 _MAX_BYTES = 16 << 20
@@ -78,8 +79,9 @@ class PackingRecord(_Part):
         }
         parts = [f"{number:,} {what}" for what, number in left_out.items() if number]
         lost = f", {self.n_positions_lost:,} tokens lost with them" if self.n_positions_lost else ""
+        windows = f"{self.n_windows:,} window{'' if self.n_windows == 1 else 's'} of {self.ctx_len:,}"
         return (
-            f"{self.n_windows:,} windows of {self.ctx_len:,}, {self.n_positions:,} tokens packed, {self.n_trained:,} "
+            f"{windows}, {self.n_positions:,} tokens packed, {self.n_trained:,} "
             f"trained on, {self.waste:.1%} waste" + (f"; {', '.join(parts)}{lost}" if parts else "")
         )
 
@@ -130,7 +132,7 @@ class DataManifest(_Part):
             raise ValueError("adopted is not an absolute path")
         needed = _token_files(self.prefix, self.n_trained, self.packing)
         if self.validation:
-            needed |= _token_files("val", self.validation.n_trained, self.validation.packing)
+            needed |= _token_files(VALIDATION, self.validation.n_trained, self.validation.packing)
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
@@ -148,7 +150,7 @@ class DataManifest(_Part):
 
     def validation_prefix(self, out_dir: Path) -> Path | None:
         """Prefix of the held-out token file, or None."""
-        return Path(out_dir) / "val" if self.validation else None
+        return Path(out_dir) / VALIDATION if self.validation else None
 
     @property
     def samples_in_words(self) -> str | None:
@@ -160,7 +162,7 @@ class DataManifest(_Part):
     @property
     def validation_files(self) -> list[str]:
         """Those of `files` that an evaluation reads."""
-        return [name for name in self.files if name.startswith("val.")]
+        return [name for name in self.files if name.startswith(f"{VALIDATION}.")]
 
     @property
     def run_files(self) -> list[str]:
@@ -178,7 +180,7 @@ class DataManifest(_Part):
         """The content of manifest.json."""
         record = self.model_dump()
         for part in (record, record["validation"] or {}):
-            for name in ("n_trained", "packing"):  # plain data has the manifest that it always had
+            for name in ("n_trained", "packing"):  # absent, so that plain data has one manifest in every version
                 if part.get(name, 0) is None:
                     del part[name]
         return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()

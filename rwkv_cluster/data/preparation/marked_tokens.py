@@ -36,22 +36,30 @@ def is_trained(values: np.ndarray) -> np.ndarray:
     return values >= 0
 
 
+def count_untrained(values: np.ndarray) -> int:
+    """Number of marked tokens that are not trained on; 0 of tokens that have no marks."""
+    return int(np.count_nonzero(values < 0)) if values.dtype == DTYPE else 0
+
+
 def plain_ids(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The ids of marked tokens, or of tokens that have no marks."""
     return (values ^ (values >> 31)).astype(dtype) if values.dtype == DTYPE else values.astype(dtype, copy=False)
 
 
 class MarkedTokensWriter:
-    """Writes marked tokens as a token file of `dtype` and its mask; used as `TokenFileWriter`."""
+    """Writes marked tokens as a token file of `dtype` and, with_mask, its mask; used as `TokenFileWriter`."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, *, with_mask: bool) -> None:
         self._tokens = TokenFileWriter(prefix, dtype)
         self._mask_path = mask_path(prefix)
+        self._with_mask = with_mask
+        self._mask: LossMaskWriter | None = None
 
     def __enter__(self) -> MarkedTokensWriter:
         with ExitStack() as files:
             files.enter_context(self._tokens)
-            self._mask = files.enter_context(LossMaskWriter(self._mask_path))
+            if self._with_mask:
+                self._mask = files.enter_context(LossMaskWriter(self._mask_path))
             self._open_files = files.pop_all()
         return self
 
@@ -69,7 +77,8 @@ class MarkedTokensWriter:
         """Append marked tokens of a document whose end is told later."""
         values = tokens.reshape(-1) if isinstance(tokens, np.ndarray) else np.frombuffer(tokens, DTYPE)
         self._tokens.write_tokens(plain_ids(values, self._tokens.dtype))
-        self._mask.write(is_trained(values))
+        if self._mask is not None:
+            self._mask.write(is_trained(values))
 
     def end_documents(self, lengths: np.ndarray) -> None:
         """Say how the tokens written since the last call divide into documents."""
@@ -84,10 +93,12 @@ class MarkedTokensWriter:
         return self._tokens.n_documents
 
     @property
-    def n_trained(self) -> int:
-        return self._mask.n_trained
+    def n_trained(self) -> int | None:
+        """Number of tokens that the mask marks; None without one."""
+        return None if self._mask is None else self._mask.n_trained
 
     @property
     def files(self) -> dict[str, FileDigest]:
         """Digest of each finished file by its name."""
-        return self._tokens.files | {self._mask_path.name: self._mask.digest}
+        mask = {} if self._mask is None else {self._mask_path.name: self._mask.digest}
+        return self._tokens.files | mask

@@ -76,11 +76,11 @@ def pack(prefix: Path, windows: Path, data: DataConfig, ctx_len: int, mask: Path
     return Packed(record, writer.files)
 
 
-def require_windows(packed: Packed) -> None:
-    """Raises DataError where every document was left out."""
-    if not packed.record.n_windows:
+def require_windows(record: PackingRecord | None) -> None:
+    """Raises DataError where documents are packed and every one was left out."""
+    if record is not None and not record.n_windows:
         raise DataError(
-            f"every document was left out of the samples of {packed.record.ctx_len} tokens: {packed.record.in_words()}",
+            f"every document was left out of the samples of {record.ctx_len} tokens: {record.in_words()}",
             remedy="Look at what is trained on, use a larger model.ctx_len, or data.too_long split",
         )
 

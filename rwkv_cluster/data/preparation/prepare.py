@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,29 +27,22 @@ from rwkv_cluster.data.conversations.row_format import RowRules, row_rules
 from rwkv_cluster.data.hashed_file import FileDigest, HashedFile
 from rwkv_cluster.data.inputs.readers import as_array, refuse_by_name
 from rwkv_cluster.data.inputs.sources import Source, find_sources
-from rwkv_cluster.data.loss_mask import mask_path
 from rwkv_cluster.data.manifest import (
+    VALIDATION,
     VERSION,
     DataManifest,
     FileRecord,
-    PackingRecord,
-    ValidationRecord,
     check_name,
     is_windows,
     load_manifest,
 )
 from rwkv_cluster.data.preparation.encode import DocumentEncoder
 from rwkv_cluster.data.preparation.external_tokens import check_pair, refuse_masks
-from rwkv_cluster.data.preparation.marked_tokens import MarkedTokensWriter
 from rwkv_cluster.data.preparation.pack import pack, require_windows, resets
 from rwkv_cluster.data.preparation.publish import commit, disk_errors, exclusive, temporary_folder
 from rwkv_cluster.data.preparation.shuffle_split import (
     Order,
-    Writer,
     all_documents,
-    is_training,
-    is_validation,
-    split_threshold,
     write_documents,
 )
 from rwkv_cluster.data.preparation.staleness import (
@@ -66,7 +59,8 @@ from rwkv_cluster.data.preparation.staleness import (
     write_cache,
 )
 from rwkv_cluster.data.preparation.token_store import EncodedDocuments
-from rwkv_cluster.data.preparation.tokenize import Progress, Tokenization, TokenizedInputs
+from rwkv_cluster.data.preparation.tokenize import Tokenization, TokenizedInputs
+from rwkv_cluster.data.preparation.write_parts import PartsWriter, validation_record
 from rwkv_cluster.data.verify import DamagedFileError, check_files
 from rwkv_cluster.errors import DataError, MissingDataError
 from rwkv_cluster.tokenizer import id_dtype, save_vocab, saved_name, tokenizer_identity
@@ -76,7 +70,6 @@ __all__ = ["DataManifest", "load_manifest", "prepare", "prepared_before", "reaso
 
 log = logging.getLogger("rwkv_cluster")
 
-_VALIDATION = "val"
 DEFAULT_CTX_LEN = ModelConfig().ctx_len
 
 
@@ -111,8 +104,8 @@ def prepare(
     """
     if not data.inputs and not len(arrays):
         raise DataError("there is no input", remedy="Name files, folders or patterns in data.inputs, or give arrays")
-    if check_name(name) == _VALIDATION:
-        raise DataError(f"data name '{_VALIDATION}' is the name of the held-out documents", remedy="Choose another")
+    if check_name(name) == VALIDATION:
+        raise DataError(f"data name '{VALIDATION}' is the name of the held-out documents", remedy="Choose another")
     left_out: list[Path] = []
     sources = tuple(find_sources(data, left_out))
     job = _Job(data, tokenizer, Path(out_dir), _given(arrays), sources, name, ctx_len)
@@ -284,10 +277,9 @@ class _Job:
             finished.mkdir()
             rows = row_rules(self.data, self.sources)
             store, filled, jsonl = self._fill(rows, folder, finished)
-            parts = self._write(store, folder, finished, have_marks=rows.have_marks)
-            have_mask = parts[0].n_trained is not None
-            if resets(self.data, have_mask=have_mask):
-                parts = self._packed(parts, finished)
+            have_mask = filled.n_untrained > 0
+            writer = PartsWriter(self.data, self.name, self.dtype, self.ctx_len, have_mask, folder, finished)
+            parts = writer.write(store)
             files = parts[0].files | (parts[1].files if len(parts) > 1 else {})
             if jsonl is not None:
                 files[jsonl.path.name] = jsonl.digest
@@ -303,7 +295,7 @@ class _Job:
                 n_bad_lines=filled.n_bad_lines,
                 dtype=self.dtype.name,
                 source_digest=source_digest(filled.arrays, self.sources, filled.contents),
-                validation=_validation_record(parts),
+                validation=validation_record(parts),
             )
             _require_fingerprint(manifest, fingerprint)
             commit(self.out_dir, manifest, finished, self._stale_files(manifest))
@@ -324,7 +316,7 @@ class _Job:
             packed = None
             if resets(self.data, have_mask=False):
                 packed = pack(source.path, finished / f"{self.name}.windows", self.data, self.ctx_len, None)
-                require_windows(packed)
+                require_windows(packed.record)
                 files |= {name: FileRecord(**digest._asdict()) for name, digest in packed.files.items()}
             manifest = self._manifest(
                 files | {self.vocabulary: self._save_vocab(finished)},
@@ -368,43 +360,6 @@ class _Job:
         _require_documents(store, self.sources)
         return store, filled, jsonl
 
-    def _write(self, store: EncodedDocuments, folder: Path, finished: Path, *, have_marks: bool) -> list[_WrittenPart]:
-        """The training documents, and those held out. Masks stay only where some token is not trained on."""
-        fraction = self.data.validation_fraction
-        threshold = split_threshold(store, fraction) if fraction else 0
-        seed = self.data.seed if self.data.shuffle else None
-        passes = 1 if resets(self.data, have_mask=have_marks) else self.data.n_epochs_duplication
-        progress = Progress("writing", folder, None if fraction else store.n_tokens * passes)
-        new_writer = MarkedTokensWriter if have_marks else TokenFileWriter
-        with new_writer(finished / self.name, self.dtype) as train:
-            chosen = is_training(threshold) if fraction else all_documents
-            write_documents(store, train, chosen, folder, Order(passes, seed), progress.advance)
-        writers: list[Writer] = [train]
-        if fraction:
-            with new_writer(finished / _VALIDATION, self.dtype) as held_out:
-                write_documents(store, held_out, is_validation(threshold), folder, Order(1, seed, side=1))
-            writers.append(held_out)
-        return _parts(writers, finished)
-
-    def _packed(self, parts: list[_WrittenPart], finished: Path) -> list[_WrittenPart]:
-        """The parts with the windows that their documents are packed into."""
-        if self.data.n_epochs_duplication > 1 and "n_epochs_duplication" in self.data.model_fields_set:
-            log.info(
-                "documents are packed, each once: data.n_epochs_duplication copies are of use to one stream only. "
-                "training.num_epochs says how often they are read"
-            )
-        names = [self.name, _VALIDATION][: len(parts)]
-        packed = []
-        for name, part in zip(names, parts, strict=True):
-            prefix = finished / name
-            mask = mask_path(prefix) if part.n_trained is not None else None
-            packed.append(pack(prefix, finished / f"{name}.windows", self.data, self.ctx_len, mask))
-        require_windows(packed[0])
-        return [
-            part._replace(files=part.files | windows.files, packing=windows.record)
-            for part, windows in zip(parts, packed, strict=True)
-        ]
-
     def _save_vocab(self, finished: Path) -> FileDigest:
         path = finished / self.vocabulary
         save_vocab(self.tokenizer, path)
@@ -442,7 +397,7 @@ class _Job:
         return {name for name in stale if os.path.realpath(self.out_dir / name) not in inputs}
 
     def _refuse_overwriting_inputs(self) -> None:
-        prefixes = [self.name, *([_VALIDATION] if self.data.validation_fraction else [])]
+        prefixes = [self.name, *([VALIDATION] if self.data.validation_fraction else [])]
         suffixes = ("bin", "idx", "mask", "windows.bin", "windows.idx")
         names = [f"{prefix}.{suffix}" for prefix in prefixes for suffix in suffixes]
         names += [f"{self.name}.jsonl"] if self.writes_jsonl else []
@@ -453,43 +408,6 @@ class _Job:
                     raise DataError(
                         f"{path} is an input and would be overwritten by the output", remedy="Move it to another folder"
                     )
-
-
-class _WrittenPart(NamedTuple):
-    """A token file and what the manifest says of it. n_trained, packing: None where it has no mask, or no windows."""
-
-    files: dict[str, FileDigest]
-    n_tokens: int
-    n_documents: int
-    n_trained: int | None = None
-    packing: PackingRecord | None = None
-
-
-def _parts(writers: Sequence[Writer], finished: Path) -> list[_WrittenPart]:
-    """What was written into `finished`. Masks that mark every token say nothing and are removed."""
-    n_trained = [writer.n_trained if isinstance(writer, MarkedTokensWriter) else writer.n_tokens for writer in writers]
-    if n_trained != [writer.n_tokens for writer in writers]:
-        return [
-            _WrittenPart(writer.files, writer.n_tokens, writer.n_documents, trained)
-            for writer, trained in zip(writers, n_trained, strict=True)
-        ]
-    parts = []
-    for writer in writers:
-        masks = [name for name in writer.files if name.endswith(".mask")]
-        for name in masks:
-            (finished / name).unlink()
-        files = {name: digest for name, digest in writer.files.items() if name not in masks}
-        parts.append(_WrittenPart(files, writer.n_tokens, writer.n_documents))
-    return parts
-
-
-def _validation_record(parts: list[_WrittenPart]) -> ValidationRecord | None:
-    if len(parts) == 1:
-        return None
-    held_out = parts[1]
-    facts = held_out._asdict()
-    del facts["files"]
-    return ValidationRecord(**facts)
 
 
 def _require_fingerprint(manifest: DataManifest, wanted: str | None) -> None:

@@ -35,8 +35,8 @@ _RECENT_NS = 3_000_000_000  # a file changed this recently may change again with
 def content_options(data: DataConfig, *, jsonl: bool, rows: str) -> dict[str, Any]:
     """The settings that decide what is written, as they are compared and stored.
 
-    rows: what the rows of JSONL files are, see `RowRules.name`. What all is text is stored as it was before there were
-    other rows, so that it is used again.
+    rows: what the rows of JSONL files are, see `RowRules.name`. Of text nothing is stored: data that another version
+    prepared is used again.
     """
     names = (
         "sequence_length",
@@ -63,7 +63,7 @@ def _row_options(data: DataConfig, rows: str) -> dict[str, Any]:
 
 
 def packing_options(data: DataConfig, ctx_len: int, *, have_mask: bool) -> dict[str, Any]:
-    """The settings that decide how documents are packed; none where they are one stream, as data always was."""
+    """The settings that decide how documents are packed; none where they are one stream."""
     if not resets(data, have_mask=have_mask):
         return {}
     return {"documents": "reset", "too_long": data.too_long, "ctx_len": ctx_len}

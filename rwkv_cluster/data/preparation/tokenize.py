@@ -19,7 +19,7 @@ from rwkv_cluster.data.inputs.sources import Source, content_digest, read_blocks
 from rwkv_cluster.data.preparation.encode import DocumentEncoder, Encoded, FileBlock, LargeFile, text_line
 from rwkv_cluster.data.preparation.encode_large_file import encode_large_text
 from rwkv_cluster.data.preparation.external_tokens import token_documents
-from rwkv_cluster.data.preparation.marked_tokens import plain_ids
+from rwkv_cluster.data.preparation.marked_tokens import count_untrained, plain_ids
 from rwkv_cluster.data.preparation.publish import PROGRESS_NAME
 from rwkv_cluster.data.preparation.staleness import new_array_digest
 from rwkv_cluster.data.preparation.token_store import EncodedDocuments
@@ -68,13 +68,17 @@ class Progress:
 
 @dataclass
 class TokenizedInputs:
-    """What reading the inputs told. contents: sha256 of each source's files, in the order of the sources. arrays:
-    digests of the arrays."""
+    """What reading the inputs told.
+
+    contents: sha256 of each source's files, in the order of the sources. arrays: digests of the arrays. n_untrained:
+    tokens that are not trained on.
+    """
 
     contents: list[str]
     arrays: list[str] = field(default_factory=list)
     n_empty: int = 0
     n_bad_lines: int = 0
+    n_untrained: int = 0
     bad_lines: list[str] = field(default_factory=list)
 
 
@@ -127,6 +131,7 @@ class Tokenization:
             self._jsonl.write(part.jsonl)
         filled.n_empty += part.n_empty
         filled.n_bad_lines += part.n_bad_lines
+        filled.n_untrained += count_untrained(part.tokens)
         filled.bad_lines += part.bad_lines[: 3 - len(filled.bad_lines)]
         for number, content in part.contents:
             filled.contents[number] = content

@@ -61,17 +61,6 @@ def test_text_is_all_trained_on_and_the_first_row_says_what_rows_are(tmp_path: P
     assert reason_to_prepare(plain_config(folder), BYTES, tmp_path / "out", arrays=arrays) is None
 
 
-def test_no_mask_is_written_where_everything_is_trained_on(tmp_path: Path) -> None:
-    rows = [{"tokens": [5 + n], "mask": [1]} for n in range(4)]
-    manifest = prepare(
-        plain_config(write_rows(tmp_path / "a.jsonl", *rows), validation_fraction=0.5), BYTES, tmp_path / "out"
-    )
-    assert manifest.validation is not None
-    assert (manifest.n_trained, manifest.validation.n_trained) == (None, None)
-    assert {name for name in content(tmp_path / "out") if "mask" in name} == set()
-    assert b"n_trained" not in manifest.to_json()
-
-
 def test_another_mask_is_other_data(tmp_path: Path) -> None:
     def prepared(mask: list[int]) -> DataManifest:
         path = write_rows(tmp_path / "a.jsonl", {"tokens": [5, 6, 7], "mask": mask})
@@ -169,3 +158,20 @@ def test_the_mask_of_a_token_file_is_not_lost(tmp_path: Path, options: dict[str,
         prepare(pair, BYTES, tmp_path / "other")
     (tmp_path / "one" / "train.mask").unlink()
     assert prepare(pair, BYTES, tmp_path / "other").n_trained is None
+
+
+@pytest.mark.parametrize("vocab_size", [257, 100_000], ids=["narrow", "wide"])
+def test_rows_that_are_all_trained_on_are_plain_data(tmp_path: Path, vocab_size: int) -> None:
+    """Of both widths of ids: one stream, with the copies that were asked for, and no mask."""
+    tokenizer = IntegerTokenizer(vocab_size - 2)
+    path = write_rows(tmp_path / "a.jsonl", {"tokens": [4, 2], "mask": [1, 1]}, {"tokens": [6], "mask": [1]})
+    data = plain_config(path, n_epochs_duplication=3, validation_fraction=0.5)
+    manifest = prepare(data, tokenizer, tmp_path / "out")
+    assert manifest.validation is not None
+    assert (manifest.n_trained, manifest.packing, manifest.validation.n_trained) == (None, None, None)
+    assert (manifest.n_documents, manifest.validation.n_documents) == (3, 1)
+    assert {name for name in content(tmp_path / "out") if "mask" in name} == set()
+    assert b"n_trained" not in manifest.to_json()
+    found = sorted({tuple(ids) for name in ("train", "val") for ids, _ in marked_documents(tmp_path / "out", name)})
+    assert found == [(5, 3, 0), (7, 0)]
+    assert reason_to_prepare(data, tokenizer, tmp_path / "out") is None
