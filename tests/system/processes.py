@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from system.warm_start import Process, rank_of, serves, start_server
 from tiny_run import fingerprint, tiny_run_config, write_config
 
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, verify
@@ -65,14 +67,15 @@ class Job:
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
         inherited |= {"OMP_NUM_THREADS": "1"} | ({FAULT_VARIABLE: fault} if fault else {})
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        warm = not prefix and serves(environment or ())
+        start = partial(Process, server=start_server()) if warm else partial(subprocess.Popen, stdin=subprocess.DEVNULL)
         with open(self.output, "wb") as output:
-            self.process = subprocess.Popen(
+            self.process = start(
                 [*prefix, sys.executable, *launcher, *program],
                 cwd=folder,
                 env=inherited | dict(environment or {}),
-                stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=output,
             )
 
     @property
@@ -118,7 +121,7 @@ class Job:
         def look() -> bool:
             for pid in descendants(self.process.pid):
                 environment = _environment(pid)
-                if environment.get("RANK", environment.get("LOCAL_RANK")) == str(rank):
+                if rank in (rank_of(pid), int(environment.get("RANK", environment.get("LOCAL_RANK", -1)))):
                     found.append(pid)
             return bool(found)
 
