@@ -258,6 +258,13 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
         (["--training.strategy=zero9"], "--training.strategy=zero9: training.strategy is 'zero9', expected auto, ddp, "
          "deepspeed, deepspeed_stage_0, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, "
          "deepspeed_stage_1_offload, deepspeed_stage_2_offload or deepspeed_stage_3_offload"),
+        (["--training.schedule=cos"], "--training.schedule=cos: training.schedule is 'cos', expected cosine, wsd, linear, constant or points"),
+        (["--training.schedule=points"], "--training.schedule=points: training: schedule points needs lr_points, for instance [[0, 1e-3], [1000000, 1e-5]]. Set it"),
+        (["--training.decay_steps=5"], "--training.decay_steps=5: training: decay_steps is set, which schedule cosine does not use. Remove it, or set schedule to wsd"),
+        (["--training.schedule=wsd", "--training.decay_steps=5", "--training.decay_tokens=9"], "--training.decay_steps=5: training: set decay_steps or decay_tokens, not both"),
+        (["--training.schedule=points", "--training.lr_points=[[5, 1], [5, 2]]"], "--training.lr_points=[[5, 1], [5, 2]]: training.lr_points: the tokens of lr_points do not ascend. Write each place once, in order"),
+        (["--training.schedule=points", "--training.lr_points=[[5, 1], [6]]"], "--training.lr_points=[[5, 1], [6]]: training.lr_points: lr_points has [6.0]. Each is [tokens, learning rate], both >= 0"),
+        (["--training.schedule=points", "--training.lr_points=[[5, x]]"], "--training.lr_points=[[5, x]]: training.lr_points[0][1] is 'x', expected a list of lists of numbers that is not empty, or null"),
         (["--training.global_batch_size=6"], "training.global_batch_size 6 is not a multiple of micro_bsz 4 * 1 rank = 4. Use training.global_batch_size 4 or 8, or a training.micro_bsz of 1, 2, 3 or 6"),
         (["--training.precision=fp16", "--training.accelerator=cpu"], "training.precision is fp16, which needs a CUDA device, and this run is on a CPU. Use fp32 or bf16"),
         (["--data.validation_fraction=1"], "--data.validation_fraction=1: data.validation_fraction is 1, expected a number >= 0 and < 1"),

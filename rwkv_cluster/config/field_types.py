@@ -182,7 +182,8 @@ def _type_words(annotation: Any) -> str:
         *rest, last = [str(choice) for choice in get_args(annotation)]
         return f"{', '.join(rest)} or {last}" if rest else last
     if get_origin(annotation) is list:
-        return "a list of text such as [a, b]" if get_args(annotation)[0] is str else "a list"
+        of_what = {str: "a list of text such as [a, b]", list[float]: "a list of lists of numbers"}
+        return of_what.get(get_args(annotation)[0], "a list")
     return "a mapping of names to values" if get_origin(annotation) is dict else str(annotation)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -35,6 +36,9 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 Fused = Literal["auto", "plain", "native", "compile"]
+ScheduleName = Literal["cosine", "wsd", "linear", "constant", "points"]
+SCHEDULE_FIELDS = {"wsd": ("decay_steps", "decay_tokens", "decay_shape"), "points": ("lr_points",)}
+"""Fields that belong to one schedule alone."""
 # The largest that make sense: what is larger is a slip, and would take minutes, or the machine, to find out.
 MAX_WIDTH = 65_536
 MAX_VOCAB_SIZE = 2**23  # as in a vocabulary file
@@ -362,6 +366,25 @@ class TrainingConfig(Section):
         "library), compile (torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are "
         "at hand)",
     )
+    schedule: ScheduleName = Field(
+        "cosine",
+        description="learning rate after warm-up: cosine or linear, from lr_init to lr_final at the horizon; wsd, "
+        "lr_init and at the end a decay to lr_final; constant, lr_init; points, along lr_points",
+    )
+    warmup_tokens: int | None = Field(None, ge=0, description="tokens of warm-up, in place of warmup_steps")
+    decay_steps: int | None = Field(
+        None, ge=1, description="wsd: optimizer steps of the decay, the last of the run; default a fifth of the run"
+    )
+    decay_tokens: int | None = Field(None, ge=1, description="wsd: tokens of the decay, in place of decay_steps")
+    decay_shape: Literal["linear", "1-sqrt", "cosine"] | None = Field(
+        None, description="wsd: how the rate falls in the decay; default 1-sqrt"
+    )
+    lr_points: list[list[float]] | None = Field(
+        None,
+        min_length=1,
+        description="points: [tokens, learning rate] each, with straight lines between them, for instance "
+        "[[0, 1e-3], [1000000, 1e-3], [2000000, 1e-5]]",
+    )
 
     _paths = field_validator("init_from", mode="before")(path_text)
 
@@ -374,6 +397,32 @@ class TrainingConfig(Section):
     def _one_way_to_accumulate(self) -> TrainingConfig:
         if self.global_batch_size is not None and self.accumulate_grad_batches is not None:
             raise ValueError("set global_batch_size or accumulate_grad_batches, not both: one follows from the other")
+        return self
+
+    @field_validator("lr_points")
+    @classmethod
+    def _ascending_points(cls, value: list[list[float]] | None) -> list[list[float]] | None:
+        for point in value or []:
+            if len(point) != 2 or min(point) < 0:
+                raise ValueError(f"lr_points has {point}. Each is [tokens, learning rate], both >= 0")
+        places = [tokens for tokens, _ in value or []]
+        if any(later <= earlier for earlier, later in pairwise(places)):
+            raise ValueError("the tokens of lr_points do not ascend. Write each place once, in order")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_of_the_schedule(self) -> TrainingConfig:
+        for schedule, names in SCHEDULE_FIELDS.items():
+            name = next((name for name in names if getattr(self, name) is not None), None)
+            if name is not None and self.schedule != schedule:
+                raise ValueError(
+                    f"{name} is set, which schedule {self.schedule} does not use. Remove it, or set schedule to "
+                    f"{schedule}"
+                )
+        if self.decay_steps is not None and self.decay_tokens is not None:
+            raise ValueError("set decay_steps or decay_tokens, not both")
+        if self.schedule == "points" and self.lr_points is None:
+            raise ValueError("schedule points needs lr_points, for instance [[0, 1e-3], [1000000, 1e-5]]. Set it")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rwkv_cluster.model.parameter_shapes import count, trained
@@ -11,6 +12,8 @@ from rwkv_cluster.train.memory.model_states import Sharding
 from rwkv_cluster.train.memory.peak import ALLOWANCE, Setting, needed
 
 _NAME, _CELL = 38, 10  # columns
+_TITLE = 14  # columns of a row's name
+_PICTURE_ROWS = 5
 _STATES = ("weights", "gradients", "masters", "moments", "buckets", "gathered")
 
 
@@ -29,7 +32,7 @@ def text(plan: RunPlan) -> str:
         "host memory": _host(plan),
         "time": _time(plan),
     }
-    lines = [f"{name:<14} {value}" for name, value in rows.items()]
+    lines = [f"{name:<{_TITLE}} {value}" for name, value in rows.items()]
     return "\n".join([*lines, "", *_memory(plan), "", *_verdict(plan)])
 
 
@@ -132,7 +135,18 @@ def _learning_rate(plan: RunPlan) -> str:
         return (
             f"{plan.config.training.lr_init:g} to {plan.config.training.lr_final:g}, along a run whose end is unknown"
         )
-    return ", ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.learning_rates.items())
+    rates = ", ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.learning_rates.items())
+    return "\n".join([f"{plan.config.training.schedule}; {rates}", *picture(plan.lr_curve)])
+
+
+def picture(values: Sequence[float], low: float = 0.0) -> list[str]:
+    """A picture of characters with a column for each value. low: the value at its foot."""
+    top = max(values)
+    heights = [round((value - low) / (top - low) * _PICTURE_ROWS) if top > low else 0 for value in values]
+    rows = ["".join("#" if height >= row else " " for height in heights) for row in range(_PICTURE_ROWS, 0, -1)]
+    labels = [f"{top:.3g}", *[""] * (_PICTURE_ROWS - 1)]
+    lines = [f"{label:>{_TITLE}} |{row}".rstrip() for label, row in zip(labels, rows, strict=True)]
+    return [*lines, f"{f'{low:.3g}':>{_TITLE}} +{'-' * len(values)}"]
 
 
 def _flops(plan: RunPlan) -> str:

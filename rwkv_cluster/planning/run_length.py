@@ -9,7 +9,7 @@ from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.data.sampler import CubicOrder, SamplePlan, plan_samples
-from rwkv_cluster.train.schedule import learning_rate
+from rwkv_cluster.train.schedule import learning_rate, turning_steps
 
 UNKNOWN = (
     "unknown: one epoch is one pass over the data, which is not prepared. Run `rwkv-cluster prepare CONFIG`, or set "
@@ -77,17 +77,22 @@ def _horizon(config: Config, plan: SamplePlan, *, needs_data: bool) -> Horizon |
 
 
 def learning_rates(config: Config, run: Length) -> dict[int, float]:
-    """Learning rate by step (from 0), without a group's multiplier: first, end of warm-up, quarters, last."""
+    """Learning rate by step (from 0), without a group's multiplier: first, where it turns, quarters, last."""
     if run.horizon is None:
         return {}
     last = run.horizon.total_steps - 1
-    steps = sorted({0, min(config.training.warmup_steps, last), last // 4, last // 2, 3 * last // 4, last})
-    return {
-        step: learning_rate(
-            step,
-            training=config.training,
-            tokens_per_step=run.tokens_per_step,
-            horizon_tokens=run.horizon.tokens,
-        )
-        for step in steps
-    }
+    turns = turning_steps(config.training, run.tokens_per_step, run.horizon.tokens)
+    steps = sorted({0, *(min(step, last) for step in turns), last // 4, last // 2, 3 * last // 4, last})
+    return {step: _rate(config, run, run.horizon, step) for step in steps}
+
+
+def learning_rate_curve(config: Config, run: Length, n_points: int) -> list[float]:
+    """Learning rates of `n_points` steps at equal distances, the first and the last of the run among them."""
+    if run.horizon is None:
+        return []
+    last = run.horizon.total_steps - 1
+    return [_rate(config, run, run.horizon, round(number * last / (n_points - 1))) for number in range(n_points)]
+
+
+def _rate(config: Config, run: Length, end: Horizon, step: int) -> float:
+    return learning_rate(step, training=config.training, tokens_per_step=run.tokens_per_step, horizon_tokens=end.tokens)

@@ -13,7 +13,7 @@ from rwkv_cluster.model.parameter_shapes import by_part, count, parameter_shapes
 from rwkv_cluster.model.versions.version import Shapes
 from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.recommend import change, shardings
-from rwkv_cluster.planning.run_length import Length, learning_rates, length
+from rwkv_cluster.planning.run_length import Length, learning_rate_curve, learning_rates, length
 from rwkv_cluster.runtime.control_group import memory_bytes
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
@@ -24,6 +24,8 @@ from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, Sharding
 from rwkv_cluster.train.memory.peak import Memory, MemoryModel, Setting, needed
 from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.workdir import WorkDir
+
+CURVE_POINTS = 64  # columns of the picture of the learning rate
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RunPlan:
     manifest: of the data, None where it is not prepared. seconds, tokens_per_s: None where no speed was given, or no
     end is known.
 
+    lr_curve: learning rates at equal distances from the first step to the last; empty where no end is known.
     to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
     host_copy: bytes that a rank needs in the host's memory while a checkpoint is written in the background.
     """
@@ -67,6 +70,7 @@ class RunPlan:
     flops: FlopsPerToken
     length: Length
     learning_rates: dict[int, float]
+    lr_curve: list[float]
     manifest: DataManifest | None
     kernels: Kernels
     rows: list[Row]
@@ -117,6 +121,7 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         flops=flops,
         length=run,
         learning_rates=learning_rates(config, run),
+        lr_curve=learning_rate_curve(config, run, CURVE_POINTS),
         manifest=manifest,
         kernels=kernels,
         rows=_rows(memory_model, configured, gpu_bytes),

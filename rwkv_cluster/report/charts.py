@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv_cluster.report import series
 from rwkv_cluster.report.run_data import Run
+from rwkv_cluster.train.schedule import learning_rate, turning_steps
 
 Style = Literal["raw", "line", "dashed"]
 PART_NAMES = {"data_s": "data", "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
@@ -62,7 +63,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture. log: the axis goes by powers of ten. note: for the caption."""
+    """One picture. log: the axis goes by powers of ten. note: for the caption. end: of its own axis of tokens."""
 
     key: str
     title: str
@@ -72,6 +73,7 @@ class Chart:
     stack: Stack | None = None
     log: bool = False
     note: str = ""
+    end: float | None = None
     values: np.ndarray = field(default_factory=lambda: np.empty(0))
     """The recorded ones that are finite, from which the axis follows."""
 
@@ -81,7 +83,7 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], list[dict[str, Any]]]:
     data: list[dict[str, Any]] = [{"name": run.name, "series": {}, "events": _told(run)} for run in runs]
     charts = [
         _loss(runs, data),
-        _metric(runs, data, "lr", "Learning rate", ""),
+        _learning_rate(runs, data),
         _metric(runs, data, "grad_norm", "Gradient norm", "before clipping"),
         _metric(runs, data, "tokens_per_s", "Speed", "tokens/s"),
         _metric(runs, data, "mfu", "MFU", "share of the devices' peak"),
@@ -148,6 +150,33 @@ def _metric(
         else:
             curves.append(Curve(run.name, line.tokens, line.value / scale, color, "line"))
     return _of_values(Chart(name, title, unit, curves), values, may_be_log=name == "grad_norm")
+
+
+def _learning_rate(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
+    """Recorded learning rates, and those to come of one run that is not at its end."""
+    chart = _metric(runs, data, "lr", "Learning rate", "")
+    if chart is None or len(runs) > 1 or (planned := _planned_lr(runs[0])) is None:
+        return chart
+    data[0]["series"]["lr_planned"] = planned.data()
+    curve = Curve("to come", planned.tokens, planned.value, 1, "dashed")
+    values = np.append(chart.values, planned.value)
+    return replace(chart, curves=[*chart.curves, curve], values=values, end=float(planned.tokens[-1]))
+
+
+def _planned_lr(run: Run) -> series.Series | None:
+    """Learning rates from the last recorded step to the run's end."""
+    last = int(run.metrics["step"][-1])
+    if run.config is None or run.horizon is None or last >= run.horizon.total_steps:
+        return None
+    training, end = run.config.training, run.horizon
+    per_step = end.global_batch_size * run.config.model.ctx_len
+    steps = np.linspace(last, end.total_steps, min(end.total_steps - last, series.MOST_POINTS) + 1).astype(int)
+    steps = np.unique([*steps, *(step + 1 for step in turning_steps(training, per_step, end.tokens) if step >= last)])
+    rates = [
+        learning_rate(step - 1, training=training, tokens_per_step=per_step, horizon_tokens=end.tokens)
+        for step in steps.tolist()
+    ]
+    return series.Series(steps, steps * per_step, np.array(rates), end.total_steps - last)
 
 
 def _of_values(chart: Chart, values: Sequence[np.ndarray], *, may_be_log: bool = False) -> Chart | None:

@@ -100,7 +100,7 @@ def _render(chart: Chart, size: tuple[int, int], end: float, theme: Theme, *, ti
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))
         axes = figure.add_subplot()
         _plot(axes, chart, theme)
-        _dress(axes, chart, theme, end, narrow=size[0] < 500)
+        _dress(axes, chart, theme, chart.end or end, narrow=size[0] < 500)
         legend_rows = _entitle(figure, axes, chart, theme) if titled else 0
         _place(figure, size, top=MARGIN_TOP + titled * TITLE, bottom=MARGIN_BOTTOM + legend_rows * LEGEND_ROW)
         figure.savefig(buffer, facecolor=theme.background if titled else "none", **options)

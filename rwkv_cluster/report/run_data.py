@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_cluster.config import Config
+from rwkv_cluster.data.horizon import Horizon
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.report import run_files, series
@@ -42,7 +43,12 @@ class Run:
     sessions: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[CheckpointFiles] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    total_steps: int | None = None
+    horizon: Horizon | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run, where its data says it."""
+        return self.horizon.total_steps if self.horizon else None
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Tokens seen after so many steps: in proportion, since the global batch of a run does not change."""
@@ -90,8 +96,7 @@ def _read(work: WorkDir, name: str) -> Run:
     run.checkpoints = _checkpoints(work, missing)
     if run.config and run.manifest and len(run.metrics["step"]):
         last = {key: float(run.metrics[key][-1]) for key in ("step", "tokens")}
-        end = run_files.end_of_run(run.config, run.manifest, last)
-        run.total_steps = end.total_steps if end else None
+        run.horizon = run_files.end_of_run(run.config, run.manifest, last)
     return run
 
 

@@ -39,6 +39,7 @@ from rwkv_cluster.train.parallel.strategy import leaving, sums_in_fp32
 from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.rollback import roll_back
 from rwkv_cluster.train.sample import sample_text
+from rwkv_cluster.train.schedule import decay_is_cut
 from rwkv_cluster.train.session import Session, build_model
 from rwkv_cluster.train.trainer import (
     build_after_step,
@@ -237,6 +238,8 @@ def _announce(session: Session, n_parameters: int) -> None:
         f"{begin}: {model.model_type} of {n_parameters:,} parameters, {session.horizon.total_steps:,} steps of "
         f"{session.sample_plan.tokens_per_step:,} tokens, {session.config.training.precision} on {ranks}"
     )
+    if decay_is_cut(session.config.training, session.sample_plan.tokens_per_step, session.horizon.tokens):
+        log.warning("the learning rate's decay is longer than what follows warm-up: it begins where warm-up ends")
 
 
 def _tell_begin(session: Session, events: Events) -> None:

@@ -361,6 +361,11 @@ BOUND_TO_OTHERS = (
     "zero_stage",
     "offload_optimizer",
     "offload_parameters",
+    "schedule",
+    "decay_steps",
+    "decay_tokens",
+    "decay_shape",
+    "lr_points",
 )
 
 

@@ -61,6 +61,26 @@ def test_the_end_of_a_run_may_hang_on_its_data(tmp_path: Path, capsys: Capture) 
     assert found["seconds"] == found["total_tokens"] / 1000
 
 
+def test_the_schedule_is_drawn(tmp_path: Path, capsys: Capture) -> None:
+    """A column for each of 64 steps at equal distances, as high as its rate, and numbers where it turns."""
+    training = {"max_steps": 64, "schedule": "wsd", "lr_init": 1e-3, "lr_final": 2e-4, "warmup_steps": 4}
+    training |= {"decay_steps": 16, "decay_shape": "linear"}
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training=training))
+    assert cli.main(["plan", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("learning rate  wsd; step 0: 1e-05, "))
+    assert "step 4: 0.001, " in lines[first]
+    assert "step 48: 0.001, step 63: 0.00025" in lines[first]
+    picture = [line.partition("|")[2].ljust(64) for line in lines[first + 1 : first + 6]]
+    assert lines[first + 1].split() == ["0.001", "|", "#" * 46]
+    heights = ["".join(column).count("#") for column in zip(*picture, strict=True)]
+    assert heights[:5] == [0, 1, 3, 4, 5]
+    assert set(heights[4:50]) == {5}
+    assert heights[50:] == sorted(heights[50:], reverse=True)
+    assert heights[-1] == 1
+    assert lines[first + 6].split() == ["0", "+" + "-" * 64]
+
+
 def test_data_may_end_a_run_earlier(tmp_path: Path, capsys: Capture) -> None:
     path = write_config(
         tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"num_epochs": 1, "max_steps": 10**6})

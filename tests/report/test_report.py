@@ -20,6 +20,7 @@ from rwkv_cluster.config.loader import dump_yaml, load_config
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
+from rwkv_cluster.train.schedule import learning_rate
 
 pytestmark = pytest.mark.system  # a run that is stopped, killed and continued
 
@@ -75,6 +76,21 @@ def test_the_numbers_in_the_page_are_those_of_the_metrics(page: Page, trained: P
     assert page.series("val_loss")["step"] == [line["step"] for line in evaluated] == [4, 8, 10]
     assert page.series("val_loss")["value"] == [line["val_loss"] for line in evaluated]
     assert page.series("loss_smoothed")["value"][0] == lines[0]["loss"]
+
+
+def test_the_learning_rates_to_come(page: Page, work: Path) -> None:
+    """Those of the schedule, from the last recorded step to the end that the configuration says."""
+    assert "lr_planned" not in page.numbers["runs"][0]["series"]  # it is at its end
+    config = load_config(work / "configs" / "config.yaml", ["--training.max_steps=20"])
+    (work / "configs" / "config.yaml").write_text(dump_yaml(config))
+    longer = report(work).series("lr_planned")
+    per_step = records(work)[0]["tokens"]
+    assert longer["step"] == list(range(10, 21))
+    assert longer["tokens"] == [step * per_step for step in longer["step"]]
+    assert longer["value"] == [
+        learning_rate(step - 1, training=config.training, tokens_per_step=per_step, horizon_tokens=20 * per_step)
+        for step in longer["step"]
+    ]
 
 
 def test_the_curve_lies_where_the_numbers_say(page: Page) -> None:

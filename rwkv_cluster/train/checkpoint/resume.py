@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.data.batch_size import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.interchange.read import read_weights
@@ -77,11 +77,12 @@ def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights
             f"{checkpoint.path} was trained with other settings: {'; '.join(shape + data)}. "
             "Put them back to continue, or choose another work_dir for a new run"
         )
+    defaults = Config().model_dump(mode="json")  # of fields that the version which wrote the checkpoint did not have
     changed = [
         line
         for section in new
         if section not in ("model", "work_dir", *_FREE_SECTIONS)
-        for line in _differences(section, old.get(section, {}), new[section])
+        for line in _differences(section, {**defaults[section], **old.get(section, {})}, new[section])
     ]
     for line in changed:
         log.warning("continuing step %d with a changed setting: %s", checkpoint.step, line)
