@@ -7,7 +7,7 @@ A final path is never written in place: files and directories appear whole, by r
     out/       rwkv-init.pth rwkv-<epoch>.pth rwkv-final.pth train_log.txt checkpoints/step-XXXXXXXX/
     logs/      metrics.jsonl metrics.csv events.jsonl environment.json train.log
                events/rank-<N>.jsonl hang/ profile/ samples/
-    configs/   config.json config.yaml (what the last run used)
+    configs/   config.json config.yaml (what the last run used) [parent.json]
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class WorkDir:
         """Files of fixed names that a run reads or writes."""
         in_data = (self.prepare_lock, self.data / "inputs.json", self.data_manifest)
         logs = (self.metrics, self.metrics_csv, self.events, self.environment, self.train_log, self.wandb_id)
-        return (self.lock_file, *in_data, self.epoch_log, *logs, self.config_yaml, self.config_json)
+        return (self.lock_file, *in_data, self.epoch_log, *logs, self.config_yaml, self.config_json, self.parent)
 
     @property
     def stop_file(self) -> Path:
@@ -176,6 +176,11 @@ class WorkDir:
     def config_json(self) -> Path:
         """Configuration that the last session used, as JSON."""
         return self.configs / "config.json"
+
+    @property
+    def parent(self) -> Path:
+        """What a branch says of its trunk, see `rwkv_cluster.train.checkpoint.branch`; another run has no such file."""
+        return self.configs / "parent.json"
 
     @property
     def data_manifest(self) -> Path:

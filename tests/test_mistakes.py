@@ -478,6 +478,22 @@ def test_the_work_dir_of_another_run(run: Run, tmp_path: Path) -> None:
             "train", "run.yaml", override)  # fmt: skip
 
 
+def test_a_branch_of_what_is_not_there(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml")
+    refused(run, 4, f"{tmp_path}/work/out/checkpoints has no checkpoint of step 1. Steps that are there: 2",
+            "branch", "work", "new", "--at", "1")  # fmt: skip
+    refused(run, 2, f"{tmp_path}/work exists already. Name a new directory for the branch",
+            "branch", "work", "work", "--at", "2")  # fmt: skip
+    refused(run, 2, "--training.schedul=wsd: training has no field 'schedul'. Nearest: training.schedule",
+            "branch", "work", "new", "--at", "2", "--set", "training.schedul=wsd")  # fmt: skip
+    assert run("branch", "work", "new", "--at", "2", "--set", "training.max_steps=3")[0] == 0
+    write("more.jsonl", line("more text " * 90))
+    refused(run, 3, f"the data has to be prepared anew (the content of more.jsonl changed), but {tmp_path}/new/data is that of the run "
+            "that this one has branched off. Put the inputs and data settings back, or go on with the data that is there "
+            "by --data.inputs=[]; other data needs a new work_dir, with training.init_from",
+            "train", "new", "--data.inputs=[more.jsonl]", leaves={"new/.lock"})  # fmt: skip
+
+
 def test_data_that_was_deleted_is_prepared_again_from_the_same_input(run: Run, tmp_path: Path) -> None:
     run("train", "run.yaml", "--training.max_steps=4", "--work_dir=whole")
     assert run("train", "run.yaml")[0] == 0

@@ -1,4 +1,4 @@
-"""prepare, init, train, eval and consolidate: the data, weights and steps of a run."""
+"""prepare, init, train, branch, eval and consolidate: the data, weights and steps of a run."""
 
 from __future__ import annotations
 
@@ -155,6 +155,38 @@ TRAIN = Subcommand(
     config="required",
     runs_on_ranks=True,
     continues=True,
+)
+
+
+def _add_branch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("new_dir", metavar="NEW_DIR", help="work directory of the branch, which is made")
+    parser.add_argument("--at", type=int, required=True, metavar="STEP", help="of the trunk's checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="the same as --section.field=value"
+    )
+
+
+def branch(options: argparse.Namespace) -> Result:
+    """A new run from a checkpoint of another."""
+    config = named_config(options, options.set).resolved.config
+    with importing_torch():
+        from rwkv_cluster.train.checkpoint.branch import branch as make_branch
+    from rwkv_cluster.launch.command import Command
+    from rwkv_cluster.workdir import WorkDir
+
+    trunk, new = WorkDir(config.work_dir), WorkDir(options.new_dir)
+    parent = make_branch(trunk, config.model_copy(update={"work_dir": str(new.root)}), options.at)
+    train_it = Command(("rwkv-cluster", "train", str(options.new_dir)))
+    text = f"{new.root} begins at step {parent.step:,} of {trunk.root}\nnext       {train_it.shell()}"
+    return Result(text, {"work_dir": str(new.root), "parent": dataclasses.asdict(parent)})
+
+
+BRANCH = Subcommand(
+    "branch",
+    "make a new run that goes on from a checkpoint of another, with other settings",
+    branch,
+    _add_branch_arguments,
+    config="required",
 )
 
 

@@ -36,6 +36,7 @@ def html(runs: Sequence[Run], charts: Sequence[Chart], data: Sequence[dict[str, 
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(where)}<br>{written}</p></header>\n",
         tables.tiles(runs[0]) if len(runs) == 1 else tables.comparison(runs),
+        tables.branches(runs),
         f'<div class="charts">{figures}</div>\n',
         *_tables(runs),
         tables.events(runs),

@@ -18,6 +18,7 @@ from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.report import run_files, series
 from rwkv_cluster.report.series import Columns
 from rwkv_cluster.runtime.own_file import read_own
+from rwkv_cluster.train.checkpoint.branch import Parent, read_parent
 from rwkv_cluster.train.checkpoint.files import CheckpointFiles, check, checkpoint_path, list_steps
 from rwkv_cluster.workdir import WorkDir
 
@@ -44,6 +45,7 @@ class Run:
     checkpoints: list[CheckpointFiles] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     horizon: Horizon | None = None
+    parent: Parent | None = None
 
     @property
     def total_steps(self) -> int | None:
@@ -92,12 +94,21 @@ def _read(work: WorkDir, name: str) -> Run:
     missing += [
         f"{what}: {why}" for what, why in (("configuration", config), ("data", manifest)) if isinstance(why, str)
     ]
+    run.parent = _parent(work, missing)
     run.sessions = _sessions(work, missing)
     run.checkpoints = _checkpoints(work, missing)
     if run.config and run.manifest and len(run.metrics["step"]):
         last = {key: float(run.metrics[key][-1]) for key in ("step", "tokens")}
         run.horizon = run_files.end_of_run(run.config, run.manifest, last)
     return run
+
+
+def _parent(work: WorkDir, missing: list[str]) -> Parent | None:
+    try:
+        return read_parent(work)
+    except CheckpointError as error:
+        missing.append(f"the run that it has branched off: {error}")
+        return None
 
 
 def _metrics(work: WorkDir, missing: list[str]) -> Columns:

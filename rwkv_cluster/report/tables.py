@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,31 @@ def comparison(runs: Sequence[Run]) -> str:
         [run.name, *(row.get(name, (NONE, ""))[0] for name in names)] for run, row in zip(runs, summaries, strict=True)
     ]
     return section("Runs", table("Runs", ["run", *map(str.lower, names)], rows, numbers=range(1, len(names) + 1)))
+
+
+def branches(runs: Sequence[Run]) -> str:
+    """The runs as a tree where some have branched off others. A trunk that is no run of the report has its path."""
+    if all(run.parent is None for run in runs):
+        return ""
+    roots = {os.path.realpath(run.work.root): run for run in runs}
+    children: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.parent is not None:
+            children.setdefault(os.path.realpath(run.parent.work_dir), []).append(run)
+
+    def item(root: str, words: str) -> str:
+        below = sorted(children.get(root, []), key=lambda run: run.parent.step if run.parent else 0)
+        items = "".join(item(os.path.realpath(run.work.root), _of_branch(run)) for run in below)
+        return f"<li>{escape(words)}{f'<ul>{items}</ul>' if items else ''}</li>"
+
+    trunks = [root for root in dict.fromkeys([*roots, *children]) if root not in roots or roots[root].parent is None]
+    items = "".join(item(root, roots[root].name if root in roots else root) for root in trunks)
+    return section("Branches", f'<ul class="branches">{items}</ul>')
+
+
+def _of_branch(run: Run) -> str:
+    assert run.parent is not None
+    return f"{run.name}, from step {run.parent.step:,} ({short(run.parent.tokens_seen)} tokens) on"
 
 
 def time_spent(runs: Sequence[Run]) -> str:

@@ -202,6 +202,13 @@ def _prepared(
     except MissingDataError as error:
         return _without_inputs(config, work, tokenizer, name, error)
     fingerprint = None
+    if change is not None and work.parent.exists():
+        raise DataError(
+            f"the data has to be prepared anew ({change}), but {work.data} is that of the run that this one has "
+            "branched off",
+            remedy="Put the inputs and data settings back, or go on with the data that is there by --data.inputs=[]; "
+            "other data needs a new work_dir, with training.init_from",
+        )
     if change is not None:  # otherwise no checkpoint has to be read and hashed for this
         checkpoint = save_load.newest_verified(work.checkpoints)
         if _is_prepared(work):

@@ -7,6 +7,7 @@ what was done in vain before a kill or a rollback stays in it, unlike in `metric
 
     start       of a run: total_steps, tokens_per_step, world_size, host
     resume      the same, and from_step: of the checkpoint that is continued
+    branch      the run begins at the checkpoint of this step of another: work_dir, the other's
     save        a checkpoint was committed: path, waited_s (seconds that training has waited for it)
     export      weights were written: path
     validation  loss, n_tokens; for text also n_bytes, bits_per_byte
@@ -35,7 +36,7 @@ from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own
 
 Kind = Literal[
-    "start", "resume", "save", "export", "validation", "sample",
+    "start", "resume", "branch", "save", "export", "validation", "sample",
     "nonfinite", "spike", "rollback", "early_stop", "stop", "end",
 ]  # fmt: skip
 
