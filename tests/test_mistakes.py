@@ -494,6 +494,16 @@ def test_a_branch_of_what_is_not_there(run: Run, tmp_path: Path) -> None:
             "train", "new", "--data.inputs=[more.jsonl]", leaves={"new/.lock"})  # fmt: skip
 
 
+def test_an_average_of_nothing(run: Run, tmp_path: Path) -> None:
+    run("train", "run.yaml")
+    refused(run, 4, f"{tmp_path}/work/out/checkpoints has no checkpoint of step 7. Steps that are there: 2",
+            "average", "work", "--steps", "7")  # fmt: skip
+    refused(run, 2, f"{tmp_path}/work/out/checkpoints/step-00000002 alone has no average. Name at least two, or two steps",
+            "average", "work")  # fmt: skip
+    refused(run, 2, "weights of several places have no place of their own. Name a file by --output",
+            "average", "work", "work/out/rwkv-init.pth")  # fmt: skip
+
+
 def test_data_that_was_deleted_is_prepared_again_from_the_same_input(run: Run, tmp_path: Path) -> None:
     run("train", "run.yaml", "--training.max_steps=4", "--work_dir=whole")
     assert run("train", "run.yaml")[0] == 0

@@ -12,10 +12,10 @@ from rwkv_cluster.commands.generation import GENERATE
 from rwkv_cluster.commands.launching import CANCEL, LAUNCH, LOGS
 from rwkv_cluster.commands.reporting import REPORT, STATUS
 from rwkv_cluster.commands.subcommand import Subcommand
-from rwkv_cluster.commands.training import BRANCH, CONSOLIDATE, EVAL, INIT, PREPARE, TRAIN
+from rwkv_cluster.commands.training import AVERAGE, BRANCH, CONSOLIDATE, EVAL, INIT, PREPARE, TRAIN
 
 _IN_ORDER_OF_HELP = (
     *(PREPARE, INIT, TRAIN, BRANCH, LAUNCH, STATUS, REPORT, LOGS, CANCEL),
-    *(GENERATE, EVAL, EXPORT, CONSOLIDATE, INSPECT, CONFIG, PLAN, DOCTOR, BENCH),
+    *(GENERATE, EVAL, EXPORT, CONSOLIDATE, AVERAGE, INSPECT, CONFIG, PLAN, DOCTOR, BENCH),
 )
 COMMANDS: dict[str, Subcommand] = {command.name: command for command in _IN_ORDER_OF_HELP}

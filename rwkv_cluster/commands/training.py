@@ -1,4 +1,4 @@
-"""prepare, init, train, branch, eval and consolidate: the data, weights and steps of a run."""
+"""prepare, init, train, branch, eval, consolidate and average: the data, weights and steps of a run."""
 
 from __future__ import annotations
 
@@ -238,4 +238,35 @@ CONSOLIDATE = Subcommand(
     consolidate,
     _add_consolidate_arguments,
     config="required",
+)
+
+
+def _add_average_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", metavar="WORK_DIR_OR_WEIGHTS", nargs="+", help="a run, or weights of any layout")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="of a run's checkpoints; default all that there are",
+    )
+    parser.add_argument("--output", metavar="PATH", help="default below WORK_DIR/out, where it is one run")
+
+
+def average(options: argparse.Namespace) -> Result:
+    """The mean of several checkpoints or weights as one file."""
+    with importing_torch():
+        from rwkv_cluster.train.checkpoint import weights
+
+    output = Path(options.output) if options.output else None
+    path = weights.average([Path(source) for source in options.sources], steps=options.steps, output=output)
+    return Result(str(path), {"path": str(path)})
+
+
+AVERAGE = Subcommand(
+    "average",
+    "write the mean of a run's checkpoints, or of other weights, as one .pth",
+    average,
+    _add_average_arguments,
 )

@@ -385,6 +385,13 @@ class TrainingConfig(Section):
         description="points: [tokens, learning rate] each, with straight lines between them, for instance "
         "[[0, 1e-3], [1000000, 1e-3], [2000000, 1e-5]]",
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep an exponential moving average of the masters, validated and exported beside the weights: "
+        "after each update ema = ema_decay * ema + (1 - ema_decay) * master. Default: none",
+    )
 
     _paths = field_validator("init_from", mode="before")(path_text)
 

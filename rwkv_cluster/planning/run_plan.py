@@ -184,11 +184,13 @@ def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | Non
 def _disk(
     config: Config, work: WorkDir, shapes: Shapes, ranks: int, run: Length, manifest: DataManifest | None
 ) -> Disk:
-    checkpoint = checkpoint_bytes(shapes, ranks, optimizer_of(config.training))
+    optimizer = optimizer_of(config.training)
+    checkpoint = checkpoint_bytes(shapes, ranks, optimizer)
     weights = weights_bytes(shapes, ITEM_BYTES[config.training.precision])
     exports = None
     if run.epochs is not None:  # rwkv-init, rwkv-final, each epoch that epoch_save names, and the last
-        exports = 2 + -(-int(-(-run.epochs // 1)) // config.training.epoch_save)
+        trained = 1 + -(-int(-(-run.epochs // 1)) // config.training.epoch_save)
+        exports = 1 + trained * (1 + optimizer.keeps_ema)
     existing = next(folder for folder in (work.root, *work.root.parents) if folder.exists())
     return Disk(
         checkpoint=checkpoint,

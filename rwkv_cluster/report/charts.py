@@ -118,6 +118,12 @@ def _loss(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
         if len(val.value):
             label = "validation" if alone else f"{run.name}, validation"
             curves.append(Curve(label, val.tokens, val.value, 1 if alone else color, "dashed", markers=True))
+        if np.isfinite(run.metrics["val_loss_ema"]).any():
+            average = series.line(run.metrics, "val_loss_ema")
+            numbers["series"]["val_loss_ema"] = average.data()
+            values.append(average.value)
+            label = "validation, average" if alone else f"{run.name}, validation of the average"
+            curves.append(Curve(label, average.tokens, average.value, 2 if alone else color, "dashed", markers=True))
     unit = series.loss_unit([run.manifest for run in runs])
     chart = Chart("loss", "Loss", unit, curves, _all_marks(runs), note=_smoothing_note(runs))
     return _of_values(chart, values)

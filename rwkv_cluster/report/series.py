@@ -19,7 +19,7 @@ from rwkv_cluster.report import run_files
 Columns = dict[str, np.ndarray]
 """Equally long arrays of float64 by field, in order of "step", each step once. NaN: not a number, or not there."""
 
-METRICS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu")
+METRICS = ("loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu")
 PARTS = ("data_s", "forward_s", "backward_s", "optimizer_s", "save_s", "eval_s")
 MOST_POINTS = 1200  # of a line: two for each of the widest chart's pixels
 MOST_BARS = 120  # of the stacked chart
@@ -97,7 +97,7 @@ def line(columns: Columns, name: str) -> Series:
 def _present(columns: Columns, name: str) -> np.ndarray:
     """Where a field counts as recorded. Validation is rare, so that a line without it is no gap."""
     values = columns[name]
-    sparse = name == "val_loss" or not np.isfinite(values).any()
+    sparse = name.startswith("val_loss") or not np.isfinite(values).any()
     return np.flatnonzero(np.isfinite(values)) if sparse else np.arange(len(values))
 
 

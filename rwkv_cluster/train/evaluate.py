@@ -126,8 +126,13 @@ class Evaluator:
         interval = self._config.training.val_interval_steps
         return self._windows is not None and (run_ends or is_due(step, interval, epoch_ends=epoch_ends))
 
-    def evaluate(self, loss_of: Callable[[TokenBatch], Tensor], step: int, device: torch.device) -> EvalResult:
-        """Evaluate after so many steps. Collective. loss_of: see `evaluate`; what it raises ends the evaluation."""
+    def evaluate(
+        self, loss_of: Callable[[TokenBatch], Tensor], step: int, device: torch.device, *, of_ema: bool = False
+    ) -> EvalResult:
+        """Evaluate after so many steps. Collective. loss_of: see `evaluate`; what it raises ends the evaluation.
+
+        of_ema: for the event, whether the model has the averaged weights.
+        """
         assert self._windows is not None
         result = evaluate(
             loss_of,
@@ -137,7 +142,9 @@ class Evaluator:
             device=device,
             token_sizes=self._token_sizes,
         )
-        self._events.add("validation", step, **vars(result), bits_per_byte=result.bits_per_byte)
+        self._events.add(
+            "validation_ema" if of_ema else "validation", step, **vars(result), bits_per_byte=result.bits_per_byte
+        )
         return result
 
     def ends_run(self, result: EvalResult, step: int) -> bool:

@@ -123,7 +123,12 @@ def _run_records(session: Session, *, is_first_session: bool) -> RunRecords:
     config, work, horizon = session.config, session.work, session.horizon
     start_epoch = horizon.epoch_of(session.recorded_step)
     return RunRecords(
-        MetricsWriter(work, start_step=session.recorded_step, is_first_session=is_first_session),
+        MetricsWriter(
+            work,
+            start_step=session.recorded_step,
+            is_first_session=is_first_session,
+            has_ema=config.training.ema_decay is not None,
+        ),
         TrainLog(work, start_epoch=start_epoch, header=config.model_dump_json()),
         Progress(config.logging, horizon.total_steps, session.start_step),
     )

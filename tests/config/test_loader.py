@@ -369,7 +369,7 @@ BOUND_TO_OTHERS = (
 )
 
 
-ABOVE_ZERO = ("save_interval_s", "peak_tflops")
+ABOVE_ZERO = ("save_interval_s", "peak_tflops", "ema_decay")
 
 
 def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:

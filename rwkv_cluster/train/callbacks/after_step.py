@@ -23,6 +23,7 @@ from rwkv_cluster.train.guards.stop_request import StopRequest
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.metrics.step_recorder import StepRecorder, StepResult
 from rwkv_cluster.train.module import TrainingModule, Votes
+from rwkv_cluster.train.optimizers.table import EMA
 from rwkv_cluster.train.sample import Sampler
 
 
@@ -136,10 +137,12 @@ class AfterStep(Callback):
         epoch_ends = self._horizon.epoch_end(epoch) == module.step
         run_ends = module.step == self._horizon.total_steps
         val: EvalResult | None = None
+        ema_loss: float | None = None
         try:
             if self.evaluator.is_due(module.step, epoch_ends=epoch_ends, run_ends=run_ends):
                 with self._timer.pause("eval", "evaluating"):
                     val = self.evaluator.evaluate(self._loss_of(module), module.step, module.device)
+                    ema_loss = self._ema_loss(module)
                 if not run_ends and self.evaluator.ends_run(val, module.step):
                     run_ends = module.should_stop = True
             if self._sampler.is_due(module.step):
@@ -154,7 +157,7 @@ class AfterStep(Callback):
         record = measured()
         if val is not None:
             self.evaluator.accept(val)
-            record = replace(record, **_of_validation(val))
+            record = replace(record, **_of_validation(val), val_loss_ema=ema_loss)
         self._record(module, record)
         with self._timer.phase("save"):
             if epoch_ends:
@@ -168,6 +171,15 @@ class AfterStep(Callback):
                 self._save(module, is_last=True)
             elif is_due and not self._guard.is_spiking and not again:
                 self._save(module, is_last=False)
+
+    def _ema_loss(self, module: TrainingModule) -> float | None:
+        """Validation loss of the averaged weights; None where there are none, or none are whole (ZeRO 3)."""
+        if module.training_config.ema_decay is None:
+            return None
+        with module.state.with_ema() as is_possible:
+            if not is_possible:
+                return None
+            return self.evaluator.evaluate(self._loss_of(module), module.step, module.device, of_ema=True).loss
 
     def _loss_of(self, module: TrainingModule) -> Callable[[TokenBatch], Tensor]:
         """Loss of a batch. Raises _CutShort."""
@@ -201,6 +213,8 @@ class AfterStep(Callback):
     def _export(self, module: TrainingModule, label: str) -> None:
         with self._timer.pause("save", "exporting weights"):
             self._saver.export(module.state.weights(), module.step, label)
+            if module.training_config.ema_decay is not None:
+                self._saver.export(module.state.ema_weights(), module.step, f"{label}-{EMA}")
 
     def _save(self, module: TrainingModule, *, is_last: bool) -> None:
         """Save a checkpoint. is_last: the session ends with it."""

@@ -33,8 +33,11 @@ def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer) -> i
 
 
 def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, optimizer: Optimizer, *, begins: bool) -> int:
-    """Bytes that the next save writes: a checkpoint, a weights file, and the initial weights where a run `begins`."""
-    return checkpoint_bytes(shapes, world_size, optimizer) + (2 if begins else 1) * weights_bytes(shapes, item_bytes)
+    """Bytes that the next save writes: a checkpoint, the weights, their average where the optimizer keeps it, and the
+    initial weights where a run `begins`.
+    """
+    n_exports = 1 + begins + optimizer.keeps_ema
+    return checkpoint_bytes(shapes, world_size, optimizer) + n_exports * weights_bytes(shapes, item_bytes)
 
 
 def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:

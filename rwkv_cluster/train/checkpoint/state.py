@@ -135,6 +135,8 @@ class CheckpointState:
                 del rng_state["cuda"]
         if values["order"] is None:
             del values["order"]
+        if values["unfinished"] is not None:  # the numbers of a step before its validation
+            del values["unfinished"]["val_loss_ema"]
         return json.dumps(values, indent=1)
 
     @staticmethod

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
+from rwkv_cluster.errors import CheckpointError, ConfigError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, read_weights
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, save_pth
-from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps, newest_verified, verify
+from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
+from rwkv_cluster.runtime.terminal.time_left import Countdown
+from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path, list_steps, newest_verified, verify
+from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -53,6 +56,77 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
     log.info("writing %s", path)
     save_pth(path, dict(checkpoint.weights()), dtype)
     return path
+
+
+def average(sources: Sequence[Path], *, steps: Sequence[int] = (), output: Path | None = None) -> Path:
+    """Write the uniform mean of weights, and return its path. Each element is summed in fp64 and rounded once.
+
+    sources: work directories, whose checkpoints of `steps` count, all of them where none are named; and files or
+    folders of weights. The mean has the dtype of the first: fp32 where that is a checkpoint. output: default
+    out/average-<first step>-<last step>-of-<number>.pth where the one source is a work directory.
+
+    Raises MissingCheckpointError where something is not there, CheckpointError where it is damaged or of another model,
+    ConfigError where there is no name for the output.
+    """
+    works = {source: WorkDir(source) for source in sources if is_work_dir(source)}
+    checkpoints = {source: _of_steps(work, steps) for source, work in works.items()}
+    if output is None:
+        if len(sources) > 1 or not works:
+            raise ConfigError("weights of several places have no place of their own", remedy="Name a file by --output")
+        ((work, found),) = zip(works.values(), checkpoints.values(), strict=True)
+        output = work.out / f"average-{found[0].step}-{found[-1].step}-of-{len(found)}.pth"
+    parts: dict[str, dict[str, Tensor] | ShardedTensors] = {}
+    for source in sources:
+        parts |= {str(checkpoint.path): _mapped(checkpoint) for checkpoint in checkpoints.get(source, ())}
+        if source not in works:
+            parts[str(source)] = read_weights(source, mapped=True)
+    if len(parts) < 2:
+        raise ConfigError(f"{next(iter(parts))} alone has no average", remedy="Name at least two, or two steps")
+    save_pth(output, _mean(parts))
+    return output
+
+
+def _of_steps(work: WorkDir, steps: Sequence[int]) -> list[Checkpoint]:
+    """Verified checkpoints in order. Raises MissingCheckpointError where one is not there."""
+    there = list_steps(work.checkpoints)
+    missing = [step for step in steps if step not in there]
+    if missing or not there:
+        wanted = f"checkpoint of step {missing[0]}" if missing else "checkpoint"
+        raise MissingCheckpointError(
+            f"{work.checkpoints} has no {wanted}",
+            remedy=f"Steps that are there: {', '.join(map(str, there)) or 'none'}",
+        )
+    return [verify(checkpoint_path(work.checkpoints, step)) for step in sorted(set(steps)) or there]
+
+
+def _mapped(checkpoint: Checkpoint) -> dict[str, Tensor] | ShardedTensors:
+    """Weights of a verified checkpoint, left in their file."""
+    whole = checkpoint.path / "weights.pth"
+    return peek_pth(whole) if whole.name in checkpoint.files else checkpoint.weights()
+
+
+def _mean(parts: Mapping[str, dict[str, Tensor] | ShardedTensors]) -> dict[str, Tensor]:
+    """Mean of weights, name by name. Raises CheckpointError for names or shapes that differ."""
+    (first, start), *others = parts.items()
+    names = list(start.keys())
+    for path, part in others:
+        if other := sorted(set(names) ^ set(part.keys())):
+            raise CheckpointError(f"{path} and {first} hold other models: only one of them has {other[0]}")
+    means: dict[str, Tensor] = {}
+    with Countdown("averaging", len(names), "tensors") as left:
+        for name in names:
+            own = start[name]
+            total = own.double()
+            for path, part in others:
+                tensor = part[name]
+                if tensor.shape != own.shape:
+                    raise CheckpointError(
+                        f"{path} and {first} hold other models: {name} is {tuple(tensor.shape)} and {tuple(own.shape)}"
+                    )
+                total += tensor
+            means[name] = (total / len(parts)).to(own.dtype)
+            left.advance(1)
+    return means
 
 
 def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:

@@ -11,6 +11,7 @@ what was done in vain before a kill or a rollback stays in it, unlike in `metric
     save        a checkpoint was committed: path, waited_s (seconds that training has waited for it)
     export      weights were written: path
     validation  loss, n_tokens; for text also n_bytes, bits_per_byte
+    validation_ema  the same of the averaged weights
     sample      path of the text
     nonfinite   what ("loss" or "gradient"), ranks, losses of all ranks, samples, positions
     spike       first_step, last_step, loss, median, limit: see `train.guards.spike_guard`
@@ -36,7 +37,8 @@ from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import open_own
 
 Kind = Literal[
-    "start", "resume", "branch", "save", "export", "validation", "sample",
+    "start", "resume", "branch", "save", "export", "validation",
+    "validation_ema", "sample",
     "nonfinite", "spike", "rollback", "early_stop", "stop", "end",
 ]  # fmt: skip
 

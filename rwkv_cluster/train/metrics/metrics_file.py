@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +28,8 @@ class StepRecord:
     tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
     of this process. val_bits_per_byte: None where tokens are no text. save_wait_s: seconds that training has waited for
     checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `metrics.throughput`; None where it is
-    not known. trained_tokens: of this step; None where all are trained on. docs/metrics.md says it all.
+    not known. trained_tokens: of this step; None where all are trained on. val_loss_ema: of the averaged weights.
+    docs/metrics.md says it all.
     """
 
     step: Count
@@ -45,6 +46,7 @@ class StepRecord:
     mfu: float | None = None
     hfu: float | None = None
     trained_tokens: Count | None = None
+    val_loss_ema: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that this step has, by name."""
@@ -59,10 +61,12 @@ class MetricsWriter:
 
     start_step: up to where the files hold steps that are complete; later lines go. is_first_session: of this process.
     logged_step: up to where an earlier session has recorded, and logged, numbers that are the same to the bit; whether
-    or not a checkpoint holds them. After a rollback others come.
+    or not a checkpoint holds them. After a rollback others come. has_ema: whether the table has a column for the
+    validation loss of averaged weights.
     """
 
-    def __init__(self, work: WorkDir, *, start_step: int, is_first_session: bool = True) -> None:
+    def __init__(self, work: WorkDir, *, start_step: int, is_first_session: bool = True, has_ema: bool = False) -> None:
+        self._columns = [name for name in COLUMNS if has_ema or name != "val_loss_ema"]
         self._jsonl_path, self._csv_path = work.metrics, work.metrics_csv
         with writing(work.logs, 0):
             recorded_step = _last_step(self._jsonl_path)
@@ -74,16 +78,16 @@ class MetricsWriter:
     def _rewrite_csv(self) -> None:
         """Write the CSV anew from the JSON lines: an earlier version's may have other columns."""
         with atomic_writer(self._csv_path) as file:
-            file.write((",".join(COLUMNS) + "\n").encode())
+            file.write((",".join(self._columns) + "\n").encode())
             for line in _lines(self._jsonl_path):
-                file.write(_csv_row(json.loads(line)).encode())
+                file.write(_csv_row(json.loads(line), self._columns).encode())
 
     def step(self, record: StepRecord) -> None:
         """Write the step's line. Raises CheckpointError when the disk refuses it."""
         values = record.metrics()
         for path, file, line in (
             (self._jsonl_path, self._jsonl, json.dumps(values) + "\n"),
-            (self._csv_path, self._csv, _csv_row(values)),
+            (self._csv_path, self._csv, _csv_row(values, self._columns)),
         ):
             with writing(path, len(line)):
                 file.write(line)
@@ -99,9 +103,9 @@ def appending(path: Path) -> TextIO:
     return open(path, "a", encoding="utf-8", buffering=1, newline="", opener=open_own)
 
 
-def _csv_row(values: Mapping[str, float]) -> str:
+def _csv_row(values: Mapping[str, float], columns: Sequence[str]) -> str:
     row = io.StringIO()
-    csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in COLUMNS)
+    csv.writer(row, lineterminator="\n").writerow(values.get(name, "") for name in columns)
     return row.getvalue()
 
 

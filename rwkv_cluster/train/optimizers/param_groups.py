@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
-from rwkv_cluster.train.optimizers.table import optimizer_of
+from rwkv_cluster.train.optimizers.ema import keep_ema
+from rwkv_cluster.train.optimizers.table import EMA, optimizer_of
 
 
 def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -42,6 +43,8 @@ def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingC
         for (multiplier, decays), named in sorted(members.items())
     ]
     optimizer: torch.optim.Optimizer = functions.build(groups, training)
+    if training.ema_decay is not None:
+        keep_ema(optimizer, training.ema_decay)
     return optimizer
 
 
@@ -84,6 +87,8 @@ def restore_optimizer(
 ) -> None:
     """Put back what `optimizer_tensors` gave after that many updates. Exact: nothing is converted.
 
+    An average that is not there begins at the parameters, which have to be restored before.
+
     Raises CheckpointError for a moment that is missing or has another shape.
     """
     if updates == 0:
@@ -91,9 +96,19 @@ def restore_optimizer(
     fused = optimizer.defaults["fused"]
     moments = moment_names(optimizer)
     for name, parameter in named_parameters(optimizer):
-        state: dict[str, Any] = {moment: _moment(tensors, f"{moment}/{name}", parameter) for moment in moments}
+        state: dict[str, Any] = {
+            moment: parameter.detach().clone()
+            if moment == EMA and not has_ema(tensors)
+            else _moment(tensors, f"{moment}/{name}", parameter)
+            for moment in moments
+        }
         state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = state
+
+
+def has_ema(tensors: Mapping[str, Tensor] | ShardedTensors) -> bool:
+    """Whether an average is among the optimizer's tensors of a checkpoint."""
+    return any(key.startswith(f"{EMA}/") for key in tensors.keys())  # noqa: SIM118 -- ShardedTensors are no mapping
 
 
 def _moment(tensors: Mapping[str, Tensor] | ShardedTensors, key: str, parameter: nn.Parameter) -> Tensor:

@@ -6,10 +6,13 @@ A further optimizer is a row here and a file beside this one; checkpoints, ZeRO,
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from rwkv_cluster.config import TrainingConfig
+
+EMA = "ema"
+"""Name, among the moments, of the average that training.ema_decay adds to any optimizer, see `train.optimizers.ema`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Optimizer:
     moments: tuple[str, ...]
 
     @property
+    def keeps_ema(self) -> bool:
+        """Whether the average of the masters is among its tensors."""
+        return EMA in self.moments
+
+    @property
     def tensors_saved(self) -> int:
         """Number of fp32 tensors that a checkpoint has of a trained parameter: its master and its moments."""
         return 1 + len(self.moments)
@@ -42,5 +50,5 @@ ADAMW = Optimizer(name="AdamW", module="rwkv_cluster.train.optimizers.adamw", mo
 
 
 def optimizer_of(training: TrainingConfig) -> Optimizer:
-    """The row that `training` asks for. There is one, and so no field that names it."""
-    return ADAMW
+    """The row that `training` asks for, with the average where it wants one."""
+    return ADAMW if training.ema_decay is None else replace(ADAMW, moments=(*ADAMW.moments, EMA))

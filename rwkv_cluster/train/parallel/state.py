@@ -7,6 +7,8 @@ ZeroShardedState  a part of it, under ZeRO stages 1 to 3 (`parallel.zero`); ever
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -20,6 +22,7 @@ from rwkv_cluster.train.optimizers.param_groups import (
     restore_optimizer,
     update_count,
 )
+from rwkv_cluster.train.optimizers.table import EMA
 
 
 class ModelAndOptimizerState(Protocol):
@@ -53,6 +56,15 @@ class ModelAndOptimizerState(Protocol):
 
     def weights(self) -> dict[str, Tensor] | None:
         """Collective. On rank 0 every parameter by name, in the dtype it is trained in; None on the others."""
+
+    def ema_weights(self) -> dict[str, Tensor] | None:
+        """Collective. As `weights`, with the fp32 averages in place of the trained parameters."""
+
+    def with_ema(self) -> AbstractContextManager[bool]:
+        """Collective. The model has the averages for its parameters inside the block, and its own bits after it.
+
+        False, and nothing done, where the strategy cannot.
+        """
 
 
 class ReplicatedState:
@@ -89,3 +101,28 @@ class ReplicatedState:
 
     def weights(self) -> dict[str, Tensor] | None:
         return self._model.state_dict() if rank() == 0 else None
+
+    def ema_weights(self) -> dict[str, Tensor] | None:
+        return {**self._model.state_dict(), **self._averages()} if rank() == 0 else None
+
+    def with_ema(self) -> AbstractContextManager[bool]:
+        return replaced(self._model, self._averages())
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Empty before the first update."""
+        tensors, prefix = optimizer_tensors(self._optimizer), f"{EMA}/"
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[bool]:
+    """Let parameters of `model` be `tensors` inside the block, without a copy. True, as for `with_ema`."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in tensors}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = tensors[name]
+        yield True
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]

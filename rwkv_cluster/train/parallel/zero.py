@@ -11,8 +11,10 @@ Activation checkpointing, order of samples, saving and resuming are this package
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,7 +28,9 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.optimizers.param_groups import moment_names
+from rwkv_cluster.train.optimizers.param_groups import has_ema, moment_names
+from rwkv_cluster.train.optimizers.table import EMA
+from rwkv_cluster.train.parallel.state import replaced
 
 MASTER = "master"
 
@@ -192,9 +196,11 @@ class ZeroShardedState:
     def restore(self, checkpoint: Checkpoint) -> None:
         masters, moments = checkpoint.weights(), checkpoint.optimizer()
         self._make_moments(checkpoint.state.optimizer_updates)
+        begins_ema = EMA in self._moments and not has_ema(moments)
         for fragment in self._fragments():
             for key, target in fragment.tensors.items():
-                whole = masters[fragment.name] if key == MASTER else moments[f"{key}/{fragment.name}"]
+                is_master = key == MASTER or (key == EMA and begins_ema)
+                whole = masters[fragment.name] if is_master else moments[f"{key}/{fragment.name}"]
                 target.copy_(whole.flatten()[fragment.start : fragment.start + target.numel()])
 
     def weights(self) -> dict[str, Tensor] | None:
@@ -205,6 +211,29 @@ class ZeroShardedState:
             if rank == 0:
                 gathered[name] = whole
         return gathered if rank == 0 else None
+
+    def ema_weights(self) -> dict[str, Tensor] | None:
+        averages = {name: average.cpu() for name, average in self._averages()}
+        whole = self.weights()
+        return None if whole is None else {**whole, **averages}
+
+    def with_ema(self) -> AbstractContextManager[bool]:
+        if self._is_stage_3:  # its parameters are never whole together
+            return nullcontext(False)
+        dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
+        return replaced(self._model, {name: average.to(dtypes[name]) for name, average in self._averages()})
+
+    def _averages(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 averages of the trained parameters, on every rank. Collective; one is in memory at a time."""
+        pieces: dict[str, list[tuple[int, Tensor]]] = {}
+        for fragment in self._fragments():
+            pieces.setdefault(fragment.name, []).append((fragment.start, fragment.tensors[EMA]))
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                whole = torch.zeros(math.prod(_shape(parameter)), device=self._engine.device)
+                for start, piece in pieces.get(name, ()):
+                    whole[start : start + piece.numel()] = piece
+                yield name, collectives.sum_over_ranks(whole).view(_shape(parameter))
 
     @property
     def _is_stage_3(self) -> bool:

@@ -1,0 +1,66 @@
+"""The average on two ranks: that of one process, and a resume under ZeRO to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from system.processes import Job, Watched, new_run
+from tiny_run import losses
+
+from rwkv_cluster.model.weights_file import load_pth
+from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, verify
+
+pytestmark = pytest.mark.system
+
+STEPS = 8
+RATES = {"adamw": 3e-4}
+
+
+def _new_run(folder: Path, *, optimizer: str = "adamw", **training: Any) -> Watched:
+    settings = {"max_steps": STEPS, "global_batch_size": 8, "micro_bsz": 2, "ema_decay": 0.9}
+    settings |= {"lr_init": RATES[optimizer], "lr_final": RATES[optimizer] / 10, **training}
+    return new_run(folder, training=settings, checkpoint={"save_interval_steps": 4})
+
+
+def _curve(run: Watched, key: str) -> torch.Tensor:
+    records = [json.loads(line) for line in run.work.metrics.read_text().splitlines()]
+    return torch.tensor([record[key] for record in records if key in record], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "training"), [("adamw", {"zero_stage": 2}), ("adamw", {"zero_stage": 3})], ids=str
+)
+def test_two_ranks_give_the_curve_of_one_process(
+    optimizer: str, training: dict[str, Any], unbroken: Callable[..., Watched]
+) -> None:
+    alone, run = unbroken(_new_run, optimizer=optimizer), unbroken(_new_run, 2, optimizer=optimizer, **training)
+    assert len(_curve(run, "loss")) == STEPS
+    torch.testing.assert_close(_curve(run, "loss"), _curve(alone, "loss"), rtol=1e-5, atol=0)
+    if training.get("zero_stage") == 3:
+        assert not len(_curve(run, "val_loss_ema"))
+    else:
+        torch.testing.assert_close(_curve(run, "val_loss_ema"), _curve(alone, "val_loss_ema"), rtol=1e-5, atol=0)
+    found, wanted = (load_pth(which.work.weights("final-ema")) for which in (run, alone))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resume_on_as_many_ranks_is_equal(
+    unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    run = _new_run(tmp_path, zero_stage=3)
+    assert start(run.folder, ranks=2, fault="train.step@6:signal=SIGKILL").wait() != 0
+    start(run.folder, ranks=2).complete()
+    whole = unbroken(_new_run, 2, optimizer="adamw", zero_stage=3)
+    assert losses(run.work.root) == losses(whole.work.root)
+    found, wanted = (verify(checkpoint_path(which.work.checkpoints, STEPS)) for which in (run, whole))
+    for tensors, others in ((found.weights(), wanted.weights()), (found.optimizer(), wanted.optimizer())):
+        assert set(tensors.keys()) == set(others.keys())
+        assert all(torch.equal(tensors[name], others[name]) for name in others.keys())  # noqa: SIM118
+    assert run.work.weights("final-ema").read_bytes() == whole.work.weights("final-ema").read_bytes()
