@@ -112,6 +112,11 @@ def wkv7(
     return _operator("wkv7", backend, r)(r, w, k, v, a, b, state, starts=starts)
 
 
+def resolved(backend: str, r: Tensor) -> str:
+    """What `backend` is for inputs like r [B,T,H,N]: "auto" chooses by their length, dtype and device."""
+    return _automatic(r) if backend == "auto" else backend
+
+
 def require(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
     """Raise the KernelError that using `backend` on such inputs would, before there are any."""
     if backend in ("native", "exact") and (reason := native.unavailable(str(device), dtype, head_size)):
@@ -124,7 +129,7 @@ def _operator(version: str, backend: str, r: Tensor) -> _Operator:
     if backend not in BACKENDS:
         raise KernelError(f'Unknown WKV backend "{backend}"', remedy=f"Use one of: {', '.join(BACKENDS)}.")
     if backend == "auto":
-        backend = _automatic(r)
+        backend = resolved(backend, r)
     else:
         require(backend, r.device, r.dtype, r.shape[-1])
     if backend in ("native", "exact"):

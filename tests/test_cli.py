@@ -310,7 +310,7 @@ def test_eval_reports_the_loss_of_the_weights_that_were_named(
 ) -> None:
     calls = []
 
-    def evaluate_run(config: Config, path: Path | None) -> StandInEvaluation:
+    def evaluate_run(config: Config, path: Path | None, state: Path | None) -> StandInEvaluation:
         calls.append(path)
         return StandInEvaluation(2.0, 1000)
 
@@ -321,7 +321,7 @@ def test_eval_reports_the_loss_of_the_weights_that_were_named(
     assert main(["eval", run_yaml, "--json"]) == 0
     expected = {"loss": 2.0, "n_tokens": 1000, "n_bytes": None, "perplexity": 7.5, "bits_per_byte": None}
     assert json.loads(capsys.readouterr().out) == expected
-    install("train.evaluate", evaluate_run=lambda config, path: StandInEvaluation(2.0, 1000, 4000, 7.5, 0.72135))
+    install("train.evaluate", evaluate_run=lambda *_: StandInEvaluation(2.0, 1000, 4000, 7.5, 0.72135))
     assert main(["eval", run_yaml]) == 0
     assert "perplexity 7.5000, 0.7214 bits per byte, 1,000 tokens" in capsys.readouterr().out
 
@@ -346,7 +346,7 @@ def test_generate_passes_its_options(install: Install, capsys: pytest.CaptureFix
         "9",
     ]
     assert main(arguments) == 0
-    options = {"n_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 9, "tokenizer": None}
+    options = {"n_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 9, "tokenizer": None, "state": None}
     assert capsys.readouterr().out == f"w|a b|{options}\n"
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"prompt": "a b", "text": f"w|a b|{options}"}

@@ -26,7 +26,9 @@ from tiny_run import losses, tiny_run_config, write_config
 from rwkv_cluster.cli import main
 from rwkv_cluster.commands import COMMANDS
 from rwkv_cluster.data.binidx import open_tokens
+from rwkv_cluster.interchange.state_file import write_state
 from rwkv_cluster.kernels import loader, ops
+from rwkv_cluster.model.own_state import file_shapes
 from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.tokenizer import create_vocab_file_from_tokens
 
@@ -556,7 +558,7 @@ def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Pat
         (lambda path: path.write_bytes(b"<!doctype html>"), "it is a web page (HTML), not the weights. Download the file itself: on Hugging Face from /resolve/, not /blob/"),
         (lambda path: path.write_bytes(b"GGUF" + bytes(99)), "it is a GGUF file. Use the .pth that it was made from, in bf16, fp16 or fp32"),
         (lambda path: torch.save({"state": {}, "param_groups": []}, path), "it is the state of an optimizer, not weights. Name the weights that were saved beside it"),
-        (lambda path: save_pth(path, {"blocks.0.att.time_state": torch.ones(2)}), "weights cannot be used: they are a tuned state alone, and no model. Name the weights that it was tuned for"),
+        (lambda path: save_pth(path, {"blocks.0.att.time_state": torch.ones(2)}), "weights cannot be used: they are a state alone, and no model. Name the weights that it was made for; generate, chat and eval take the state by --state"),
         (lambda path: save_pth(path, {"blocks.0.att.key.lora_A": torch.ones(2)}), "weights cannot be used: they hold a LoRA that is not merged ('blocks.0.att.key.lora_A'). Merge it into the weights that it was trained on"),
         (lambda path: save_pth(path, {"blocks.0.ffn.s_emb.weight": torch.ones(2)}), "weights cannot be used: they are those of RWKV-7a, which has an embedding in every block (DeepEmbed) ('blocks.0.ffn.s_emb.weight'), which is not supported. Use weights of RWKV-7 (x070)"),
         (lambda path: save_pth(path, {"blocks.0.qkv.k1": torch.ones(2)}), "weights cannot be used: they are those of RWKV-7b ('blocks.0.qkv.k1'), which is not supported. Use weights of RWKV-7 (x070)"),
@@ -1007,3 +1009,13 @@ def test_folders_without_weights(run: Run) -> None:
     refused(run, 4, f"{adapter}. Merge it into the weights that it was trained on", "inspect", "m")
     (folder / "out").mkdir()
     refused(run, 4, "m: it is the work directory of a run. Name its weights: m/out/rwkv-final.pth", "inspect", "m")
+
+
+def test_states_that_are_none_or_another_models(run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x070", vocab_size=257).state_dict())
+    shapes = file_shapes(tiny_model("x070", n_layer=3), with_shifts=False)
+    write_state(Path("s.pth"), {name: torch.zeros(shape) for name, shape in shapes.items()})
+    sentence = "s.pth: it is a state of 3 layers, and the model has 2. Name the model that it was made for"
+    refused(run, 4, sentence, "generate", "w.pth", "--tokenizer", "byte", "--state", "s.pth")
+    sentence = "w.pth: it has no tensors blocks.*.att.time_state, so it is no state. Name a file of state tuning"
+    refused(run, 4, sentence, "generate", "w.pth", "--tokenizer", "byte", "--state", "w.pth")

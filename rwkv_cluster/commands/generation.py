@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or a file or folder of weights"
-    )
+    _add_model_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument(
         "--template", metavar="NAME", help="answer --prompt as a question, in g1's text or that of a Jinja file"
     )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most N tokens (default 200)")
+    parser.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or a file or folder of weights"
+    )
+    parser.add_argument("--state", metavar="FILE", help="state to begin from: of a file")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
     parser.add_argument("--tokenizer", metavar="TYPE", help="of weights outside a work directory, e.g. world")
     parser.add_argument("--vocab-file", metavar="PATH", help="file of --tokenizer generic, world or hf")
-    parser.add_argument("--output", metavar="FILE", help="write the text as it is, instead of showing it")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default 0)")
 
 
@@ -39,6 +44,7 @@ def generate(options: argparse.Namespace) -> Result:
     """
     tokenizer = _tokenizer(options.tokenizer, options.vocab_file)
     _check(options)
+    _require_text("--prompt", options.prompt)
     prompt = options.prompt if options.template is None else _question(options.template, options.prompt)
     with importing_torch():
         from rwkv_cluster.train.sample import generate_text
@@ -51,6 +57,7 @@ def generate(options: argparse.Namespace) -> Result:
         top_p=options.top_p,
         seed=options.seed,
         tokenizer=tokenizer,
+        state=_path(options.state),
     )
     data = {"prompt": options.prompt, "text": text}
     if not options.output:
@@ -61,7 +68,7 @@ def generate(options: argparse.Namespace) -> Result:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse a number out of its range and a prompt that is no text. Raises ConfigError."""
+    """Refuse a number out of its range. Raises ConfigError."""
     if options.tokens < 1:
         raise ConfigError(f"--tokens is {options.tokens}, expected an integer >= 1")
     if not 0 <= options.temperature < float("inf"):
@@ -70,10 +77,17 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p is {options.top_p:g}, expected a number > 0 and <= 1")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed is {options.seed}, expected an integer >= 0 and <= 2^63 - 1")
+
+
+def _require_text(name: str, text: str) -> None:
     try:
-        options.prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError("--prompt is not UTF-8 text", remedy="Check the terminal's encoding") from error
+        raise ConfigError(f"{name} is not UTF-8 text", remedy="Check the terminal's encoding") from error
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _question(template: str, question: str) -> Question:

@@ -192,6 +192,7 @@ BRANCH = Subcommand(
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="WEIGHTS", help="file or folder to use instead of the run's newest")
+    parser.add_argument("--state", metavar="FILE", help="state that each document begins from")
 
 
 def evaluate(options: argparse.Namespace) -> Result:
@@ -200,7 +201,8 @@ def evaluate(options: argparse.Namespace) -> Result:
     with importing_torch():
         from rwkv_cluster.train.evaluate import evaluate_run
 
-    result = evaluate_run(config, Path(options.weights) if options.weights else None)
+    weights, state = (Path(name) if name else None for name in (options.weights, options.state))
+    result = evaluate_run(config, weights, state)
     bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
     text = f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.4f}{bits}, {result.n_tokens:,} tokens"
     derived = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}

@@ -66,11 +66,12 @@ def read_weights(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
 
 def open_weights(path: Path, *, mapped: bool = True) -> Weights:
     """Weights and how they were found. Raises as `read_weights`."""
+    return _weights(path, lambda file: read_tensors(file, mapped=mapped))
 
-    def read_file(file: Path) -> dict[str, Tensor]:
-        return _read_safetensors(file, mapped) if is_safetensors(file) else load_pth(file, mapped=mapped)
 
-    return _weights(path, read_file)
+def read_tensors(file: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+    """Tensors of one file, .pth or safetensors, on the CPU, as they are in it. Raises as `read_weights`."""
+    return _read_safetensors(file, mapped) if is_safetensors(file) else load_pth(file, mapped=mapped)
 
 
 def peek_weights(path: Path) -> Weights:

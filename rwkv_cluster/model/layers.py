@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels.documents import Documents, Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.kernels.fused.reference import without_others
 
@@ -140,25 +141,28 @@ class HeadNorm(nn.Module):
         self.bias = uninitialized(width)
 
 
-def previous_tokens(x: Tensor, before: Tensor | None, starts: Tensor | None = None) -> Tensor:
+def previous_tokens(x: Tensor, before: Tensor | None, starts: Starts | None = None) -> Tensor:
     """Token shift: x [B, T, C] one step later, with `before` [B, C] (zeros by default) as the first step.
 
-    starts: bool [B, T], true where a document begins: zeros there.
+    starts: bool [B, T], true where a document begins: zeros there. Or documents: `before` [D, C] of each there.
     """
     if before is None:
-        return without_others(F.pad(x, (0, 0, 1, -1)), starts)
-    return without_others(torch.cat([before.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1), starts)
+        return without_others(F.pad(x, (0, 0, 1, -1)), flags(starts))
+    before = before.to(x.dtype)
+    if isinstance(starts, Documents):
+        return F.pad(x, (0, 0, 1, -1)).flatten(0, 1).index_copy(0, starts.first, before).view_as(x)
+    return without_others(torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1), starts)
 
 
 def token_shift_mix(
-    x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str, starts: Tensor | None
+    x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str, starts: Starts | None
 ) -> list[Tensor]:
     """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C], starts bool [B, T]. choice: the pass's form, "auto"."""
     if before is None:
-        return list(fused.mix(x, mixes, starts, choice=choice))
+        return list(fused.mix(x, mixes, flags(starts), choice=choice))
     return list(fused.blend(x, shift_delta(x, before, starts), mixes, choice="plain"))
 
 
-def shift_delta(x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
+def shift_delta(x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:
     """Δ = σ(x) - x [B, T, C], what the token mixes of RWKV-6 and RWKV-7 interpolate along."""
     return previous_tokens(x, before, starts) - x

@@ -157,9 +157,12 @@ def not_a_model(names: Iterable[str]) -> str | None:
     names = list(names)
     if name := next((name for name in names if _NOT_MERGED.search(name.replace("lora_", "lora."))), None):
         return f"they hold a LoRA that is not merged ({name!r:.80}). Merge it into the weights that it was trained on"
-    states = [name for name in names if name.endswith("time_state")]
+    states = [name for name in names if name.endswith(("time_state", "shift_state"))]
     if states and len(states) == len(names):
-        return "they are a tuned state alone, and no model. Name the weights that it was tuned for"
+        return (
+            "they are a state alone, and no model. Name the weights that it was made for; "
+            "generate, chat and eval take the state by --state"
+        )
     if states:
         return (
             f"they hold a tuned state ({states[0]!r:.80}), which is no part of a model. Leave the tensors *.time_state "

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.kernels.documents import Documents, Starts
 from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.table import version_of
@@ -41,15 +42,21 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(config.n_embd)
         self.att = version.TimeMix(config, layer, wkv_backend, fused_choice)
         self.ffn = version.ChannelMix(config, layer, fused_choice)
+        self.own_state: nn.Module | None = None  # see rwkv_cluster.model.own_state
+
+    def begin(self, n_rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Parts of the BlockState of `n_rows` that the block begins from: its own state; None for zeros."""
+        return (None, None, None) if self.own_state is None else self.own_state(n_rows)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: BlockState | None, starts: Tensor | None
+        self, x: Tensor, v_first: Tensor | None, state: BlockState | None, starts: Starts | None
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
         """Output [B,T,C], v_first and state; v_first [B,T,C] is RWKV-7's, None before block 0; a state if one came.
 
-        starts: bool [B,T], true where a document begins: it sees nothing of what came before, nor of the state.
+        starts: bool [B,T], true where a document begins: it sees nothing of what came before, nor of the state. Or
+        documents, which begin from the block's own state.
         """
-        before, wkv, ffn_before = state or (None, None, None)
+        before, wkv, ffn_before = state or self.begin(len(starts) if isinstance(starts, Documents) else len(x))
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, before, wkv, starts)
         x = x + out
@@ -97,9 +104,10 @@ class RWKV(nn.Module):
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Activations [B,T,C] after ln_out, on which `head_loss` applies the head.
 
-        starts: bool [B,T], true where a document begins: WKV's state and both token shifts begin at zero there.
+        starts: bool [B,T], true where a document begins: WKV's state and both token shifts begin at zero there, or at
+        the model's own state.
         """
-        return self._run(tokens, None, starts)[0]
+        return self._run(tokens, None, Documents(starts) if starts is not None and self.has_own_state else starts)[0]
 
     def forward_with_state(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits [B,T,V] and the state after the last token, to be passed in with the tokens that follow."""
@@ -111,15 +119,29 @@ class RWKV(nn.Module):
         hidden, state = self._run(tokens, state)
         return self.head(hidden[:, -1]), state
 
+    @property
+    def has_own_state(self) -> bool:
+        """Whether it begins from a state of its own, see `rwkv_cluster.model.own_state`, and not from zeros."""
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        return first.own_state is not None
+
     def initial_state(self, batch_size: int) -> State:
-        """The state before any token: zeros."""
+        """The state before any token: zeros, or the model's own."""
         widths = model_dims(self.config)
         shift = self.emb.weight.new_zeros(batch_size, widths.embd, dtype=self.compute_dtype)
         wkv_dtype = torch.promote_types(shift.dtype, torch.float32)
         wkv = shift.new_zeros(batch_size, widths.n_head, widths.head_size, widths.head_size, dtype=wkv_dtype)
-        return [BlockState(shift, wkv, shift) for _ in self.blocks]
+        zeros, state = BlockState(shift, wkv, shift), []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            own = block.begin(batch_size)
+            state.append(
+                BlockState(*(z if part is None else part.to(z.dtype) for part, z in zip(own, zeros, strict=True)))
+            )
+        return state
 
-    def _run(self, tokens: Tensor, state: State | None, starts: Tensor | None = None) -> tuple[Tensor, State]:
+    def _run(self, tokens: Tensor, state: State | None, starts: Starts | None = None) -> tuple[Tensor, State]:
         x = self.emb(tokens)  # [B,T,C]
         first = self.blocks[0]
         assert isinstance(first, Block)

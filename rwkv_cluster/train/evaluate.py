@@ -21,6 +21,7 @@ from rwkv_cluster.data.sampler import require_same_packing
 from rwkv_cluster.data.verify import check_files
 from rwkv_cluster.data.windows import TokenBatch, Windows, open_validation
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
+from rwkv_cluster.interchange.state_file import load_state
 from rwkv_cluster.model.loss import target_loss
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
@@ -169,9 +170,10 @@ def sizes_of(tokenizer: Any) -> Tensor | None:
     return None if sizes is None else torch.from_numpy(sizes)
 
 
-def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
+def evaluate_run(config: Config, weights: Path | None = None, state: Path | None = None) -> EvalResult:
     """Loss of a run's newest weights, or of a file or folder of weights, on all of the run's validation tokens.
 
+    state: file of a state that each document begins from, or each sample where documents are not told apart.
     Raises DataError when the work directory holds no validation data, CheckpointError when it holds no weights.
     """
     work = WorkDir(config.work_dir)
@@ -185,6 +187,8 @@ def evaluate_run(config: Config, weights: Path | None = None) -> EvalResult:
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     require_same_packing(manifest, config.data, config.model.ctx_len)
     model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
+    if state is not None:
+        load_state(model, state)
     n_rows = model.config.vocab_size or 0
     if n_rows < manifest.vocab_size:
         raise CheckpointError(

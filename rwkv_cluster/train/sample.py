@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from rwkv_cluster.data.conversations.turns import Question
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
 from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, peek_weights
+from rwkv_cluster.interchange.state_file import load_state
 from rwkv_cluster.interchange.tokenizer_file import tokenizer_beside
 from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
@@ -154,17 +155,34 @@ def generate_text(
     source: Path,
     prompt: str | Question,
     *,
-    n_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
     tokenizer: TokenizerConfig | None = None,
+    state: Path | None = None,
+    **options: Any,
 ) -> str:
-    """Continue `prompt`, or answer it, with the newest weights of a work directory, or a file or folder of weights.
+    """Continue `prompt`, or answer it, with the model that `load_generator` loads. options: of `continue_text`.
+
+    Raises as `load_generator`, and DataError for a prompt that the tokenizer cannot encode.
+    """
+    model, chosen = load_generator(source, tokenizer, state)
+    if isinstance(prompt, Question):
+        return answer(model, chosen, prompt, **options)
+    return continue_text(model, chosen, prompt, **options)
+
+
+class Generator(NamedTuple):
+    """A model and the tokenizer that it was trained with."""
+
+    model: RWKV
+    tokenizer: Any
+
+
+def load_generator(source: Path, tokenizer: TokenizerConfig | None = None, state: Path | None = None) -> Generator:
+    """The newest weights of a work directory, or those of a file or folder, with their tokenizer.
 
     tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
-    vocabulary that lies beside the weights, or an installed one for a model with its number of rows. Raises ConfigError
-    where nothing says which tokenizer the model was trained with, or it has more ids than the model has rows.
+    vocabulary that lies beside the weights, or an installed one for a model with its number of rows. state: file of a
+    state that the model begins from. Raises ConfigError where nothing says which tokenizer the model was trained with,
+    or it has more ids than the model has rows.
     """
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,10 +195,9 @@ def generate_text(
             f"{source} has {n_rows:,} vocabulary rows, fewer than the tokenizer has ids ({n_ids:,})",
             remedy="Name the tokenizer that it was trained with by --tokenizer and --vocab-file",
         )
-    options: dict[str, Any] = {"n_tokens": n_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    if isinstance(prompt, Question):
-        return answer(model, chosen, prompt, **options)
-    return continue_text(model, chosen, prompt, **options)
+    if state is not None:
+        load_state(model, state)
+    return Generator(model, chosen)
 
 
 def _tokenizer_of(source: Path) -> Any:

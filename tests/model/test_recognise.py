@@ -100,7 +100,7 @@ BASE = tiny_model("x070").state_dict()
         ({"exp_avg/emb.weight": torch.ones(2)}, "moments of an optimizer"),
         ({"rwkv.blocks.0.attention.key.weight": torch.ones(2)}, "names of.*transformers"),
         ({"model.layers.0.attn.r_proj.weight": torch.ones(2)}, "of an RWKV, or .* unknown"),
-        ({"blocks.0.att.time_state": torch.ones(2, 16, 16)}, "a tuned state alone"),
+        ({"blocks.0.att.time_state": torch.ones(2, 16, 16)}, "a state alone"),
         ({**BASE, "blocks.1.ffn.s_emb.weight": torch.ones(2)}, r"RWKV-7a, which .*\('blocks.1.ffn.s_emb.weight'\)"),
         ({**BASE, "blocks.1.ffn.s_emb.weight": torch.ones(2), "blocks.1.qkv.k1": torch.ones(2)}, "RWKV-7b"),
         ({**BASE, "blocks.1.rosa_qkv.weight": torch.ones(2)}, "an RWKV with ROSA"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import Linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
@@ -28,7 +29,7 @@ class GatedChannelMix(nn.Module):
         self.receptance = Linear(widths.embd, widths.embd)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:
         """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
         mixes: list[Tensor] = [self.get_parameter(name) for name in self.mix_names]
         if self.mixes_current:

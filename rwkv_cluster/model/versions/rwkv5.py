@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import documents, ops
+from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
@@ -39,7 +40,7 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
     ) -> tuple[Tensor, None, Tensor]:
         """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
@@ -47,7 +48,7 @@ class TimeMix(nn.Module):
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
-        y, wkv = ops.wkv5(r, k, v, decay, bonus, wkv, starts=starts, backend=self.wkv_backend)
+        y, wkv = documents.run(ops.wkv5, (r, k, v, decay, bonus), wkv, starts, self.wkv_backend)
         norm = self.ln_x
         z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
         return self.output(z), v_first, wkv

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import documents, ops
+from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
@@ -45,7 +46,7 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
+        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
     ) -> tuple[Tensor, None, Tensor]:
         """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
         x_w, x_k, x_v, x_r, x_g = self._mix(x, before, starts)
@@ -54,12 +55,12 @@ class TimeMix(nn.Module):
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
         bonus = self.time_faaaa.to(r.dtype)  # [H,N]
-        y, wkv = ops.wkv6(r, k, v, w, bonus, wkv, starts=starts, backend=self.wkv_backend)
+        y, wkv = documents.run(ops.wkv6, (r, k, v, w, bonus), wkv, starts, self.wkv_backend)
         norm = self.ln_x
         z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
         return self.output(z), v_first, wkv
 
-    def _mix(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> list[Tensor]:
+    def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         """The inputs of w, k, v, r, g, in this order: 5 x [B,T,C]."""
         delta = shift_delta(x, before, starts)
         (base,) = fused.blend(x, delta, (self.time_maa_x,), choice=self.fused)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import documents, ops
+from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, token_shift_mix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
@@ -46,7 +47,7 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(C)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
+        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, v_first [B,T,C] (block 0: None), before [B,C], wkv [B,H,N,N], starts [B,T] -> out, v_first, final wkv."""
         x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before, starts)
@@ -63,12 +64,13 @@ class TimeMix(nn.Module):
 
         k, removed, replaced = fused.prepare_keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
         r, omega, k, v, removed, replaced = (self._heads(z) for z in (r, omega, k, v, removed, replaced))
-        y, wkv = ops.wkv7(r, omega, k, v, removed, replaced, wkv, starts=starts, backend=self.wkv_backend)  # [B,T,H,N]
+        inputs = (r, omega, k, v, removed, replaced)
+        y, wkv = documents.run(ops.wkv7, inputs, wkv, starts, self.wkv_backend)  # [B,T,H,N]
         norm = self.ln_x
         z = fused.gated_readout(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
         return self.output(z), v_first, wkv
 
-    def _mix(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> list[Tensor]:
+    def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         return token_shift_mix(x, before, mixes, self.fused, starts)  # 6 x [B,T,C]
 
@@ -87,7 +89,7 @@ class ChannelMix(nn.Module):
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:
         """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
         (k,) = token_shift_mix(x, before, (self.x_k,), self.fused, starts)
         return self.value(fused.squared_relu(self.key(k), choice=self.fused))

@@ -82,6 +82,7 @@ class Version:
         module: dotted name of the file with the blocks TimeMix and ChannelMix and their initial values
             INITIAL_MATRICES and `initial_vectors`. Imported when it is first used, because it needs torch.
         operator: name of its WKV operator in `rwkv_cluster.kernels.sizes.OPERATORS`.
+        state_is_key_value: whether that indexes its state [key, value]. Files of states have [value, key] in any case.
         ffn_width: C -> default of F.
         default_ranks: C -> default of each LoRA rank that it has; "decay" of `decay_lora_rank`.
         time_mix: widths -> shapes of the tensors below `att.`, without ln_x.
@@ -111,6 +112,7 @@ class Version:
     saved: SavedTensors
     passes: Passes
     passes_compiled: Passes
+    state_is_key_value: bool = False
     loras: tuple[tuple[str, str], ...] = ()
     unused_in_block_0: tuple[str, ...] = ()
 
