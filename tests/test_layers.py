@@ -16,7 +16,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "interchange": 3, "kernels": 3, "model": 3,
     "data": 4, "launch": 4,
     "train": 5,
-    "planning": 6, "doctor": 6, "report": 6,
+    "chat": 6, "planning": 6, "doctor": 6, "report": 6,
     "bench": 7, "cli": 7, "commands": 7, "pipeline": 7, "__main__": 7,
 }  # fmt: skip
 STRANGERS = {"launch": ("kernels", "model", "data", "train"), "kernels": ("config",)}

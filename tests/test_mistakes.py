@@ -1017,5 +1017,15 @@ def test_states_that_are_none_or_another_models(run: Run) -> None:
     write_state(Path("s.pth"), {name: torch.zeros(shape) for name, shape in shapes.items()})
     sentence = "s.pth: it is a state of 3 layers, and the model has 2. Name the model that it was made for"
     refused(run, 4, sentence, "generate", "w.pth", "--tokenizer", "byte", "--state", "s.pth")
-    sentence = "w.pth: it has no tensors blocks.*.att.time_state, so it is no state. Name a file of state tuning"
-    refused(run, 4, sentence, "generate", "w.pth", "--tokenizer", "byte", "--state", "w.pth")
+    sentence = "w.pth: it has no tensors blocks.*.att.time_state, so it is no state. Name a file of state tuning, or one that /save of chat has written"
+    refused(run, 4, sentence, "chat", "w.pth", "--tokenizer", "byte", "--state", "w.pth")
+
+
+def test_a_conversation_that_cannot_be(run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x070", vocab_size=257).state_dict())
+    sentence = "chat has no result for --json. generate --template g1 --json answers one question"
+    refused(run, 2, sentence, "chat", "w.pth", "--json")
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    sentence = "thinking cannot be switched on: the template has no beginning of an answer for it. Use --template g1, or leave it to the model"
+    options = ("--tokenizer", "byte", "--template", "t.jinja", "--think", "on")
+    refused(run, 2, sentence, "chat", "w.pth", *options)

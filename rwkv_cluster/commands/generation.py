@@ -1,4 +1,4 @@
-"""generate: continue a text with a trained model."""
+"""generate and chat: continue a text with a trained model, and talk with it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or a file or folder of weights"
     )
-    parser.add_argument("--state", metavar="FILE", help="state to begin from: of a file")
+    parser.add_argument("--state", metavar="FILE", help="state to begin from: of state tuning, or that chat has saved")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
     parser.add_argument("--tokenizer", metavar="TYPE", help="of weights outside a work directory, e.g. world")
@@ -130,3 +130,41 @@ def _write(output: Path, text: str) -> None:
 
 
 GENERATE = Subcommand("generate", "continue a text with a trained model", generate, _add_generate_arguments)
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "--template", metavar="NAME", help="g1, or a Jinja file (default: the run's own data.template, else g1)"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the system says first")
+    parser.add_argument(
+        "--think", choices=("on", "off", "auto"), default="auto", help="begin answers with thinking (default auto)"
+    )
+    parser.add_argument("--tokens", type=int, default=2000, metavar="N", help="at most N an answer (default 2000)")
+
+
+def chat(options: argparse.Namespace) -> Result:
+    """Talk with the model in a work directory, file or folder until stdin ends. Raises ConfigError for a bad option."""
+    if options.json:
+        raise ConfigError("chat has no result for --json", remedy="generate --template g1 --json answers one question")
+    tokenizer = _tokenizer(options.tokenizer, options.vocab_file)
+    _check(options)
+    _require_text("--system", options.system)
+    source = Path(options.source)
+    with importing_torch():
+        from rwkv_cluster.chat.session import ChatOptions, ChatSession
+        from rwkv_cluster.chat.terminal import converse
+        from rwkv_cluster.data.conversations.template import load_template
+        from rwkv_cluster.train.sample import load_generator, template_of
+
+    template = load_template(options.template or template_of(source))
+    model, chosen = load_generator(source, tokenizer, _path(options.state))
+    sampling = ChatOptions(options.tokens, options.temperature, options.top_p, options.seed, options.system)
+    session = ChatSession(model, chosen, template, sampling)
+    session.set_thinking(options.think)
+    converse(session)
+    return Result("", None)
+
+
+CHAT = Subcommand("chat", "talk with a trained model in the terminal", chat, _add_chat_arguments)

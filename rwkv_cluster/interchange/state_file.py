@@ -39,7 +39,7 @@ def load_state(model: RWKV, path: Path) -> None:
     if not any(name.endswith(_WKV) for name in state):
         raise CheckpointError(
             f"{path}: it has no tensors blocks.*.att{_WKV}, so it is no state",
-            remedy="Name a file of state tuning",
+            remedy="Name a file of state tuning, or one that /save of chat has written",
         )
     expected = file_shapes(model, with_shifts=any(name.endswith(_SHIFT) for name in state))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

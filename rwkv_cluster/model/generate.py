@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.errors import ConfigError, TrainingError
-from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.rwkv import RWKV, State
 
 PROMPT_CHUNK = 512  # prompt tokens per forward pass: bounds the memory, whatever the prompt's length
 END_OF_DOCUMENT = 0
@@ -103,16 +103,32 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 @torch.no_grad()  # inference_mode would mark parameters that ZeRO-3 gathers in here and keeps for the steps after it
+def read(
+    model: RWKV, ids: Sequence[int], state: State, check: Callable[[], object] = lambda: None
+) -> tuple[Tensor, State]:
+    """Logits [V], fp32 on the CPU, and the state after `ids`, at least one, which continue from `state`.
+
+    check: called before each PROMPT_CHUNK of them, to end it by an exception. `state` itself stays as it is.
+    """
+    for start in range(0, len(ids), PROMPT_CHUNK):
+        check()
+        tokens = torch.tensor([ids[start : start + PROMPT_CHUNK]], device=model.emb.weight.device)  # [1,T]
+        logits, state = model.forward_last(tokens, state)  # [1,V]
+    return logits[0].float().cpu(), state
+
+
+def draw(
+    model: RWKV, logits: Tensor, state: State, *, temperature: float, top_p: float, generator: torch.Generator
+) -> Iterator[int]:
+    """Endless continuation, token by token, of what `read` has read. Raises TrainingError as `generate`."""
+    while True:
+        token = sample(logits, temperature, top_p, generator)
+        yield token
+        logits, state = read(model, [token], state)
+
+
 def _continue(
     model: RWKV, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
 ) -> Iterator[int]:
-    device = model.emb.weight.device
-    state = model.initial_state(batch_size=1)
-    pending = prompt
-    while True:
-        for start in range(0, len(pending), PROMPT_CHUNK):
-            tokens = torch.tensor([pending[start : start + PROMPT_CHUNK]], device=device)  # [1,T]
-            logits, state = model.forward_last(tokens, state)  # [1,V]
-        token = sample(logits[0].float().cpu(), temperature, top_p, generator)
-        yield token
-        pending = [token]
+    logits, state = read(model, prompt, model.initial_state(batch_size=1))
+    yield from draw(model, logits, state, temperature=temperature, top_p=top_p, generator=generator)

@@ -49,6 +49,7 @@ class Listener:
         self._on_end = on_end
         self._answer: str | None = None
         self._ignores = False
+        self._on_interrupt: Callable[[], None] | None = None
         self._insisted = False
         self._raised = False
         self.is_forking = False
@@ -72,9 +73,19 @@ class Listener:
         """Let a signal do nothing from here on: the command ends, and says itself how."""
         self._ignores = True
 
+    def answer_interrupts(self, action: Callable[[], None] | None) -> None:
+        """Let Ctrl-C do `action` in the main thread, and end nothing, from here on. None: let it end the command again.
+
+        For a conversation, in which it stops what is being said; the other signals do what they did.
+        """
+        self._on_interrupt = action
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in the main thread, when that comes to it. Raises Interrupted."""
         if self._ignores:
+            return
+        if number == signal.SIGINT and self._on_interrupt is not None:
+            self._on_interrupt()
             return
         self.reason = self.reason or signal.Signals(number).name
         if self.is_forking:  # raised in a hook of fork it would be lost, and with it the lock that the hook releases
@@ -102,6 +113,8 @@ class Listener:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and self._on_interrupt is not None:
+            return
         self.count += 1
         self.reason = self.reason or number.name
         again = self._is_second_press(number)

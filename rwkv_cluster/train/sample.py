@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_cluster.config import LoggingConfig, TokenizerConfig
+from rwkv_cluster.config import DataConfig, LoggingConfig, TokenizerConfig
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
 from rwkv_cluster.data.conversations.turns import Question
@@ -198,6 +198,12 @@ def load_generator(source: Path, tokenizer: TokenizerConfig | None = None, state
     if state is not None:
         load_state(model, state)
     return Generator(model, chosen)
+
+
+def template_of(source: Path) -> str:
+    """`data.template` of the work directory that `source` is or lies in; g1 where it is none."""
+    path = _root_of(source) / CONFIG_YAML
+    return load_config(path).data.template if path.exists() else DataConfig.model_fields["template"].default
 
 
 def _tokenizer_of(source: Path) -> Any:

@@ -214,3 +214,15 @@ def test_a_command_that_ignores_signals_survives_them_to_its_very_end(number: si
     listener.slow = Slow()
     """
     assert subprocess.run([sys.executable, "-c", script], timeout=50).returncode == 0
+
+
+def test_a_conversation_answers_ctrl_c_itself() -> None:
+    pressed: list[bool] = []
+    with listening() as listener:
+        listener.answer_interrupts(lambda: pressed.append(True))
+        for count in (1, 2, 3):
+            send(signal.SIGINT)
+            until(lambda count=count: len(pressed) == count)  # type: ignore[misc]
+        assert (listener.count, listener.reason) == (0, None)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            send(signal.SIGTERM)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rwkv_cluster.data.conversations.turns import Conversation, Question, Turn
 
 NAME = "g1"
 _ANSWER_FOLLOWS = "Assistant:"
+_THINKING = {"on": " <think", "off": " <think></think"}  # the model goes on with ">"
 _BLANK_LINES = re.compile(r"\n{2,}")
 
 
@@ -24,6 +26,7 @@ class G1Template:
     """The template `g1` of data.template."""
 
     identity = NAME
+    thinking: Mapping[str, str] = _THINKING
 
     def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """Texts that are encoded one by one, each with whether it is trained on: answers, with the blank line that
@@ -42,9 +45,14 @@ class G1Template:
                 prompt += f"{turn.role.capitalize()}: {clean(turn.text)}{end}"
         return [*pieces, (prompt, False)] if prompt else pieces
 
-    def ask(self, question: str) -> Question:
-        """The text of a user's question, as in training."""
-        return Question(f"User: {clean(question)}\n\n{_ANSWER_FOLLOWS}", stop="\n\nUser:")
+    def ask(self, question: str, *, system: str = "", goes_on: bool = False) -> Question:
+        """The text of a user's question, as in training. goes_on: behind an answer, as `answered` gives it."""
+        said = f"System: {clean(system)}\n\n" if system else ""
+        return Question(f"{said}User: {clean(question)}\n\n{_ANSWER_FOLLOWS}", stop="\n\nUser:")
+
+    def answered(self, answer: str) -> str:
+        """The text of an answer after which the conversation goes on, as in training."""
+        return f" {_answer(Turn('assistant', answer))}\n\n"
 
 
 def clean(text: str) -> str:

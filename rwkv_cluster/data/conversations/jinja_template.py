@@ -9,7 +9,7 @@ with it has more than the rendering of the prompt before it, which must be the b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.workdir import sha256_file
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters of Unicode: no text has them
+_SOME_QUESTION = Turn("user", "q")
 _USE_BLOCKS = "Put {% generation %} and {% endgeneration %} around answers in the template"
 
 
@@ -33,6 +34,7 @@ class JinjaTemplate:
 
     def __init__(self, path: Path) -> None:
         self.identity = f"jinja:{sha256_file(path)}"
+        self.thinking: Mapping[str, str] = {}
         self._path = path
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -58,12 +60,40 @@ class JinjaTemplate:
         pieces = self._from_blocks(conversation) if self._has_blocks else self._from_prefixes(conversation)
         return [(text, trained) for text, trained in pieces if text]
 
-    def ask(self, question: str) -> Question:
-        """The text of a user's question, as in training. Raises BadLine."""
-        asked = Turn("user", question)
-        answered = self._render([asked, Turn("assistant", _BEGIN)], ())
-        after = answered.rpartition(_BEGIN)[2].replace(_END, "")
-        return Question(self._render([asked], (), answer_follows=True), stop=after.strip())
+    def ask(self, question: str, *, system: str = "", goes_on: bool = False) -> Question:
+        """The text of a user's question, as in training. goes_on: behind an answer, as `answered` gives it.
+
+        Raises BadLine.
+        """
+        asked = [*([Turn("system", system)] if system else []), Turn("user", question)]
+        _, end, after = self._around_answer()
+        stop = (end + after).strip()
+        if not goes_on:
+            return Question(self._render(asked, (), answer_follows=True), stop)
+        earlier = [_SOME_QUESTION, Turn("assistant", _BEGIN)]
+        following = self._render([*earlier, *asked], (), answer_follows=True).rpartition(_BEGIN)[2]
+        if self._has_blocks:
+            return Question(following.partition(_END)[2], stop)
+        if not following.startswith(end):
+            raise BadLine(
+                f"cannot follow an answer: {self._path} renders what is before it otherwise when it goes on",
+                _USE_BLOCKS,
+            )
+        return Question(following.removeprefix(end), stop)
+
+    def answered(self, answer: str) -> str:
+        """The text of an answer after which the conversation goes on, as in training. Raises BadLine."""
+        before, end, _ = self._around_answer()
+        return f"{before}{answer.strip()}{end}"
+
+    def _around_answer(self) -> tuple[str, str, str]:
+        """What is encoded with an answer, before and after it, and what else follows the last one."""
+        head, _, after = self._render([_SOME_QUESTION, Turn("assistant", _BEGIN)], ()).rpartition(_BEGIN)
+        if self._has_blocks:
+            end, _, after = after.partition(_END)
+            return head.rpartition(_BEGIN)[2], end, after
+        prompt = self._render([_SOME_QUESTION], (), answer_follows=True)
+        return head.removeprefix(prompt) if head.startswith(prompt) else "", after, ""
 
     def _from_blocks(self, conversation: Conversation) -> list[tuple[str, bool]]:
         before, *marked = self._render(conversation.turns, conversation.tools).split(_BEGIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,15 +13,23 @@ from rwkv_cluster.workdir import sha256_file
 
 
 class Template(Protocol):
-    """Makes text of conversations. identity: what tells it from other templates, for manifests."""
+    """Makes text of conversations.
+
+    identity: what tells it from other templates, for manifests. thinking: texts that an answer begins with so that the
+    model thinks ("on") or does not ("off"); empty where the template has none.
+    """
 
     identity: str
+    thinking: Mapping[str, str]
 
     def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """Texts that are encoded one by one, each with whether it is trained on. Raises BadLine."""
 
-    def ask(self, question: str) -> Question:
-        """The text of a user's question, as in training."""
+    def ask(self, question: str, *, system: str = "", goes_on: bool = False) -> Question:
+        """The text of a user's question, as in training. goes_on: behind an answer, as `answered` gives it."""
+
+    def answered(self, answer: str) -> str:
+        """The text of an answer after which the conversation goes on, encoded as one piece in training too."""
 
 
 def load_template(name: str) -> Template:
