@@ -30,6 +30,7 @@ from rwkv_cluster.runtime.paths import written_out
 TEMPORARY_PREFIX = ".tmp-"
 DATA_MANIFEST, PREPARE_LOCK, VOCABULARY = "manifest.json", ".prepare.lock", "vocab.txt"  # in a folder of data
 HUB_TOKENIZER = "tokenizer.json"  # there too, in place of vocab.txt
+FINAL = "final"  # label of the weights that a finished run leaves
 CONFIG_YAML = Path("configs", "config.yaml")  # in a work directory
 _NOT_SEEN = (FileNotFoundError, NotADirectoryError, PermissionError)  # whoever wants the file says so
 
@@ -156,11 +157,15 @@ class WorkDir:
     @property
     def final_weights(self) -> Path:
         """Weights that a finished run leaves."""
-        return self.weights("final")
+        return self.weights(FINAL)
 
     def weights(self, label: int | str) -> Path:
         """Weights exported at the end of epoch `label`, under RWKV-LM's name."""
         return self.out / f"rwkv-{label}.pth"
+
+    def adapter(self, label: int | str) -> Path:
+        """Folder of an adapter, as peft reads it, at the end of epoch `label`."""
+        return self.out / f"rwkv-{label}-peft"
 
     @property
     def epoch_log(self) -> Path:

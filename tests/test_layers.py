@@ -13,7 +13,7 @@ FLOORS = {  # by the longest matching prefix below rwkv_cluster
     "errors": 0, "runtime": 0,
     "config": 1, "configs": 1, "workdir": 1,
     "tokenizer": 2,
-    "interchange": 3, "kernels": 3, "model": 3,
+    "adapters": 3, "interchange": 3, "kernels": 3, "model": 3,
     "data": 4, "launch": 4,
     "train": 5,
     "chat": 6, "planning": 6, "doctor": 6, "report": 6,

@@ -279,6 +279,16 @@ def test_vocabulary_files(vocabulary: str | None, sentence: str, run: Run) -> No
         (["--data.tokenizer={type: world, added_tokens: [x, x]}"], "--data.tokenizer={type: world, added_tokens: [x, x]}: data.tokenizer.added_tokens: added_tokens has 'x' twice. Keep one"),
         (["--data.tokenizer={type: world, added_tokens: ['']}"], "--data.tokenizer={type: world, added_tokens: ['']}: data.tokenizer.added_tokens: added_tokens has an empty text. Remove it"),
         (["--data.tokenizer.type=nowhere:Mine"], "tokenizer type is 'nowhere:Mine', but module 'nowhere' cannot be imported: No module named 'nowhere'. Install it, or put its folder on PYTHONPATH"),
+        (["--training.train=[heat.weight]"], "training.train has 'heat.weight', which fits none of 69 names. One of them is head.weight; * stands for any text"),
+        (["--training.train=some"], "--training.train=some: training.train is 'some', expected all, or a list of text such as [a, b]"),
+        (["--training.train=[]"], "--training.train=[]: training.train: train is empty. Name parameters, or write all"),
+        (["--training.lr_multipliers={head.weight: 0}"], "--training.lr_multipliers={head.weight: 0}: training.lr_multipliers: lr_multipliers has 0 for 'head.weight', expected a number > 0. To freeze parameters, leave them out of training.train"),
+        (["--training.lr_multipliers={'*.lora_B': 16}"], "training.lr_multipliers has '*.lora_B', which fits none of 69 names. One of them is blocks.1.att.x_w; * stands for any text"),
+        (["--adapter.kind=lorra"], "--adapter.kind=lorra: adapter.kind is 'lorra', expected none, lora, dora, pissa, miss or state. Nearest: lora"),
+        (["--adapter.kind=lora", "--adapter.targets=['*.att.kex']"], "adapter.targets has '*.att.kex', which fits none of 12 names. One of them is blocks.1.att.key; * stands for any text"),
+        (["--adapter.kind=miss", "--adapter.alpha=3"], "--adapter.alpha=3: adapter: alpha is set, but an adapter of kind miss has no scale. Leave alpha out"),
+        (["--adapter.kind=lora", "--training.ema_decay=0.9"], "--training.ema_decay=0.9: training.ema_decay is set, which averages a whole model, and only a part is trained. Leave it out"),
+        (["--adapter.kind=lora", "--training.train=[head.weight]"], "--adapter.kind=lora: adapter.kind is lora, which trains the adapter alone, and training.train names parameters of the model. Keep one"),
         ([INTEGER, "--logging.sample_prompt=def", "--logging.sample_tokens=3"], "logging.sample_prompt 'def' cannot be encoded: byte 0: 'def' is not a number; values must be 0 to 359. Text needs the byte or generic tokenizer"),
     ],
 )  # fmt: skip
@@ -418,7 +428,7 @@ def test_a_wrong_command_line(arguments: list[str], sentence: str, run: Run, tmp
 
 def test_data_is_no_configuration(run: Run) -> None:
     sentence = (
-        "text.jsonl is data, and not the YAML file of a run. Name such a file, or a shipped recipe (quickstart.yaml, sft-g1.yaml), and "
+        "text.jsonl is data, and not the YAML file of a run. Name such a file, or a shipped recipe (quickstart.yaml, sft-g1.yaml, state-g1.yaml), and "
         "the data by data.inputs: --data.inputs=[text.jsonl]"
     )
     refused(run, 2, sentence, "prepare", "text.jsonl")
@@ -947,6 +957,8 @@ EXPORTS = [
     (["--format", "flo"], "--format flo is not a format. Nearest: fla"),
     (["--format", "fla", "--dtype", "fp8"], "--dtype is fp8, expected bf16, fp16 or fp32"),
     (["--format", "st", "--dtype", "bf16"], "--dtype is bf16, and st exists in fp16 only. Leave --dtype out"),
+    (["--format", "safetensors", "--merged"], "w.pth has no adapter to be merged. Export it without --merged"),
+    (["--format", "peft", "--dtype", "bf16"], "--dtype does not go with --format peft, which is the adapter alone, in fp32. Leave it out"),
     (["--format", "pth"], "{cwd}/w.pth is what would be exported. Name another --output"),
     (
         ["--format", "transformers"],

@@ -4,6 +4,7 @@ from rwkv_cluster.config.launch import ContainerConfig, LaunchConfig, PrepareJob
 from rwkv_cluster.config.schema import (
     MAX_VOCAB_SIZE,
     TOKENIZER_TYPES,
+    AdapterConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -23,6 +24,7 @@ from rwkv_cluster.config.section import InvalidFields, Section
 __all__ = [
     "MAX_VOCAB_SIZE",
     "TOKENIZER_TYPES",
+    "AdapterConfig",
     "CheckpointConfig",
     "Config",
     "ContainerConfig",

@@ -52,7 +52,9 @@ def _converted(name: str, field: FieldInfo, annotation: Any, node: Node) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _converted(name, field, next(part for part in arguments if part is not type(None)), node)
+        parts = [part for part in arguments if part is not type(None)]
+        is_list = isinstance(value, list)
+        return _converted(name, field, next((p for p in parts if (get_origin(p) is list) == is_list), parts[0]), node)
     if origin is list:
         if not isinstance(value, list):
             raise mismatch(name, field, node, f"Write [{shown(node.text)}]" if node.text and value is not None else "")
@@ -167,9 +169,9 @@ def describe_type(field: FieldInfo) -> str:
     """What a field accepts, in words with its valid range: `an integer >= 1, or null`."""
     annotation = field.annotation
     optional = type(None) in get_args(annotation)
-    if optional:
-        annotation = next(argument for argument in get_args(annotation) if argument is not type(None))
-    words = _type_words(annotation)
+    parts = [argument for argument in get_args(annotation) if argument is not type(None)]
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    words = ", or ".join(map(_type_words, parts if is_union else [annotation]))
     bounds = _range_words(field.metadata)
     return f"{words}{' ' if bounds else ''}{bounds}{', or null' if optional else ''}"
 

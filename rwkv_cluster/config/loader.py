@@ -98,7 +98,7 @@ def _set(node: Node | None, names: list[str], leaf: Node, origin: str) -> Node:
         return node
     fields = dict(node.value) if node is not None and isinstance(node.value, dict) else {}
     fields[names[0]] = _set(fields.get(names[0]), names[1:], leaf, origin)
-    return Node(fields, "", node.origin if node is not None else origin)
+    return Node(fields, "", node.origin if node is not None and node.value else origin)
 
 
 class _Reader:
@@ -161,7 +161,8 @@ class _Reader:
         node = self.nodes.get(location)
         if error["type"] == "value_error":
             message = str(error["ctx"]["error"])
-            return f"{self._place(location, message)}: {location}: {message}"
+            section = f"{location}: " if location else ""
+            return f"{self._place(location, message)}: {section}{message}"
         field = next((field for name, field in iterate_fields(Config) if name == location), None)
         if node is None or field is None:
             return f"{self._place(location, '')}: {location}: {error['msg']}"
@@ -169,8 +170,9 @@ class _Reader:
 
     def _place(self, location: str, message: str) -> str:
         """Origin of the field that the message names first, else of the section, else the file."""
-        names = re.findall(r"\w+", message)
-        named = [self.nodes[f"{location}.{name}"].origin for name in names if f"{location}.{name}" in self.nodes]
+        prefix = f"{location}." if location else ""
+        names = [f"{prefix}{name}" for name in re.findall(r"\w+(?:\.\w+)*", message)]
+        named = [self.nodes[name].origin for name in names if name in self.nodes]
         if named:
             return named[0]
         return self.nodes[location].origin if location in self.nodes else self.name

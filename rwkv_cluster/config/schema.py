@@ -316,6 +316,16 @@ class TrainingConfig(Section):
     gradient_clip_val: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     l2wrap: float = Field(1e-4, ge=0, description="weight of RWKV-LM's extra gradient on the largest logit; 0: none")
     layerwise_lr: bool = Field(True, description="learning-rate multipliers by parameter group, as RWKV-LM")
+    train: Literal["all"] | list[str] = Field(
+        "all",
+        description="parameters that are trained: all, or those whose names fit one of these patterns, such as "
+        "['blocks.*.att.*', head.weight]; the others are frozen, in the training precision",
+    )
+    lr_multipliers: dict[str, float] = Field(
+        default_factory=dict,
+        description="learning-rate multipliers by pattern of the parameters' names, such as {'head.weight': 0.1}, on "
+        "top of layerwise_lr's; where several patterns fit, the first counts",
+    )
     random_seed: int = Field(-1, ge=-1, le=2**63 - 1, description="seed of the initial weights; -1: 0")
     init_from: str | None = Field(
         None,
@@ -400,6 +410,24 @@ class TrainingConfig(Section):
     def _number_of_a_boolean(cls, value: Any) -> Any:
         return int(value) if isinstance(value, bool) else value
 
+    @field_validator("train")
+    @classmethod
+    def _something_to_train(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("train is empty. Name parameters, or write all")
+        return value
+
+    @field_validator("lr_multipliers")
+    @classmethod
+    def _positive_multipliers(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, multiplier in value.items():
+            if multiplier <= 0:
+                raise ValueError(
+                    f"lr_multipliers has {multiplier:g} for {pattern!r}, expected a number > 0. To freeze parameters, "
+                    "leave them out of training.train"
+                )
+        return value
+
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> TrainingConfig:
         if self.global_batch_size is not None and self.accumulate_grad_batches is not None:
@@ -469,6 +497,57 @@ class TrainingConfig(Section):
 
 def _stage_found(stage: int | None) -> str:
     return "and there is no ZeRO stage" if stage is None else f"and the stage is {stage}"
+
+
+class AdapterConfig(Section):
+    """Adapter that is trained in place of the weights, which stay as training.init_from has them."""
+
+    kind: Literal["none", "lora", "dora", "pissa", "miss", "state"] = Field(
+        "none",
+        description="none; lora: W + alpha / rank * B A; dora: lora, and the length of each row of W; pissa: lora that "
+        "begins with W's largest singular vectors; miss: one block of rank rows, repeated over W's columns; state: no "
+        "matrix, but the WKV state that each document begins from",
+    )
+    token_shifts: bool = Field(False, description="state: also what the token shifts begin from")
+    rank: int = Field(32, ge=1, le=MAX_WIDTH, description="rank of each matrix's update")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="lora, dora, pissa: the update is scaled by alpha / rank; default 2 rank, of pissa rank",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the update's inputs that a training step drops")
+    targets: list[str] = Field(
+        default_factory=lambda: [
+            *(f"*.att.{name}" for name in ("receptance", "key", "value", "output")),
+            *(f"*.ffn.{name}" for name in ("key", "value")),
+        ],
+        min_length=1,
+        description="matrices of the blocks that get one, by patterns of their names, such as 'blocks.*.att.key'",
+    )
+
+    @model_validator(mode="after")
+    def _no_scale_of_miss(self) -> AdapterConfig:
+        if self.kind == "miss" and self.alpha is not None:
+            raise ValueError("alpha is set, but an adapter of kind miss has no scale. Leave alpha out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_state_has_no_matrices(self) -> AdapterConfig:
+        fields = {name: AdapterConfig.model_fields[name] for name in ("rank", "alpha", "dropout", "targets")}
+        changed = [n for n, field in fields.items() if getattr(self, n) != field.get_default(call_default_factory=True)]
+        if self.kind == "state" and changed:
+            raise ValueError(f"{changed[0]} is set, but a state has no matrices. Leave {changed[0]} out")
+        if self.kind != "state" and self.token_shifts:
+            raise ValueError(f"token_shifts is set, and kind is {self.kind}. They belong to kind: state")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        if self.kind == "miss":
+            return 1.0
+        default = self.rank if self.kind == "pissa" else 2 * self.rank
+        return (default if self.alpha is None else self.alpha) / self.rank
 
 
 class CheckpointConfig(Section):
@@ -567,12 +646,31 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="architecture")
     data: DataConfig = Field(default_factory=DataConfig, description="data")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="optimisation")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="adapter")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     guard: GuardConfig = Field(default_factory=GuardConfig, description="guards")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="records")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="where and how the run is started")
 
     _paths = field_validator("work_dir", mode="before")(path_text)
+
+    @model_validator(mode="after")
+    def _an_average_of_the_whole_model(self) -> Config:
+        is_partial = self.adapter.kind != "none" or self.training.train != "all"
+        if self.training.ema_decay is not None and is_partial:
+            raise ValueError(
+                "training.ema_decay is set, which averages a whole model, and only a part is trained. Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice_of_what_is_trained(self) -> Config:
+        if self.adapter.kind != "none" and self.training.train != "all":
+            raise ValueError(
+                f"adapter.kind is {self.adapter.kind}, which trains the adapter alone, and training.train names "
+                "parameters of the model. Keep one"
+            )
+        return self
 
     def model_post_init(self, context: Any, /) -> None:
         """What runs describe themselves by does not change: the sections become frozen copies."""

@@ -36,13 +36,13 @@ def initialize(model: RWKV, seed: int) -> None:
 def initial_value(config: ModelConfig, name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Initial value of the one tensor `name`, float32 or float64 on the CPU."""
     if not name.startswith("blocks."):
-        return _outside_blocks(name, torch.empty(*shape), _generator(seed, name))
+        return _outside_blocks(name, torch.empty(*shape), generator_of(seed, name))
     _, layer, suffix = name.split(".", 2)
     vector = vectors_of_block(config, int(layer)).get(suffix)
     if vector is not None:
         return vector.view(*shape)
     fills: Mapping[str, Fill] = version_of(config).blocks().INITIAL_MATRICES
-    return _in_block(suffix, torch.empty(*shape), _generator(seed, name), fills)
+    return _in_block(suffix, torch.empty(*shape), generator_of(seed, name), fills)
 
 
 def vectors_of_block(config: ModelConfig, layer: int) -> dict[str, Tensor]:
@@ -55,7 +55,8 @@ def vectors_of_block(config: ModelConfig, layer: int) -> dict[str, Tensor]:
     return vectors
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Generator on the CPU of the tensor `name` alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

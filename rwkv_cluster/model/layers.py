@@ -76,19 +76,24 @@ class _Fp32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _has_fast_onednn():  # it takes any strides, but for most it has only a reference loop: 100 times slower
             x = x.contiguous()
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad  # of a frozen weight, x is not kept
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors  # [..., in], [out, in]
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.contiguous().view(-1, grad.shape[-1]).float()  # [M, out]
-        inputs = x.reshape(-1, x.shape[-1])  # [M, in]
-        grad_x = _product(rows, weight.float().t()).view(x.shape).to(x.dtype) if needs_x else None
-        grad_weight = _product(rows.t(), inputs.float().t()).to(x.dtype) if needs_weight else None  # [out, in]
-        return grad_x, grad_weight, rows.sum(0).to(x.dtype) if needs_bias else None
+        grad_x = grad_weight = grad_bias = None
+        if weight is not None:
+            grad_x = _product(rows, weight.float().t()).view(*grad.shape[:-1], weight.shape[1]).to(grad.dtype)
+        if x is not None:
+            inputs = x.reshape(-1, x.shape[-1])  # [M, in]
+            grad_weight = _product(rows.t(), inputs.float().t()).to(grad.dtype)  # [out, in]
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0).to(grad.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -68,6 +68,21 @@ def unused_names() -> tuple[str, ...]:
     return tuple(f"blocks.0.att.{name}" for version in VERSIONS.values() for name in version.unused_in_block_0)
 
 
+def own_state_shapes(shapes: Shapes, *, with_shifts: bool) -> Shapes:
+    """Parameters of a state of its own, see `own_state`, of a model with parameters `shapes`."""
+    per_head = tuple(f".att.{version.per_head}" for version in VERSIONS.values())
+    own: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if not name.endswith(per_head):
+            continue
+        block, (n_head, size) = name.partition(".att.")[0], shape
+        own[f"{block}.own_state.wkv"] = (n_head, size, size)
+        if with_shifts:
+            width = shapes[f"{block}.ln1.weight"]
+            own |= {f"{block}.own_state.att_shift": width, f"{block}.own_state.ffn_shift": width}
+    return own
+
+
 def multiplied(shapes: Shapes) -> int:
     """Elements of the matrices of blocks that a token is multiplied with: dense ones and LoRAs, where they are used."""
     loras = _lora_names()

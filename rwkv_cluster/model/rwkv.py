@@ -91,6 +91,7 @@ class RWKV(nn.Module):
             raise ConfigError("model.vocab_size is not set", remedy="Set it to the tokenizer's vocabulary size")
         self.config = config
         self.grad_cp = grad_cp
+        self.preserve_rng_state = False  # in the second pass of grad_cp; only dropout draws random numbers
         self.compute_dtype: torch.dtype | None = None
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer, wkv_backend, fused) for layer in range(config.n_layer))
@@ -152,7 +153,13 @@ class RWKV(nn.Module):
             before = None if state is None else state[layer]
             if self.grad_cp and torch.is_grad_enabled():
                 x, v_first, block_state = checkpoint(
-                    block, x, v_first, before, starts, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x,
+                    v_first,
+                    before,
+                    starts,
+                    use_reentrant=False,
+                    preserve_rng_state=self.preserve_rng_state,
                 )
             else:
                 x, v_first, block_state = block(x, v_first, before, starts)

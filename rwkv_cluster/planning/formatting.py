@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_cluster.model.parameter_shapes import count, trained
+from rwkv_cluster.adapters.table import STATE, rate_warning, targets
+from rwkv_cluster.model.parameter_shapes import count
 from rwkv_cluster.planning.run_length import UNKNOWN
 from rwkv_cluster.planning.run_plan import Row, RunPlan
 from rwkv_cluster.train.memory.model_states import Sharding
@@ -22,10 +25,12 @@ def text(plan: RunPlan) -> str:
     rows = {
         "model": _model(plan),
         "parameters": _parameters(plan),
+        **_trained(plan),
         "batch": _batch(plan),
         **_samples(plan),
         "length": _length(plan),
         "learning rate": _learning_rate(plan),
+        **_warning(plan),
         "FLOPs a token": _flops(plan),
         **_grad_cp(plan),
         "disk": _disk(plan),
@@ -43,7 +48,7 @@ def data(plan: RunPlan) -> dict[str, Any]:
         "work_dir": plan.config.work_dir,
         "model": plan.config.model.model_dump(mode="json"),
         "ranks": plan.assumptions.ranks,
-        "parameters": {"total": count(plan.shapes), "trained": count(trained(plan.shapes)), "by_part": plan.parts},
+        "parameters": {"total": count(plan.shapes), "trained": count(plan.parameters.trained), "by_part": plan.parts},
         "accumulate_grad_batches": run.accumulate,
         "global_batch_size": run.global_batch_size,
         "tokens_per_step": run.tokens_per_step,
@@ -107,6 +112,19 @@ def _parameters(plan: RunPlan) -> str:
     return f"{count(plan.shapes):,}: {parts}"
 
 
+def _trained(plan: RunPlan) -> dict[str, str]:
+    """A row where only some are trained: how many, and which, with the number of layers that have them."""
+    if not plan.parameters.is_partial:
+        return {}
+    trained, adapter, kind = list(plan.parameters.trained), plan.config.adapter, ""
+    if adapter.kind not in ("none", STATE):
+        trained, kind = targets(adapter, plan.shapes), f"{adapter.kind} of rank {adapter.rank} beside "
+    names = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in trained)
+    which = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in names.items())
+    number = count(plan.parameters.trained)
+    return {"trained": f"{number:,}, {number / count(plan.shapes):.2%}: {kind}{which}"}
+
+
 def _batch(plan: RunPlan) -> str:
     run, ranks = plan.length, plan.assumptions.ranks
     product = f"micro_bsz {plan.config.training.micro_bsz} * {_several(ranks, 'rank')}"
@@ -147,6 +165,13 @@ def picture(values: Sequence[float], low: float = 0.0) -> list[str]:
     labels = [f"{top:.3g}", *[""] * (_PICTURE_ROWS - 1)]
     lines = [f"{label:>{_TITLE}} |{row}".rstrip() for label, row in zip(labels, rows, strict=True)]
     return [*lines, f"{f'{low:.3g}':>{_TITLE}} +{'-' * len(values)}"]
+
+
+def _warning(plan: RunPlan) -> dict[str, str]:
+    """A row where the learning rate does not fit what is trained."""
+    config = plan.config
+    warning = rate_warning(config.adapter, config.training, config.model.model_type)
+    return {"warning": warning} if warning else {}
 
 
 def _flops(plan: RunPlan) -> str:

@@ -9,7 +9,7 @@ from rwkv_cluster.config.schema import with_vocabulary
 from rwkv_cluster.data.manifest import DataManifest, load_manifest
 from rwkv_cluster.errors import MissingDataError
 from rwkv_cluster.model.flops import FlopsPerToken, flops_per_token
-from rwkv_cluster.model.parameter_shapes import by_part, count, parameter_shapes, trained
+from rwkv_cluster.model.parameter_shapes import by_part, count
 from rwkv_cluster.model.versions.version import Shapes
 from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.recommend import change, shardings
@@ -17,11 +17,12 @@ from rwkv_cluster.planning.run_length import Length, learning_rate_curve, learni
 from rwkv_cluster.runtime.control_group import memory_bytes
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes, weights_bytes
+from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes_of, weights_bytes
 from rwkv_cluster.train.memory.activations import Kernels
 from rwkv_cluster.train.memory.grad_cp import GradCpChoice, choose_grad_cp
 from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, Sharding
 from rwkv_cluster.train.memory.peak import Memory, MemoryModel, Setting, needed
+from rwkv_cluster.train.optimizers.selection import RunParameters
 from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.workdir import WorkDir
 
@@ -55,8 +56,8 @@ class RunPlan:
     """All that is known about a run before it starts.
 
     config: with the vocabulary's size. grad_cp: what training.grad_cp auto becomes, where that is known.
-    manifest: of the data, None where it is not prepared. seconds, tokens_per_s: None where no speed was given, or no
-    end is known.
+    parameters: shapes by name, of the model and of what is trained. manifest: of the data, None where it is not
+    prepared. seconds, tokens_per_s: None where no speed was given, or no end is known.
 
     lr_curve: learning rates at equal distances from the first step to the last; empty where no end is known.
     to_fit: where a GPU was named, the setting with the fewest changes that fits it, None where none does.
@@ -66,7 +67,7 @@ class RunPlan:
     config: Config
     grad_cp: GradCpChoice | None
     assumptions: Assumptions
-    shapes: Shapes
+    parameters: RunParameters
     flops: FlopsPerToken
     length: Length
     learning_rates: dict[int, float]
@@ -79,6 +80,11 @@ class RunPlan:
     disk: Disk
     tokens_per_s: float | None
     seconds: float | None
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the model's own parameters."""
+        return self.parameters.model
 
     @property
     def parts(self) -> dict[str, int]:
@@ -99,12 +105,12 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     config = with_vocabulary(_sized(config, vocab_size), vocab_size)
     model, training = config.model, config.training
     assert model.vocab_size is not None
-    shapes = parameter_shapes(model, model.vocab_size)
     if manifest is not None and manifest.packing is not None and manifest.packing.ctx_len != model.ctx_len:
         manifest = None  # the run will prepare it again
     run = length(config, assumptions.ranks, manifest)
     kernels = Kernels.of(training, model, "cpu" if training.accelerator == "cpu" else "cuda")
-    memory_model = MemoryModel(model, model.vocab_size, training, kernels)
+    memory_model = MemoryModel(model, model.vocab_size, training, kernels, config.adapter)
+    parameters = memory_model.parameters
     sharding = Sharding.of(training, assumptions.ranks)
     configured = Setting(sharding, training.grad_cp != 0, training.micro_bsz, run.accumulate > 1)
     gpu_bytes = None if assumptions.gpu_memory_gb is None else assumptions.gpu_memory_gb * 1e9
@@ -117,7 +123,7 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         config=config,
         grad_cp=choice,
         assumptions=assumptions,
-        shapes=shapes,
+        parameters=parameters,
         flops=flops,
         length=run,
         learning_rates=learning_rates(config, run),
@@ -126,8 +132,8 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         kernels=kernels,
         rows=_rows(memory_model, configured, gpu_bytes),
         to_fit=None if gpu_bytes is None else change(memory_model, configured, gpu_bytes),
-        host_copy=_host_copy(config, shapes, sharding),
-        disk=_disk(config, work, shapes, assumptions.ranks, run, manifest),
+        host_copy=_host_copy(config, parameters, sharding),
+        disk=_disk(config, work, parameters, assumptions.ranks, run, manifest),
         tokens_per_s=speed,
         seconds=tokens / speed if tokens is not None and speed is not None else None,
     )
@@ -140,9 +146,9 @@ def _grad_cp(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | 
     return None if gpu_bytes is None else choose_grad_cp(memory_model, configured, gpu_bytes)
 
 
-def _host_copy(config: Config, shapes: Shapes, sharding: Sharding) -> float:
+def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding) -> float:
     """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written."""
-    whole = optimizer_of(config.training).tensors_saved * FP32 * count(trained(shapes))
+    whole = optimizer_of(config.training).tensors_saved * FP32 * count(parameters.trained)
     return whole / (sharding.ranks if sharding.stage else 1)
 
 
@@ -182,21 +188,23 @@ def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | Non
 
 
 def _disk(
-    config: Config, work: WorkDir, shapes: Shapes, ranks: int, run: Length, manifest: DataManifest | None
+    config: Config, work: WorkDir, parameters: RunParameters, ranks: int, run: Length, manifest: DataManifest | None
 ) -> Disk:
     optimizer = optimizer_of(config.training)
-    checkpoint = checkpoint_bytes(shapes, ranks, optimizer)
-    weights = weights_bytes(shapes, ITEM_BYTES[config.training.precision])
+    checkpoint = checkpoint_bytes_of(parameters, ranks, optimizer)
+    weights = weights_bytes(parameters.model, ITEM_BYTES[config.training.precision])
     exports = None
     if run.epochs is not None:  # rwkv-init, rwkv-final, each epoch that epoch_save names, and the last
-        trained = 1 + -(-int(-(-run.epochs // 1)) // config.training.epoch_save)
-        exports = 1 + trained * (1 + optimizer.keeps_ema)
+        epochs = -(-int(-(-run.epochs // 1)) // config.training.epoch_save)
+        of_epoch = weights if config.adapter.kind == "none" else weights_bytes(parameters.saved, FP32)
+        trained = weights + epochs * of_epoch
+        exports = weights + trained * (1 + optimizer.keeps_ema)
     existing = next(folder for folder in (work.root, *work.root.parents) if folder.exists())
     return Disk(
         checkpoint=checkpoint,
         weights=weights,
         checkpoints=(config.checkpoint.keep_last + 1) * checkpoint,
-        exports=None if exports is None else exports * weights,
+        exports=exports,
         data=sum(record.bytes for record in manifest.files.values()) if manifest else None,
         free=free_bytes(existing),
     )

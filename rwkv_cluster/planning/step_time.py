@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.sizes import OPERATORS, STEPS_BETWEEN_STATES
-from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims, trained
+from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims
 from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.planning.run_plan import RunPlan
 from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
@@ -123,10 +123,11 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
     casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * block_parameters(model) * micro_batches
-    parameters = count(trained(plan.shapes)) / (setting.sharding.ranks if setting.sharding.stage else 1)
+    backward = 2 if plan.config.adapter.kind == "none" else 1  # a frozen matrix has no gradient of its own
+    parameters = count(plan.parameters.trained) / (setting.sharding.ranks if setting.sharding.stage else 1)
     return StepTime(
-        blocks=tokens * plan.flops.blocks * (3 + again) / products,
-        head=tokens * plan.flops.head * 3 / products,
+        blocks=tokens * plan.flops.blocks * (1 + backward + again) / products,
+        head=tokens * plan.flops.head * (1 + backward) / products,
         loss=tokens * model.vocab_size * _logit_bytes(item) / bandwidth,
         passes=tokens * model.n_layer * model.n_embd * moved * item / bandwidth,
         wkv=_wkv(plan, gpu, tokens, bandwidth) if kernels.is_compiled else None,

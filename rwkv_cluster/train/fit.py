@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback
 
+from rwkv_cluster.adapters.table import STATE
 from rwkv_cluster.config import loader
 from rwkv_cluster.errors import Interrupted, Preempted
-from rwkv_cluster.model.weights_file import expected_shapes
+from rwkv_cluster.interchange.state_file import load_state
+from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
 from rwkv_cluster.runtime.rank_env import launched, rank, unchanged_environment
@@ -40,7 +42,7 @@ from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.rollback import roll_back
 from rwkv_cluster.train.sample import sample_text
 from rwkv_cluster.train.schedule import decay_is_cut
-from rwkv_cluster.train.session import Session, build_model
+from rwkv_cluster.train.session import Session, base_fingerprint, build_model
 from rwkv_cluster.train.trainer import (
     build_after_step,
     build_datamodule,
@@ -143,6 +145,8 @@ def _run_session(
     if rank() == 0:
         _require_disk_space(session)
     model = build_model(session)
+    if rank() == 0 and session.base is None:
+        session = replace(session, base=base_fingerprint(config, session.work))
     _write_config(session)
     if rank() == 0:
         environment.record(session.work.environment, session.placement, session.start_step)
@@ -201,10 +205,10 @@ def _threads(count: int) -> int:
 def _require_disk_space(session: Session) -> None:
     """Room for what is written next. Raises CheckpointError."""
     work, item_bytes = session.work, DTYPES[session.config.training.precision].itemsize
-    shapes = expected_shapes(session.config.model)
     is_new = session.resume_checkpoint is None and not work.initial_weights.exists()
     optimizer = optimizer_of(session.config.training)
-    n_bytes = bytes_needed_next(shapes, item_bytes, session.placement.world_size, optimizer, begins=is_new)
+    ranks = session.placement.world_size
+    n_bytes = bytes_needed_next(session.parameters, item_bytes, ranks, optimizer, begins=is_new)
     require_disk_space(work.checkpoints, n_bytes, "the next checkpoint and the weights beside it")
 
 
@@ -217,10 +221,19 @@ def _sample(session: Session, tokenizer: Any, stop_request: StopRequest) -> str 
         return None
     try:
         if not stop_request.requested():
-            return sample_text(load_model(session.work.final_weights), tokenizer, session.config.logging)
+            return sample_text(_final_model(session), tokenizer, session.config.logging)
     except Interrupted as error:
         log.info("%s: the last sample is left out", error)
     return None
+
+
+def _final_model(session: Session) -> RWKV:
+    """The model that the run has left."""
+    if session.config.adapter.kind != STATE:
+        return load_model(session.work.final_weights)
+    model = load_model(session.work.initial_weights)
+    load_state(model, session.work.final_weights)
+    return model
 
 
 def _announce(session: Session, n_parameters: int) -> None:

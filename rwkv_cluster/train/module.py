@@ -85,7 +85,9 @@ class TrainingModule(LightningModule):
         self._events = events or Events(None)
         self._micro_losses: list[Tensor] = []
         self._gradient_sum = torch.zeros(())  # of this rank alone, before any exchange
-        model.emb.register_forward_hook(self._watch_gradient)
+        self._is_watched = False
+        for part in (model.emb, *model.blocks):
+            part.register_forward_hook(self._watch_gradient)
         self._loss: float | None = None  # of the step whose update is due
         self._n_trained: int | None = None  # of that step
 
@@ -94,6 +96,8 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.state = strategy.train_state(self.trainer, self.model)
+        if self._resume_checkpoint is None and self.model.preserve_rng_state:  # dropout: each rank its own masks
+            torch.manual_seed(max(self.training_config.random_seed, 0) + rank())
         if self._resume_checkpoint is not None:
             rng_state.restore(self._resume_checkpoint.state.random_states, rank())
             self.state.restore(self._resume_checkpoint)
@@ -134,6 +138,7 @@ class TrainingModule(LightningModule):
         Of a micro batch whose step has n trained targets in all, the sum is divided by n / (number of micro batches):
         the mean over ranks and micro batches is then the mean over all n, however unevenly they lie.
         """
+        self._is_watched = False
         divisor = None
         if batch.n_trained is not None:
             divisor = max(batch.n_trained, 1) * len(batch.inputs) / self.sample_plan.global_batch_size
@@ -160,17 +165,21 @@ class TrainingModule(LightningModule):
         self._micro_losses.append(loss.detach())
         return loss
 
-    def _watch_gradient(self, embedding: nn.Module, arguments: Any, output: Tensor) -> None:
-        """Sum what reaches the bottom of the network, where a value that is not finite anywhere above arrives.
+    def _watch_gradient(self, part: nn.Module, arguments: Any, output: Any) -> None:
+        """Sum what reaches the lowest activations that have a gradient, those of `emb` unless it is frozen.
 
-        Parameters' gradients are exchanged while they are computed, after which all ranks have the NaN of one.
+        A value that is not finite anywhere above arrives there. Parameters' gradients are exchanged while they are
+        computed, after which all ranks have the NaN of one.
         """
+        activations: Tensor = output if isinstance(output, Tensor) else output[0]
+        if self._is_watched or not activations.requires_grad:
+            return
+        self._is_watched = True
 
         def add(gradient: Tensor) -> None:
             self._gradient_sum = self._gradient_sum.to(gradient.device) + gradient.sum(dtype=torch.float32)
 
-        if output.requires_grad:
-            output.register_hook(add)
+        activations.register_hook(add)
 
     def configure_gradient_clipping(
         self,

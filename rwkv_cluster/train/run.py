@@ -29,6 +29,7 @@ from rwkv_cluster.tokenizer import build_tokenizer
 from rwkv_cluster.train.callbacks.rank_status import RankStatusCallback
 from rwkv_cluster.train.checkpoint import resume, save_load
 from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
+from rwkv_cluster.train.checkpoint.weights import final_weights
 from rwkv_cluster.train.distributed.rank_monitor import RankMonitor
 from rwkv_cluster.train.distributed.rank_record import SessionStart
 from rwkv_cluster.train.fit import TrainResult, fit
@@ -262,7 +263,7 @@ def _already_complete(session: Session) -> TrainResult:
     log.info("this run is %s at step %d; raise %s to go on", reason, session.start_step, remedy)
     if rank() == 0 and not path.exists():
         log.info("%s was gone and is written again, from %s", path, checkpoint.path)
-        save_pth(path, dict(checkpoint.weights()), DTYPES[session.config.training.precision])
+        save_pth(path, final_weights(checkpoint, session.work, DTYPES[session.config.training.precision]))
     return TrainResult(
         step=session.start_step,
         total_steps=session.horizon.total_steps,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import uuid
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rwkv_cluster.adapters.base import fingerprint
+from rwkv_cluster.adapters.layers import attach, initialize_adapter, load_adapter
+from rwkv_cluster.adapters.table import rate_warning
 from rwkv_cluster.config import Config, ModelConfig
-from rwkv_cluster.config.schema import with_vocabulary
+from rwkv_cluster.config.schema import open_sizes, with_vocabulary
 from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.preparation.prepare import DataManifest
@@ -37,6 +41,8 @@ from rwkv_cluster.train.memory.grad_cp import choose_grad_cp, with_grad_cp
 from rwkv_cluster.train.memory.model_states import Sharding
 from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
+from rwkv_cluster.train.optimizers.param_groups import freeze
+from rwkv_cluster.train.optimizers.selection import RunParameters, run_parameters
 from rwkv_cluster.train.parallel.strategy import place
 from rwkv_cluster.train.placement import DTYPES, Placement, memory_bytes
 from rwkv_cluster.workdir import WorkDir
@@ -49,7 +55,7 @@ class Session:
     """One process's part of a run. resume_checkpoint: that it continues, None at the beginning.
 
     spikes, improvement: what the guard against spikes and early stopping know there. group: names the process group;
-    rank 0's holds for all.
+    rank 0's holds for all. base: fingerprint of the weights below an adapter, on rank 0, where they are there already.
     """
 
     config: Config
@@ -62,7 +68,13 @@ class Session:
     resume_checkpoint: Checkpoint | None
     spikes: SpikeState
     improvement: EarlyStopState
+    base: str | None = None
     group: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @cached_property
+    def parameters(self) -> RunParameters:
+        """What is trained, frozen and saved."""
+        return parameters_of(self.config)
 
     @property
     def start_step(self) -> int:
@@ -97,6 +109,7 @@ class Session:
             global_batch_size=self.sample_plan.global_batch_size,
             magic_prime=self.sample_plan.magic_prime,
             order=self.sample_plan.order_name,
+            base=self.base,
         )
 
     def train_windows(self) -> Windows:
@@ -130,10 +143,13 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
         max_tokens=training.max_tokens,
         samples_per_epoch=training.samples_per_epoch,
     )
+    base = base_fingerprint(config, work) if checkpoint is not None and rank() == 0 else None
     session = Session(
-        config, work, manifest, placement, sample_plan, end, accumulate, checkpoint, *guard_states(checkpoint)
+        config, work, manifest, placement, sample_plan, end, accumulate, checkpoint, *guard_states(checkpoint), base
     )
     _require_validation(session)
+    if rank() == 0 and (warning := rate_warning(config.adapter, training, config.model.model_type)):
+        log.warning("%s", warning)
     if checkpoint is not None:
         resume.require_same_run(checkpoint, session.identity, work.initial_weights)
         resume.finished_beyond(checkpoint, end.total_steps)
@@ -148,7 +164,7 @@ def _grad_cp(config: Config, placement: Placement, accumulate: int, checkpoint: 
     if began_with in (0, 1):
         return int(began_with)
     setting = Setting(Sharding.of(training, placement.world_size), False, training.micro_bsz, accumulate > 1)
-    memory_model = MemoryModel(model, model.vocab_size, training, _kernels(config, placement))
+    memory_model = MemoryModel(model, model.vocab_size, training, _kernels(config, placement), config.adapter)
     choice = choose_grad_cp(memory_model, setting, memory_bytes(placement))
     if rank() == 0:
         log.info(str(choice))
@@ -197,29 +213,55 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
         accumulate_grad_batches=training.accumulate_grad_batches,
         global_batch_size=training.global_batch_size,
     )
-    return with_vocabulary(config, vocab_size), placement, accumulate
+    resolved = with_vocabulary(config, vocab_size)
+    if training.init_from is None or not {"model_type", "n_layer"} & set(open_sizes(config)):
+        parameters_of(resolved)  # refuses patterns that fit none of the names, where these are known
+    return resolved, placement, accumulate
+
+
+def parameters_of(config: Config) -> RunParameters:
+    """Parameters of a run. config: with its vocabulary. Raises ConfigError for a pattern that fits none."""
+    assert config.model.vocab_size is not None
+    return run_parameters(config.model, config.model.vocab_size, config.training, config.adapter)
+
+
+def base_fingerprint(config: Config, work: WorkDir) -> str | None:
+    """Fingerprint of the run's initial weights, made anew if they are gone; None without an adapter."""
+    if config.adapter.kind == "none":
+        return None
+    return fingerprint(load_pth(ensure_init_file(config, work), mapped=True))
 
 
 def build_model(session: Session) -> RWKV:
-    """The model with this session's starting weights, as fp32 masters.
+    """The model with this session's starting weights, as fp32 masters; what is frozen is in the training precision.
 
     At the beginning of a run rank 0 alone reads or makes them: DDP gives its parameters to all ranks.
     """
-    training = session.config.training
+    training, adapter, checkpoint = session.config.training, session.config.adapter, session.resume_checkpoint
     initial = None
-    if session.resume_checkpoint is None and rank() == 0:  # before the model, which it needs beside it otherwise
+    if checkpoint is None and rank() == 0:  # before the model, which it needs beside it otherwise
         initial = ensure_init_file(session.config, session.work, force=training.init_from is not None)
+    elif checkpoint is not None and adapter.kind != "none":
+        initial = session.work.initial_weights
     model = RWKV(
         session.config.model,
         grad_cp=training.grad_cp == 1,
         wkv_backend=training.wkv_backend,
         fused=training.fused,
     )
-    if session.resume_checkpoint is not None:
-        model.load_state_dict(fit_state_dict(dict(session.resume_checkpoint.weights()), model))
-    elif initial is not None:
+    if initial is not None:
         model.load_state_dict(fit_state_dict(load_pth(initial, mapped=True), model))
+    elif checkpoint is not None:
+        model.load_state_dict(fit_state_dict(dict(checkpoint.weights()), model))
     model.compute_dtype = DTYPES[training.precision]
+    if session.parameters.is_partial:
+        freeze(model, session.parameters.trained, model.compute_dtype)
+    if adapter.kind != "none":
+        attach(model, adapter)
+        if checkpoint is not None:
+            load_adapter(model, dict(checkpoint.weights()))
+        elif initial is not None:
+            initialize_adapter(model, max(training.random_seed, 0))
     return model
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from rwkv_cluster.config import Config, GuardConfig
-from rwkv_cluster.model.weights_file import expected_shapes
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.callbacks.after_step import AfterStep
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
-from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes
+from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes_of
 from rwkv_cluster.train.checkpoint.saver import Saver
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.evaluate import Evaluator, sizes_of
@@ -80,9 +79,7 @@ def build_after_step(
         work.checkpoints,
         config.checkpoint.keep_last,
         background=_saves_in_background(config, session.placement),
-        n_bytes=checkpoint_bytes(
-            expected_shapes(config.model), session.placement.world_size, optimizer_of(config.training)
-        ),
+        n_bytes=checkpoint_bytes_of(session.parameters, session.placement.world_size, optimizer_of(config.training)),
         reach_steps=_reach_steps(config.guard),
         events=events,
     )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from rwkv_cluster.config import Config, Section, TokenizerConfig
+from rwkv_cluster.config import AdapterConfig, Config, Section, TokenizerConfig, TrainingConfig
 from rwkv_cluster.config.field_types import is_section, iterate_fields
 from rwkv_cluster.config.launch import ContainerConfig, LaunchConfig
 from rwkv_cluster.config.loader import (
@@ -356,6 +356,8 @@ BOUND_TO_OTHERS = (
     "dim_att",
     "dim_ffn",
     "accumulate_grad_batches",
+    "train",
+    "ema_decay",
     "path",
     "added_tokens",
     "zero_stage",
@@ -387,6 +389,8 @@ def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         values: st.SearchStrategy[Any] = st.sampled_from(get_args(kind))
     elif get_origin(kind) is list:
         values = st.lists(TEXT | ODD_TEXT, max_size=4)
+    elif get_origin(kind) is dict:
+        values = st.dictionaries(TEXT | ODD_TEXT, st.floats(0.01, 100.0), max_size=3)
     elif kind is bool:
         values = st.booleans()
     elif kind is int:
@@ -420,10 +424,22 @@ LAUNCH = st.fixed_dictionaries(
 ADDED = st.lists((TEXT | ODD_TEXT).filter(bool), unique=True, max_size=4)
 HUB = st.builds(lambda path, added: TokenizerConfig(type="hf", path=path, added_tokens=added), TEXT.filter(bool), ADDED)
 
+PATTERNS = st.lists(TEXT | ODD_TEXT, min_size=1, max_size=4)
+ADAPTER = st.builds(AdapterConfig, kind=st.just("state"), token_shifts=st.booleans()) | st.builds(
+    AdapterConfig,
+    kind=st.sampled_from(["lora", "dora", "pissa"]),
+    rank=st.integers(1, 64),
+    alpha=st.none() | st.floats(0.5, 64.0),
+    dropout=st.floats(0.0, 0.9),
+    targets=PATTERNS,
+)
+
 
 def section_values(section: type[Section]) -> st.SearchStrategy[Any]:
     if section is LaunchConfig:
         return LAUNCH
+    if section is AdapterConfig:
+        return ADAPTER
     if section is TokenizerConfig:
         return fields_of(section) | HUB
     return fields_of(section)
@@ -440,6 +456,7 @@ def fields_of(section: type[Section]) -> st.SearchStrategy[Any]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(section_values(Config))
+@example(Config(training=TrainingConfig(train=["blocks.*.ffn.*", "no"])))
 def test_yaml_text_loads_to_an_equal_config(config: Config) -> None:
     assert parsed(dump_yaml(config)) == config
 

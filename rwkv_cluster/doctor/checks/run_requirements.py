@@ -139,25 +139,28 @@ def _initial_weights(config: Config) -> str:
 def _room(config: Config, vocab_size: int, folder: Path) -> list[Row]:
     """Room for what is written first, and for all that is kept; without the data, whose size is not known yet."""
     from rwkv_cluster.config.schema import with_vocabulary
-    from rwkv_cluster.model.weights_file import expected_shapes
     from rwkv_cluster.train.checkpoint import disk_space
     from rwkv_cluster.train.checkpoint.initial_weights import with_sizes_of_weights
     from rwkv_cluster.train.checkpoint.save_load import list_steps
+    from rwkv_cluster.train.optimizers.selection import run_parameters
     from rwkv_cluster.train.optimizers.table import optimizer_of
     from rwkv_cluster.train.placement import DTYPES
 
     optimizer = optimizer_of(config.training)
     try:
         sized = with_vocabulary(with_sizes_of_weights(config, vocab_size), vocab_size)
-        shapes, work = expected_shapes(sized.model), WorkDir(config.work_dir)
+        rows = sized.model.vocab_size or vocab_size
+        parameters = run_parameters(sized.model, rows, config.training, config.adapter)
+        work = WorkDir(config.work_dir)
         world_size = rank_env.launched_world_size() or config.training.devices
         begins = not (work.initial_weights.exists() or list_steps(work.checkpoints))
         item_bytes = DTYPES[config.training.precision].itemsize
-        first = disk_space.bytes_needed_next(shapes, item_bytes, world_size, optimizer, begins=begins)
+        first = disk_space.bytes_needed_next(parameters, item_bytes, world_size, optimizer, begins=begins)
         disk_space.require_disk_space(folder, first, "the next checkpoint and the weights beside it")
     except RWKVClusterError as error:
         return [refused("room", error)]
-    size, there = disk_space.checkpoint_bytes(shapes, world_size, optimizer), len(list_steps(work.checkpoints))
+    size = disk_space.checkpoint_bytes_of(parameters, world_size, optimizer)
+    there = len(list_steps(work.checkpoints))
     # the oldest goes after the newest came
     kept = max(0, config.checkpoint.keep_last + 1 - there) * size + first - size
     free = shutil.disk_usage(folder).free

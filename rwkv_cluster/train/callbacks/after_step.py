@@ -25,6 +25,7 @@ from rwkv_cluster.train.metrics.step_recorder import StepRecorder, StepResult
 from rwkv_cluster.train.module import TrainingModule, Votes
 from rwkv_cluster.train.optimizers.table import EMA
 from rwkv_cluster.train.sample import Sampler
+from rwkv_cluster.workdir import FINAL
 
 
 class AfterStep(Callback):
@@ -165,7 +166,7 @@ class AfterStep(Callback):
                 if run_ends or self._saver.exports_epoch(epoch):
                     self._export(module, str(epoch))
             if run_ends:
-                self._export(module, "final")
+                self._export(module, FINAL)
             is_due = save or self._saver.is_due(module.step, epoch_ends=epoch_ends)
             if run_ends or module.should_stop:
                 self._save(module, is_last=True)

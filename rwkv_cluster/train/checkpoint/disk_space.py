@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import free_bytes
+from rwkv_cluster.train.optimizers.selection import RunParameters
 from rwkv_cluster.train.optimizers.table import Optimizer
 
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
@@ -27,17 +28,31 @@ def weights_bytes(shapes: Shapes, item_bytes: int) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * item_bytes + _TENSOR * len(shapes)
 
 
-def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer) -> int:
-    """Approximate size of a checkpoint, all its files together: masters, moments and the state of each rank."""
-    return optimizer.tensors_saved * weights_bytes(shapes, _FP32) + _RANK * world_size
+def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer, trained: Shapes | None = None) -> int:
+    """Approximate size of a checkpoint, all its files together: masters, moments and the state of each rank.
+
+    shapes: of what it saves. trained: of what has moments, default all of it.
+    """
+    moments = len(optimizer.moments) * weights_bytes(shapes if trained is None else trained, _FP32)
+    return weights_bytes(shapes, _FP32) + moments + _RANK * world_size
 
 
-def bytes_needed_next(shapes: Shapes, item_bytes: int, world_size: int, optimizer: Optimizer, *, begins: bool) -> int:
+def checkpoint_bytes_of(parameters: RunParameters, world_size: int, optimizer: Optimizer) -> int:
+    """`checkpoint_bytes` of a run."""
+    chosen = parameters.trained if parameters.is_partial else None
+    return checkpoint_bytes(parameters.saved, world_size, optimizer, chosen)
+
+
+def bytes_needed_next(
+    parameters: RunParameters, item_bytes: int, world_size: int, optimizer: Optimizer, *, begins: bool
+) -> int:
     """Bytes that the next save writes: a checkpoint, the weights, their average where the optimizer keeps it, and the
     initial weights where a run `begins`.
     """
     n_exports = 1 + begins + optimizer.keeps_ema
-    return checkpoint_bytes(shapes, world_size, optimizer) + n_exports * weights_bytes(shapes, item_bytes)
+    return checkpoint_bytes_of(parameters, world_size, optimizer) + n_exports * weights_bytes(
+        parameters.model, item_bytes
+    )
 
 
 def require_disk_space(folder: Path, n_bytes: int, what: str) -> None:

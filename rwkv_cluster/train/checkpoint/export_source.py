@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_cluster.config import TOKENIZER_TYPES, Config
+from rwkv_cluster.adapters.base import MergedTensors
+from rwkv_cluster.adapters.peft_folder import TrainedAdapter
+from rwkv_cluster.adapters.table import STATE
+from rwkv_cluster.config import TOKENIZER_TYPES, AdapterConfig, Config
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.data.run_tokenizer import tokenizer_of_run
-from rwkv_cluster.errors import MissingCheckpointError
+from rwkv_cluster.errors import ConfigError, MissingCheckpointError
 from rwkv_cluster.interchange.checkpoint_info import digests
 from rwkv_cluster.interchange.export.write import Source
 from rwkv_cluster.interchange.read import Weights, is_work_dir, open_weights
@@ -24,23 +27,38 @@ from rwkv_cluster.tokenizer import GenericTokenizer, has_world_vocabulary, world
 from rwkv_cluster.tokenizer.hub import HubTokenizer
 from rwkv_cluster.train.checkpoint.save_load import MANIFEST, Checkpoint, newest_verified
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
+from rwkv_cluster.train.checkpoint.weights import whole_weights
 from rwkv_cluster.workdir import WorkDir, sha256_file
 
 
-def source_of(path: Path, vocabulary: Path | None = None) -> Source:
+def source_of(path: Path, vocabulary: Path | None = None, *, merged: bool = False) -> Source:
     """The newest verified checkpoint of a work directory, else its final weights; or a weights file or folder.
 
-    Tensors are mapped, or assembled from shards one at a time. vocabulary: file of the model's; default that of the
-    work directory, also of the one that weights lie in, or one beside the weights. Raises MissingCheckpointError where
-    there is nothing, CheckpointError where what is there is damaged or no RWKV, DataError for a vocabulary that is
-    malformed.
+    Tensors are mapped, or assembled from shards or merged one at a time. vocabulary: file of the model's; default that
+    of the work directory, also of the one that weights lie in, or one beside the weights. merged: the base with the
+    adapter of a run in it. Raises MissingCheckpointError where there is nothing, CheckpointError where what is there is
+    damaged or no RWKV, DataError for a vocabulary that is malformed, ConfigError where `merged` and an adapter do not
+    go together.
     """
-    if not is_work_dir(path):
-        return _of_weights(path, WorkDir(path.absolute().parent.parent), vocabulary)
     work = WorkDir(path)
-    checkpoint = newest_verified(work.checkpoints)
+    checkpoint = newest_verified(work.checkpoints) if is_work_dir(path) else None
+    has_adapter = checkpoint is not None and checkpoint.state.base is not None
+    if checkpoint is not None and checkpoint.state.config.get("adapter", {}).get("kind") == STATE:
+        raise ConfigError(
+            f"{path} has weights as it began with, and a state that it has trained, which is no part of a model",
+            remedy=f"The state is {work.final_weights}; `rwkv-cluster consolidate` writes both in one .pth",
+        )
+    if has_adapter != merged:
+        raise ConfigError(
+            f"{path} has {'an adapter beside its weights' if has_adapter else 'no adapter to be merged'}",
+            remedy="Add --merged for both in one, or use --format peft for the adapter alone"
+            if has_adapter
+            else "Export it without --merged",
+        )
     if checkpoint is not None:
         return _of_checkpoint(checkpoint, work, vocabulary)
+    if not is_work_dir(path):
+        return _of_weights(path, WorkDir(path.absolute().parent.parent), vocabulary)
     if work.final_weights.exists():
         return _of_weights(work.final_weights, work, vocabulary)
     raise MissingCheckpointError(
@@ -49,10 +67,44 @@ def source_of(path: Path, vocabulary: Path | None = None) -> Source:
     )
 
 
+def adapter_of(path: Path) -> tuple[TrainedAdapter, Checkpoint]:
+    """The adapter of a work directory's newest verified checkpoint, and that checkpoint.
+
+    Raises MissingCheckpointError, ConfigError where there is none, CheckpointError where it is damaged.
+    """
+    work = WorkDir(path)
+    checkpoint = newest_verified(work.checkpoints) if is_work_dir(path) else None
+    if checkpoint is None:
+        raise MissingCheckpointError(
+            f"{path} has no checkpoint, from which an adapter could be taken", remedy="Name a run's work directory"
+        )
+    if checkpoint.state.base is None:
+        raise ConfigError(f"{path} has no adapter: all of its weights were trained", remedy="Choose another --format")
+    config = checkpoint.state.config
+    if config["adapter"]["kind"] == STATE:
+        raise ConfigError(
+            f"{path} has trained a state, which peft does not know", remedy=f"The state is {work.final_weights}"
+        )
+    base_name = config["training"].get("init_from") or str(work.initial_weights)
+    trained = TrainedAdapter(
+        adapter=AdapterConfig(**config["adapter"]),
+        parts=dict(checkpoint.weights()),
+        model_type=config["model"]["model_type"],
+        base=checkpoint.state.base,
+        base_name=base_name,
+    )
+    return trained, checkpoint
+
+
 def _of_checkpoint(checkpoint: Checkpoint, work: WorkDir, vocabulary: Path | None) -> Source:
     whole = checkpoint.path / "weights.pth"
-    tensors = peek_pth(whole) if whole.name in checkpoint.files else checkpoint.weights()
-    shapes = checkpoint.state.shapes if isinstance(tensors, ShardedTensors) else _shapes(tensors)
+    has_whole = whole.name in checkpoint.files and checkpoint.state.base is None
+    tensors = peek_pth(whole) if has_whole else whole_weights(checkpoint, work)
+    shapes = checkpoint.state.shapes
+    if isinstance(tensors, MergedTensors):
+        shapes = _shapes(peek_pth(work.initial_weights))
+    elif not isinstance(tensors, ShardedTensors):
+        shapes = _shapes(tensors)
     assert shapes is not None
     outlines = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
     config = _run_config(work)

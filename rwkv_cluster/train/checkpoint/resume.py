@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rwkv_cluster.config import Config, TrainingConfig
+from rwkv_cluster.config import AdapterConfig, Config, TrainingConfig
 from rwkv_cluster.data.batch_size import divisors, listing
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.interchange.read import read_weights
@@ -20,6 +21,8 @@ from rwkv_cluster.train.checkpoint.state import RunIdentity
 log = logging.getLogger("rwkv_cluster")
 
 _FREE_SECTIONS = ("checkpoint", "guard", "logging")
+DEFAULTS = {"adapter": AdapterConfig().model_dump(mode="json")}
+"""Sections that checkpoints of earlier versions lack."""
 
 
 def accumulation_of(checkpoint: Checkpoint, training: TrainingConfig, world_size: int) -> int | None:
@@ -62,6 +65,9 @@ def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights
     starts = (old["training"].get("init_from"), new["training"]["init_from"])
     if starts[0] != starts[1] and not _is_same_start(*starts, init_weights):
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")
+    shape += _trained_differences(old, new)
+    if identity.base is not None and checkpoint.state.base != identity.base:  # which rank 0 alone has
+        shape.append(f"base (fingerprint): {checkpoint.state.base} -> {identity.base}")
     data = [
         f"{label}: {before} -> {now}"
         for label, before, now in (
@@ -86,6 +92,16 @@ def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights
     ]
     for line in changed:
         log.warning("continuing step %d with a changed setting: %s", checkpoint.step, line)
+
+
+def _trained_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What is trained otherwise, so that moments and masters of the one run are not those of the other."""
+    train = old["training"].get("train", "all"), new["training"]["train"]
+    lines = [f"training.train: {train[0]} -> {train[1]}"] if train[0] != train[1] else []
+    before, now = old.get("adapter", DEFAULTS["adapter"]), new["adapter"]
+    if before["kind"] == now["kind"] == "none":
+        return lines
+    return lines + _differences("adapter", {**before, "dropout": now["dropout"]}, now)
 
 
 def _is_same_start(old: str | None, new: str | None, init_weights: Path) -> bool:

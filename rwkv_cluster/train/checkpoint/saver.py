@@ -8,8 +8,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from rwkv_cluster.adapters.base import MergedTensors
+from rwkv_cluster.adapters.peft_folder import TrainedAdapter, folder_parts
+from rwkv_cluster.adapters.table import STATE, adapter_shapes
 from rwkv_cluster.config import Config
 from rwkv_cluster.data.horizon import is_due
+from rwkv_cluster.interchange.export.publish import publish
+from rwkv_cluster.interchange.state_file import write_state
+from rwkv_cluster.model.own_state import as_file
 from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
@@ -19,7 +25,7 @@ from rwkv_cluster.train.checkpoint.state import CheckpointState, RunIdentity
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.placement import DTYPES
-from rwkv_cluster.workdir import WorkDir
+from rwkv_cluster.workdir import FINAL, WorkDir
 
 
 class Saver:
@@ -65,8 +71,33 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def export(self, weights: Mapping[str, Tensor] | None, step: int, label: str) -> None:
-        """Write RWKV-LM's flat file out/rwkv-<label>.pth, in the training precision. weights: None but on rank 0."""
-        if weights is not None:
-            path = self._work.weights(label)
-            save_pth(path, weights, DTYPES[self._config.training.precision])
-            self._events.add("export", step, path=path)
+        """Write RWKV-LM's flat file out/rwkv-<label>.pth, in the training precision. weights: None but on rank 0.
+
+        An adapter is merged into the final one; before, it alone is written, as peft reads it. Of state tuning it is
+        always the state alone, in fp32.
+        """
+        if weights is None:
+            return
+        path, dtype, adapter = self._work.weights(label), DTYPES[self._config.training.precision], self._config.adapter
+        if adapter.kind == "none":
+            save_pth(path, weights, dtype)
+        elif adapter.kind == STATE:
+            write_state(path, as_file(weights, self._config.model.model_type))
+        else:
+            names = adapter_shapes(adapter, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+            parts = {name: weights[name] for shapes in names for name in shapes}
+            base = {name: tensor for name, tensor in weights.items() if name not in parts}
+            if label == FINAL:
+                merged = MergedTensors(base, parts, adapter)
+                save_pth(path, {name: merged[name].to(dtype) for name in base})  # rounded once
+            else:
+                path = self._work.adapter(label)
+                publish(path, folder_parts(self._trained(parts), "peft"))
+        self._events.add("export", step, path=path)
+
+    def _trained(self, parts: Mapping[str, Tensor]) -> TrainedAdapter:
+        """The adapter as it is now."""
+        config, base = self._config, self.identity.base
+        assert base is not None
+        base_name = config.training.init_from or str(self._work.initial_weights)
+        return TrainedAdapter(config.adapter, parts, config.model.model_type, base, base_name)

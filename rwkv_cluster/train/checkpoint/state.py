@@ -56,6 +56,7 @@ class RunIdentity:
     global_batch_size: int
     magic_prime: int
     order: str | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +128,18 @@ class CheckpointState:
     order: str | None = None
     """What fixes another order than RWKV-LM's, see `SamplePlan.order_name`; None for that, and absent in the file."""
 
+    base: str | None = None
+    """Fingerprint of the weights below an adapter; None, and absent in the file, where there is no adapter."""
+
     def to_json(self) -> str:
         """The content of `state.json`."""
         values = asdict(self)
         for rng_state in values["random_states"]:
             if rng_state["cuda"] is None:
                 del rng_state["cuda"]
-        if values["order"] is None:
-            del values["order"]
+        for name in ("order", "base"):
+            if values[name] is None:
+                del values[name]
         if values["unfinished"] is not None:  # the numbers of a step before its validation
             del values["unfinished"]["val_loss_ema"]
         return json.dumps(values, indent=1)

@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.adapters.base import MergedTensors, require_base
+from rwkv_cluster.adapters.table import STATE
+from rwkv_cluster.config import AdapterConfig, ModelConfig
 from rwkv_cluster.errors import CheckpointError, ConfigError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, read_weights
+from rwkv_cluster.model.own_state import ATT_SHIFT_NAME, FFN_SHIFT_NAME, WKV_NAME, as_file, set_own_state
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.weights_file import fit_state_dict, infer_model_config, load_pth, peek_pth, save_pth
 from rwkv_cluster.runtime.terminal.time_left import Countdown
@@ -29,13 +32,36 @@ def newest_weights(work: WorkDir) -> dict[str, Tensor]:
     """
     checkpoint = newest_verified(work.checkpoints)
     if checkpoint is not None:
-        return dict(checkpoint.weights())
+        return dict(whole_weights(checkpoint, work))
     if work.final_weights.exists():
         return load_pth(work.final_weights)
     raise MissingCheckpointError(
         f"{work.root} has no trained weights: no checkpoint and no {work.final_weights.name}",
         remedy="Train first: `rwkv-cluster train CONFIG`",
     )
+
+
+def whole_weights(checkpoint: Checkpoint, work: WorkDir) -> dict[str, Tensor] | ShardedTensors | MergedTensors:
+    """Weights of the model of a checkpoint of `work`; those of an adapter are merged into its base, in fp32.
+
+    Raises CheckpointError where the work directory has no base, or another one.
+    """
+    expected, path = checkpoint.state.base, work.initial_weights
+    if expected is None:
+        return checkpoint.weights()
+    base = load_pth(path, mapped=True)
+    require_base(base, expected, str(path))
+    adapter, parts = AdapterConfig(**checkpoint.state.config["adapter"]), dict(checkpoint.weights())
+    if adapter.kind == STATE:
+        return {**base, **as_file(parts, checkpoint.state.config["model"]["model_type"])}
+    return MergedTensors(base, parts, adapter)
+
+
+def final_weights(checkpoint: Checkpoint, work: WorkDir, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a run writes as its weights in `dtype`: the model, or of state tuning the state alone, in fp32."""
+    if checkpoint.state.config.get("adapter", {}).get("kind") == STATE:
+        return as_file(dict(checkpoint.weights()), checkpoint.state.config["model"]["model_type"])
+    return {name: tensor.to(dtype) for name, tensor in dict(whole_weights(checkpoint, work)).items()}
 
 
 def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> Path:
@@ -54,7 +80,7 @@ def consolidate(work: WorkDir, *, step: int | None = None, dtype: torch.dtype = 
     assert checkpoint is not None
     path = work.out / f"{checkpoint.path.name}.pth"
     log.info("writing %s", path)
-    save_pth(path, dict(checkpoint.weights()), dtype)
+    save_pth(path, dict(whole_weights(checkpoint, work)), dtype)
     return path
 
 
@@ -100,7 +126,12 @@ def _of_steps(work: WorkDir, steps: Sequence[int]) -> list[Checkpoint]:
 
 
 def _mapped(checkpoint: Checkpoint) -> dict[str, Tensor] | ShardedTensors:
-    """Weights of a verified checkpoint, left in their file."""
+    """Weights of a verified checkpoint, left in their file. Raises ConfigError where it holds a part of a model."""
+    if checkpoint.state.base is not None:
+        raise ConfigError(
+            f"{checkpoint.path} holds an adapter or a state alone, which has no average",
+            remedy="Average merged weights",
+        )
     whole = checkpoint.path / "weights.pth"
     return peek_pth(whole) if whole.name in checkpoint.files else checkpoint.weights()
 
@@ -143,10 +174,16 @@ def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.
 def model_from_weights(
     weights: dict[str, Tensor], *, ctx_len: int | None = None, device: str | torch.device = "cpu"
 ) -> RWKV:
-    """An fp32 RWKV that holds `weights`."""
+    """An fp32 RWKV that holds `weights`, and begins from the state that is among them."""
+    state = {
+        name: tensor for name, tensor in weights.items() if name.endswith((WKV_NAME, ATT_SHIFT_NAME, FFN_SHIFT_NAME))
+    }
+    weights = {name: tensor for name, tensor in weights.items() if name not in state}
     config: ModelConfig = infer_model_config(weights)
     if ctx_len is not None:
         config = config.model_copy(update={"ctx_len": ctx_len})
     model = RWKV(config)
     model.load_state_dict(fit_state_dict(weights, model))
+    if state:
+        set_own_state(model, state)
     return model.to(device)

@@ -21,9 +21,10 @@ from rwkv_cluster.kernels.sizes import (
     SEGMENT_BYTES,
     STEPS_BETWEEN_STATES,
 )
-from rwkv_cluster.model.parameter_shapes import block_parameters, lora_hidden, model_dims
+from rwkv_cluster.model.parameter_shapes import block_parameters, count, lora_hidden, model_dims
 from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES
+from rwkv_cluster.train.optimizers.selection import RunParameters
 
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
@@ -93,22 +94,38 @@ class Activations:
 
 
 def activations(
-    model: ModelConfig, vocab_size: int, kernels: Kernels, *, micro_bsz: int, precision: str, bf16_parameters: bool
+    model: ModelConfig,
+    vocab_size: int,
+    kernels: Kernels,
+    *,
+    micro_bsz: int,
+    precision: str,
+    bf16_parameters: bool,
+    parameters: RunParameters | None = None,
 ) -> Activations:
-    """Activations of a micro batch. bf16_parameters: whether they have the training precision (ZeRO 1 to 3)."""
+    """Activations of a micro batch. bf16_parameters: whether they have the training precision (ZeRO 1 to 3).
+
+    parameters: where the configuration freezes some. What a frozen block saves less is not counted.
+    """
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
+    in_blocks, trains_head, hidden = block_parameters(model), True, 0
+    if parameters is not None:
+        in_blocks = count({name: shape for name, shape in parameters.trained.items() if name.startswith("blocks.")})
+        trains_head, hidden = "head.weight" in parameters.trained, parameters.adapter_hidden
+    of_head = vocab_size * C if trains_head else 0  # elements of its weight's gradient
+    head = _head_bytes(tokens, vocab_size, C, item, kernels.device)
     return Activations(
         n_layer=L,
-        block=tokens * _block_bytes(model, kernels, item),
+        block=tokens * (_block_bytes(model, kernels, item) + hidden * item),
         wkv=L * _wkv_bytes(model, kernels, micro_bsz),
-        weights=float(block_parameters(model) * copies),
+        weights=float(in_blocks * copies),
         inputs=float(tokens * C * item * (L + version_of(model).saved.carried)),
-        outside=float(tokens * (_OUTSIDE * C * item + 8) + vocab_size * C * FP32),
+        outside=float(tokens * (_OUTSIDE * C * item + 8) + of_head * FP32),
         workspace=_WORKSPACE * tokens * item * model_dims(model).ffn + _chunked(model, kernels, micro_bsz),
-        head=_head_bytes(tokens, vocab_size, C, item, copies, kernels.device),
-        head_backward=float(vocab_size * C * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
+        head=head + of_head * (item + copies),
+        head_backward=float(of_head * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
     )
 
 
@@ -156,12 +173,12 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
     return float(_WORKSPACE_CHUNKED * FP32 * tokens * model_dims(model).att)
 
 
-def _head_bytes(tokens: int, V: int, C: int, item: int, copies: int, device: str) -> float:
-    """Bytes of `model.loss.head_loss` at work.
+def _head_bytes(tokens: int, V: int, C: int, item: int, device: str) -> float:
+    """Bytes of `model.loss.head_loss` at work, where the head is frozen.
 
-    Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed; the
-    chunk's product for the weight's gradient; the weight in the training precision.
+    Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed. A trained
+    head has the chunk's product for the weight's gradient, and the weight in the training precision, beside them.
     """
     rows = min(tokens, max(16, LOGITS_IN_FLIGHT[device] // V))
     gradients = (0 if item == FP32 else item) + (item if device == "cpu" else 0)
-    return float(rows * V * (item + FP32 + gradients) + V * C * (item + copies))
+    return float(rows * V * (item + FP32 + gradients))

@@ -93,13 +93,24 @@ def theory(parameters: int, ranks: int, stage: int | None, precision: str, optim
 
 
 def model_states(
-    shapes: Shapes, sharding: Sharding, precision: str, bucket_elements: int, optimizer: Optimizer
+    shapes: Shapes,
+    sharding: Sharding,
+    precision: str,
+    bucket_elements: int,
+    optimizer: Optimizer,
+    chosen: Shapes | None = None,
 ) -> ModelStates:
-    """State of training of a model with `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements."""
-    P, stage, ranks = count(trained(shapes)), sharding.stage, sharding.ranks
+    """State of training of a model with `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements.
+
+    chosen: those that are trained, where the configuration freezes the others, which then have the training precision.
+    """
+    updated = trained(shapes) if chosen is None else chosen
+    P, stage, ranks = count(updated), sharding.stage, sharding.ranks
     parts = theory(P, ranks, stage, precision, optimizer)
     item = ITEM_BYTES[precision] if stage else FP32
-    parts["weights"] += (count(shapes) - P) * item / (ranks if stage == 3 else 1)  # frozen ones have nothing else
+    frozen_item = item if chosen is None or stage == 0 else ITEM_BYTES[precision]  # DeepSpeed makes stage 0 all fp32
+    # frozen ones have nothing else
+    parts["weights"] += (count(shapes) - P) * frozen_item / (ranks if stage == 3 else 1)
     copy = FP32 * P / ranks if stage else 0.0
     host = 0.0
     if sharding.offload_optimizer:  # pinned: masters, moments, fp32 gradients, and updated parameters on their way back
@@ -114,7 +125,7 @@ def model_states(
         **parts,
         gathered=float(_gathered(shapes) * item) if stage == 3 and ranks > 1 else 0.0,
         gradient_copy=copy,
-        buckets=_buckets(shapes, sharding, item, bucket_elements),
+        buckets=_buckets(shapes if chosen is None else chosen, sharding, item, bucket_elements),
         keeps_gradients=stage == 3 or (stage is None and ranks > 1),
         host=host,
     )
@@ -128,7 +139,7 @@ def _gathered(shapes: Shapes) -> int:
 
 
 def _buckets(shapes: Shapes, sharding: Sharding, item: int, elements: int) -> float:
-    """Bytes of the buckets for communication, none larger than the model.
+    """Bytes of the buckets for communication, none larger than what is trained of `shapes`.
 
     Stages 1 and 2 fill one while the other travels (overlap_comm); stage 3 has one.
     """

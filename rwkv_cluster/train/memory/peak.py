@@ -11,14 +11,14 @@ Not in it: the CUDA context, cuBLAS, NCCL and the allocator's fragments; see `ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
-from rwkv_cluster.config import ModelConfig, TrainingConfig
-from rwkv_cluster.model.parameter_shapes import count, parameter_shapes
-from rwkv_cluster.model.versions.version import Shapes
+from rwkv_cluster.config import AdapterConfig, ModelConfig, TrainingConfig
+from rwkv_cluster.model.parameter_shapes import count
 from rwkv_cluster.train.memory.activations import Activations, Kernels, activations
 from rwkv_cluster.train.memory.model_states import ModelStates, Sharding, model_states
+from rwkv_cluster.train.optimizers.selection import RunParameters, run_parameters
 from rwkv_cluster.train.optimizers.table import optimizer_of
 
 
@@ -66,24 +66,32 @@ class MemoryModel:
     vocab_size: int
     training: TrainingConfig
     kernels: Kernels
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     @cached_property
-    def shapes(self) -> Shapes:
-        """Shapes of the parameters, by name."""
-        return parameter_shapes(self.model, self.vocab_size)
+    def parameters(self) -> RunParameters:
+        """Shapes of the parameters, trained and frozen."""
+        return run_parameters(self.model, self.vocab_size, self.training, self.adapter)
 
     @cached_property
     def _states(self) -> Callable[[Sharding], ModelStates]:
         """Model states by sharding, of which there are few while settings are many."""
         precision, bucket_elements = self.training.precision, self.training.ds_bucket_mb * 1_000_000
-        optimizer = optimizer_of(self.training)
-        return cache(lambda sharding: model_states(self.shapes, sharding, precision, bucket_elements, optimizer))
+        optimizer, shapes = optimizer_of(self.training), self.parameters.in_memory
+        chosen = self.parameters.trained if self.parameters.is_partial else None
+        return cache(lambda sharding: model_states(shapes, sharding, precision, bucket_elements, optimizer, chosen))
 
     @cached_property
-    def _elements(self) -> tuple[int, int]:
-        """Elements of the model, and of its first block."""
-        first = {name: shape for name, shape in self.shapes.items() if name.startswith("blocks.0.")}
-        return count(self.shapes), count(first)
+    def _shares(self) -> tuple[float, float, float]:
+        """Shares of the gradients that are those of emb, of the first block and of head."""
+        parameters = self.parameters
+        shapes = parameters.trained if parameters.is_partial else parameters.model
+        total = count(shapes)
+        parts = ("emb.", "blocks.0.", "head.")
+        emb, first, head = (
+            count({name: shape for name, shape in shapes.items() if name.startswith(part)}) / total for part in parts
+        )
+        return emb, first, head
 
     def memory(self, setting: Setting) -> Memory:
         """Memory of one rank under `setting`."""
@@ -96,6 +104,7 @@ class MemoryModel:
             micro_bsz=setting.micro_bsz,
             precision=precision,
             bf16_parameters=bool(stage) and precision != "fp32",
+            parameters=self.parameters if self.parameters.is_partial else None,
         )
         phases = self._phases(states, activation_bytes, setting)
         at = max(phases, key=lambda name: phases[name])
@@ -106,9 +115,9 @@ class MemoryModel:
 
     def _phases(self, states: ModelStates, activation_bytes: Activations, setting: Setting) -> dict[str, float]:
         """Bytes on the device in each phase of an optimizer step."""
-        (total, of_block_0), gradients = self._elements, states.gradients
-        of_matrix = gradients * self.vocab_size * self.model.n_embd / total  # of the head's, or of emb's
-        before_block_0 = gradients - of_matrix - gradients * of_block_0 / total
+        gradients = states.gradients
+        of_emb, of_block_0, of_head = (gradients * share for share in self._shares)
+        before_block_0 = gradients - of_emb - of_block_0
         early = gradients if states.keeps_gradients or setting.accumulates else 0.0
         saved, again = (
             activation_bytes.saved(grad_cp=setting.grad_cp),
@@ -119,7 +128,7 @@ class MemoryModel:
         updating = standing + (states.buckets if states.keeps_gradients else 0.0)
         return {
             "head": passing + early + saved + max(activation_bytes.head, activation_bytes.head_backward),
-            "last block": passing + max(early, of_matrix) + saved + again + activation_bytes.workspace,
+            "last block": passing + max(early, of_head) + saved + again + activation_bytes.workspace,
             "first block": passing
             + max(early, before_block_0)
             + activation_bytes.outside

@@ -6,7 +6,7 @@ arrive in fp32 and an optimizer of fp32 is all that mixed precision needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,19 @@ from rwkv_cluster.config import ModelType, TrainingConfig
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 from rwkv_cluster.train.optimizers.ema import keep_ema
+from rwkv_cluster.train.optimizers.selection import lr_multiplier
 from rwkv_cluster.train.optimizers.table import EMA, optimizer_of
+
+
+def freeze(model: nn.Module, trained: Collection[str], dtype: torch.dtype) -> None:
+    """Leave all but the parameters named in `trained` without a gradient, and hold them in `dtype`.
+
+    Of a run's initial weights, which are stored in the training precision, this loses nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
 
 
 def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -30,7 +42,8 @@ def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingC
     members: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            key = functions.group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
+            multiplier, decays = functions.group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
+            key = multiplier * lr_multiplier(name, training), decays
             members.setdefault(key, []).append((name, parameter))
     groups = [
         {

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rwkv_cluster.adapters.layers import saved_names
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.optimizers.param_groups import (
@@ -49,7 +50,7 @@ class ModelAndOptimizerState(Protocol):
         """
 
     def files(self) -> Files:
-        """What this rank has to save: fp32 masters and moments."""
+        """What this rank has to save: fp32 masters, what is frozen in its own precision, and moments."""
 
     def shapes(self) -> dict[str, list[int]] | None:
         """Shapes of the parameters where files hold pieces of them; None where they hold them whole."""
@@ -94,7 +95,9 @@ class ReplicatedState:
     def files(self) -> Files:
         if rank() != 0:
             return {}
-        return {"weights.pth": self._model.state_dict(), "optimizer.pth": optimizer_tensors(self._optimizer)}
+        names = saved_names(self._model)
+        weights = {name: tensor for name, tensor in self._model.state_dict().items() if name in names}
+        return {"weights.pth": weights, "optimizer.pth": optimizer_tensors(self._optimizer)}
 
     def shapes(self) -> dict[str, list[int]] | None:
         return None

@@ -23,8 +23,10 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from rwkv_cluster.adapters.layers import saved_names
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
@@ -191,7 +193,7 @@ class ZeroShardedState:
         return {f"weights-{suffix}": weights, f"optimizer-{suffix}": moments}
 
     def shapes(self) -> dict[str, list[int]] | None:
-        return {name: list(_shape(parameter)) for name, parameter in self._model.named_parameters()}
+        return {name: list(_shape(parameter)) for name, parameter in self._saved()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         masters, moments = checkpoint.weights(), checkpoint.optimizer()
@@ -282,10 +284,18 @@ class ZeroShardedState:
                 yield Fragment(name, start, {key: tensor[at : at + size] for key, tensor in whole.items()})
 
     def _frozen(self) -> dict[str, Tensor]:
-        """Parameters that are not trained and so have no master, as fp32 pieces; on rank 0. Collective."""
-        frozen = ((name, p) for name, p in self._model.named_parameters() if not p.requires_grad)
-        whole = {shard_key(name, 0): self._gathered(p).float().flatten() for name, p in frozen}
-        return whole if collectives.position()[0] == 0 else {}
+        """Saved parameters that are not trained and so have no master, each in one piece; on rank 0. Collective."""
+        pieces, unused = {}, unused_names()
+        for name, parameter in self._saved():
+            if not parameter.requires_grad:
+                whole = self._gathered(parameter).flatten()
+                pieces[shard_key(name, 0)] = whole.float() if name in unused else whole
+        return pieces if collectives.position()[0] == 0 else {}
+
+    def _saved(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that a checkpoint holds."""
+        names = saved_names(self._model)
+        return ((name, parameter) for name, parameter in self._model.named_parameters() if name in names)
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
         """The whole of one parameter. Collective in stage 3, where it is a copy in the host's memory."""

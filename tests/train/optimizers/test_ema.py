@@ -20,6 +20,7 @@ from rwkv_cluster.train.checkpoint.disk_space import bytes_needed_next
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.memory.model_states import Sharding, model_states
 from rwkv_cluster.train.optimizers.ema import keep_ema
+from rwkv_cluster.train.optimizers.selection import RunParameters
 from rwkv_cluster.train.optimizers.table import ADAMW, EMA, optimizer_of
 from rwkv_cluster.train.parallel.state import replaced
 from rwkv_cluster.train.run import train
@@ -68,7 +69,8 @@ def test_the_row_counts_it() -> None:
     shapes = {"blocks.0.ffn.key.weight": (1000, 1000)}
     plain, more = (model_states(shapes, Sharding(1), "fp32", 1, row).moments for row in (ADAMW, with_ema))
     assert more - plain == 4_000_000
-    plain, more = (bytes_needed_next(shapes, 2, 1, row, begins=True) for row in (ADAMW, with_ema))
+    parameters = RunParameters(shapes, shapes, {}, shapes, is_partial=False)
+    plain, more = (bytes_needed_next(parameters, 2, 1, row, begins=True) for row in (ADAMW, with_ema))
     assert more - plain == pytest.approx(6_000_000, rel=0.01)
 
 
