@@ -346,7 +346,8 @@ def test_generate_passes_its_options(install: Install, capsys: pytest.CaptureFix
         "9",
     ]
     assert main(arguments) == 0
-    options = {"n_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 9, "tokenizer": None, "state": None}
+    options = {"n_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 9}
+    options |= {"tokenizer": None, "adapter": None, "state": None}
     assert capsys.readouterr().out == f"w|a b|{options}\n"
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"prompt": "a b", "text": f"w|a b|{options}"}

@@ -29,6 +29,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="WORK_DIR_OR_WEIGHTS", help="a run's directory, or a file or folder of weights"
     )
+    parser.add_argument("--adapter", metavar="FOLDER", help="adapter to add to the weights, a folder as peft has it")
     parser.add_argument("--state", metavar="FILE", help="state to begin from: of state tuning, or that chat has saved")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1)")
     parser.add_argument("--top-p", type=float, default=0.85, help="share of likely tokens kept (default 0.85)")
@@ -57,6 +58,7 @@ def generate(options: argparse.Namespace) -> Result:
         top_p=options.top_p,
         seed=options.seed,
         tokenizer=tokenizer,
+        adapter=_path(options.adapter),
         state=_path(options.state),
     )
     data = {"prompt": options.prompt, "text": text}
@@ -159,7 +161,7 @@ def chat(options: argparse.Namespace) -> Result:
         from rwkv_cluster.train.sample import load_generator, template_of
 
     template = load_template(options.template or template_of(source))
-    model, chosen = load_generator(source, tokenizer, _path(options.state))
+    model, chosen = load_generator(source, tokenizer, adapter=_path(options.adapter), state=_path(options.state))
     sampling = ChatOptions(options.tokens, options.temperature, options.top_p, options.seed, options.system)
     session = ChatSession(model, chosen, template, sampling)
     session.set_thinking(options.think)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rwkv_cluster.adapters.read_folder import merge_folder
 from rwkv_cluster.config import DataConfig, LoggingConfig, TokenizerConfig
 from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import require_built_in, tokenizer_options
@@ -156,6 +157,7 @@ def generate_text(
     prompt: str | Question,
     *,
     tokenizer: TokenizerConfig | None = None,
+    adapter: Path | None = None,
     state: Path | None = None,
     **options: Any,
 ) -> str:
@@ -163,7 +165,7 @@ def generate_text(
 
     Raises as `load_generator`, and DataError for a prompt that the tokenizer cannot encode.
     """
-    model, chosen = load_generator(source, tokenizer, state)
+    model, chosen = load_generator(source, tokenizer, adapter=adapter, state=state)
     if isinstance(prompt, Question):
         return answer(model, chosen, prompt, **options)
     return continue_text(model, chosen, prompt, **options)
@@ -176,13 +178,15 @@ class Generator(NamedTuple):
     tokenizer: Any
 
 
-def load_generator(source: Path, tokenizer: TokenizerConfig | None = None, state: Path | None = None) -> Generator:
+def load_generator(
+    source: Path, tokenizer: TokenizerConfig | None = None, *, adapter: Path | None = None, state: Path | None = None
+) -> Generator:
     """The newest weights of a work directory, or those of a file or folder, with their tokenizer.
 
     tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
-    vocabulary that lies beside the weights, or an installed one for a model with its number of rows. state: file of a
-    state that the model begins from. Raises ConfigError where nothing says which tokenizer the model was trained with,
-    or it has more ids than the model has rows.
+    vocabulary that lies beside the weights, or an installed one for a model with its number of rows. adapter: folder of
+    one that is added to the weights. state: file of a state that the model begins from. Raises ConfigError where
+    nothing says which tokenizer the model was trained with, or it has more ids than the model has rows.
     """
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -195,6 +199,8 @@ def load_generator(source: Path, tokenizer: TokenizerConfig | None = None, state
             f"{source} has {n_rows:,} vocabulary rows, fewer than the tokenizer has ids ({n_ids:,})",
             remedy="Name the tokenizer that it was trained with by --tokenizer and --vocab-file",
         )
+    if adapter is not None:
+        merge_folder(model, adapter)
     if state is not None:
         load_state(model, state)
     return Generator(model, chosen)
