@@ -36,6 +36,7 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 Fused = Literal["auto", "plain", "native", "compile"]
+OptimizerName = Literal["adamw", "lion", "muon"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant", "points"]
 SCHEDULE_FIELDS = {"wsd": ("decay_steps", "decay_tokens", "decay_shape"), "points": ("lr_points",)}
 """Fields that belong to one schedule alone."""
@@ -258,8 +259,8 @@ class TrainingConfig(Section):
     lr_init: float = Field(6e-4, ge=0, description="learning rate after warm-up")
     lr_final: float = Field(6e-5, ge=0, description="learning rate at the end of the horizon")
     warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warm-up, from 1 % of the rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
-    beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay; Lion's mix of momentum and gradient")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay; Lion's decay of the momentum")
     adam_eps: float = Field(1e-18, ge=0, description="Adam's epsilon")
     weight_decay: float = Field(0.001, ge=0, description="decoupled weight decay of the matrices")
     micro_bsz: int = Field(16, ge=1, le=65_536, description="samples per rank and micro batch")
@@ -395,6 +396,11 @@ class TrainingConfig(Section):
         description="points: [tokens, learning rate] each, with straight lines between them, for instance "
         "[[0, 1e-3], [1000000, 1e-3], [2000000, 1e-5]]",
     )
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="adamw; lion; muon, for the matrices of the blocks, with adamw for the rest",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's decay of the momentum")
     ema_decay: float | None = Field(
         None,
         gt=0,

@@ -148,7 +148,8 @@ def _grad_cp(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | 
 
 def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding) -> float:
     """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written."""
-    whole = optimizer_of(config.training).tensors_saved * FP32 * count(parameters.trained)
+    states = parameters.trained
+    whole = FP32 * (count(states) + optimizer_of(config.training).moment_elements(states))
     return whole / (sharding.ranks if sharding.stage else 1)
 
 

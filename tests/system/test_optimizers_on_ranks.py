@@ -1,4 +1,4 @@
-"""The average on two ranks: that of one process, and a resume under ZeRO to the bit."""
+"""Optimizers and the average on two ranks: those of one process, and a resume under ZeRO to the bit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, verify
 pytestmark = pytest.mark.system
 
 STEPS = 8
-RATES = {"adamw": 3e-4}
+RATES = {"adamw": 3e-4, "lion": 1e-5, "muon": 3e-4}  # Lion's is small, as the sign of nearly 0 hangs on rounding
 
 
 def _new_run(folder: Path, *, optimizer: str = "adamw", **training: Any) -> Watched:
-    settings = {"max_steps": STEPS, "global_batch_size": 8, "micro_bsz": 2, "ema_decay": 0.9}
+    settings = {"max_steps": STEPS, "global_batch_size": 8, "micro_bsz": 2, "ema_decay": 0.9, "optimizer": optimizer}
     settings |= {"lr_init": RATES[optimizer], "lr_final": RATES[optimizer] / 10, **training}
     return new_run(folder, training=settings, checkpoint={"save_interval_steps": 4})
 
@@ -33,7 +33,16 @@ def _curve(run: Watched, key: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "training"), [("adamw", {"zero_stage": 2}), ("adamw", {"zero_stage": 3})], ids=str
+    ("optimizer", "training"),
+    [
+        ("muon", {"zero_stage": 1}),
+        ("muon", {"zero_stage": 2}),
+        ("muon", {"zero_stage": 3}),
+        pytest.param("muon", {"strategy": "ddp"}, marks=pytest.mark.slow),
+        pytest.param("lion", {"zero_stage": 3}, marks=pytest.mark.slow),
+        pytest.param("adamw", {"zero_stage": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_two_ranks_give_the_curve_of_one_process(
     optimizer: str, training: dict[str, Any], unbroken: Callable[..., Watched]
@@ -48,16 +57,16 @@ def test_two_ranks_give_the_curve_of_one_process(
     found, wanted = (load_pth(which.work.weights("final-ema")) for which in (run, alone))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 def test_a_resume_on_as_many_ranks_is_equal(
     unbroken: Callable[..., Watched], tmp_path: Path, start: Callable[..., Job]
 ) -> None:
-    run = _new_run(tmp_path, zero_stage=3)
+    run = _new_run(tmp_path, optimizer="muon", zero_stage=3)
     assert start(run.folder, ranks=2, fault="train.step@6:signal=SIGKILL").wait() != 0
     start(run.folder, ranks=2).complete()
-    whole = unbroken(_new_run, 2, optimizer="adamw", zero_stage=3)
+    whole = unbroken(_new_run, 2, optimizer="muon", zero_stage=3)
     assert losses(run.work.root) == losses(whole.work.root)
     found, wanted = (verify(checkpoint_path(which.work.checkpoints, STEPS)) for which in (run, whole))
     for tensors, others in ((found.weights(), wanted.weights()), (found.optimizer(), wanted.optimizer())):

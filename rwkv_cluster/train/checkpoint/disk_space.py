@@ -33,7 +33,9 @@ def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer, trai
 
     shapes: of what it saves. trained: of what has moments, default all of it.
     """
-    moments = len(optimizer.moments) * weights_bytes(shapes if trained is None else trained, _FP32)
+    trained = shapes if trained is None else trained
+    n_moments = sum(len(optimizer.moments_of(name, shape)) for name, shape in trained.items())
+    moments = _FP32 * optimizer.moment_elements(trained) + _TENSOR * n_moments
     return weights_bytes(shapes, _FP32) + moments + _RANK * world_size
 
 

@@ -62,6 +62,9 @@ def require_same_run(checkpoint: Checkpoint, identity: RunIdentity, init_weights
     shape = _differences("model", old["model"], new["model"])
     if checkpoint.state.global_batch_size != identity.global_batch_size:
         shape.append(f"global batch size: {checkpoint.state.global_batch_size} -> {identity.global_batch_size}")
+    optimizers = old["training"].get("optimizer", "adamw"), new["training"]["optimizer"]
+    if optimizers[0] != optimizers[1]:
+        shape.append(f"training.optimizer: {optimizers[0]} -> {optimizers[1]}")
     starts = (old["training"].get("init_from"), new["training"]["init_from"])
     if starts[0] != starts[1] and not _is_same_start(*starts, init_weights):
         shape.append(f"training.init_from: {starts[0]} -> {starts[1]}")

@@ -1,7 +1,7 @@
 """A step made durable: directories `step-XXXXXXXX` that exist whole and verified, or not at all.
 
     weights.pth      fp32 master weights, RWKV-LM's names
-    optimizer.pth    Adam's moments, `<moment>/<parameter name>`
+    optimizer.pth    the optimizer's moments, `<moment>/<parameter name>`
     state.json       step, tokens seen, random states of every rank, the configuration, the data's fingerprint
     manifest.json    size and sha256 of each of these, and of itself
 

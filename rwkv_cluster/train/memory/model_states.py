@@ -77,7 +77,8 @@ def theory(parameters: int, ranks: int, stage: int | None, precision: str, optim
     """Bytes on each of `ranks` for a model of `parameters` elements, all trained; stage: of ZeRO, None without it.
 
     Stage 1 divides masters and moments by the ranks, stage 2 also gradients, stage 3 also weights. Without ZeRO and in
-    stage 0 this package trains fp32 parameters in every precision and so has no masters beside them.
+    stage 0 this package trains fp32 parameters in every precision and so has no masters beside them. Matrices count as
+    any other parameter, also where the optimizer keeps other moments for them.
     """
     n_moments = len(optimizer.moments)
     if not stage:
@@ -107,6 +108,7 @@ def model_states(
     updated = trained(shapes) if chosen is None else chosen
     P, stage, ranks = count(updated), sharding.stage, sharding.ranks
     parts = theory(P, ranks, stage, precision, optimizer)
+    parts["moments"] = FP32 * optimizer.moment_elements(updated) / (ranks if stage else 1)
     item = ITEM_BYTES[precision] if stage else FP32
     frozen_item = item if chosen is None or stage == 0 else ITEM_BYTES[precision]  # DeepSpeed makes stage 0 all fp32
     # frozen ones have nothing else

@@ -35,25 +35,25 @@ def build_optimizer(model: nn.Module, model_type: ModelType, training: TrainingC
     """The optimizer of `training`. Frozen parameters are left out.
 
     Its groups carry `lr_multiplier`, `weight_decay`, `names` of their parameters, and `moments`: names of the tensors
-    that it keeps for each of them.
+    that it keeps for each of them, which are the same in all groups but for optimizers that treat matrices otherwise.
     """
     row = optimizer_of(training)
     functions = row.functions()
-    members: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    members: dict[tuple[float, bool, tuple[str, ...]], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             multiplier, decays = functions.group_of(name, parameter, model_type, layerwise_lr=training.layerwise_lr)
-            key = multiplier * lr_multiplier(name, training), decays
+            key = (multiplier * lr_multiplier(name, training), decays, row.moments_of(name, parameter.shape))
             members.setdefault(key, []).append((name, parameter))
     groups = [
         {
             "params": [parameter for _, parameter in named],
             "names": [name for name, _ in named],
-            "moments": row.moments,
+            "moments": moments,
             "lr_multiplier": multiplier,
             "weight_decay": training.weight_decay if decays else 0.0,
         }
-        for (multiplier, decays), named in sorted(members.items())
+        for (multiplier, decays, moments), named in sorted(members.items())
     ]
     optimizer: torch.optim.Optimizer = functions.build(groups, training)
     if training.ema_decay is not None:
@@ -67,12 +67,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_multiplier"]
 
 
-def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the tensors that it keeps for each parameter."""
-    moments: tuple[str, ...] = optimizer.param_groups[0]["moments"]
-    return moments
-
-
 def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that it trains, by name, group by group."""
     for group in optimizer.param_groups:
@@ -83,8 +77,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments as `<moment>/<parameter name>` -> fp32 tensor."""
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment]
-        for name, parameter in named_parameters(optimizer)
-        for moment in moment_names(optimizer)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for moment in group["moments"]
         if parameter in optimizer.state
     }
 
@@ -106,17 +101,18 @@ def restore_optimizer(
     """
     if updates == 0:
         return
-    fused = optimizer.defaults["fused"]
-    moments = moment_names(optimizer)
-    for name, parameter in named_parameters(optimizer):
-        state: dict[str, Any] = {
-            moment: parameter.detach().clone()
-            if moment == EMA and not has_ema(tensors)
-            else _moment(tensors, f"{moment}/{name}", parameter)
-            for moment in moments
-        }
-        state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
-        optimizer.state[parameter] = state
+    fused = optimizer.defaults.get("fused", False)
+    begins_ema = not has_ema(tensors)
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state: dict[str, Any] = {
+                moment: parameter.detach().clone()
+                if moment == EMA and begins_ema
+                else _moment(tensors, f"{moment}/{name}", parameter)
+                for moment in group["moments"]
+            }
+            state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
+            optimizer.state[parameter] = state
 
 
 def has_ema(tensors: Mapping[str, Tensor] | ShardedTensors) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +30,8 @@ from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint, Files
 from rwkv_cluster.train.checkpoint.shards import shard_key
 from rwkv_cluster.train.distributed import collectives
-from rwkv_cluster.train.optimizers.param_groups import has_ema, moment_names
+from rwkv_cluster.train.optimizers.muon import Muon
+from rwkv_cluster.train.optimizers.param_groups import has_ema
 from rwkv_cluster.train.optimizers.table import EMA
 from rwkv_cluster.train.parallel.state import replaced
 
@@ -155,11 +156,21 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start.. of the flattened parameter `name` that this rank keeps: views of fp32 master and moments."""
+    """Elements start.. of the flattened parameter `name` that this rank keeps; size 0 where it keeps none.
+
+    They lie at at.. in this rank's flat tensor of number `flat`.
+    """
 
     name: str
+    shape: tuple[int, ...]
+    flat: int
+    at: int
     start: int
-    tensors: dict[str, Tensor]
+    size: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """A view of the elements in a tensor like the flat one."""
+        return values[self.at : self.at + self.size]
 
 
 class ZeroShardedState:
@@ -171,6 +182,11 @@ class ZeroShardedState:
         self._model = model
         self._engine = engine
         self._zero = engine.optimizer
+        groups = self._zero.optimizer.param_groups
+        self._group_of = {name: number for number, group in enumerate(groups) for name in group["names"]}
+        self._moments_of_groups: list[tuple[str, ...]] = [group["moments"] for group in groups]
+        if isinstance(self._zero.optimizer, Muon):
+            self._zero.optimizer.of_whole_matrices = self._of_whole_matrices
 
     def clip_gradients(self, limit: float) -> float:
         raise NotImplementedError("DeepSpeed clips in its update")
@@ -183,10 +199,12 @@ class ZeroShardedState:
 
     def files(self) -> Files:
         weights, moments = {}, {}
-        for fragment in self._fragments():
-            weights[shard_key(fragment.name, fragment.start)] = fragment.tensors[MASTER]
-            for moment in self._moments:
-                moments[shard_key(f"{moment}/{fragment.name}", fragment.start)] = fragment.tensors[moment]
+        for fragment in self._kept():
+            for key, tensor in self._tensors(fragment).items():
+                if key == MASTER:
+                    weights[shard_key(fragment.name, fragment.start)] = tensor
+                else:
+                    moments[shard_key(f"{key}/{fragment.name}", fragment.start)] = tensor
         weights |= self._frozen()
         rank, world_size = collectives.position()
         suffix = f"{rank:05d}-of-{world_size:05d}.pth"
@@ -198,12 +216,12 @@ class ZeroShardedState:
     def restore(self, checkpoint: Checkpoint) -> None:
         masters, moments = checkpoint.weights(), checkpoint.optimizer()
         self._make_moments(checkpoint.state.optimizer_updates)
-        begins_ema = EMA in self._moments and not has_ema(moments)
-        for fragment in self._fragments():
-            for key, target in fragment.tensors.items():
+        begins_ema = not has_ema(moments)
+        for fragment in self._kept():
+            for key, target in self._tensors(fragment).items():
                 is_master = key == MASTER or (key == EMA and begins_ema)
                 whole = masters[fragment.name] if is_master else moments[f"{key}/{fragment.name}"]
-                target.copy_(whole.flatten()[fragment.start : fragment.start + target.numel()])
+                target.copy_(whole.flatten()[fragment.start : fragment.start + fragment.size])
 
     def weights(self) -> dict[str, Tensor] | None:
         rank, _ = collectives.position()
@@ -227,24 +245,34 @@ class ZeroShardedState:
 
     def _averages(self) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 averages of the trained parameters, on every rank. Collective; one is in memory at a time."""
-        pieces: dict[str, list[tuple[int, Tensor]]] = {}
+        averages = [self._zero.optimizer.state[flat][EMA] for flat in self._flats]
         for fragment in self._fragments():
-            pieces.setdefault(fragment.name, []).append((fragment.start, fragment.tensors[EMA]))
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                whole = torch.zeros(math.prod(_shape(parameter)), device=self._engine.device)
-                for start, piece in pieces.get(name, ()):
-                    whole[start : start + piece.numel()] = piece
-                yield name, collectives.sum_over_ranks(whole).view(_shape(parameter))
+            yield fragment.name, self._whole(fragment, averages[fragment.flat])
+
+    def _of_whole_matrices(self, flat: Tensor, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` of each whole matrix of which `values` has pieces as `flat` has: its values in the same pieces.
+
+        Collective; one matrix is in memory at a time. A rank that has nothing of one leaves the computing to others.
+        """
+        results = torch.zeros_like(values)
+        (number,) = (number for number, own in enumerate(self._flats) if own is flat)
+        for fragment in self._fragments():
+            if fragment.flat == number:
+                whole = self._whole(fragment, values)
+                if fragment.size > 0:
+                    result = function(whole).flatten()[fragment.start : fragment.start + fragment.size]
+                    fragment.of(results).copy_(result)
+        return results
+
+    def _whole(self, fragment: Fragment, values: Tensor) -> Tensor:
+        """The parameter of which `values`, like a flat tensor, has this rank's elements. Collective."""
+        whole = torch.zeros(math.prod(fragment.shape), device=self._engine.device)
+        whole[fragment.start : fragment.start + fragment.size] = fragment.of(values)
+        return collectives.sum_over_ranks(whole).view(fragment.shape)
 
     @property
     def _is_stage_3(self) -> bool:
         return bool(self._engine.zero_optimization_partition_weights())
-
-    @property
-    def _moments(self) -> tuple[str, ...]:
-        """Names of what the optimizer keeps beside the masters."""
-        return moment_names(self._zero.optimizer)
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -252,36 +280,45 @@ class ZeroShardedState:
         name = "fp32_partitioned_groups_flat" if self._is_stage_3 else "single_partition_of_fp32_groups"
         return list(getattr(self._zero, name))
 
+    def _moments(self, flat: int) -> tuple[str, ...]:
+        """Names of what the optimizer keeps beside the masters of that flat tensor."""
+        return self._moments_of_groups[self._zero.sub_group_to_group_id[flat] if self._is_stage_3 else flat]
+
     def _make_moments(self, updates: int) -> None:
         """Moments of zero, as after `updates` updates, in place of what the optimizer would make at its first."""
-        for flat in self._flats:
-            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in self._moments}
+        for number, flat in enumerate(self._flats):
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in self._moments(number)}
             self._zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **moments}
 
+    def _tensors(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Views of the fragment's fp32 master and moments."""
+        flat = self._flats[fragment.flat]
+        state = self._zero.optimizer.state[flat]
+        whole = {MASTER: flat.detach(), **{moment: state[moment] for moment in self._moments(fragment.flat)}}
+        return {key: fragment.of(tensor) for key, tensor in whole.items()}
+
+    def _kept(self) -> Iterator[Fragment]:
+        """Fragments that this rank has anything of."""
+        return (fragment for fragment in self._fragments() if fragment.size > 0)
+
     def _fragments(self) -> Iterator[Fragment]:
-        """Fragments that this rank keeps of the trained parameters.
+        """A fragment of every trained parameter, in the same order on every rank.
 
         What is read below is DeepSpeed's own: in which flat tensor of a stage a part lies, and where in the parameter.
         """
-        flats = self._flats
         parameter: Any  # with what DeepSpeed adds to it
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 continue
+            flat, at, start, size = self._group_of[name], 0, 0, 0
             if self._is_stage_3:
-                group, at, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                flat, at, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
                 start = size * collectives.position()[0]
-                size = min(size, parameter.ds_numel - start)  # the rest is padding
+                size = max(min(size, parameter.ds_numel - start), 0)  # the rest is padding
             elif (held := parameter._hp_mapping) is not None:
-                group, start = held.param_group_index, held.lp_fragment_address.start
+                start = held.lp_fragment_address.start
                 at, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
-            else:
-                continue
-            if size > 0:
-                flat = flats[group]
-                moments = self._zero.optimizer.state[flat]
-                whole = {MASTER: flat.detach(), **{moment: moments[moment] for moment in self._moments}}
-                yield Fragment(name, start, {key: tensor[at : at + size] for key, tensor in whole.items()})
+            yield Fragment(name, _shape(parameter), flat, at, start, size)
 
     def _frozen(self) -> dict[str, Tensor]:
         """Saved parameters that are not trained and so have no master, each in one piece; on rank 0. Collective."""

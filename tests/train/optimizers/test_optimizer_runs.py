@@ -1,0 +1,50 @@
+"""Runs with each optimizer: they learn, a kill changes no bit, and a checkpoint of another one is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import fingerprint, losses, tiny_run_config, write_config
+
+from rwkv_cluster.errors import ConfigError
+from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
+from rwkv_cluster.train.optimizers.table import OPTIMIZERS
+from rwkv_cluster.train.run import train
+
+pytestmark = pytest.mark.system
+
+RATES = {"adamw": 1e-3, "lion": 3e-4, "muon": 3e-3}
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_a_killed_run_ends_with_the_same_bits(optimizer: str, tmp_path: Path) -> None:
+    configs = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        training = {"max_steps": 10, "optimizer": optimizer, "lr_init": RATES[optimizer], "ema_decay": 0.9}
+        configs.append(tiny_run_config(tmp_path / name, training=training))
+    whole, killed = configs
+    train(whole)
+    write_config(tmp_path / "killed" / "run.yaml", killed)
+    result = subprocess.run(
+        [sys.executable, "-m", "rwkv_cluster", "train", "run.yaml"],
+        cwd=tmp_path / "killed",
+        env={**os.environ, FAULT_VARIABLE: "train.step@6:signal=SIGKILL"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == -9, result.stderr
+    train(killed)
+    assert fingerprint(whole.work_dir) == fingerprint(killed.work_dir)
+    curve = losses(whole.work_dir)
+    assert curve[-1] < curve[0] - 0.05
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    train(tiny_run_config(tmp_path, training={"max_steps": 4}))
+    with pytest.raises(ConfigError, match=r"training\.optimizer: adamw -> lion"):
+        train(tiny_run_config(tmp_path, training={"max_steps": 6, "optimizer": "lion"}))
