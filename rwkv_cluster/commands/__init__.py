@@ -6,7 +6,7 @@ what a command needs of the library it imports when it runs, so that `--help` an
 
 from __future__ import annotations
 
-from rwkv_cluster.commands.examining import BENCH, CONFIG, DOCTOR, INSPECT, PLAN
+from rwkv_cluster.commands.examining import BENCH, CONFIG, DOCTOR, INSPECT, LR_FIND, PLAN
 from rwkv_cluster.commands.exporting import EXPORT, MERGE
 from rwkv_cluster.commands.generation import CHAT, GENERATE
 from rwkv_cluster.commands.launching import CANCEL, LAUNCH, LOGS
@@ -16,6 +16,6 @@ from rwkv_cluster.commands.training import AVERAGE, BRANCH, CONSOLIDATE, EVAL, I
 
 _IN_ORDER_OF_HELP = (
     *(PREPARE, INIT, TRAIN, BRANCH, LAUNCH, STATUS, REPORT, LOGS, CANCEL),
-    *(GENERATE, CHAT, EVAL, EXPORT, MERGE, CONSOLIDATE, AVERAGE, INSPECT, CONFIG, PLAN, DOCTOR, BENCH),
+    *(GENERATE, CHAT, EVAL, EXPORT, MERGE, CONSOLIDATE, AVERAGE, INSPECT, CONFIG, PLAN, LR_FIND, DOCTOR, BENCH),
 )
 COMMANDS: dict[str, Subcommand] = {command.name: command for command in _IN_ORDER_OF_HELP}

@@ -1,4 +1,4 @@
-"""inspect, config, plan, doctor and bench: what a file, a configuration or a machine is and can do."""
+"""inspect, config, plan, lr-find, doctor and bench: what a file, a configuration or a machine is and can do."""
 
 from __future__ import annotations
 
@@ -123,6 +123,32 @@ PLAN = Subcommand(
     "parameters, steps, memory, disk and time of a run, before anything runs; needs no GPU",
     plan,
     _add_plan_arguments,
+    config="required",
+)
+
+
+def _add_lr_find_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="first", type=float, metavar="LR", help="first learning rate; default 1e-6")
+    parser.add_argument("--to", dest="last", type=float, metavar="LR", help="last learning rate; default 1")
+    parser.add_argument("--steps", dest="n_steps", type=int, metavar="N", help="optimizer steps; default 100")
+
+
+def lr_find(options: argparse.Namespace) -> Result:
+    """A learning-rate range test, of which nothing stays."""
+    config = trusted_config(options)
+    with importing_torch():
+        from rwkv_cluster.bench import lr_range
+
+    given = {name: getattr(options, name) for name in ("first", "last", "n_steps")}
+    test = lr_range.run(config, **{name: value for name, value in given.items() if value is not None})
+    return Result(test.text(), test.data())
+
+
+LR_FIND = Subcommand(
+    "lr-find",
+    "train some steps at growing learning rates, and suggest one; leaves nothing behind",
+    lr_find,
+    _add_lr_find_arguments,
     config="required",
 )
 

@@ -279,14 +279,17 @@ def ensure_init_file(config: Config, work: WorkDir, *, force: bool = False) -> P
         )
         log.info("initial weights: %s (already there)", path)
         return path
-    if config.training.init_from is not None:
-        state = _fitting(Path(config.training.init_from), _shapes_alone(config.model), INIT_FROM_REMEDY, config)
-    else:
-        model = RWKV(config.model)
-        initialize(model, max(config.training.random_seed, 0))
-        state = model.state_dict()
-    save_pth(path, state, DTYPES[config.training.precision])
+    save_pth(path, initial_state(config), DTYPES[config.training.precision])
     return path
+
+
+def initial_state(config: Config) -> dict[str, Tensor]:
+    """Weights that a run begins with. Raises CheckpointError for those of training.init_from, as `ensure_init_file`."""
+    if config.training.init_from is not None:
+        return _fitting(Path(config.training.init_from), _shapes_alone(config.model), INIT_FROM_REMEDY, config)
+    model = RWKV(config.model)
+    initialize(model, max(config.training.random_seed, 0))
+    return model.state_dict()
 
 
 def require_init_from(config: Config, work: WorkDir) -> None:
