@@ -67,7 +67,7 @@ class Job:
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
         inherited |= {"OMP_NUM_THREADS": "1"} | ({FAULT_VARIABLE: fault} if fault else {})
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
-        warm = not prefix and serves(environment or ())
+        warm = verb != "launch" and not prefix and serves(environment or ())  # launch imports none of the libraries
         start = partial(Process, server=start_server()) if warm else partial(subprocess.Popen, stdin=subprocess.DEVNULL)
         with open(self.output, "wb") as output:
             self.process = start(
