@@ -957,7 +957,7 @@ EXPORTS = [
     (["--format", "flo"], "--format flo is not a format. Nearest: fla"),
     (["--format", "fla", "--dtype", "fp8"], "--dtype is fp8, expected bf16, fp16 or fp32"),
     (["--format", "st", "--dtype", "bf16"], "--dtype is bf16, and st exists in fp16 only. Leave --dtype out"),
-    (["--format", "safetensors", "--merged"], "w.pth has no adapter to be merged. Export it without --merged"),
+    (["--format", "safetensors", "--merged"], "w.pth has no adapter to be merged. Export its weights as they are: `rwkv-cluster export w.pth --format pth`"),
     (["--format", "peft", "--dtype", "bf16"], "--dtype does not go with --format peft, which is the adapter alone, in fp32. Leave it out"),
     (["--format", "pth"], "{cwd}/w.pth is what would be exported. Name another --output"),
     (
@@ -982,6 +982,14 @@ def test_an_export_that_cannot_be(options: list[str], sentence: str, run: Run) -
     save_pth(Path("w.pth"), tiny_model("x070").state_dict())
     Path("there").write_text("x")
     refused(run, 2, sentence.format(cwd=Path.cwd()), "export", "w.pth", *options)
+
+
+def test_a_merge_of_what_has_no_adapter(run: Run) -> None:
+    save_pth(Path("w.pth"), tiny_model("x070").state_dict())
+    sentence = (
+        "w.pth has no adapter to be merged. Export its weights as they are: `rwkv-cluster export w.pth --format pth`"
+    )
+    refused(run, 2, sentence, "merge", "w.pth", "--output", "x.pth")
 
 
 def test_an_export_of_what_no_program_reads(run: Run) -> None:

@@ -57,7 +57,7 @@ def _settings(folder: Path) -> tuple[str, float]:
         peft_type, initial = config["peft_type"], str(config.get("init_lora_weights"))
         kinds = {"LORA": "dora" if config.get("use_dora") else "lora", "MISS": "miss"}
         scale = config["lora_alpha"] / config["r"] if peft_type == "LORA" else 1.0
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingCheckpointError(
             f"{folder} has no {CONFIG}, so it is no adapter", remedy="Name a folder as peft has it"
         ) from error

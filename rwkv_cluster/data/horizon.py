@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.data.sampler import SamplePlan
 
 
@@ -25,16 +26,10 @@ class Horizon:
         return step * self.global_batch_size // self.epoch_samples
 
 
-def horizon(
-    plan: SamplePlan,
-    *,
-    num_epochs: int | None,
-    max_steps: int | None,
-    max_tokens: int | None,
-    samples_per_epoch: int | None,
-) -> Horizon:
-    """The earliest of the given bounds; one epoch when none is given."""
-    epoch_samples = samples_per_epoch or plan.order.n_windows
+def horizon(plan: SamplePlan, training: TrainingConfig) -> Horizon:
+    """The earliest of the bounds in `training`: num_epochs, max_steps, max_tokens; one epoch when none is set."""
+    epoch_samples = training.samples_per_epoch or plan.order.n_windows
+    num_epochs, max_steps, max_tokens = training.num_epochs, training.max_steps, training.max_tokens
     if num_epochs is None and max_steps is None and max_tokens is None:
         num_epochs = 1
     bounds = []

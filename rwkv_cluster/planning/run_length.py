@@ -67,13 +67,7 @@ def _horizon(config: Config, plan: SamplePlan, *, needs_data: bool) -> Horizon |
     training = config.training
     if needs_data and training.max_steps is None and training.max_tokens is None:
         return None
-    return horizon(
-        plan,
-        num_epochs=None if needs_data else training.num_epochs,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        samples_per_epoch=training.samples_per_epoch,
-    )
+    return horizon(plan, training.model_copy(update={"num_epochs": None}) if needs_data else training)
 
 
 def learning_rates(config: Config, run: Length) -> dict[int, float]:

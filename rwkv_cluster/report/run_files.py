@@ -138,16 +138,10 @@ def end_of_run(config: Config, manifest: DataManifest, last: Mapping[str, Any]) 
     step, tokens = number(last, "step"), number(last, "tokens")
     if not step or not tokens:
         return None
-    training, ctx_len = config.training, config.model.ctx_len
+    ctx_len = config.model.ctx_len
     samples = max(round(tokens / step / ctx_len), 1)
     try:
         plan = plan_samples(manifest, config.data, ctx_len, samples)
     except RWKVClusterError:
         return None
-    return horizon(
-        plan,
-        num_epochs=training.num_epochs,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        samples_per_epoch=training.samples_per_epoch,
-    )
+    return horizon(plan, config.training)

@@ -136,13 +136,7 @@ def open_session(config: Config, work: WorkDir, manifest: DataManifest) -> Sessi
     global_batch_size = training.micro_bsz * placement.world_size * accumulate
     sample_plan = plan_samples(manifest, config.data, config.model.ctx_len, global_batch_size)
     sample_plan = replace(sample_plan, skipped=checkpoint.state.skipped if checkpoint else ())
-    end = horizon(
-        sample_plan,
-        num_epochs=training.num_epochs,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        samples_per_epoch=training.samples_per_epoch,
-    )
+    end = horizon(sample_plan, training)
     base = base_fingerprint(config, work) if checkpoint is not None and rank() == 0 else None
     session = Session(
         config, work, manifest, placement, sample_plan, end, accumulate, checkpoint, *guard_states(checkpoint), base

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model
+from tiny_models import VERSIONS, adapter_parts, add_trained_adapter, relative_error, some_tokens, tiny_model
 
 from rwkv_cluster.adapters.base import MergedTensors, fingerprint, require_base
-from rwkv_cluster.adapters.layers import adapter_names, attach, initialize_adapter, load_adapter, saved_names
+from rwkv_cluster.adapters.layers import attach, initialize_adapter, load_adapter, saved_names
 from rwkv_cluster.adapters.table import KINDS, adapter_shapes
 from rwkv_cluster.config import AdapterConfig
 from rwkv_cluster.errors import CheckpointError, ConfigError
@@ -24,20 +24,12 @@ def _adapted(model_type: str, adapter: AdapterConfig, *, moved: bool = True) -> 
     """A small frozen model with an adapter; moved: away from its initial values, as training does."""
     model = tiny_model(model_type)
     freeze(model, (), torch.float32)
-    attach(model, adapter)
-    initialize_adapter(model, seed=0)
-    generator = torch.Generator().manual_seed(4)
     if moved:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        add_trained_adapter(model, adapter)
+    else:
+        attach(model, adapter)
+        initialize_adapter(model, seed=0)
     return model
-
-
-def _parts(model: RWKV) -> dict[str, torch.Tensor]:
-    names = adapter_names(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 @pytest.mark.parametrize(("model_type", "kind"), EVERY)
@@ -62,7 +54,7 @@ def test_logits_begin_as_those_of_the_base_and_merged_ones_stay_equal(model_type
         model = _adapted(model_type, adapter)
         logits = model(tokens)
         assert relative_error(logits, wanted) > 1e-3
-        merged = MergedTensors(base.state_dict(), _parts(model), adapter)
+        merged = MergedTensors(base.state_dict(), adapter_parts(model), adapter)
         assert list(merged.keys()) == list(base.state_dict())
         whole = tiny_model(model_type)
         whole.load_state_dict(dict(merged))
@@ -96,15 +88,15 @@ def test_without_a_gradient_nothing_is_dropped() -> None:
 
 def test_initial_values_are_those_of_their_seed_and_name() -> None:
     adapter = AdapterConfig(kind="lora", rank=3)
-    one, two = (_parts(_adapted("x070", adapter, moved=False)) for _ in range(2))
+    one, two = (adapter_parts(_adapted("x070", adapter, moved=False)) for _ in range(2))
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
-    fewer = _parts(_adapted("x070", AdapterConfig(kind="lora", rank=3, targets=["*.ffn.value"]), moved=False))
+    fewer = adapter_parts(_adapted("x070", AdapterConfig(kind="lora", rank=3, targets=["*.ffn.value"]), moved=False))
     assert set(fewer) < set(one)
     assert all(torch.equal(one[name], tensor) for name, tensor in fewer.items())
 
 
 def test_an_adapter_of_another_shape_is_refused() -> None:
-    parts = _parts(_adapted("x070", AdapterConfig(kind="lora", rank=3)))
+    parts = adapter_parts(_adapted("x070", AdapterConfig(kind="lora", rank=3)))
     model = _adapted("x070", AdapterConfig(kind="lora", rank=4))
     with pytest.raises(CheckpointError, match=r"blocks.0.att.key.lora_A is \(3, 32\), this run has \(4, 32\)"):
         load_adapter(model, parts)

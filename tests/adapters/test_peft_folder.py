@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import relative_error, some_tokens, tiny_model
+from tiny_models import adapter_parts, add_trained_adapter, relative_error, some_tokens, tiny_model
 from torch import Tensor
 
-from rwkv_cluster.adapters.layers import adapter_names, attach, initialize_adapter
 from rwkv_cluster.adapters.peft_folder import CONFIG, TENSORS, TrainedAdapter, write_folder
 from rwkv_cluster.adapters.table import KINDS
 from rwkv_cluster.cli import main
@@ -26,21 +25,12 @@ from rwkv_cluster.model.weights_file import save_pth
 
 def _adapted(adapter: AdapterConfig, **sizes: int) -> RWKV:
     model = tiny_model("x070", **sizes)
-    attach(model, adapter)
-    initialize_adapter(model, seed=0)
-    generator = torch.Generator().manual_seed(4)
-    names = adapter_names(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in names and parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    add_trained_adapter(model, adapter)
     return model
 
 
 def _trained(model: RWKV, adapter: AdapterConfig) -> TrainedAdapter:
-    names = adapter_names(model)
-    parts = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    return TrainedAdapter(adapter, parts, "x070", base="0" * 64, base_name="base.pth")
+    return TrainedAdapter(adapter, adapter_parts(model), "x070", base="0" * 64, base_name="base.pth")
 
 
 def _by_peft(weight: Tensor, settings: dict[str, Any], own: dict[str, Tensor]) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import relative_error, some_tokens, tiny_model
+from tiny_models import adapter_parts, add_trained_adapter, relative_error, some_tokens, tiny_model
 
 from rwkv_cluster.adapters.base import fingerprint
-from rwkv_cluster.adapters.layers import adapter_names, attach, initialize_adapter
 from rwkv_cluster.adapters.peft_folder import CONFIG, TENSORS, TrainedAdapter, write_folder
 from rwkv_cluster.adapters.read_folder import merge_folder
 from rwkv_cluster.adapters.table import KINDS
@@ -37,16 +36,8 @@ def _folder(path: Path, kind: str = "lora", format_name: str = "peft") -> RWKV:
     adapter = AdapterConfig(kind=kind, rank=4, alpha=None if kind == "miss" else 12.0)
     model = _base()
     base = fingerprint({name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
-    attach(model, adapter)
-    initialize_adapter(model, seed=0)
-    generator = torch.Generator().manual_seed(4)
-    names = adapter_names(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in names and parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    parts = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    trained = TrainedAdapter(adapter, parts, "x070", base=base, base_name="base.pth")
+    add_trained_adapter(model, adapter)
+    trained = TrainedAdapter(adapter, adapter_parts(model), "x070", base=base, base_name="base.pth")
     write_folder(trained, format_name, path, source_sha256="1")
     return model
 
@@ -114,3 +105,6 @@ def test_what_is_not_understood_is_refused(damage: Callable[[Path], Any], senten
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingCheckpointError, match=r"has no adapter_config\.json, so it is no adapter"):
         merge_folder(_base(), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingCheckpointError, match=r"file has no adapter_config\.json, so it is no adapter"):
+        merge_folder(_base(), tmp_path / "file")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_cluster.config import DataConfig
+from rwkv_cluster.config import DataConfig, TrainingConfig
 from rwkv_cluster.data.batch_size import accumulation
 from rwkv_cluster.data.horizon import Horizon, horizon
 from rwkv_cluster.data.manifest import DataManifest, FileRecord, PackingRecord
@@ -127,8 +127,7 @@ def test_last_slot_has_its_target() -> None:
 
 
 def _horizon(**bounds: int | None) -> Horizon:
-    defaults = {"num_epochs": None, "max_steps": None, "max_tokens": None, "samples_per_epoch": None}
-    return horizon(SamplePlan(10, CubicOrder(101), 16), **{**defaults, **bounds})
+    return horizon(SamplePlan(10, CubicOrder(101), 16), TrainingConfig(**bounds))
 
 
 def test_one_epoch_is_one_pass_over_the_slots() -> None:
@@ -145,7 +144,7 @@ def test_the_earliest_bound_ends_the_run_and_sets_the_horizon() -> None:
 
 def test_mini_epochs_of_rwkv_lm() -> None:
     plan = SamplePlan(512, CubicOrder(2_926_181), 16)
-    end = horizon(plan, num_epochs=None, max_steps=None, max_tokens=MINIPILE_TOKENS, samples_per_epoch=40320)
+    end = horizon(plan, TrainingConfig(max_tokens=MINIPILE_TOKENS, samples_per_epoch=40320))
     assert [end.epoch_end(e) for e in range(3)] == [2520, 5040, 7560]
     assert [end.epoch_of(s) for s in (0, 2519, 2520)] == [0, 0, 1]
     assert end.tokens == MINIPILE_TOKENS

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed_rows import DOCUMENTS, differentiated, errors, packed
 from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model, tiny_model_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rwkv_cluster.model.rwkv import RWKV
-
-DOCUMENTS = [[7, 1, 16, 16], [40]]  # lengths, of two rows of 40
-
-
-def packed(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss and gradients by parameter, each row in one piece."""
-    starts = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, lengths in enumerate(DOCUMENTS):
-        starts[row, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
-    logits = model.head(model.hidden(tokens, starts))
-    return differentiated(model, cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
 
 
 def alone(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -30,17 +20,6 @@ def alone(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         for x, y in zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True)
     ]
     return differentiated(model, torch.stack(losses).sum())
-
-
-def differentiated(model: RWKV, loss: Tensor) -> dict[str, Tensor]:
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
-
-
-def errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    assert found.keys() == wanted.keys()
-    return {name: float((found[name] - x).norm() / x.norm()) for name, x in wanted.items()}
 
 
 def model_with(model_type: str, **choices: str | bool) -> RWKV:

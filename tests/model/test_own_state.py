@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed_rows import DOCUMENTS, differentiated, errors, packed
 from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model, tiny_model_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -11,8 +12,6 @@ from torch.nn.functional import cross_entropy
 from rwkv_cluster.model.generate import generate
 from rwkv_cluster.model.own_state import add_own_state, file_shapes, named_state, own_state, set_own_state
 from rwkv_cluster.model.rwkv import RWKV
-
-DOCUMENTS = [[7, 1, 16, 16], [40]]  # lengths, of two rows of 40
 
 
 def model_with(model_type: str, *, with_shifts: bool = True, **choices: str | bool) -> RWKV:
@@ -25,15 +24,6 @@ def model_with(model_type: str, *, with_shifts: bool = True, **choices: str | bo
     return model
 
 
-def packed(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss and gradients by parameter, each row in one piece."""
-    starts = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, lengths in enumerate(DOCUMENTS):
-        starts[row, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
-    logits = model.head(model.hidden(tokens, starts))
-    return differentiated(model, cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-
-
 def alone(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Loss and gradients by parameter, each document by a call from the state that is given it."""
     losses = []
@@ -42,17 +32,6 @@ def alone(model: RWKV, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
             logits, _ = model.forward_with_state(x.unsqueeze(0), model.initial_state(1))
             losses.append(cross_entropy(logits[0], y, reduction="sum"))
     return differentiated(model, torch.stack(losses).sum())
-
-
-def differentiated(model: RWKV, loss: Tensor) -> dict[str, Tensor]:
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
-
-
-def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    assert found.keys() == wanted.keys()
-    return max(float((found[name] - x).norm() / x.norm()) for name, x in wanted.items())
 
 
 @pytest.mark.parametrize(
@@ -71,14 +50,15 @@ def test_loss_and_every_gradient_are_those_of_each_document_alone(model_type, ba
     wanted = alone(model_with(model_type, **choices), tokens, targets)
     found = packed(model_with(model_type, grad_cp=grad_cp, **choices), tokens, targets)
     assert len([name for name in found if ".own_state." in name]) == (6 if with_shifts else 2)
-    assert worst(found, wanted) < 1e-6
+    assert max(errors(found, wanted).values()) < 1e-6
 
 
 @pytest.mark.parametrize("model_type", VERSIONS)
 def test_in_float64_to_the_last_digits(model_type):
     tokens, targets = some_tokens(2, 40), some_tokens(2, 40, seed=5)
     wanted = alone(model_with(model_type, wkv_backend="reference").double(), tokens, targets)
-    assert worst(packed(model_with(model_type, wkv_backend="reference").double(), tokens, targets), wanted) < 1e-12
+    found = packed(model_with(model_type, wkv_backend="reference").double(), tokens, targets)
+    assert max(errors(found, wanted).values()) < 1e-12
 
 
 @pytest.mark.parametrize("model_type", VERSIONS)

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rwkv_cluster.config import Config, TrainingConfig, loader
 from rwkv_cluster.config.schema import open_sizes
-from rwkv_cluster.data.horizon import Horizon, horizon
+from rwkv_cluster.data.horizon import horizon
 from rwkv_cluster.data.manifest import load_manifest
 from rwkv_cluster.data.sampler import SamplePlan, plan_samples
 from rwkv_cluster.errors import CheckpointError, ConfigError, MissingCheckpointError
@@ -119,7 +119,7 @@ def _require_continuation(trunk: WorkDir, config: Config, files: CheckpointFiles
         values, manifest.fingerprint, samples.global_batch_size, samples.magic_prime, samples.order_name
     )
     resume.require_same_run(checkpoint, identity, trunk.initial_weights)
-    resume.finished_beyond(checkpoint, _horizon(training, samples).total_steps)
+    resume.finished_beyond(checkpoint, horizon(samples, training).total_steps)
     _tell_jump(TrainingConfig(**files.state.config["training"]), training, samples, files.step)
 
 
@@ -130,22 +130,12 @@ def _tell_jump(old: TrainingConfig, new: TrainingConfig, samples: SamplePlan, st
             max(step - 1, 0),
             training=training,
             tokens_per_step=samples.tokens_per_step,
-            horizon_tokens=_horizon(training, samples).tokens,
+            horizon_tokens=horizon(samples, training).tokens,
         )
         for training in (old, new)
     )
     if had != has:
         log.warning("the learning rate of the last step was %.3g, and by the branch's schedule would be %.3g", had, has)
-
-
-def _horizon(training: TrainingConfig, samples: SamplePlan) -> Horizon:
-    return horizon(
-        samples,
-        num_epochs=training.num_epochs,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        samples_per_epoch=training.samples_per_epoch,
-    )
 
 
 def _fill(new: WorkDir, trunk: WorkDir, config: Config, checkpoint: CheckpointFiles, parent: Parent) -> None:

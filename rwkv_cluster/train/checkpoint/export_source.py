@@ -53,7 +53,7 @@ def source_of(path: Path, vocabulary: Path | None = None, *, merged: bool = Fals
             f"{path} has {'an adapter beside its weights' if has_adapter else 'no adapter to be merged'}",
             remedy="Add --merged for both in one, or use --format peft for the adapter alone"
             if has_adapter
-            else "Export it without --merged",
+            else f"Export its weights as they are: `rwkv-cluster export {path} --format pth`",
         )
     if checkpoint is not None:
         return _of_checkpoint(checkpoint, work, vocabulary)
