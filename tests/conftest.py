@@ -10,14 +10,18 @@ from golden_files import FLAG, Golden
 
 from rwkv_cluster.commands.loading import importing_torch
 
-with importing_torch():  # as the command line does: transformers alone would take seconds of every worker
-    import pytorch_lightning  # noqa: F401
-
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has left out, for this process and those that it starts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(FLAG, action="store_true", help="write the files in tests/golden anew where they differ")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import Lightning as the command line does, for transformers alone would take seconds, where tests are run."""
+    if not config.getoption("numprocesses", None):  # the process that hands tests to workers runs none
+        with importing_torch():
+            import pytorch_lightning  # noqa: F401
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,10 @@ def _documented(node: Node, name: str) -> Iterator[tuple[str, Node]]:
             yield f"{name}:{child.name}", child
 
 
-def _definitions(*folders: str) -> Iterator[tuple[str, Node]]:
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield from _documented(ast.parse(path.read_text()), str(path.relative_to(ROOT)))
+@functools.cache
+def _definitions(folder: str) -> list[tuple[str, Node]]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return [each for path in files for each in _documented(ast.parse(path.read_text()), str(path.relative_to(ROOT)))]
 
 
 def _depends_on_another(docstring: str) -> bool:
@@ -52,7 +53,12 @@ def _parameters(function: Function) -> list[str]:
 
 def test_the_first_line_of_a_docstring_stands_alone() -> None:
     """It begins with a noun or a verb: neither with a preposition, nor with the name of another docstring."""
-    dependent = {name for name, node in _definitions(*PACKAGES) if _depends_on_another(ast.get_docstring(node) or "")}
+    dependent = {
+        name
+        for folder in PACKAGES
+        for name, node in _definitions(folder)
+        if _depends_on_another(ast.get_docstring(node) or "")
+    }
     assert sorted(dependent) == []
 
 
@@ -67,7 +73,8 @@ def test_functions_have_few_parameters() -> None:
     """Operators of kernels/ take as many tensors as their mathematics."""
     long = {
         name
-        for name, node in _definitions("rwkv_cluster", "launch")
+        for folder in ("rwkv_cluster", "launch")
+        for name, node in _definitions(folder)
         if isinstance(node, Function) and len(_parameters(node)) > MAX_PARAMETERS
     }
     assert sorted(long.difference(SIGNATURES)) == []

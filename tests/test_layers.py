@@ -1,6 +1,7 @@
 """Imports only go down, nothing is knotted, and what runs on a login node never loads torch."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path, known: set[str]) -> set[str]:
+@functools.cache
+def imported(path: Path, known: frozenset[str]) -> set[str]:
     """Modules below rwkv_cluster that a file imports anywhere, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -73,7 +75,7 @@ def floor(module: str) -> int:
 def test_imports_go_down_and_strangers_stay_strangers() -> None:
     found = modules()
     for module, path in found.items():
-        for target in imported(path, set(found)):
+        for target in imported(path, frozenset(found)):
             assert floor(target) <= floor(module), f"{module} imports {target}, which is above it"
             refused = STRANGERS.get(module.split(".")[0], ())
             assert target.split(".")[0] not in refused, f"{module} must not know {target}"
@@ -81,7 +83,7 @@ def test_imports_go_down_and_strangers_stay_strangers() -> None:
 
 def test_no_module_imports_itself_by_a_detour() -> None:
     found = modules()
-    graph = {module: imported(path, set(found)) - {module} for module, path in found.items()}
+    graph = {module: imported(path, frozenset(found)) - {module} for module, path in found.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a cycle
 
 

@@ -535,7 +535,7 @@ def test_data_that_was_deleted_is_prepared_again_from_the_same_input(run: Run, t
     assert losses("work") == losses("whole")
 
 
-@pytest.mark.parametrize("gone", ["text.jsonl", "texts"])
+@pytest.mark.parametrize("gone", ["text.jsonl", pytest.param("texts", marks=pytest.mark.system)])
 def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Path) -> None:
     Path("texts").mkdir()
     shutil.copy("text.jsonl", "texts")
@@ -580,13 +580,14 @@ def test_a_run_goes_on_when_its_input_is_gone(gone: str, run: Run, tmp_path: Pat
 def test_init_from_what_is_no_weights_file(make: Callable[[Path], None], sentence: str, run: Run) -> None:
     """Told before the data is prepared, which may take hours."""
     make(Path("other.pth"))
-    ending = "training.init_from names it"
-    for command in ("train", "doctor"):
-        if command == "train":
-            refused(run, 4, f"other.pth cannot start this run: {sentence}. {ending}",
-                    command, "run.yaml", "--training.init_from=other.pth")  # fmt: skip
-        else:
-            assert main([command, "run.yaml", "--training.init_from=other.pth"]) == 4
+    told = f"other.pth cannot start this run: {sentence}. training.init_from names it"
+    refused(run, 4, told, "train", "run.yaml", "--training.init_from=other.pth")
+    assert not Path("work/data/manifest.json").exists()
+
+
+def test_doctor_looks_at_the_initial_weights() -> None:
+    Path("other.pth").write_bytes(b"junk")
+    assert main(["doctor", "run.yaml", "--training.init_from=other.pth"]) == 4
     assert not Path("work/data/manifest.json").exists()
 
 
@@ -628,6 +629,7 @@ def test_init_from_weights_of_another_model_than_the_file_says(run: Run) -> None
         refused(run, 4, sentence, command, "run.yaml", weights, *other)
 
 
+@pytest.mark.system
 def test_the_same_initial_weights_under_another_name(run: Run, tmp_path: Path) -> None:
     run("init", "run.yaml", "--work_dir=base", "--training.random_seed=7")
     run("init", "run.yaml", "--work_dir=base2", "--training.random_seed=8")
@@ -712,7 +714,7 @@ def test_a_token_file_that_is_cut_off(run: Run) -> None:
     assert set(files()) - set(before) <= {"new/.lock", "new/data/.prepare.lock"}
 
 
-@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
+@pytest.mark.parametrize("name", ["train.bin", pytest.param("train.idx", marks=pytest.mark.system)])
 def test_a_flipped_bit_in_a_token_file(name: str, run: Run, tmp_path: Path) -> None:
     for work in ("work", "undisturbed"):
         run("train", "run.yaml", f"--work_dir={work}")
@@ -764,6 +766,7 @@ def test_eval_with_the_weights_of_a_smaller_vocabulary(run: Run, tmp_path: Path)
             "eval", "work", "--weights", "small/out/rwkv-final.pth")  # fmt: skip
 
 
+@pytest.mark.system
 def test_a_flipped_bit_in_the_validation_file_does_not_give_another_loss(run: Run, tmp_path: Path) -> None:
     run("train", "run.yaml", "--data.validation_fraction=0.1")
     path = tmp_path / "work/data/val.bin"

@@ -21,6 +21,8 @@ from rwkv_cluster.report.draw import short, tick_labels
 from rwkv_cluster.train.run import train
 from rwkv_cluster.workdir import WorkDir
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -175,7 +177,6 @@ def test_smoothing_has_no_start_up_bias() -> None:
     assert np.allclose(series.smoothed(columns, "loss").value, 3.0)
 
 
-@pytest.mark.system
 def test_several_runs_show_what_differs(work: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(work, tmp_path / "two" / "work"))
     path = other / "configs" / "config.yaml"
@@ -223,7 +224,6 @@ def test_without_matplotlib(work: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "pip install 'rwkv-cluster[report]'" in capsys.readouterr().err
 
 
-@pytest.mark.system
 def test_torch_is_not_needed(work: Path) -> None:
     code = f"from rwkv_cluster.cli import main; assert main(['report', {str(work)!r}]) == 0"
     check = "import sys; assert not {'torch', 'pytorch_lightning'} & set(sys.modules)"

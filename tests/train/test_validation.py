@@ -103,6 +103,7 @@ def test_bytes_are_their_own_bits_and_integers_have_none(tmp_path: Path) -> None
             assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2), rel=1e-12)
 
 
+@pytest.mark.system
 def test_samples_disturb_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fingerprints, states = [], []
     for name, interval in (("without", None), ("with", 3)):
@@ -145,6 +146,7 @@ def _ending_early(folder: Path, patience: int | None = 2, **training: Any) -> Co
     return tiny_run_config(folder, training={**training, "early_stop_patience": patience})
 
 
+@pytest.mark.system
 def test_an_early_end_is_an_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

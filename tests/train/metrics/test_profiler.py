@@ -14,6 +14,8 @@ from rwkv_cluster.cli import main
 from rwkv_cluster.train.metrics.profile_breakdown import PARTS, break_down, read_trace
 from rwkv_cluster.train.run import train
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,7 +35,6 @@ def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "work/logs/profile/rank-0.json").read_text())
 
 
-@pytest.mark.system
 def test_the_weights_are_the_same_to_the_bit(profiled: Path, tmp_path: Path) -> None:
     train(_config(tmp_path))
     assert not (tmp_path / "work/logs/profile").exists()
@@ -79,7 +80,6 @@ def test_pauses_of_the_profiler_do_not_count_as_training(profiled: Path) -> None
     assert min(record["tokens_per_s"] for record in records[1:]) > max(r["tokens_per_s"] for r in records) / 50
 
 
-@pytest.mark.system
 @pytest.mark.parametrize(("max_steps", "steps"), [(5, "steps 4 to 5"), (3, None)])
 def test_a_session_shorter_than_its_profile(
     max_steps: int, steps: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
