@@ -31,7 +31,7 @@ LIGHT = """
     rwkv_cluster.interchange.export.table
     rwkv_cluster.model.flops rwkv_cluster.model.versions.table
     rwkv_cluster.runtime.gpu_specs rwkv_cluster.planning.run_plan rwkv_cluster.planning.formatting
-    rwkv_cluster.planning.step_time
+    rwkv_cluster.planning.step_time rwkv_cluster.planning.fit
 """.split()  # noqa: SIM905 -- a list of words reads better
 
 

@@ -96,16 +96,27 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-s", metavar="X", help="speed of all ranks together")
     parser.add_argument("--mfu", metavar="F", help="speed as a share of the peak, such as 0.4")
     parser.add_argument("--peak-tflops", metavar="P", help="10^12 operations per second of one GPU, dense bf16")
+    parser.add_argument("--gpus", metavar="N", help="GPUs on each node, instead of those of launch or training.devices")
+    parser.add_argument("--nodes", metavar="N", help="nodes, instead of launch.num_nodes")
+    parser.add_argument("--fit", action="store_true", help="the fastest setting that fits --gpu NAME, and others")
     parser.add_argument("--step-time", action="store_true", help="predict the time of a step by part, for --gpu NAME")
 
 
 def plan(options: argparse.Namespace) -> Result:
     """What the run will be, from the configuration alone."""
+    from rwkv_cluster.config.loader import yaml_value
     from rwkv_cluster.planning import formatting
+    from rwkv_cluster.planning.fit import fit, placement
     from rwkv_cluster.planning.options import Assumptions
     from rwkv_cluster.planning.run_plan import plan_run
 
-    config = trusted_config(options)
+    if (options.gpus or options.nodes or options.fit) and options.ranks:
+        raise ConfigError("--ranks is given beside --gpus, --nodes or --fit", remedy="Give --gpus and --nodes alone")
+    fields = placement(trusted_config(options), options.gpus, options.nodes)
+    config = trusted_config(options, [f"{name}={yaml_value(value)}" for name, value in fields.items()])
+    if options.fit:
+        found = fit(config, options.gpu)
+        return Result(found.text(fields), found.data())
     names = ("ranks", "tokens_per_s", "mfu", "peak_tflops", "gpu", "gpu_memory_gb")
     assumptions = Assumptions.of(config, **{name: getattr(options, name) for name in names})
     planned = plan_run(config, assumptions)

@@ -209,20 +209,21 @@ def _yaml_lines(
             yield from _yaml_lines(value, f"{prefix}{name}.", sources, depth + 1)
         elif isinstance(value, (list, tuple)) and value:
             yield f"{indent}{yaml_text(name)}:", source
-            yield from ((f"{indent}  - {_yaml_scalar(item)}", "") for item in value)
+            yield from ((f"{indent}  - {yaml_value(item)}", "") for item in value)
         else:
-            yield f"{indent}{yaml_text(name)}: {_yaml_scalar(value)}", source
+            yield f"{indent}{yaml_text(name)}: {yaml_value(value)}", source
 
 
-def _yaml_scalar(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """A value of a field as YAML on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{yaml_text(name)}: {_yaml_scalar(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{yaml_text(name)}: {yaml_value(item)}' for name, item in value.items())}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_yaml_scalar(item) for item in value)}]"
+        return f"[{', '.join(yaml_value(item) for item in value)}]"
     return yaml_text(value)
 
 
@@ -264,7 +265,7 @@ def _section_tables(section: type[Section], prefix: str, title: str) -> list[str
         if is_section(field.annotation):
             nested += _section_tables(field.annotation, f"{prefix}{name}.", f"`{prefix}{name}`")
             continue
-        default = _yaml_scalar(field.get_default(call_default_factory=True))
+        default = yaml_value(field.get_default(call_default_factory=True))
         cells = (f"`{prefix}{name}`", describe_type(field), f"`{default}`", field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return [f"## {title}\n", f"{first}\n", "\n".join(rows) + "\n", *nested]

@@ -81,7 +81,7 @@ def data(plan: RunPlan) -> dict[str, Any]:
 def _row_data(row: Row) -> dict[str, Any]:
     memory, sharding = row.memory, row.setting.sharding
     return {
-        "name": _name(sharding),
+        "name": sharding_name(sharding),
         "configured": row.is_configured,
         "zero_stage": sharding.stage,
         "offload_optimizer": sharding.offload_optimizer,
@@ -240,10 +240,11 @@ def _pair(without: Row, checkpointed: Row, size: float) -> str:
     for row in (without, checkpointed):
         mark = ("*" if row.is_configured else " ") + ("+" if row.fits else " ")
         cells += f"{row.memory.activations / size:>10.2f}{row.memory.peak / size:>8.2f}{mark}"
-    return f"{_name(without.setting.sharding):{_NAME}}{cells}"
+    return f"{sharding_name(without.setting.sharding):{_NAME}}{cells}"
 
 
-def _name(sharding: Sharding) -> str:
+def sharding_name(sharding: Sharding) -> str:
+    """A sharding in words."""
     if sharding.stage is None:
         return "one process" if sharding.ranks == 1 else "DDP"
     moved = ["optimizer"] * sharding.offload_optimizer + ["parameters"] * sharding.offload_parameters

@@ -182,6 +182,7 @@ def test_the_text_of_a_recipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch, 
 def test_the_verb_leaves_torch_alone(tmp_path: Path) -> None:
     path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path))
     code = f"from rwkv_cluster.cli import main; assert main(['plan', {str(path)!r}]) == 0"
+    code += f"\nassert main(['plan', {str(path)!r}, '--fit', '--gpu', 'h100']) == 0"
     code += "\nimport sys; assert not {'torch', 'pytorch_lightning', 'deepspeed'} & set(sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
