@@ -23,7 +23,7 @@ PARAMETER_BYTES = 36
 """Moved for a parameter in the update: AdamW reads and writes weight and moments and reads the gradient, 28; its norm
 reads it once more, 4; and it is set to zero, 4."""
 CAST_BYTES = 12
-"""Moved for a parameter of a block in a micro batch where weights are kept in fp32: its copy and its gradient's."""
+"""Moved for a parameter of a block in a micro batch where it is kept in fp32: its copy and its gradient's."""
 
 BANDWIDTH_SHARE = 0.78
 """Of the datasheet's bandwidth that passes over tensors reach: 2.6 TB/s of 3.35 on an H100."""
@@ -122,7 +122,7 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     passes = version.passes_compiled if kernels.fused == "compile" else version.passes
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
-    casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * block_parameters(model) * micro_batches
+    casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * _in_fp32(plan) * micro_batches
     backward = 2 if plan.config.adapter.kind == "none" else 1  # a frozen matrix has no gradient of its own
     parameters = count(plan.parameters.trained) / (setting.sharding.ranks if setting.sharding.stage else 1)
     return StepTime(
@@ -138,6 +138,13 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
         six_n=plan.flops.six_n,
         peak=gpu.peak_tflops * 1e12,
     )
+
+
+def _in_fp32(plan: RunPlan) -> int:
+    """Parameters of the blocks that one process or DDP keeps in fp32: those that are trained."""
+    if not plan.parameters.is_partial:
+        return block_parameters(plan.config.model)
+    return count({name: shape for name, shape in plan.parameters.trained.items() if name.startswith("blocks.")})
 
 
 def _logit_bytes(item: int) -> int:

@@ -156,3 +156,13 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "--gpu NAME" in capsys.readouterr().err
     assert cli.main(["plan", str(path), "--step-time", "--gpu", "h100", "--training.accelerator=cpu"]) == 2
     assert "training.accelerator" in capsys.readouterr().err
+
+
+def test_frozen_weights_are_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have the training precision already."""
+    training = {"precision": "bf16", "accelerator": "auto"}
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training=training))
+    kinds = ("none", "lora", "state")
+    whole, lora, state = (prediction(path, f"--adapter.kind={kind}", capsys=capsys)["casts"] for kind in kinds)
+    assert whole > lora > 0
+    assert whole > state > 0
