@@ -24,7 +24,8 @@ def initial(weight: Tensor, rank: int, scale: float, generator: torch.Generator)
 def product(x: Tensor, dropped: Tensor, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """W x + D^T (sum of the pieces of x') of x [...,in]; dropped: x', x after dropout. In x's dtype."""
     block = parts["miss_block"]
-    padded = F.pad(dropped, (0, -dropped.shape[-1] % block.shape[0]))
+    missing = -dropped.shape[-1] % block.shape[0]
+    padded = F.pad(dropped, (0, missing)) if missing else dropped  # which else copies it
     pieces = padded.unflatten(-1, (-1, block.shape[0])).sum(-2)  # [...,r]
     return linear(x, weight) + linear(pieces, block.t())
 

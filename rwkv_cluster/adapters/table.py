@@ -69,6 +69,7 @@ class AdapterKind:
         trained: its trained parts beside a matrix, named below it, as in `blocks.0.att.key.lora_A`.
         kept: parts that are saved with them and not trained.
         hidden: elements of one token that the backward pass needs of it, beside the matrix's own input.
+        needs_input: whether it needs that input.
     """
 
     name: str
@@ -76,6 +77,7 @@ class AdapterKind:
     trained: PartShapes
     hidden: Callable[[int, int, int], int]
     kept: PartShapes = _none
+    needs_input: bool = True
 
     def functions(self) -> ModuleType:
         """The module with its formulas. Loads torch."""
@@ -86,7 +88,7 @@ _ROWS = (
     AdapterKind("lora", "rwkv_cluster.adapters.lora", _low_rank, _rank),
     AdapterKind("dora", "rwkv_cluster.adapters.dora", _low_rank_and_length, _rank_and_output),
     AdapterKind("pissa", "rwkv_cluster.adapters.pissa", _low_rank, _two_ranks, kept=_first_low_rank),
-    AdapterKind("miss", "rwkv_cluster.adapters.miss", _block, _rank),
+    AdapterKind("miss", "rwkv_cluster.adapters.miss", _block, _rank, needs_input=False),
 )
 KINDS: dict[str, AdapterKind] = {row.name: row for row in _ROWS}
 
@@ -145,12 +147,14 @@ def adapter_shapes(adapter: AdapterConfig, shapes: Shapes) -> tuple[Shapes, Shap
 
 
 def hidden_elements(adapter: AdapterConfig, shapes: Shapes) -> int:
-    """Elements of one token that the backward pass needs of an adapter, beside the inputs of the matrices.
+    """Elements of one token that the backward pass needs of an adapter, the inputs of its matrices included.
 
-    Dropout keeps its own input, and a mask of a byte, here half an element.
+    Dropout keeps a mask of a byte, here half an element, and its output in place of the input.
     """
     if adapter.kind in ("none", STATE):
         return 0
-    sizes = [shapes[f"{name}.weight"] for name in targets(adapter, shapes)]
-    dropped = sum(n_in + n_in // 2 for _, n_in in sizes) if adapter.dropout else 0
-    return dropped + sum(KINDS[adapter.kind].hidden(n_out, n_in, adapter.rank) for n_out, n_in in sizes)
+    row, elements = KINDS[adapter.kind], 0
+    for n_out, n_in in (shapes[f"{name}.weight"] for name in targets(adapter, shapes)):
+        elements += row.hidden(n_out, n_in, adapter.rank) + (n_in if row.needs_input else 0)
+        elements += n_in // 2 if adapter.dropout else 0
+    return elements

@@ -45,6 +45,9 @@ class SavedTensors:
         of_width_plain: [B,T,C] more in the plain form, the last of them fp32 in any precision.
         of_width_not_in_block_0: [B,T,C] that block 0 does without.
         carried: [B,T,C] that pass from block 0 to all others, such as v_first.
+        of_width_trained, of_attention_trained, of_width_trained_plain: those of them, the last beside the first in the
+            plain form, that nothing but the gradients of the block's own parameters needs.
+        of_width_trained_in_block_0: more of them in block 0, whose input has no gradient where emb is frozen.
     """
 
     of_width: int
@@ -53,6 +56,10 @@ class SavedTensors:
     of_width_plain: int = 0
     of_width_not_in_block_0: int = 0
     carried: int = 0
+    of_width_trained: int = 0
+    of_attention_trained: int = 0
+    of_width_trained_plain: int = 0
+    of_width_trained_in_block_0: int = 0
 
 
 @dataclass(frozen=True)

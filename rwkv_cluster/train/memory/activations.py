@@ -29,7 +29,7 @@ from rwkv_cluster.train.optimizers.selection import RunParameters
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
 _WORKSPACE = 2
-"""[B,T,F] tensors that a block's backward pass has at a time beside the saved ones. Measured on a CPU."""
+"""[B,T,F] tensors that a block's backward pass has at a time beside the saved ones. Measured on a CPU in fp32."""
 _WORKSPACE_CHUNKED = 16
 """fp32 tensors of a segment that the chunked WKV has at a time in its backward pass. Measured on a CPU."""
 
@@ -69,8 +69,8 @@ class Activations:
 
     block, wkv, weights: saved by all blocks, for which grad_cp keeps `inputs` and one block of the three: tensors of
     the block, states of WKV, and parameters in the training precision where they are kept in fp32.
-    outside: saved beside the blocks. workspace: of one block's backward pass. head, head_backward: of loss and head
-    while they are computed.
+    first_less: what block 0 saves less where its input is frozen. outside: saved beside the blocks. workspace: of one
+    block's backward pass. head, head_backward: of loss and head while they are computed.
     """
 
     n_layer: int
@@ -82,6 +82,7 @@ class Activations:
     workspace: float
     head: float
     head_backward: float
+    first_less: float = 0.0
 
     @property
     def one_block(self) -> float:
@@ -90,7 +91,7 @@ class Activations:
 
     def saved(self, *, grad_cp: bool) -> float:
         """Bytes at the end of the forward pass; with grad_cp without the block that the backward pass computes anew."""
-        return self.outside + (self.inputs if grad_cp else self.block + self.wkv + self.weights)
+        return self.outside + (self.inputs if grad_cp else self.block + self.wkv + self.weights - self.first_less)
 
 
 def activations(
@@ -105,32 +106,47 @@ def activations(
 ) -> Activations:
     """Activations of a micro batch. bf16_parameters: whether they have the training precision (ZeRO 1 to 3).
 
-    parameters: where the configuration freezes some. What a frozen block saves less is not counted.
+    parameters: where the configuration freezes some. Where it trains a part of the model, all that a whole one saves is
+    counted, and of a frozen model the inputs that an adapter needs.
     """
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
-    in_blocks, trains_head, hidden = block_parameters(model), True, 0
+    in_blocks, trains_head, hidden, is_frozen = block_parameters(model), True, 0, False
     if parameters is not None:
+        is_frozen = parameters.freezes_model
         in_blocks = count({name: shape for name, shape in parameters.trained.items() if name.startswith("blocks.")})
         trains_head, hidden = "head.weight" in parameters.trained, parameters.adapter_hidden
     of_head = vocab_size * C if trains_head else 0  # elements of its weight's gradient
     head = _head_bytes(tokens, vocab_size, C, item, kernels.device)
     return Activations(
         n_layer=L,
-        block=tokens * (_block_bytes(model, kernels, item) + hidden * item),
+        block=tokens * (_block_bytes(model, kernels, item, is_frozen=is_frozen) + hidden * item),
         wkv=L * _wkv_bytes(model, kernels, micro_bsz),
         weights=float(in_blocks * copies),
         inputs=float(tokens * C * item * (L + version_of(model).saved.carried)),
-        outside=float(tokens * (_OUTSIDE * C * item + 8) + of_head * FP32),
-        workspace=_WORKSPACE * tokens * item * model_dims(model).ffn + _chunked(model, kernels, micro_bsz),
+        outside=float(tokens * ((_OUTSIDE - is_frozen) * C * item + 8) + of_head * FP32),
+        workspace=_workspace(model, kernels, tokens, item) + _chunked(model, kernels, micro_bsz),
         head=head + of_head * (item + copies),
         head_backward=float(of_head * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
+        first_less=float(tokens * C * item * version_of(model).saved.of_width_trained_in_block_0 * is_frozen),
     )
 
 
-def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
-    """Bytes that all blocks save for one token, without WKV's states."""
+def _workspace(model: ModelConfig, kernels: Kernels, tokens: int, item: int) -> float:
+    """Bytes that a block's backward pass has at a time beside the saved ones, without WKV's.
+
+    A CPU without units for them computes bf16 products in fp32, see `model.layers`: in the channel mix's largest there
+    are its operands and its result, and that once more as it is kept.
+    """
+    C, F = model.n_embd, model_dims(model).ffn
+    if kernels.device == "cpu" and item < FP32:
+        return float(FP32 * (tokens * C + C * F + tokens * F) + item * tokens * F)
+    return float(_WORKSPACE * tokens * item * F)
+
+
+def _block_bytes(model: ModelConfig, kernels: Kernels, item: int, *, is_frozen: bool) -> float:
+    """Bytes that all blocks save for one token, without WKV's states. is_frozen: the block's parameters are."""
     widths, saved, L = model_dims(model), version_of(model).saved, model.n_layer
     of_attention = saved.of_attention + (0 if kernels.fused == "compile" else saved.of_attention_uncompiled)
     elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
@@ -138,6 +154,9 @@ def _block_bytes(model: ModelConfig, kernels: Kernels, item: int) -> float:
     more_bytes = 0
     if kernels.fused == "plain" and saved.of_width_plain:
         more_bytes = L * widths.embd * ((saved.of_width_plain - 1) * item + FP32)
+    if is_frozen:
+        of_width = saved.of_width_trained + (saved.of_width_trained_plain if kernels.fused == "plain" else 0)
+        elements -= L * (of_width * widths.embd + saved.of_attention_trained * widths.att + widths.ffn)
     return float(elements * item + more_bytes)
 
 

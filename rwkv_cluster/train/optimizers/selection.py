@@ -33,6 +33,11 @@ class RunParameters:
     adapter_hidden: int = 0
 
     @property
+    def freezes_model(self) -> bool:
+        """Whether none of the model's own parameters is trained."""
+        return not self.trained.keys() & self.model.keys()
+
+    @property
     def in_memory(self) -> Shapes:
         """All of them."""
         return self.model if not self.is_partial else {**self.trained, **self.frozen}
