@@ -4,7 +4,7 @@
 large model takes minutes of a CPU, and no figure depends on them. Each case is written where --output says and told as
 soon as it is there; one that fails says why, and the others go on. MFU counts 6 FLOPs for each parameter but the
 embedding's and token, and leaves the WKV operator out: its FLOPs in the recurrent form are given beside it (`flops`).
-Peaks: `gpus`.
+Beside the measured time is the one that `plan --step-time` predicts, where the GPU is a known one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from rwkv_cluster.runtime.gpu_specs import gpu_of_device
 
 if TYPE_CHECKING:
     from rwkv_cluster.model.rwkv import RWKV
+    from rwkv_cluster.runtime.gpu_specs import Gpu
 
 PRESETS = {
     "L12-D768": (12, 768, 16),
@@ -52,6 +54,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             fitting = _fitting(n_layer, n_embd, batch, grad_cp, options)
             if peak and "step_s" in fitting:
                 fitting["mfu"] = fitting["model_flops"] / fitting["step_s"] / (peak * 1e12)
+            if gpu and "step_s" in fitting:
+                fitting["predicted_s"] = _predicted(fitting["n_layer"], n_embd, batch, grad_cp, options, gpu)
             case = f"{preset}{' grad_cp' if grad_cp else ''}"
             cases[case] = fitting
             results.keep(settings | {"cases": cases}, options.output, _line(case, fitting))
@@ -63,8 +67,8 @@ def format(result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, torch {result['torch']}, peak {result['peak_tflops'] or 'unknown'} TFLOP/s, "
         f"T {result['settings']['gpu_ctx_len']}",
-        f"{'':22}{'layers':>7}{'batch':>6}{'tokens/s':>11}{'ms/step':>9}{'min':>8}{'max':>8}{'MFU %':>7}"
-        f"{'WKV TF':>8}{'GB':>7}",
+        f"{'':22}{'layers':>7}{'batch':>6}{'tokens/s':>11}{'ms/step':>9}{'min':>8}{'max':>8}{'predicted':>11}"
+        f"{'MFU %':>7}{'WKV TF':>8}{'GB':>7}",
     ]
     return "\n".join([*lines, *(_line(name, found) for name, found in result["cases"].items())])
 
@@ -73,10 +77,11 @@ def _line(name: str, c: dict[str, Any]) -> str:
     if "error" in c:
         return f"{name:22}  {c['error']}"
     mfu = f"{100 * c['mfu']:.1f}" if "mfu" in c else "-"
+    predicted = f"{1e3 * c['predicted_s']['total']:.1f}" if "predicted_s" in c else "-"
     return (
         f"{name:22}{c['n_layer']:>7}{c['batch']:>6}{c['tokens_per_s']:>11,.0f}{1e3 * c['step_s']:>9.1f}"
-        f"{1e3 * c['step_s_min']:>8.1f}{1e3 * c['step_s_max']:>8.1f}{mfu:>7}{c['wkv_flops'] / 1e12:>8.2f}"
-        f"{c['peak_gb']:>7.1f}"
+        f"{1e3 * c['step_s_min']:>8.1f}{1e3 * c['step_s_max']:>8.1f}{predicted:>11}{mfu:>7}"
+        f"{c['wkv_flops'] / 1e12:>8.2f}{c['peak_gb']:>7.1f}"
     )
 
 
@@ -144,6 +149,29 @@ def _measure(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
         "wkv_flops": 3 * flops.wkv * n_tokens,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
+
+
+def _predicted(
+    n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argparse.Namespace, gpu: Gpu
+) -> dict[str, float | None]:
+    """Seconds of the step by part and in all, as `plan --step-time` has them."""
+    from rwkv_cluster.config import Config
+    from rwkv_cluster.planning.options import Assumptions
+    from rwkv_cluster.planning.run_plan import plan_run
+    from rwkv_cluster.planning.step_time import step_time
+
+    training = {"micro_bsz": batch, "grad_cp": grad_cp, "precision": "bf16", "accelerator": "cuda", "max_steps": 1}
+    with tempfile.TemporaryDirectory() as nowhere:
+        config = Config.model_validate(
+            {
+                "work_dir": nowhere,
+                "data": {"tokenizer": {"type": "integer", "max_value": VOCAB_SIZE - 2}},
+                "model": {"n_layer": n_layer, "n_embd": n_embd, "ctx_len": options.gpu_ctx_len},
+                "training": {**training, "wkv_backend": options.wkv_backend, "fused": options.fused},
+            }
+        )
+        plan = plan_run(config, Assumptions(1, None, None, gpu.peak_tflops, gpu.memory_gb))
+    return step_time(plan, gpu).data()
 
 
 def _fill(model: RWKV) -> None:

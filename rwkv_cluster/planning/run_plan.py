@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from rwkv_cluster.config import Config
@@ -114,7 +115,12 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     sharding = Sharding.of(training, assumptions.ranks)
     configured = Setting(sharding, training.grad_cp != 0, training.micro_bsz, run.accumulate > 1)
     gpu_bytes = None if assumptions.gpu_memory_gb is None else assumptions.gpu_memory_gb * 1e9
-    choice = _grad_cp(memory_model, configured, gpu_bytes) if training.grad_cp == "auto" else None
+    if training.accelerator == "cpu":
+        available: float | None = memory_bytes() / math.ceil(assumptions.ranks / config.launch.num_nodes)
+    else:
+        available = gpu_bytes
+    is_auto = training.grad_cp == "auto" and available is not None
+    choice = choose_grad_cp(memory_model, configured, available) if is_auto else None
     configured = replace(configured, grad_cp=bool(choice.grad_cp)) if choice else configured
     flops = flops_per_token(model)
     speed = _speed(assumptions, flops)
@@ -137,13 +143,6 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         tokens_per_s=speed,
         seconds=tokens / speed if tokens is not None and speed is not None else None,
     )
-
-
-def _grad_cp(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> GradCpChoice | None:
-    """What auto is on a GPU of that size, or on a CPU by the memory here; None where the GPU is not known."""
-    if memory_model.kernels.device == "cpu":
-        return choose_grad_cp(memory_model, configured, memory_bytes() / configured.sharding.ranks)
-    return None if gpu_bytes is None else choose_grad_cp(memory_model, configured, gpu_bytes)
 
 
 def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding) -> float:

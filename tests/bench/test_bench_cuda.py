@@ -155,6 +155,8 @@ def test_steps_of_every_preset_are_measured_and_a_failure_costs_its_own_case(
         2,
     ]
     assert found["fits"]["mfu"] > 0
+    predicted = found["half fits grad_cp"]["predicted_s"]
+    assert predicted["total"] > found["half fits"]["predicted_s"]["total"], "its forward pass is made once more"
     assert found["too large"] == found["too large grad_cp"] == {"error": "does not fit"}
     assert found["breaks"] == {"error": "ValueError: no such luck"}
     assert json.loads((tmp_path / "s.json").read_text()) == result

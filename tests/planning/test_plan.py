@@ -13,6 +13,8 @@ import pytest
 from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
+from rwkv_cluster.planning import run_plan
+from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.train.run import train
 
 Capture = pytest.CaptureFixture[str]
@@ -140,6 +142,21 @@ def test_grad_cp_auto_follows_the_gpu(tmp_path: Path, capsys: Capture) -> None:
         assert found["grad_cp"] == row["grad_cp"] == wanted
         assert cli.main(["plan", str(path), *gpu]) == 0
         assert ("auto is " if gpu else "auto: chosen on the GPU") in capsys.readouterr().out
+
+
+def test_grad_cp_auto_on_cpus_shares_a_node_among_its_own_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_plan, "memory_bytes", lambda: 4e9)
+    for nodes, ranks, share in ((1, 4, 1e9), (4, 4, 4e9), (2, 4, 2e9)):
+        config = tiny_run_config(
+            tmp_path,
+            training={"grad_cp": "auto", "accelerator": "cpu"},
+            launch={"target": "sbatch", "num_nodes": nodes},
+        )
+        choice = run_plan.plan_run(config, Assumptions(ranks, None, None, None, None)).grad_cp
+        assert choice is not None
+        assert choice.available == share
 
 
 def test_time_by_utilisation(tmp_path: Path, capsys: Capture) -> None:
