@@ -50,6 +50,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_changed_golden_file_fails_and_is_rewritten_to_equal(copy: Path) -> None:
     assert "2 failed" in _run(copy)
     for name in (SCRIPT, LOSSES):

@@ -93,6 +93,7 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str) -> None
         ddp.run(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_two_ranks_hold_what_theory_says() -> None:
     strategies = ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"]

@@ -79,6 +79,7 @@ def test_unknown_targets_are_refused(capsys) -> None:
     assert "unknown target rocm; targets: cpu, cuda, host" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_builds_at_the_same_time_take_turns(cpu_library: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rwkv_cluster.kernels.build", "cpu", "--output", str(tmp_path)]

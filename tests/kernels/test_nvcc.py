@@ -98,6 +98,7 @@ def test_the_whole_library_links(library: Path) -> None:
     assert "libtorch" not in needed
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_bytes(library: Path) -> None:
     before = library.read_bytes()
     assert build.build("cuda", library.parent, architectures=["90"]).read_bytes() == before

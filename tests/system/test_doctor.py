@@ -129,6 +129,7 @@ def test_a_clock_that_is_not_the_files(wrong_clock: dict[str, str], tmp_path: Pa
     assert "warning  clock " in job.text
 
 
+@pytest.mark.slow
 def test_two_hosts_of_which_one_lives_in_the_future_and_in_another_directory(
     wrong_clock: dict[str, str], tmp_path: Path, start: Callable[..., Job]
 ) -> None:

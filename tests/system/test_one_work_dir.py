@@ -84,7 +84,7 @@ def test_of_two_started_together_one_runs(tmp_path: Path, start: Callable[..., J
     assert run.newest_checkpoint() == 50
 
 
-@pytest.mark.parametrize("what", ["command", "function"])
+@pytest.mark.parametrize("what", ["command", pytest.param("function", marks=pytest.mark.slow)])
 def test_twenty_preparations_at_once(what: str, tmp_path: Path) -> None:
     """D3. The command refuses while another holds the work directory; the function waits and uses what is there."""
     write_text(tmp_path / "text.jsonl", n_words=50_000)

@@ -46,7 +46,9 @@ def _new_run(folder: Path, **training: Any) -> Watched:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "training"), [(None, {}), (2, {"strategy": "ddp"}), (2, {"zero_stage": 2})], ids=["1", "ddp 2", "zero 2"]
+    ("ranks", "training"),
+    [(None, {}), pytest.param(2, {"strategy": "ddp"}, marks=pytest.mark.slow), (2, {"zero_stage": 2})],
+    ids=["1", "ddp 2", "zero 2"],
 )
 def test_killed_and_resumed_it_is_the_unbroken_run(
     ranks: int | None,

@@ -92,11 +92,12 @@ def send_signal(slurm: Cluster, job: str) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "interruptions",
     [
         (reach_time_limit, preempt),
-        pytest.param((reach_time_limit, preempt, requeue, send_signal, send_signal), marks=pytest.mark.slow),
+        (reach_time_limit, preempt, requeue, send_signal, send_signal),
     ],
     ids=["two", "five"],
 )

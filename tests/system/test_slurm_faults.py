@@ -50,6 +50,7 @@ def daemon_of(slurm: Cluster, name: str) -> int:
     return int(found[0].parent.name)
 
 
+@pytest.mark.slow
 def test_a_lost_daemon_moves_the_job_to_other_nodes(slurm: Cluster, nodes: dict[str, Host], tmp_path: Path) -> None:
     """A node that Slurm hears nothing from, though its ranks still run: the job goes on elsewhere, alone."""
     run = new_run(tmp_path, {"max_steps": LONG}, save_interval_steps=50)
@@ -117,6 +118,7 @@ def test_a_read_only_node_is_named(slurm: Cluster, nodes: dict[str, Host], tmp_p
         on(nodes["node2"], "umount", str(run.work.root))
 
 
+@pytest.mark.slow
 def test_clocks_five_minutes_apart(slurm: Cluster, nodes: dict[str, Host], tmp_path: Path) -> None:
     """A11: node2 lives in the future. The newest checkpoint is that of the highest step, and the curve is the same."""
     library = tmp_path / "wrong_clock.so"
