@@ -409,6 +409,13 @@ class TrainingConfig(Section):
         "after each update ema = ema_decay * ema + (1 - ema_decay) * master. Default: none",
     )
 
+    statistics_interval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="record the gradient's noise and the ratio of update to weights every this many steps, see "
+        "docs/metrics.md; default: never",
+    )
+
     _paths = field_validator("init_from", mode="before")(path_text)
 
     @field_validator("grad_cp", mode="before")

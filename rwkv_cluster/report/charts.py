@@ -85,6 +85,8 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], list[dict[str, Any]]]:
         _loss(runs, data),
         _learning_rate(runs, data),
         _metric(runs, data, "grad_norm", "Gradient norm", "before clipping"),
+        _noise_scale(runs, data),
+        _update_ratios(runs, data),
         _metric(runs, data, "tokens_per_s", "Speed", "tokens/s"),
         _metric(runs, data, "mfu", "MFU", "share of the devices' peak"),
         _metric(runs, data, "memory_mb", "Peak memory of rank 0", "GB", scale=1e3),
@@ -156,6 +158,35 @@ def _metric(
         else:
             curves.append(Curve(run.name, line.tokens, line.value / scale, color, "line"))
     return _of_values(Chart(name, title, unit, curves), values, may_be_log=name == "grad_norm")
+
+
+def _noise_scale(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
+    """Quotient of the smoothed estimates, which scatter too widely one by one."""
+    curves = []
+    for color, (run, numbers) in enumerate(zip(runs, data, strict=True)):
+        noise, signal = (series.smoothed(run.metrics, name) for name in ("grad_noise", "grad_signal"))
+        scale = noise.value / np.where(signal.value > 0, signal.value, np.nan)
+        if np.isfinite(scale).any():
+            numbers["series"]["noise_scale"] = replace(noise, value=scale).data()
+            curves.append(Curve(run.name, noise.tokens, scale, color, "line"))
+    chart = Chart("noise_scale", "Gradient noise scale", "samples", curves, note=_smoothing_note(runs))
+    return _of_values(chart, [curve.y for curve in curves], may_be_log=True)
+
+
+def _update_ratios(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:
+    """Ratios of a run's parts; of several runs those of the blocks."""
+    parts = ("blocks", "emb", "head") if len(runs) == 1 else ("blocks",)
+    curves = []
+    for number, (run, numbers) in enumerate(zip(runs, data, strict=True)):
+        for color, part in enumerate(parts):
+            line = series.line(run.metrics, f"update_ratio_{part}")
+            if np.isfinite(line.value).any():
+                numbers["series"][f"update_ratio_{part}"] = line.data()
+                label, color = (part, color) if len(runs) == 1 else (run.name, number)
+                curves.append(Curve(label, line.tokens, line.value, color, "line"))
+    title = "Update to weights" if len(runs) == 1 else "Update to weights of the blocks"
+    chart = Chart("update_ratio", title, "ratio of norms", curves)
+    return _of_values(chart, [curve.y for curve in curves], may_be_log=True)
 
 
 def _learning_rate(runs: Sequence[Run], data: list[dict[str, Any]]) -> Chart | None:

@@ -15,11 +15,17 @@ import numpy as np
 
 from rwkv_cluster.data.manifest import DataManifest
 from rwkv_cluster.report import run_files
+from rwkv_cluster.train.metrics.metrics_file import STATISTICS_COLUMNS
 
 Columns = dict[str, np.ndarray]
 """Equally long arrays of float64 by field, in order of "step", each step once. NaN: not a number, or not there."""
 
-METRICS = ("loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu")
+METRICS = (
+    *("loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu"),
+    *STATISTICS_COLUMNS,
+)
+RARE = ("val_loss", "val_loss_ema", *STATISTICS_COLUMNS)
+"""Fields that most lines are without, which is no gap."""
 PARTS = ("data_s", "forward_s", "backward_s", "optimizer_s", "save_s", "eval_s")
 MOST_POINTS = 1200  # of a line: two for each of the widest chart's pixels
 MOST_BARS = 120  # of the stacked chart
@@ -95,9 +101,9 @@ def line(columns: Columns, name: str) -> Series:
 
 
 def _present(columns: Columns, name: str) -> np.ndarray:
-    """Where a field counts as recorded. Validation is rare, so that a line without it is no gap."""
+    """Where a field counts as recorded."""
     values = columns[name]
-    sparse = name.startswith("val_loss") or not np.isfinite(values).any()
+    sparse = name in RARE or not np.isfinite(values).any()
     return np.flatnonzero(np.isfinite(values)) if sparse else np.arange(len(values))
 
 

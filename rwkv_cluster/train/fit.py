@@ -253,6 +253,12 @@ def _announce(session: Session, n_parameters: int) -> None:
     )
     if decay_is_cut(session.config.training, session.sample_plan.tokens_per_step, session.horizon.tokens):
         log.warning("the learning rate's decay is longer than what follows warm-up: it begins where warm-up ends")
+    is_one_batch = session.sample_plan.global_batch_size == session.config.training.micro_bsz
+    if session.config.training.statistics_interval_steps is not None and is_one_batch:
+        log.warning(
+            "the gradient's noise shows between micro batches, and a step of this run is one: grad_signal and "
+            "grad_noise are left out of the metrics"
+        )
 
 
 def _tell_begin(session: Session, events: Events) -> None:

@@ -23,6 +23,7 @@ from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.step_recorder import StepResult
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer, set_learning_rate
+from rwkv_cluster.train.optimizers.update_statistics import UpdateStatistics
 from rwkv_cluster.train.parallel import strategy
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState
 from rwkv_cluster.train.schedule import learning_rate
@@ -90,6 +91,7 @@ class TrainingModule(LightningModule):
             part.register_forward_hook(self._watch_gradient)
         self._loss: float | None = None  # of the step whose update is due
         self._n_trained: int | None = None  # of that step
+        self._statistics: UpdateStatistics | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.model.config.model_type, self.training_config)
@@ -103,6 +105,11 @@ class TrainingModule(LightningModule):
             self.state.restore(self._resume_checkpoint)
             if self.scaler is not None and (scale := self._resume_checkpoint.state.loss_scale) is not None:
                 _restore_scale(self.scaler, scale)
+        if (interval := self.training_config.statistics_interval_steps) is not None:
+            batch, micro_bsz = self.sample_plan.global_batch_size, self.training_config.micro_bsz
+            self._statistics = UpdateStatistics(
+                self.model, self.state.masters, interval, batch=batch, micro_bsz=micro_bsz
+            )
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -120,6 +127,8 @@ class TrainingModule(LightningModule):
         if self.should_stop or self.step == self.horizon.total_steps:
             return -1
         set_learning_rate(self.optimizer, self.current_lr)
+        if self._statistics is not None:
+            self._statistics.begin(self.step)
         return None
 
     @property
@@ -193,6 +202,8 @@ class TrainingModule(LightningModule):
         """
         if not strategy.completes_step(self.trainer):
             return
+        if self._statistics is not None:
+            self._statistics.before_update(self.scaler.get_scale() if self.scaler is not None else 1.0)
         self._agree_with_other_ranks()
         limit = self.training_config.gradient_clip_val or math.inf
         self._require_finite(0.0 if self.state.clips_in_update else self.state.clip_gradients(limit))
@@ -216,7 +227,8 @@ class TrainingModule(LightningModule):
             grad_norm = self.state.grad_norm()
             if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
                 self._require_finite(grad_norm)
-            result = StepResult(self.step, self._loss, grad_norm, self.current_lr, self._n_trained)
+            statistics = self._statistics.after_update(grad_norm) if self._statistics is not None else {}
+            result = StepResult(self.step, self._loss, grad_norm, self.current_lr, self._n_trained, statistics)
             self._loss = None
             self._gradient_sum = torch.zeros_like(self._gradient_sum)
             if self._observer is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 
-from rwkv_cluster.config import Config, GuardConfig
+from rwkv_cluster.config import Config, GuardConfig, TrainingConfig
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.callbacks.after_step import AfterStep
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
@@ -22,7 +22,7 @@ from rwkv_cluster.train.guards.spike_guard import SpikeGuard
 from rwkv_cluster.train.guards.stop_request import StopRequest, disable_lightning_signal_handlers
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import loggers
-from rwkv_cluster.train.metrics.metrics_file import MetricsWriter
+from rwkv_cluster.train.metrics.metrics_file import EMA_COLUMNS, STATISTICS_COLUMNS, MetricsWriter
 from rwkv_cluster.train.metrics.profiler import StepProfile
 from rwkv_cluster.train.metrics.progress import Progress
 from rwkv_cluster.train.metrics.step_recorder import EpochMean, RunRecords, StepRecorder
@@ -124,11 +124,16 @@ def _run_records(session: Session, *, is_first_session: bool) -> RunRecords:
             work,
             start_step=session.recorded_step,
             is_first_session=is_first_session,
-            has_ema=config.training.ema_decay is not None,
+            optional=_optional_columns(config.training),
         ),
         TrainLog(work, start_epoch=start_epoch, header=config.model_dump_json()),
         Progress(config.logging, horizon.total_steps, session.start_step),
     )
+
+
+def _optional_columns(training: TrainingConfig) -> tuple[str, ...]:
+    ema = EMA_COLUMNS if training.ema_decay is not None else ()
+    return ema + (STATISTICS_COLUMNS if training.statistics_interval_steps is not None else ())
 
 
 def build_profile(session: Session) -> StepProfile | None:

@@ -14,15 +14,23 @@ from tiny_run import losses
 
 from rwkv_cluster.model.weights_file import load_pth
 from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, verify
+from rwkv_cluster.train.metrics.metrics_file import STATISTICS_COLUMNS
 
 pytestmark = pytest.mark.system
 
-STEPS = 8
+STEPS, BATCH = 8, 8
 RATES = {"adamw": 3e-4, "lion": 1e-5, "muon": 3e-4}  # Lion's is small, as the sign of nearly 0 hangs on rounding
 
 
 def _new_run(folder: Path, *, optimizer: str = "adamw", **training: Any) -> Watched:
-    settings = {"max_steps": STEPS, "global_batch_size": 8, "micro_bsz": 2, "ema_decay": 0.9, "optimizer": optimizer}
+    settings = {
+        "max_steps": STEPS,
+        "global_batch_size": BATCH,
+        "micro_bsz": 2,
+        "ema_decay": 0.9,
+        "optimizer": optimizer,
+    }
+    settings["statistics_interval_steps"] = 2
     settings |= {"lr_init": RATES[optimizer], "lr_final": RATES[optimizer] / 10, **training}
     return new_run(folder, training=settings, checkpoint={"save_interval_steps": 4})
 
@@ -54,10 +62,21 @@ def test_two_ranks_give_the_curve_of_one_process(
         assert not len(_curve(run, "val_loss_ema"))
     else:
         torch.testing.assert_close(_curve(run, "val_loss_ema"), _curve(alone, "val_loss_ema"), rtol=1e-5, atol=0)
+    _check_statistics(run, alone, unbroken(_new_run, 2, optimizer="muon", zero_stage=1) if optimizer == "muon" else run)
     found, wanted = (load_pth(which.work.weights("final-ema")) for which in (run, alone))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def _check_statistics(run: Watched, alone: Watched, same_batches: Watched) -> None:
+    """Updates as those of one process, and noise as under another strategy: ranks have other micro batches than one."""
+    for name in STATISTICS_COLUMNS:
+        other = alone if name.startswith("update_ratio") else same_batches
+        assert len(_curve(run, name)) == STEPS // 2
+        torch.testing.assert_close(_curve(run, name), _curve(other, name), rtol=1e-4, atol=0, msg=name)
+    whole = _curve(run, "grad_signal") + _curve(run, "grad_noise") / BATCH  # |G|^2, by the formulas of both
+    torch.testing.assert_close(whole.sqrt(), _curve(run, "grad_norm")[1::2], rtol=1e-5, atol=0)
 
 
 def test_a_resume_on_as_many_ranks_is_equal(
@@ -68,6 +87,7 @@ def test_a_resume_on_as_many_ranks_is_equal(
     start(run.folder, ranks=2).complete()
     whole = unbroken(_new_run, 2, optimizer="muon", zero_stage=3)
     assert losses(run.work.root) == losses(whole.work.root)
+    assert all(torch.equal(_curve(run, name), _curve(whole, name)) for name in STATISTICS_COLUMNS)
     found, wanted = (verify(checkpoint_path(which.work.checkpoints, STEPS)) for which in (run, whole))
     for tensors, others in ((found.weights(), wanted.weights()), (found.optimizer(), wanted.optimizer())):
         assert set(tensors.keys()) == set(others.keys())

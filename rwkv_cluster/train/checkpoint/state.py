@@ -16,7 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from rwkv_cluster.runtime.counts import Count
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
-from rwkv_cluster.train.metrics.metrics_file import StepRecord
+from rwkv_cluster.train.metrics.metrics_file import OPTIONAL_COLUMNS, StepRecord
 
 _REQUIRED_SECTIONS = ("model", "training")
 _SECTIONS = (*_REQUIRED_SECTIONS, "data", "launch")
@@ -140,8 +140,10 @@ class CheckpointState:
         for name in ("order", "base"):
             if values[name] is None:
                 del values[name]
-        if values["unfinished"] is not None:  # the numbers of a step before its validation
-            del values["unfinished"]["val_loss_ema"]
+        if (unfinished := values["unfinished"]) is not None:
+            values["unfinished"] = {
+                name: value for name, value in unfinished.items() if value is not None or name not in OPTIONAL_COLUMNS
+            }
         return json.dumps(values, indent=1)
 
     @staticmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,8 +28,8 @@ class StepRecord:
     tokens: seen so far. tokens_per_s: without pauses for validation, checkpoints and exported weights. memory_mb: peak
     of this process. val_bits_per_byte: None where tokens are no text. save_wait_s: seconds that training has waited for
     checkpoints since the step before. mfu, hfu: shares of the devices' peak, see `metrics.throughput`; None where it is
-    not known. trained_tokens: of this step; None where all are trained on. val_loss_ema: of the averaged weights.
-    docs/metrics.md says it all.
+    not known. trained_tokens: of this step; None where all are trained on. val_loss_ema: of the averaged weights. The
+    rest: see `train.optimizers.update_statistics`. docs/metrics.md says it all.
     """
 
     step: Count
@@ -47,6 +47,11 @@ class StepRecord:
     hfu: float | None = None
     trained_tokens: Count | None = None
     val_loss_ema: float | None = None
+    grad_signal: float | None = None
+    grad_noise: float | None = None
+    update_ratio_emb: float | None = None
+    update_ratio_blocks: float | None = None
+    update_ratio_head: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that this step has, by name."""
@@ -54,6 +59,10 @@ class StepRecord:
 
 
 COLUMNS = tuple(field.name for field in fields(StepRecord))
+EMA_COLUMNS = ("val_loss_ema",)
+STATISTICS_COLUMNS = COLUMNS[COLUMNS.index("grad_signal") :]
+OPTIONAL_COLUMNS = (*EMA_COLUMNS, *STATISTICS_COLUMNS)
+"""Those that a table has only where the run is to record them."""
 
 
 class MetricsWriter:
@@ -61,12 +70,13 @@ class MetricsWriter:
 
     start_step: up to where the files hold steps that are complete; later lines go. is_first_session: of this process.
     logged_step: up to where an earlier session has recorded, and logged, numbers that are the same to the bit; whether
-    or not a checkpoint holds them. After a rollback others come. has_ema: whether the table has a column for the
-    validation loss of averaged weights.
+    or not a checkpoint holds them. After a rollback others come. optional: those of OPTIONAL_COLUMNS in the table.
     """
 
-    def __init__(self, work: WorkDir, *, start_step: int, is_first_session: bool = True, has_ema: bool = False) -> None:
-        self._columns = [name for name in COLUMNS if has_ema or name != "val_loss_ema"]
+    def __init__(
+        self, work: WorkDir, *, start_step: int, is_first_session: bool = True, optional: Collection[str] = ()
+    ) -> None:
+        self._columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or name in optional]
         self._jsonl_path, self._csv_path = work.metrics, work.metrics_csv
         with writing(work.logs, 0):
             recorded_step = _last_step(self._jsonl_path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric.loggers import Logger
@@ -25,7 +25,7 @@ class StepResult:
     """One optimizer step. step: from 0. loss: mean over the targets that are trained on, without L2Wrap.
 
     grad_norm: before clipping; infinite where fp16's loss scaling skipped the update. lr: before a group's multiplier.
-    n_trained: number of those targets; None where all are trained on.
+    n_trained: number of those targets; None where all are trained on. statistics: fields of `StepRecord` beside these.
     """
 
     step: int
@@ -33,6 +33,7 @@ class StepResult:
     grad_norm: float
     lr: float
     n_trained: int | None = None
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class EpochMean:
@@ -116,6 +117,7 @@ class StepRecorder:
             mfu=self._utilization.mfu(tokens_per_s) if self._utilization else None,
             hfu=self._utilization.hfu(tokens_per_s) if self._utilization else None,
             trained_tokens=result.n_trained,
+            **result.statistics,
         )
 
     def record(self, record: StepRecord, loggers: Sequence[Logger], committed_step: int | None) -> None:

@@ -7,7 +7,7 @@ ZeroShardedState  a part of it, under ZeRO stages 1 to 3 (`parallel.zero`); ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -42,6 +42,9 @@ class ModelAndOptimizerState(Protocol):
 
     def update_count(self) -> int:
         """Updates that the optimizer has made."""
+
+    def masters(self) -> Iterable[tuple[str, Tensor]]:
+        """What this rank has of the fp32 masters of each trained parameter, by name."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load moments, and masters that are not the parameters, into a model that has the checkpoint's weights.
@@ -88,6 +91,9 @@ class ReplicatedState:
 
     def update_count(self) -> int:
         return update_count(self._optimizer)
+
+    def masters(self) -> Iterable[tuple[str, Tensor]]:
+        return named_parameters(self._optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         restore_optimizer(self._optimizer, checkpoint.optimizer(), checkpoint.state.optimizer_updates)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,6 +196,10 @@ class ZeroShardedState:
 
     def update_count(self) -> int:
         return int(next(iter(self._zero.optimizer.state.values()))["step"])
+
+    def masters(self) -> Iterable[tuple[str, Tensor]]:
+        flats = self._flats
+        return ((fragment.name, fragment.of(flats[fragment.flat])) for fragment in self._kept())
 
     def files(self) -> Files:
         weights, moments = {}, {}
