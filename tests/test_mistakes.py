@@ -354,6 +354,28 @@ def test_a_folder_without_a_tokenizer_and_a_machine_without_the_package(
     refused(run, 2, sentence, *command)
 
 
+def test_moments_in_8_bits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("train", "run.yaml", "--training.optimizer=adamw8bit")
+    place = f"run.yaml:{1 + Path('run.yaml').read_text().splitlines().index('  adam_eps: 1e-18')}: training"
+    sentence = (
+        f"{place}: adam_eps is 1e-18, by which optimizer adamw8bit would divide where a second moment is rounded "
+        "to zero. Set it to 1e-08 or more"
+    )
+    refused(run, 2, sentence, *command)
+    command = (*command, "--training.adam_eps=1e-8")
+    sentence = (
+        "--training.optimizer=adamw8bit: training: optimizer adamw8bit keeps its moments in blocks, which ZeRO stage 2 "
+        "would cut. Use strategy ddp, or optimizer adamw"
+    )
+    refused(run, 2, sentence, *command, "--training.zero_stage=2")
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    sentence = (
+        "8-bit AdamW needs the package torchao, which cannot be imported: import of torchao halted; None in sys.modules. "
+        "`pip install 'rwkv-cluster[torchao]'` installs it"
+    )
+    refused(run, 2, sentence, *command)
+
+
 def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:
     Path("wrong.yaml").write_text("work_dir: work\nmodel:\n  n_layers: 3\ntrainings: {}\n")
     code, lines = run("train", "wrong.yaml")

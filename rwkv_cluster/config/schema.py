@@ -36,7 +36,7 @@ Strategy = Literal[
     "deepspeed_stage_3_offload",
 ]
 Fused = Literal["auto", "plain", "native", "compile"]
-OptimizerName = Literal["adamw", "lion", "muon"]
+OptimizerName = Literal["adamw", "adamw8bit", "lion", "muon"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant", "points"]
 SCHEDULE_FIELDS = {"wsd": ("decay_steps", "decay_tokens", "decay_shape"), "points": ("lr_points",)}
 """Fields that belong to one schedule alone."""
@@ -45,6 +45,7 @@ MAX_WIDTH = 65_536
 MAX_VOCAB_SIZE = 2**23  # as in a vocabulary file
 YEAR_S = 31_536_000
 MAX_ADDED_TOKENS = 10_000
+SMALLEST_EPS_IN_8_BITS = 1e-8  # the default of torchao and bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -398,7 +399,8 @@ class TrainingConfig(Section):
     )
     optimizer: OptimizerName = Field(
         "adamw",
-        description="adamw; lion; muon, for the matrices of the blocks, with adamw for the rest",
+        description="adamw; adamw8bit, whose moments have 8 bits (extra: torchao); lion; muon, for the matrices of the "
+        "blocks, with adamw for the rest",
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's decay of the momentum")
     ema_decay: float | None = Field(
@@ -471,6 +473,22 @@ class TrainingConfig(Section):
             raise ValueError("set decay_steps or decay_tokens, not both")
         if self.schedule == "points" and self.lr_points is None:
             raise ValueError("schedule points needs lr_points, for instance [[0, 1e-3], [1000000, 1e-5]]. Set it")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_in_8_bits(self) -> TrainingConfig:
+        if self.optimizer != "adamw8bit":
+            return self
+        if self.deepspeed_stage:
+            raise ValueError(
+                f"optimizer adamw8bit keeps its moments in blocks, which ZeRO stage {self.deepspeed_stage} would cut. "
+                "Use strategy ddp, or optimizer adamw"
+            )
+        if self.adam_eps < SMALLEST_EPS_IN_8_BITS:
+            raise ValueError(
+                f"adam_eps is {self.adam_eps:g}, by which optimizer adamw8bit would divide where a second moment is "
+                f"rounded to zero. Set it to {SMALLEST_EPS_IN_8_BITS:g} or more"
+            )
         return self
 
     @property

@@ -53,10 +53,11 @@ def save_pth(path: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype | 
         torch.save(flat, handle)
 
 
-def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+def load_pth(path: Path, *, mapped: bool = False, codes: bool = False) -> dict[str, Tensor]:
     """Read a weights file into tensors on the CPU, in the dtypes of the file, in the order of the file.
 
-    mapped: leave the tensors in the file, from which the system reads what is used of them.
+    mapped: leave the tensors in the file, from which the system reads what is used of them. codes: let tensors of
+    uint8 be among them, as moments in 8 bits are.
 
     Raises:
         MissingCheckpointError: no such file.
@@ -66,7 +67,7 @@ def load_pth(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     path = Path(path)
     require_weights_file(path)
     _check_archive(path)
-    return _load(path, mapped)
+    return _load(path, mapped, codes=codes)
 
 
 def peek_pth(path: Path) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def peek_pth(path: Path) -> dict[str, Tensor]:
     return _load(path, mapped=True)
 
 
-def _load(path: Path, mapped: bool) -> dict[str, Tensor]:
+def _load(path: Path, mapped: bool, *, codes: bool = False) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # hostile bytes make the unpickler raise anything
@@ -87,7 +88,7 @@ def _load(path: Path, mapped: bool) -> dict[str, Tensor]:
         # no more of torch's text than a name: it advises to switch the protection off
         reason = f"it names {named[1]}" if named else f"torch.load ends with {type(error).__name__}"
         raise CheckpointError(f"{path}: refused: it is not a flat dict of tensors ({reason})") from error
-    return _tensors_only(path, content)
+    return _tensors_only(path, content, codes=codes)
 
 
 def infer_model_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
@@ -257,7 +258,7 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
             )
 
 
-def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
+def _tensors_only(path: Path, content: object, *, codes: bool) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a flat dict of tensors")
     if fault := content_fault(content):
@@ -269,11 +270,12 @@ def _tensors_only(path: Path, content: object) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: has the key {name!r:.60}, expected a tensor's name")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r:.80} is a {type(value).__name__}, expected a tensor")
-        if value.dtype in (torch.int8, torch.uint8):
+        is_code = codes and value.dtype == torch.uint8
+        if value.dtype in (torch.int8, torch.uint8) and not is_code:
             raise CheckpointError(
                 f"{path}: {name!r:.80} is quantised to {value.dtype}", remedy="Use weights in bf16, fp16 or fp32"
             )
-        if not value.is_floating_point() or value.layout != torch.strided:
+        if not (value.is_floating_point() or is_code) or value.layout != torch.strided:
             raise CheckpointError(f"{path}: {name!r:.80} has dtype {value.dtype}, expected dense floats")
         if value.numel() * value.element_size() > file_bytes:
             raise CheckpointError(f"{path}: {name!r:.80} claims more values than the file has bytes")

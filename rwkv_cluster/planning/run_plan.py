@@ -148,7 +148,7 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
 def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding) -> float:
     """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written."""
     states = parameters.trained
-    whole = FP32 * (count(states) + optimizer_of(config.training).moment_elements(states))
+    whole = FP32 * count(states) + optimizer_of(config.training).moment_bytes(states)
     return whole / (sharding.ranks if sharding.stage else 1)
 
 

@@ -43,6 +43,7 @@ from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.metrics.metrics_file import StepRecord
 from rwkv_cluster.train.optimizers.param_groups import freeze
 from rwkv_cluster.train.optimizers.selection import RunParameters, run_parameters
+from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.train.parallel.strategy import place
 from rwkv_cluster.train.placement import DTYPES, Placement, memory_bytes
 from rwkv_cluster.workdir import WorkDir
@@ -201,6 +202,7 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, Placement, int]:
     device = torch.device(placement.accelerator)
     ops.require(training.wkv_backend, device, DTYPES[training.precision], config.model.head_size_a)
     fused.require(training.fused, placement.accelerator)
+    optimizer_of(training).require_package()
     accumulate = accumulation(
         micro_bsz=training.micro_bsz,
         world_size=placement.world_size,

@@ -35,7 +35,7 @@ def checkpoint_bytes(shapes: Shapes, world_size: int, optimizer: Optimizer, trai
     """
     trained = shapes if trained is None else trained
     n_moments = sum(len(optimizer.moments_of(name, shape)) for name, shape in trained.items())
-    moments = _FP32 * optimizer.moment_elements(trained) + _TENSOR * n_moments
+    moments = int(optimizer.moment_bytes(trained)) + _TENSOR * n_moments
     return weights_bytes(shapes, _FP32) + moments + _RANK * world_size
 
 

@@ -70,7 +70,7 @@ class Checkpoint:
 
     def _tensors(self, kind: str) -> dict[str, Tensor] | ShardedTensors:
         if f"{kind}.pth" in self.files:
-            tensors = load_pth(self.path / f"{kind}.pth")
+            tensors = load_pth(self.path / f"{kind}.pth", codes=kind == "optimizer")
             check_finite(tensors, f"{self.path / kind}.pth is not usable")
             return tensors
         names = [name for name in self.files if name.startswith(f"{kind}-")]

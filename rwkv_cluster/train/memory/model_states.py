@@ -108,7 +108,7 @@ def model_states(
     updated = trained(shapes) if chosen is None else chosen
     P, stage, ranks = count(updated), sharding.stage, sharding.ranks
     parts = theory(P, ranks, stage, precision, optimizer)
-    parts["moments"] = FP32 * optimizer.moment_elements(updated) / (ranks if stage else 1)
+    parts["moments"] = optimizer.moment_bytes(updated) / (ranks if stage else 1)
     item = ITEM_BYTES[precision] if stage else FP32
     frozen_item = item if chosen is None or stage == 0 else ITEM_BYTES[precision]  # DeepSpeed makes stage 0 all fp32
     # frozen ones have nothing else

@@ -17,7 +17,7 @@ from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint.shards import ShardedTensors
 from rwkv_cluster.train.optimizers.ema import keep_ema
 from rwkv_cluster.train.optimizers.selection import lr_multiplier
-from rwkv_cluster.train.optimizers.table import EMA, optimizer_of
+from rwkv_cluster.train.optimizers.table import BLOCK, EMA, SCALE, optimizer_of
 
 
 def freeze(model: nn.Module, trained: Collection[str], dtype: torch.dtype) -> None:
@@ -74,7 +74,7 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments as `<moment>/<parameter name>` -> fp32 tensor."""
+    """Moments as `<moment>/<parameter name>` -> tensor."""
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment]
         for group in optimizer.param_groups
@@ -126,9 +126,10 @@ def _moment(tensors: Mapping[str, Tensor] | ShardedTensors, key: str, parameter:
             f"the checkpoint's optimizer has no {key}", remedy="Move it away to go on from the one before"
         )
     moment = tensors[key]
-    if moment.shape != parameter.shape:
+    shape = (parameter.numel() // BLOCK,) if key.partition("/")[0].endswith(SCALE) else tuple(parameter.shape)
+    if tuple(moment.shape) != shape:
         raise CheckpointError(
-            f"{key} of the checkpoint's optimizer is {tuple(moment.shape)}, the model has {tuple(parameter.shape)}",
+            f"{key} of the checkpoint's optimizer is {tuple(moment.shape)}, the model has {shape}",
             remedy="Move it away to go on from the one before",
         )
     return moment.to(parameter.device).clone()

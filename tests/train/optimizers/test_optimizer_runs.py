@@ -17,7 +17,7 @@ from rwkv_cluster.train.run import train
 
 pytestmark = pytest.mark.system
 
-RATES = {"adamw": 1e-3, "lion": 3e-4, "muon": 3e-3}
+RATES = {"adamw": 1e-3, "adamw8bit": 1e-3, "lion": 3e-4, "muon": 3e-3}
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
@@ -26,6 +26,9 @@ def test_a_killed_run_ends_with_the_same_bits(optimizer: str, tmp_path: Path) ->
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         training = {"max_steps": 10, "optimizer": optimizer, "lr_init": RATES[optimizer], "ema_decay": 0.9}
+        if optimizer == "adamw8bit":
+            pytest.importorskip("torchao")
+            training["adam_eps"] = 1e-8
         configs.append(tiny_run_config(tmp_path / name, training=training))
     whole, killed = configs
     train(whole)
