@@ -376,6 +376,29 @@ def test_moments_in_8_bits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run, 2, sentence, *command)
 
 
+def test_a_resume_with_another_optimizer(run: Run, tmp_path: Path) -> None:
+    assert run("train", "run.yaml")[0] == 0
+    sentence = (
+        f"{tmp_path}/work/out/checkpoints/step-00000002 was trained with other settings: training.optimizer: adamw -> "
+        "lion. Put them back to continue, or choose another work_dir for a new run"
+    )
+    refused(run, 2, sentence, "train", "run.yaml", "--training.max_steps=4", "--training.optimizer=lion")
+
+
+def test_a_range_test_of_the_learning_rate(run: Run, tmp_path: Path) -> None:
+    absent = f"{tmp_path}/work/data/manifest.json does not exist: the data is not prepared"
+    refused(run, 3, f"{absent}. Run `rwkv-cluster prepare CONFIG`", "lr-find", "run.yaml")
+    assert run("prepare", "run.yaml")[0] == 0
+    sentence = "rates from 1 to 0.1 in 100 steps are no range. Use 0 < --from < --to <= 100 and 2 to 1,000 --steps"
+    refused(run, 2, sentence, "lr-find", "run.yaml", "--from=1", "--to=0.1")
+    sentence = "lr-find computes in bf16 or fp32. Add --training.precision=bf16"
+    refused(run, 2, sentence, "lr-find", "run.yaml", "--training.precision=fp16")
+    sentence = "the loss is not finite at a learning rate of 99. Use a smaller --from"
+    refused(
+        run, 1, sentence, "lr-find", "run.yaml", "--from=99", "--to=100", "--steps=2", "--training.weight_decay=1e38"
+    )
+
+
 def test_an_unknown_key_in_the_file_is_named_with_its_line(run: Run) -> None:
     Path("wrong.yaml").write_text("work_dir: work\nmodel:\n  n_layers: 3\ntrainings: {}\n")
     code, lines = run("train", "wrong.yaml")
