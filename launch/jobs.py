@@ -13,17 +13,13 @@ from pathlib import Path
 from rwkv_cluster.errors import LaunchError
 from rwkv_cluster.launch.launch_folder import COMMAND, MEMBERS
 from rwkv_cluster.launch.launchers import LAUNCHERS
-from rwkv_cluster.launch.logs import Tail
-from rwkv_cluster.runtime.exit_report import rank_log
 from rwkv_cluster.runtime.own_file import WrongKindError, open_own, owner, read_own, require_folder
 from rwkv_cluster.workdir import WorkDir
-
-POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class Status:
-    """state: Slurm's word; running, ended or unknown for processes of a machine. detail: what else is known."""
+    """state: a word of Slurm or Kubernetes; running, ended or unknown for processes of a machine. detail: what else."""
 
     folder: Path
     target: str
@@ -76,20 +72,22 @@ def status(folder: Path) -> Status:
 
 def follow(folder: Path, rank: int | None) -> Iterator[str]:
     """Text of the launch's logs, or of one rank's, as it comes, until the launch has ended."""
-    tails: dict[Path, Tail] = {}
+    launcher = LAUNCHERS[target_of(folder)]
+    reader = launcher.logs([folder, *_members(folder)], rank)
     while True:
         ended = status(folder).has_ended
-        yield from _new_text(folder, rank, tails)
+        yield from reader.read()
         if ended:
             return
-        time.sleep(POLL_S)
+        time.sleep(launcher.poll_s)
 
 
 def logs(folder: Path, rank: int | None) -> str:
     """The logs so far. Raises LaunchError for a rank that has none."""
-    if rank is not None and not rank_log(folder, rank).exists():
-        raise LaunchError(f"{rank_log(folder, rank)} is not there: rank {rank} has not started, or does not exist")
-    return "".join(_new_text(folder, rank, {}))
+    text = "".join(LAUNCHERS[target_of(folder)].logs([folder, *_members(folder)], rank).read())
+    if rank is not None and not text:
+        raise LaunchError(f"{folder}: rank {rank} has not started, or does not exist")
+    return text
 
 
 def cancel(folder: Path, *, grace_s: float) -> Status:
@@ -114,19 +112,9 @@ def cancel(folder: Path, *, grace_s: float) -> Status:
 
 def _wait_for_end(folder: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    poll_s = LAUNCHERS[target_of(folder)].poll_s
     while time.monotonic() < deadline and not status(folder).has_ended:
-        time.sleep(POLL_S)
-
-
-def _new_text(folder: Path, rank: int | None, tails: dict[Path, Tail]) -> Iterator[str]:
-    folders = [folder, *_members(folder)]
-    paths = [rank_log(run, rank or 0) for run in folders]
-    if rank is None:
-        others = [path for run in folders for path in sorted({*run.glob("*.log")} - {*run.glob("rank-*")})]
-        paths = others + paths
-    for path in paths:
-        if text := tails.setdefault(path, Tail(path)).read():
-            yield text
+        time.sleep(poll_s)
 
 
 def _members(folder: Path) -> list[Path]:

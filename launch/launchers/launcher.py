@@ -13,6 +13,7 @@ from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import dump_yaml
 from rwkv_cluster.launch.command import Command
 from rwkv_cluster.launch.launch_folder import COMMAND, CONFIG
+from rwkv_cluster.launch.logs import Logs
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Launcher(Protocol):
     def end_s(self) -> float:
         """Seconds in which a launch ends that is cancelled without a checkpoint."""
 
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks at a launch."""
+
     def tools(self, config: Config) -> tuple[Tool, ...]:
         """Programs that launching `config` needs on this machine."""
 
@@ -95,6 +100,9 @@ class Launcher(Protocol):
 
     def state(self, folder: Path) -> tuple[str, str]:
         """State of the launch in a word, and what else is known of it. Raises LaunchError."""
+
+    def logs(self, folders: Sequence[Path], rank: int | None) -> Logs:
+        """What a launch says, or one rank of it. folders: that of the launch, and those of a sweep's runs."""
 
     def cancel(self, folder: Path, *, now: bool) -> None:
         """Ask for a checkpoint and the end, or end the launch at once. Raises LaunchError."""

@@ -23,7 +23,7 @@ from rwkv_cluster.launch.launchers import container
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_record
 from rwkv_cluster.launch.launchers.rank_command import interpreter
 from rwkv_cluster.launch.launchers.script import CONFIG, HEAD, environment
-from rwkv_cluster.launch.logs import Tail
+from rwkv_cluster.launch.logs import FileLogs, Tail
 from rwkv_cluster.runtime.exit_report import rank_log
 from rwkv_cluster.runtime.heartbeat import machine, start_tick, this_process
 from rwkv_cluster.runtime.interrupt import Listener, listening
@@ -64,6 +64,7 @@ class Local:
 
     end_states: Collection[str] = ("ended",)
     end_s: float = 10.0
+    poll_s: float = 0.2
 
     @property
     def runs_here(self) -> bool:
@@ -131,6 +132,10 @@ class Local:
             if start_tick(process["pid"]) == process["started"] is not None:
                 return "running", f"process {record['pid']} on {record['host']}"
         return "ended", "exit code unknown: the launching process was killed"
+
+    def logs(self, folders: Sequence[Path], rank: int | None) -> FileLogs:
+        """The files of the launch directory."""
+        return FileLogs(folders, rank)
 
     def cancel(self, folder: Path, *, now: bool) -> None:
         """Signal the agent, or kill container and processes. Raises LaunchError for those of another machine."""

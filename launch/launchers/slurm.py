@@ -19,6 +19,7 @@ from rwkv_cluster.launch.launch_folder import JOBS, SUBMISSION
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_record
 from rwkv_cluster.launch.launchers.slurm_jobs import END_STATES, job_numbers, job_state, run_slurm
 from rwkv_cluster.launch.launchers.slurm_script import array_script, batch_script, node_command, prepare_script
+from rwkv_cluster.launch.logs import FileLogs
 from rwkv_cluster.runtime.own_file import reason
 from rwkv_cluster.workdir import atomic_write
 
@@ -46,6 +47,7 @@ class Slurm:
     runs_here: bool = False
     end_states: Collection[str] = END_STATES
     end_s: float = 60.0
+    poll_s: float = 0.2
 
     def tools(self, config: Config) -> tuple[Tool, ...]:
         """sbatch, and for pyxis an srun that starts containers."""
@@ -101,6 +103,10 @@ class Slurm:
     def state(self, folder: Path) -> tuple[str, str]:
         """State of the training job. Raises LaunchError."""
         return job_state(job_numbers(folder)[-1])
+
+    def logs(self, folders: Sequence[Path], rank: int | None) -> FileLogs:
+        """The files of the launch directories, which all nodes share."""
+        return FileLogs(folders, rank)
 
     def cancel(self, folder: Path, *, now: bool) -> None:
         """Send the jobs the signal for a checkpoint, or end them. Raises LaunchError."""

@@ -18,6 +18,7 @@ from rwkv_cluster.launch import jobs
 from rwkv_cluster.launch.launchers import LAUNCHERS
 from rwkv_cluster.launch.launchers.launcher import Launched, Plan, Tool, with_record
 from rwkv_cluster.launch.launchers.slurm import Slurm
+from rwkv_cluster.launch.logs import FileLogs
 from rwkv_cluster.launch.plan import plan
 from rwkv_cluster.launch.submit import submit
 from rwkv_cluster.workdir import WorkDir
@@ -38,6 +39,7 @@ class Pods:
     runs_here: bool = False
     end_states: Collection[str] = ("Succeeded",)
     end_s: float = 0.0
+    poll_s: float = 0.0
     calls: list[str] = field(default_factory=list)
 
     def tools(self, config: Config) -> tuple[Tool, ...]:
@@ -55,6 +57,9 @@ class Pods:
 
     def state(self, folder: Path) -> tuple[str, str]:
         return ("Succeeded" if "cancel now" in self.calls else "Running"), folder.name
+
+    def logs(self, folders: Sequence[Path], rank: int | None) -> FileLogs:
+        return FileLogs(folders, rank)
 
     def cancel(self, folder: Path, *, now: bool) -> None:
         self.calls.append("cancel now" if now else "cancel")
