@@ -3,9 +3,10 @@
     python -m rwkv_cluster.launch.agent [OPTION...] -- COMMAND ARGUMENT...
 
 COMMAND is torchrun, deepspeed or the trainer itself. Under Slurm the agents of a job meet through the launch directory:
-the first one picks a free port there, so that no two jobs share one. torchrun's own agent neither survives SIGUSR2 nor
-passes an exit code on, so this one keeps the signal from it, repeats it to the ranks until they end, and reads how each
-rank said it ended. Runs inside the container of the ranks; imports no torch.
+the first one picks a free port there, so that no two jobs share one. Pods do the same, once they have agreed on a start
+of the job (`meeting.py`). torchrun's own agent neither survives SIGUSR2 nor passes an exit code on, so this one keeps
+the signal from it, repeats it to the ranks until they end, and reads how each rank said it ended. Runs inside the
+container of the ranks; imports no torch.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from types import FrameType
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
 from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.launch_folder import BAD_NODE, RANK_ENVIRONMENT, STATE
-from rwkv_cluster.launch.outcome import Outcome
+from rwkv_cluster.launch.logs import Echo
+from rwkv_cluster.launch.meeting import ATTEMPT_VARIABLE, NODE_VARIABLE, NODES_VARIABLE, join
+from rwkv_cluster.launch.outcome import MISTAKES, Outcome, read_signal, write_signal
 from rwkv_cluster.launch.preflight import BadNode, check_gpus, check_nodes
 from rwkv_cluster.runtime.exit_report import LAUNCH_VARIABLE, STATE_VARIABLE, ExitReport, read_exit_report
 from rwkv_cluster.runtime.rank_env import die_with_parent
 
-ATTEMPT_VARIABLE = "RWKV_CLUSTER_ATTEMPT"  # job and restart, set by the batch script
-NODES_VARIABLE = "RWKV_CLUSTER_NODES"  # names of the job's nodes, in order
 PREEMPTED = Preempted.exit_code
 POLL_S = 0.2
 REPEAT_S = 1.0  # a signal reaches a rank that still imports torch, where nothing handles it yet
@@ -84,15 +85,17 @@ class Ranks:
 
 
 def this_node(environment: Mapping[str, str], ranks_per_node: int, per_rank: bool, n_nodes: int = 1) -> Node:
-    """This node, as Slurm says; without Slurm the only one. Raises LaunchError without a launch directory."""
+    """This node, as Slurm or its number says; otherwise the only one. Raises LaunchError without a launch directory."""
     launch = environment.get(LAUNCH_VARIABLE)
     if launch is None:
         raise LaunchError(
             f"{LAUNCH_VARIABLE} is not set: this is started by the script that rwkv-cluster launch writes"
         )
     host = environment.get("SLURMD_NODENAME", socket.gethostname())
-    number = int(environment.get("SLURM_NODEID", 0)) if ATTEMPT_VARIABLE in environment else 0
+    own = environment.get(NODE_VARIABLE, environment.get("SLURM_NODEID", "0"))
+    number = int(own) if ATTEMPT_VARIABLE in environment else 0
     names = tuple(environment.get(NODES_VARIABLE, host).split())
+    host = names[number] if NODE_VARIABLE in environment else host
     first = number * ranks_per_node
     ranks = (int(environment["SLURM_PROCID"]),) if per_rank else tuple(range(first, first + ranks_per_node))
     state = state_of({ATTEMPT_VARIABLE: f"{host}-{os.getpid()}", **environment})
@@ -113,8 +116,12 @@ def run(
     *,
     gpus: int = 0,
     forward: str | None = None,
+    echo: Callable[[], None] = lambda: None,
 ) -> int:
-    """Check the node and its GPUs, run `command` as its ranks, and return the exit code that says how they ended."""
+    """Check the node and its GPUs, run `command` as its ranks, and return the exit code that says how they ended.
+
+    echo: called again and again while the ranks run, and once after.
+    """
     try:
         node.state.mkdir(parents=True, exist_ok=True)
         check_gpus(gpus, node.host)
@@ -138,20 +145,23 @@ def run(
     on_start(ranks)
     reader = threading.Thread(target=_copy_errors, args=(ranks,), daemon=True)
     reader.start()
-    wait_for_end(node, ranks)
+    wait_for_end(node, ranks, echo)
     reader.join(5)
+    echo()
     code = classify_exit(node, ranks)
     if code == PREEMPTED and node.is_numbered:
         wait_for_other_nodes(node)
     return code
 
 
-def wait_for_end(node: Node, ranks: Ranks) -> None:
+def wait_for_end(node: Node, ranks: Ranks, echo: Callable[[], None]) -> None:
     """Wait until the ranks have ended, and meanwhile repeat a request to stop to them."""
     next_signal, all_told = 0.0, None
     while ranks.process.poll() is None:
+        echo()
         now = time.monotonic()
         if ranks.stop_signal and now >= next_signal:
+            write_signal(node.state, ranks.stop_signal)  # nodes that were sent none end with this one
             ranks.tell(signal.SIGUSR1)
             next_signal = now + REPEAT_S
         if all_told is None and None not in exit_reports(node).values():
@@ -186,8 +196,9 @@ def classify_exit(node: Node, ranks: Ranks) -> int:
     if codes == {0} and None not in reports.values():
         return 0
     if codes <= {0, PREEMPTED} and PREEMPTED in codes and None not in reports.values():
-        if ranks.stop_signal:
-            outcome = Outcome("preempted", PREEMPTED, f"stopped after {ranks.stop_signal}", ranks.stop_signal)
+        stop_signal = ranks.stop_signal or read_signal(node.state)
+        if stop_signal:
+            outcome = Outcome("preempted", PREEMPTED, f"stopped after {stop_signal}", stop_signal)
         else:
             outcome = Outcome("stopped", PREEMPTED, "stopped by a STOP file")
         outcome.write(node.state)
@@ -266,7 +277,7 @@ def _rendezvous(node: Node, port: int | None) -> dict[str, str]:
     """Variables that say where the ranks meet: torchrun's own for its options, or those of a rank."""
     if port is None:
         return {}
-    first = _address(node.names[0])
+    first = node.names[0] if NODE_VARIABLE in os.environ else _address(node.names[0])
     if not node.per_rank:
         return {"PET_NODE_RANK": str(node.number), "PET_MASTER_ADDR": first, "PET_MASTER_PORT": str(port)}
     local = {"LOCAL_RANK": os.environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": os.environ["SLURM_NTASKS_PER_NODE"]}
@@ -304,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="that torchrun numbers")
     parser.add_argument("--forward", help="names of variables, for deepspeed to set on other nodes")
     parser.add_argument("--per-rank", action="store_true")
+    parser.add_argument("--node-variable", help="has this node's number, where nodes are started one by one")
+    parser.add_argument("--restart-code", type=int, help="exit code by which such a node is started again")
+    parser.add_argument("--echo", action="store_true", help="copy the ranks' logs to stdout")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
 
@@ -317,8 +331,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     node = None
     try:
+        if options.node_variable:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(options.restart_code or 128 + number))
+            try:
+                join(os.environ, options.node_variable)
+            except BadNode as error:  # which may only wait for a place
+                if options.restart_code is None:
+                    raise
+                sys.stderr.write(f"rwkv-cluster: {error}\n")
+                return options.restart_code
         node = this_node(os.environ, options.ranks, options.per_rank, options.nodes)
-        return run(node, options.command, options.cwd, listen, gpus=options.gpus, forward=options.forward)
+        echo = Echo(node.launch, node.ranks).copy if options.echo else lambda: None
+        code = run(node, options.command, options.cwd, listen, gpus=options.gpus, forward=options.forward, echo=echo)
+        was_sent_away = code not in (0, *MISTAKES) and read_signal(node.state) is not None
+        return options.restart_code if options.restart_code and was_sent_away else code
     except LaunchError as error:
         sys.stderr.write(f"rwkv-cluster: error: {error}\n")
         if node is not None:

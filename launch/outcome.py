@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from rwkv_cluster.errors import CheckpointError, ConfigError, DataError, KernelError, LaunchError
+
+MISTAKES = tuple(
+    sorted(error.exit_code for error in (ConfigError, DataError, CheckpointError, KernelError, LaunchError))
+)
+"""Exit codes of what another start would meet again."""
+
 How = Literal["preempted", "stopped", "failed"]
 _HOWS: dict[str, How] = {how: how for how in get_args(How)}
 _FILE = "outcome"
+_SIGNAL = "signal"
 _NO_SIGNAL = "-"
 
 
@@ -43,3 +52,18 @@ def read_outcome(state: Path) -> Outcome | None:
     except (FileNotFoundError, ValueError):  # or not written to its end
         return None
     return Outcome(_HOWS[how], int(code), message, None if stop_signal == _NO_SIGNAL else stop_signal)
+
+
+def write_signal(state: Path, name: str) -> None:
+    """Tell the other nodes of an attempt that this one was sent a signal to end."""
+    with suppress(OSError):
+        (state / _SIGNAL).write_text(name)
+
+
+def read_signal(state: Path) -> str | None:
+    """Name of the signal that some node of an attempt was sent; None without one."""
+    try:
+        os.listdir(state)  # makes a network file system look again
+        return (state / _SIGNAL).read_text()
+    except OSError:
+        return None

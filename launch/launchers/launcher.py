@@ -39,14 +39,15 @@ class Plan:
 class Launched:
     """A launch under way.
 
-    jobs: numbers that the scheduler gave, the training job last; code: of one that ended; members: folders of a
-    sweep's runs.
+    jobs: numbers or names that the scheduler has, the training job last; code: of one that ended; members: folders of a
+    sweep's runs; has_logs: whether the logs come into the folder.
     """
 
     folder: Path
     jobs: tuple[str, ...] = ()
     code: int | None = None
     members: tuple[Path, ...] = ()
+    has_logs: bool = True
 
 
 @dataclass(frozen=True)

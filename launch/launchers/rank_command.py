@@ -63,6 +63,16 @@ def slurm_torchrun(config: Config, python: str, cwd: str) -> Command:
     return _agent(config, _torchrun(python, arguments), cwd, ranks_per_node(config))
 
 
+def joined_torchrun(config: Config, python: str, cwd: str, node_variable: str, *further: str) -> Command:
+    """torchrun on one of several machines that are started one by one. The agents meet, and tell it its place.
+
+    node_variable: has the machine's number. further: options of the agent.
+    """
+    arguments = ("--nnodes", str(config.launch.num_nodes), "--nproc-per-node", str(ranks_per_node(config)))
+    options = ("--node-variable", node_variable, "--echo", *further)
+    return _agent(config, _torchrun(python, arguments), cwd, ranks_per_node(config), *options)
+
+
 def deepspeed(config: Config, python: str, cwd: str) -> Command:
     """deepspeed's launcher. On several nodes it goes there by ssh, so that one agent has all the ranks."""
     launch = config.launch

@@ -24,7 +24,9 @@ logger = logging.getLogger("rwkv_cluster")
 
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="T", help="instead of the file's launch.target")
-    parser.add_argument("--dry-run", action="store_true", help="print the script, start and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the script or the manifests, start and write nothing"
+    )
     parser.add_argument("--doctor", action="store_true", help="start `rwkv-cluster doctor` there instead of training")
 
 
@@ -44,13 +46,16 @@ def launch(options: argparse.Namespace) -> Result:
 
 
 def _dry_run(planned: Plan) -> Result:
+    from rwkv_cluster.launch.launch_folder import CONFIG
     from rwkv_cluster.launch.submit import launch_folder
 
     folder = launch_folder(planned.config.work_dir, time.time())
     commands = [command.shell() for command in planned.commands]
     logger.info("would run in %s: %s", folder, "; ".join(commands))
     plans = (planned, *planned.members)
-    scripts = [text for run in plans for name, text in run.files.items() if name.endswith(".sh")]
+    scripts = [
+        text for run in plans for name, text in run.files.items() if name.endswith((".sh", ".yaml")) and name != CONFIG
+    ]
     data = {"folder": folder, "files": dict(planned.files), "commands": commands}
     if planned.members:
         data["runs"] = [dict(member.files) for member in planned.members]
@@ -62,8 +67,9 @@ def _launched(launched: Launched, work_dir: str) -> Result:
 
     rows = {"launch": str(launched.folder)}
     if launched.jobs:
-        rows = {"job": " after ".join(reversed(launched.jobs)), **rows, "log": f"{launched.folder}/job.log"}
-        rows["ranks"] = f"{launched.folder}/rank-N.log"
+        rows = {"job": " after ".join(reversed(launched.jobs)), **rows}
+    if launched.jobs and launched.has_logs:
+        rows |= {"log": f"{launched.folder}/job.log", "ranks": f"{launched.folder}/rank-N.log"}
     if launched.members:
         rows |= {"log": f"{launched.folder}/sweep-N-job.log", "ranks": f"{launched.members[0]}/rank-N.log"}
         rows["runs"] = f"{work_dir}/sweep/N, N from 0 to {len(launched.members) - 1}"
@@ -78,7 +84,7 @@ def _launched(launched: Launched, work_dir: str) -> Result:
 
 LAUNCH = Subcommand(
     "launch",
-    "start the run on its target: here, torchrun, deepspeed, a container or Slurm",
+    "start the run on its target: here, torchrun, deepspeed, a container, Slurm or Kubernetes",
     launch,
     _add_launch_arguments,
     config="required",

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rwkv_cluster.config.kubernetes import KubernetesConfig, SkypilotConfig
 from rwkv_cluster.config.section import Section, path_text
 from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
-Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm"]
+Target = Literal["local", "torchrun", "deepspeed", "docker", "podman", "sbatch", "slurm", "kubernetes", "skypilot"]
 SWEEP_TARGETS = ("slurm", "sbatch")  # that have job arrays
 Runtime = Literal["none", "docker", "podman", "apptainer", "pyxis"]
 
@@ -55,7 +56,9 @@ class ContainerConfig(Section):
     user: Literal["caller", "image"] = Field(
         "caller", description="docker, podman: run as the calling user, who then owns all files, or as the image says"
     )
-    shm_size: str = Field("16g", description="docker, podman: size of /dev/shm, which NCCL and data workers use")
+    shm_size: str = Field(
+        "16g", description="docker, podman, Kubernetes: size of /dev/shm, which NCCL and data workers use"
+    )
     extra_args: list[str] = Field(
         default_factory=list, description="further options of the container's command, each --name or --name=value"
     )
@@ -102,7 +105,7 @@ class ContainerConfig(Section):
 
 
 class PrepareJobConfig(Section):
-    """Slurm: the data prepared by a job of its own, without GPUs, that training waits for."""
+    """Slurm, JobSet: the data prepared by a job of its own, without GPUs, that training waits for."""
 
     own_job: bool = Field(False, description="prepare the data in a job of its own before the training job")
     cpus: int = Field(4, ge=1, le=100_000, description="CPUs of that job")
@@ -120,8 +123,8 @@ class LaunchConfig(Section):
     """Where and how `rwkv-cluster launch` starts the run."""
 
     target: Target = Field(
-        "local", description="local (one process here), torchrun, deepspeed, docker, podman, slurm (through submitit) "
-        "or sbatch (Slurm without submitit)"
+        "local", description="local (one process here), torchrun, deepspeed, docker, podman, slurm (through submitit), "
+        "sbatch (Slurm without submitit), kubernetes or skypilot (--dry-run alone)"
     )  # fmt: skip
     name: str = Field("rwkv", description="name of the job and of the container")
     num_nodes: int = Field(1, ge=1, le=100_000, description="machines")
@@ -129,8 +132,10 @@ class LaunchConfig(Section):
     ranks_per_node: int | None = Field(
         None, ge=1, le=1024, description="processes on each node; default: gpus_per_node, else training.devices"
     )
-    cpus_per_node: int | None = Field(None, ge=1, le=100_000, description="Slurm: CPUs to ask for on each node")
-    mem: str | None = Field(None, description="Slurm: memory of each node, such as 64G")
+    cpus_per_node: int | None = Field(
+        None, ge=1, le=100_000, description="Slurm, Kubernetes: CPUs to ask for on each node"
+    )
+    mem: str | None = Field(None, description="Slurm, Kubernetes: memory of each node, such as 64G")
     time: str | None = Field(None, description='Slurm: time limit, minutes or "H:MM:SS" or "D-HH:MM:SS"')
     partition: str | None = Field(None, description="Slurm: partition")
     account: str | None = Field(None, description="Slurm: account that is charged")
@@ -139,9 +144,13 @@ class LaunchConfig(Section):
     exclude: str | None = Field(None, description="Slurm: nodes not to use, such as node[3,7-9]")
     comment: str | None = Field(None, description="Slurm: comment on the job")
     signal_s: int = Field(
-        120, ge=1, le=65_535, description="Slurm: ask for a checkpoint this many seconds before the time limit"
+        120, ge=1, le=65_535, description="Slurm: ask for a checkpoint this many seconds before the time limit; "
+        "Kubernetes: seconds for one before a pod is killed"
+    )  # fmt: skip
+    requeue: bool = Field(
+        True,
+        description="Slurm: after a preemption or time limit, queue the same job again; Kubernetes: start pods again",
     )
-    requeue: bool = Field(True, description="Slurm: after a preemption or time limit, queue the same job again")
     max_requeues: int = Field(100, ge=0, le=1_000_000, description="Slurm: queue it again at most this often")
     exclude_bad_nodes: bool = Field(
         False, description="Slurm: after a node has failed its checks, queue the job again without it"
@@ -186,6 +195,8 @@ class LaunchConfig(Section):
     )  # fmt: skip
     container: ContainerConfig = Field(default_factory=ContainerConfig, description="container")
     prepare: PrepareJobConfig = Field(default_factory=PrepareJobConfig, description="data preparation")
+    kubernetes: KubernetesConfig = Field(default_factory=KubernetesConfig, description="target kubernetes")
+    skypilot: SkypilotConfig = Field(default_factory=SkypilotConfig, description="target skypilot")
 
     _paths = field_validator("hostfile", mode="before")(path_text)
 
@@ -253,10 +264,12 @@ class LaunchConfig(Section):
         for field, names in (("env", self.env), ("container.extra_args", in_options)):
             secret = next((name for name in names if looks_secret(name) and name not in self.not_secret), None)
             if secret is not None:
+                instead = "Put the name into launch.pass_env instead and set the variable where you launch"
+                if self.target == "kubernetes":
+                    instead = f"Name a secret of the cluster instead: launch.kubernetes.secrets.{secret}=SECRET/KEY"
                 raise ValueError(
-                    f"{field} has {secret}, which looks like a secret and would be written to scripts. Put the name "
-                    "into launch.pass_env instead and set the variable where you launch; if it is no secret, put the "
-                    "name into launch.not_secret"
+                    f"{field} has {secret}, which looks like a secret and would be written to scripts. {instead}; if "
+                    "it is no secret, put the name into launch.not_secret"
                 )
         return self
 
@@ -270,6 +283,13 @@ class LaunchConfig(Section):
             raise ValueError(
                 "target is slurm with container.runtime pyxis, whose container would hold submitit and could not queue "
                 "the job again. Use target sbatch"
+            )
+        if self.target == "kubernetes":
+            self._kubernetes_fits()
+        if self.target == "skypilot" and self.gpus_per_node and not self.skypilot.accelerator:
+            raise ValueError(
+                f"target is skypilot with gpus_per_node {self.gpus_per_node}, but skypilot.accelerator is not set. "
+                "Name the GPU, such as H100"
             )
         if self.sweep and self.target not in SWEEP_TARGETS:
             raise ValueError(f"target is {self.target}, but sweep makes a job array. Use target slurm or sbatch")
@@ -291,6 +311,32 @@ class LaunchConfig(Section):
                     "files and command lines. Set them on each machine, or use target torchrun"
                 )
         return self
+
+    def _kubernetes_fits(self) -> None:
+        """Raises ValueError for what pods need and do not have, and for what has no place in them."""
+        if not self.container.image:
+            raise ValueError(
+                "target is kubernetes, but container.image is not set. Name an image that has rwkv_cluster"
+            )
+        if not self.kubernetes.volumes:
+            raise ValueError(
+                "target is kubernetes, but kubernetes.volumes is not set. Name a claim that all pods share"
+            )
+        elsewhere = {
+            "pass_env": "Name secrets of the cluster in launch.kubernetes.secrets, other values in launch.env",
+            "setup": "Put what it does into the image",
+            "container.mounts": "Name claims in launch.kubernetes.volumes",
+            "container.extra_args": "Remove it",
+        }
+        values = (self.pass_env, self.setup, self.container.mounts, self.container.extra_args)
+        for (field, remedy), value in zip(elsewhere.items(), values, strict=True):
+            if value:
+                raise ValueError(f"target is kubernetes, where {field} has no place. {remedy}")
+        if self.prepare.own_job and self.kubernetes.kind != "jobset":
+            raise ValueError(
+                f"prepare.own_job is set, but kubernetes.kind is {self.kubernetes.kind}, and one Job cannot wait for "
+                "another. Use kind jobset, or leave it out: rank 0 prepares while the others wait"
+            )
 
 
 def looks_secret(name: str) -> bool:

@@ -20,7 +20,8 @@ from rwkv_cluster.workdir import CONFIG_YAML
 # Fields of `launch` that say which programs run, with what in their environment, and with which machines they speak.
 _DECIDE_WHAT_RUNS = (
     "setup", "env", "python", "sweep", "slurm_parameters", "hosts", "hostfile", "rdzv_endpoint", "container.image",
-    "container.mounts", "container.extra_args",
+    "container.mounts", "container.extra_args", "kubernetes.context", "kubernetes.namespace", "kubernetes.volumes",
+    "kubernetes.secrets", "kubernetes.pull_secrets", "kubernetes.run_as", "kubernetes.queue",
 )  # fmt: skip
 
 _OF_DATA = {".jsonl", ".ndjson", ".npy", ".bin", ".idx", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".zip", ".tar"}
