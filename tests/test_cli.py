@@ -20,7 +20,8 @@ from rwkv_cluster.commands import COMMANDS
 from rwkv_cluster.config import Config, TokenizerConfig
 from rwkv_cluster.config.field_types import is_section
 from rwkv_cluster.config.loader import load_config, parse_config
-from rwkv_cluster.config.recipes import find_config, shipped_recipes
+from rwkv_cluster.config.recipes import find_config
+from rwkv_cluster.config.shipped import PARTS, recipes_in_words, shipped_recipes
 from rwkv_cluster.errors import EXIT_CODES, ConfigError, Preempted, RWKVClusterError
 
 Install = Callable[..., None]
@@ -124,7 +125,7 @@ def test_a_work_dir_stands_for_its_own_file_wherever_it_was_moved(tmp_path: Path
         find_config("empty")
 
 
-@pytest.mark.parametrize("recipe", shipped_recipes())
+@pytest.mark.parametrize("recipe", ["quickstart.yaml", "lora/2.9b-24gb.yaml"])
 @pytest.mark.parametrize("folder", ["", "configs/", "./"])
 def test_a_shipped_recipe_is_found_from_any_directory(
     recipe: str, folder: str, capsys: pytest.CaptureFixture[str]
@@ -136,7 +137,7 @@ def test_a_shipped_recipe_is_found_from_any_directory(
 
 
 def test_a_file_of_ones_own_comes_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = shipped_recipes()[0]
+    recipe = "quickstart.yaml"
     (tmp_path / recipe).write_text("work_dir: mine\n")
     found = find_config(recipe)
     assert (found.resolved.config.work_dir, found.notice) == ("mine", "")
@@ -144,12 +145,19 @@ def test_a_file_of_ones_own_comes_before_the_recipe(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("argument", ["none.yaml", "other/{}", "/{}", "configs/deep/{}"])
 def test_a_missing_file_lists_the_recipes(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = argument.format(shipped_recipes()[0])
+    path = argument.format("quickstart.yaml")
     assert main(["train", path]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"rwkv-cluster: error: {path}: ")
     assert "no such file" in message
-    assert all(recipe in message for recipe in shipped_recipes())
+    assert recipes_in_words() in message
+
+
+def test_recipes_are_told_by_their_folders() -> None:
+    words = recipes_in_words()
+    assert all(recipe in words for recipe in shipped_recipes() if "/" not in recipe)
+    folders = {recipe.partition("/")[0] for recipe in shipped_recipes() if "/" in recipe}
+    assert {folder for folder in folders if f"{folder}/" in words} == folders - set(PARTS)
 
 
 ERRORS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RWKVClusterError)]

@@ -478,7 +478,7 @@ def test_a_wrong_command_line(arguments: list[str], sentence: str, run: Run, tmp
 
 def test_data_is_no_configuration(run: Run) -> None:
     sentence = (
-        "text.jsonl is data, and not the YAML file of a run. Name such a file, or a shipped recipe (quickstart.yaml, sft-g1.yaml, state-g1.yaml), and "
+        "text.jsonl is data, and not the YAML file of a run. Name such a file, or a shipped recipe (quickstart.yaml, sft-g1.yaml, state-g1.yaml, or one in continue/, integers/, long/, lora/, pretrain/, sft/, state/), and "
         "the data by data.inputs: --data.inputs=[text.jsonl]"
     )
     refused(run, 2, sentence, "prepare", "text.jsonl")

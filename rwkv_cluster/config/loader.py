@@ -24,8 +24,9 @@ from rwkv_cluster.config.field_types import (
     mismatch,
     unknown_field,
 )
+from rwkv_cluster.config.include import read_file, with_included
 from rwkv_cluster.config.schema import Config, InvalidFields, Section, open_sizes
-from rwkv_cluster.config.yaml_reader import MAX_BYTES, MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
+from rwkv_cluster.config.yaml_reader import MAX_DEPTH, Node, parse_argument, parse_scalar, parse_yaml, shown
 from rwkv_cluster.errors import ConfigError
 
 DEFAULT = "default"
@@ -50,11 +51,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
     """Load a configuration and keep where each value came from."""
-    return parse_config(_read(Path(path)), shown(str(path), 4096), overrides)
+    return parse_config(read_file(Path(path)), shown(str(path), 4096), overrides, include_from=[Path(path).parent])
 
 
-def parse_config(content: bytes, name: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """Configuration in YAML bytes. `name` stands for the file in messages; overrides may start with `--`."""
+def parse_config(
+    content: bytes, name: str, overrides: Sequence[str] = (), *, include_from: Sequence[Path] | None = None
+) -> ResolvedConfig:
+    """Configuration in YAML bytes. `name` stands for the file in messages; overrides may start with `--`.
+
+    include_from: folders in which `include` looks before it takes a shipped recipe; None: the text includes nothing.
+    """
     root = parse_yaml(content, name)
     if root.value is None:
         raise ConfigError(
@@ -62,22 +68,10 @@ def parse_config(content: bytes, name: str, overrides: Sequence[str] = ()) -> Re
         )
     if not isinstance(root.value, dict):
         raise ConfigError(f"{root.origin}: expected `name: value` lines, found {found_text(root)}")
+    root = with_included(root, include_from)
     for override in overrides:
         root = _overridden(root, override)
     return _Reader(name).read(root)
-
-
-def _read(path: Path) -> bytes:
-    where = shown(str(path), 4096)
-    try:
-        with open(path, "rb") as handle:
-            return handle.read(MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where}: there is no such file", remedy="Name a YAML file") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{where}: this is a folder", remedy="Name a YAML file") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _overridden(root: Node, override: str) -> Node:
@@ -250,6 +244,10 @@ def field_table() -> str:
         "`training.init_from` and `launch.hostfile`, `~` and variables such as `$SCRATCH` are replaced when the file\n"
         "is read. The other fields of `launch` are for the nodes and are left as they are.\n"
         "`rwkv-cluster config CONFIG` shows every value and its source.\n",
+        "`include: base.yaml` or `include: [sizes/2.9b.yaml, tasks/lora.yaml]` begins a file with the fields of\n"
+        "others, by paths relative to it, or by names of recipes that come with the package; a later file wins over\n"
+        "an earlier one, and the file's own fields over all. Included files include nothing. A list is replaced, a\n"
+        "mapping such as `launch.env` filled up. What a run keeps is the whole.\n",
         "This page is generated from `rwkv_cluster/config/schema.py`: `python -m rwkv_cluster.config.loader > "
         "docs/configuration.md`.\n",
     ]

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from importlib import resources
 from pathlib import Path
 
+from rwkv_cluster.config.include import read_file
 from rwkv_cluster.config.loader import ResolvedConfig, parse_config, resolve_config, yaml_text
 from rwkv_cluster.config.schema import TOKENIZER_TYPES, TokenizerConfig
+from rwkv_cluster.config.shipped import recipe_name, recipes_in_words, shipped_file, shipped_recipes
 from rwkv_cluster.config.yaml_reader import shown
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime.own_file import require_own
@@ -84,12 +85,6 @@ def tokenizer_options(tokenizer: TokenizerConfig) -> tuple[str, ...]:
     return ("--tokenizer", tokenizer.type, *(("--vocab-file", tokenizer.vocab_file) if tokenizer.vocab_file else ()))
 
 
-def shipped_recipes() -> list[str]:
-    """File names of the recipes in the package, sorted."""
-    folder = resources.files("rwkv_cluster.configs")
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
     """Configuration that the command-line `argument` names, with `section.field=value` overrides.
 
@@ -105,20 +100,19 @@ def find_config(argument: str, overrides: Sequence[str] = ()) -> FoundConfig:
         raise ConfigError(
             f"{argument} is data, and not the YAML file of a run",
             remedy="Name such a file, or a shipped recipe "
-            f"({', '.join(shipped_recipes())}), and the data by data.inputs: --data.inputs=[{yaml_text(argument)}]",
+            f"({recipes_in_words()}), and the data by data.inputs: --data.inputs=[{yaml_text(argument)}]",
         )
     if path.exists():
         return FoundConfig(resolve_config(path, overrides))
-    recipes = shipped_recipes()
-    if path.name in recipes and path.parent in (Path("."), Path("configs")) and not path.is_absolute():
-        content = resources.files("rwkv_cluster.configs").joinpath(path.name).read_bytes()
-        notice = f"{argument} does not exist here: using the recipe {path.name} shipped with rwkv-cluster"
-        return FoundConfig(parse_config(content, path.name, overrides), notice)
-    near = nearest(path.name, recipes, 0.5)
+    recipe = recipe_name(path)
+    if recipe is not None:
+        notice = f"{argument} does not exist here: using the recipe {recipe} shipped with rwkv-cluster"
+        return FoundConfig(parse_config(shipped_file(recipe), recipe, overrides, include_from=[]), notice)
+    near = nearest(argument, shipped_recipes(), 0.5)
     hint = f" Nearest: {near}." if near else ""
     raise ConfigError(
         f"{argument}: there is no such file.{hint} Name a YAML file, the work directory of a run, "
-        f"or a shipped recipe: {', '.join(recipes)}"
+        f"or a shipped recipe: {recipes_in_words()}"
     )
 
 
@@ -130,4 +124,5 @@ def _work_dir_config(folder: Path, path: Path, overrides: Sequence[str]) -> Reso
         )
     require_own(path)
     # As YAML text, because a folder's name may look like a list or a number.
-    return resolve_config(path, [f"work_dir={yaml_text(str(folder))}", *overrides])
+    overrides = [f"work_dir={yaml_text(str(folder))}", *overrides]
+    return parse_config(read_file(path), shown(str(path), 4096), overrides)  # it is whole: nothing is included
