@@ -125,7 +125,7 @@ def model_states(
         parts["weights"] = 0.0
     return ModelStates(
         **parts,
-        gathered=float(_gathered(shapes) * item) if stage == 3 and ranks > 1 else 0.0,
+        gathered=float(_gathered(shapes) * item) if stage == 3 and (ranks > 1 or sharding.offload_parameters) else 0.0,
         gradient_copy=copy,
         buckets=_buckets(shapes if chosen is None else chosen, sharding, item, bucket_elements),
         keeps_gradients=stage == 3 or (stage is None and ranks > 1),

@@ -90,6 +90,15 @@ def test_a_real_optimizer(model_type: str) -> None:
     assert ours.moments == sum(tensor.nbytes for tensor in optimizer_tensors(optimizer).values())
 
 
+def test_a_rank_alone_gathers_what_its_host_has() -> None:
+    alone, moved, of_eight = (
+        model_states(SHAPES, sharding, "bf16", 1000, ADAMW)
+        for sharding in (Sharding(1, 3, True), Sharding(1, 3, True, True), Sharding(8, 3))
+    )
+    assert alone.gathered == 0
+    assert moved.gathered == of_eight.gathered > 0
+
+
 def test_stages_keep_less_and_offloading_moves_it() -> None:
     whole, one, two, three = (
         model_states(SHAPES, Sharding(8, stage), "bf16", 1000, ADAMW) for stage in (None, 1, 2, 3)
