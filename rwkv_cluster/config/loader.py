@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def dump_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
     values = config.model_dump()
     for name in open_sizes(config) if config.training.init_from is not None else ():
         del values["model"][name]
-    lines = list(_yaml_lines(values, "", sources or {}, 0))
+    lines = list(yaml_lines(values, "", sources or {}, 0))
     width = min(60, max(len(line) for line, _ in lines))
     return "".join(f"{line:<{width}}  # {note}\n" if note else f"{line}\n" for line, note in lines)
 
@@ -192,15 +193,25 @@ def dump_json(config: Config) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _yaml_lines(
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of fields with dotted names."""
+    sections: dict[str, Any] = {}
+    for name, value in fields.items():
+        *outer, field = name.split(".")
+        reduce(lambda section, part: section.setdefault(part, {}), outer, sections)[field] = value
+    return sections
+
+
+def yaml_lines(
     values: Mapping[str, Any], prefix: str, sources: Mapping[str, str], depth: int
 ) -> Iterator[tuple[str, str]]:
+    """Lines of a file with `values` in sections below `prefix`, each with what `sources` says of its field, or ""."""
     indent = "  " * depth
     for name, value in values.items():
         source = sources.get(f"{prefix}{name}", "")
         if isinstance(value, dict) and value:
             yield f"{indent}{yaml_text(name)}:", source
-            yield from _yaml_lines(value, f"{prefix}{name}.", sources, depth + 1)
+            yield from yaml_lines(value, f"{prefix}{name}.", sources, depth + 1)
         elif isinstance(value, (list, tuple)) and value:
             yield f"{indent}{yaml_text(name)}:", source
             yield from ((f"{indent}  - {yaml_value(item)}", "") for item in value)

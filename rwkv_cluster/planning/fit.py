@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 from rwkv_cluster.config import Config
-from rwkv_cluster.config.loader import yaml_value
+from rwkv_cluster.config.loader import nested, yaml_lines, yaml_value
 from rwkv_cluster.config.schema import ranks_per_node
 from rwkv_cluster.config.yaml_reader import parse_scalar
 from rwkv_cluster.data.batch_size import divisors
@@ -89,8 +89,9 @@ class Fit:
         fields = {**placement, **{f"training.{name}": value for name, value in self.changes.items()}}
         if not fields:
             return "\n".join([*lines, "The configuration has the fastest setting already."])
+        in_file = [line for line, _ in yaml_lines(nested(fields), "", {}, 0)]
         options = " ".join(f"--{name}={yaml_value(value)}" for name, value in fields.items())
-        return "\n".join([*lines, "The first in the file, and as options:", "", *_in_sections(fields), "", options])
+        return "\n".join([*lines, "The first in the file, and as options:", "", *in_file, "", options])
 
     def _row(self, candidate: Candidate) -> str:
         speed = self.plan.length.tokens_per_step / candidate.seconds
@@ -123,14 +124,6 @@ class Fit:
             "needed": needed(candidate.memory),
             "host": candidate.memory.host,
         }
-
-
-def _in_sections(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of a file that set fields with dotted names."""
-    for section in dict.fromkeys(name.partition(".")[0] for name in fields):
-        yield f"{section}:"
-        inside = {name.partition(".")[2]: value for name, value in fields.items() if name.startswith(f"{section}.")}
-        yield from (f"  {name}: {yaml_value(value)}" for name, value in inside.items())
 
 
 def placement(config: Config, gpus: str | None, nodes: str | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 from tiny_models import tiny_model
 from tiny_run import losses, write_text
 
+from rwkv_cluster.cli import main
+from rwkv_cluster.config.loader import load_config
 from rwkv_cluster.config.recipes import find_config
 from rwkv_cluster.config.shipped import PARTS, shipped_recipes
 from rwkv_cluster.model.weights_file import save_pth
@@ -54,6 +56,17 @@ def scaled_down(recipe: str, inputs: Path) -> list[str]:
     if "/" in recipe:
         overrides += [f"model.{name}_lora_rank=null" for name in ("decay", "a", "v", "gate")]
     return overrides if task == "pretrain" else [*overrides, f"training.init_from={inputs / 'released.pth'}"]
+
+
+@pytest.mark.parametrize("task", ["sft", "lora", "state", "continue"])
+def test_two_steps_of_a_new_file(task: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own model and settings; shorter samples, fewer of them."""
+    monkeypatch.chdir(tmp_path)
+    data = inputs / ("text.jsonl" if task == "continue" else "chat.jsonl")
+    named = ["--base", str(inputs / "released.pth"), "--data", str(data), "--gpu", "rtx-4090"]
+    assert main(["new", "--task", task, *named]) == 0
+    few = ["model.ctx_len=32", "training.micro_bsz=1", "training.global_batch_size=2"]
+    assert train(load_config("run.yaml", [*ONE_PROCESS, *few])).step == 2
 
 
 @pytest.mark.parametrize(
