@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_cluster.adapters import lora
 from rwkv_cluster.adapters.peft_adapter import PeftAdapter
+from rwkv_cluster.adapters.quantized.matrix import FrozenMatrix, frozen_linear, whole
 from rwkv_cluster.config import AdapterConfig
 from rwkv_cluster.model.layers import linear
 
@@ -22,11 +23,11 @@ def initial(weight: Tensor, rank: int, scale: float, generator: torch.Generator)
     return {**parts, "lora_magnitude_vector": row_lengths(weight, parts["lora_A"], parts["lora_B"], scale)}
 
 
-def product(x: Tensor, dropped: Tensor, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def product(x: Tensor, dropped: Tensor, weight: FrozenMatrix, parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """m / |W + s B A| (W x + s B A x') of x [...,in]; dropped: x', x after dropout. In x's dtype."""
     A, B, length = (parts[name] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
-    factor = (length / row_lengths(weight, A, B, scale)).to(x.dtype)  # [out]
-    return factor * (linear(x, weight) + lora.update(dropped, A, B, scale))
+    factor = (length / row_lengths(whole(weight, x.dtype), A, B, scale)).to(x.dtype)  # [out]
+    return factor * (frozen_linear(x, weight) + lora.update(dropped, A, B, scale))
 
 
 def merged(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:

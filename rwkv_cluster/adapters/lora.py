@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.adapters.peft_adapter import PeftAdapter
+from rwkv_cluster.adapters.quantized.matrix import FrozenMatrix, frozen_linear
 from rwkv_cluster.config import AdapterConfig
 from rwkv_cluster.model.layers import linear
 
@@ -27,9 +28,9 @@ def initial(weight: Tensor, rank: int, scale: float, generator: torch.Generator)
     return {"lora_A": A.to(weight.dtype), "lora_B": torch.zeros(n_out, rank)}
 
 
-def product(x: Tensor, dropped: Tensor, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def product(x: Tensor, dropped: Tensor, weight: FrozenMatrix, parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """W x + s B A x' of x [...,in]; dropped: x', x after dropout. In x's dtype."""
-    return linear(x, weight) + update(dropped, parts["lora_A"], parts["lora_B"], scale)
+    return frozen_linear(x, weight) + update(dropped, parts["lora_A"], parts["lora_B"], scale)
 
 
 def merged(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_cluster.adapters.peft_adapter import PeftAdapter
+from rwkv_cluster.adapters.quantized.matrix import FrozenMatrix, frozen_linear
 from rwkv_cluster.config import AdapterConfig
 from rwkv_cluster.model.layers import linear
 
@@ -21,13 +22,13 @@ def initial(weight: Tensor, rank: int, scale: float, generator: torch.Generator)
     return {"miss_block": torch.zeros(rank, weight.shape[0])}
 
 
-def product(x: Tensor, dropped: Tensor, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def product(x: Tensor, dropped: Tensor, weight: FrozenMatrix, parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """W x + D^T (sum of the pieces of x') of x [...,in]; dropped: x', x after dropout. In x's dtype."""
     block = parts["miss_block"]
     missing = -dropped.shape[-1] % block.shape[0]
     padded = F.pad(dropped, (0, missing)) if missing else dropped  # which else copies it
     pieces = padded.unflatten(-1, (-1, block.shape[0])).sum(-2)  # [...,r]
-    return linear(x, weight) + linear(pieces, block.t())
+    return frozen_linear(x, weight) + linear(pieces, block.t())
 
 
 def merged(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkv_cluster.adapters import lora
 from rwkv_cluster.adapters.peft_adapter import PeftAdapter
+from rwkv_cluster.adapters.quantized.matrix import FrozenMatrix
 from rwkv_cluster.config import AdapterConfig
 
 OVERSAMPLES = 8
@@ -34,7 +35,7 @@ def initial(weight: Tensor, rank: int, scale: float, generator: torch.Generator)
     return {"lora_A": A, "lora_B": B, "first_A": A.clone(), "first_B": B.clone()}
 
 
-def product(x: Tensor, dropped: Tensor, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def product(x: Tensor, dropped: Tensor, weight: FrozenMatrix, parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """W x + s (B A - B' A') x' of x [...,in]; dropped: x', x after dropout. In x's dtype."""
     return lora.product(x, dropped, weight, as_lora(parts), scale)
 

@@ -539,6 +539,11 @@ class AdapterConfig(Section):
         "begins with W's largest singular vectors; miss: one block of rank rows, repeated over W's columns; state: no "
         "matrix, but the WKV state that each document begins from",
     )
+    quant: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="how the frozen matrices of the blocks are held: none, in the training precision; int8: a byte an "
+        "element, and a scale a row; nf4: half a byte, and a scale for 64 elements",
+    )
     token_shifts: bool = Field(False, description="state: also what the token shifts begin from")
     rank: int = Field(32, ge=1, le=MAX_WIDTH, description="rank of each matrix's update")
     alpha: float | None = Field(
@@ -555,6 +560,14 @@ class AdapterConfig(Section):
         min_length=1,
         description="matrices of the blocks that get one, by patterns of their names, such as 'blocks.*.att.key'",
     )
+
+    @model_validator(mode="after")
+    def _only_frozen_matrices_are_quantised(self) -> AdapterConfig:
+        if self.kind == "none" and self.quant != "none":
+            raise ValueError(
+                f"quant is {self.quant}, and kind is none: weights that are trained are not quantised. Leave quant out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_scale_of_miss(self) -> AdapterConfig:

@@ -19,6 +19,7 @@ from rwkv_cluster.adapters.table import STATE
 from rwkv_cluster.config import loader
 from rwkv_cluster.errors import Interrupted, Preempted
 from rwkv_cluster.interchange.state_file import load_state
+from rwkv_cluster.model.parameter_shapes import count
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.malloc import keep_freed_memory
@@ -150,7 +151,7 @@ def _run_session(
     _write_config(session)
     if rank() == 0:
         environment.record(session.work.environment, session.placement, session.start_step)
-    _announce(session, sum(parameter.numel() for parameter in model.parameters()))
+    _announce(session, count(session.parameters.in_memory))
     fault_point("train.start")
     profile = build_profile(session) if is_first_session else None
     on_cuda, is_profiled = session.placement.accelerator == "cuda", profile is not None

@@ -15,6 +15,7 @@ import torch
 from tiny_models import relative_error, some_tokens, tiny_model
 from tiny_run import fingerprint, tiny_run_config, write_config
 
+from rwkv_cluster.adapters.base import MergedTensors
 from rwkv_cluster.adapters.base import fingerprint as base_fingerprint
 from rwkv_cluster.adapters.layers import attach, load_adapter
 from rwkv_cluster.adapters.table import KINDS
@@ -125,6 +126,41 @@ def test_merged_logits_are_those_of_the_adapter(kind: str, tmp_path: Path) -> No
     assert all(torch.equal(merged[name], tensor) for name, tensor in final.items())
     precise = load_pth(output)
     assert all(torch.equal(merged[name], precise[name].bfloat16()) for name in merged)  # rounded once
+
+
+@pytest.mark.parametrize(("kind", "quant"), [("lora", "nf4"), ("dora", "int8")])
+def test_a_quantised_base_is_made_again_and_merged_into_as_its_file_has_it(
+    kind: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"kind": kind, "rank": 4, "quant": quant}
+    training = {"samples_per_epoch": 8}
+    whole, config = (_config(tmp_path / name, adapter=adapter, training=training) for name in ("whole", "broken"))
+    train(whole)
+    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.step@6:error=EIO")
+    with pytest.raises(OSError, match="Input/output error"):
+        train(config)
+    monkeypatch.delenv("RWKV_CLUSTER_FAULT")
+    train(config)
+    assert fingerprint(config.work_dir) == fingerprint(whole.work_dir)
+
+    checkpoint, base, work = _newest(config), _base(config), WorkDir(config.work_dir)
+    assert {name.rpartition(".")[2] for name in dict(checkpoint.weights())} == {*KINDS[kind].trained(1, 1, 1)}
+    assert (
+        checkpoint.state.base
+        == base_fingerprint(base)
+        == base_fingerprint(load_pth(tmp_path / "broken/released-1.pth"))
+    )
+    assert main(["merge", config.work_dir, "--output", str(tmp_path / "merged.pth")]) == 0
+    merged, final = load_pth(tmp_path / "merged.pth"), load_pth(work.final_weights)
+    assert list(final) == list(base)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in final.items())
+    parts = dict(checkpoint.weights())
+    expected = MergedTensors(base, parts, config.adapter)["blocks.0.att.key.weight"].bfloat16()
+    assert torch.equal(final["blocks.0.att.key.weight"], expected)
+    assert (work.out / "rwkv-0-peft/adapter_model.safetensors").exists()
+    longer = _config(tmp_path / "broken", training={"max_steps": 10, **training}, adapter={**adapter, "quant": "none"})
+    with pytest.raises(ConfigError, match=f"adapter.quant: {quant} -> none"):
+        train(longer)
 
 
 def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:

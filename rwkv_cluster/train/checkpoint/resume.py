@@ -101,7 +101,7 @@ def _trained_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     """What is trained otherwise, so that moments and masters of the one run are not those of the other."""
     train = old["training"].get("train", "all"), new["training"]["train"]
     lines = [f"training.train: {train[0]} -> {train[1]}"] if train[0] != train[1] else []
-    before, now = old.get("adapter", DEFAULTS["adapter"]), new["adapter"]
+    before, now = {**DEFAULTS["adapter"], **old.get("adapter", {})}, new["adapter"]
     if before["kind"] == now["kind"] == "none":
         return lines
     return lines + _differences("adapter", {**before, "dropout": now["dropout"]}, now)

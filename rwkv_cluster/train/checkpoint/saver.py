@@ -16,7 +16,7 @@ from rwkv_cluster.data.horizon import is_due
 from rwkv_cluster.interchange.export.publish import publish
 from rwkv_cluster.interchange.state_file import write_state
 from rwkv_cluster.model.own_state import as_file
-from rwkv_cluster.model.weights_file import save_pth
+from rwkv_cluster.model.weights_file import load_pth, save_pth
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer
@@ -84,9 +84,11 @@ class Saver:
         elif adapter.kind == STATE:
             write_state(path, as_file(weights, self._config.model.model_type))
         else:
-            names = adapter_shapes(adapter, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+            # of a quantised base there are codes alone, and the file has what they were made of
+            whole = weights if adapter.quant == "none" else load_pth(self._work.initial_weights, mapped=True)
+            names = adapter_shapes(adapter, {name: tuple(tensor.shape) for name, tensor in whole.items()})
             parts = {name: weights[name] for shapes in names for name in shapes}
-            base = {name: tensor for name, tensor in weights.items() if name not in parts}
+            base = {name: tensor for name, tensor in whole.items() if name not in parts}
             if label == FINAL:
                 merged = MergedTensors(base, parts, adapter)
                 save_pth(path, {name: merged[name].to(dtype) for name in base})  # rounded once

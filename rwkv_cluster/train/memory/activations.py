@@ -112,9 +112,10 @@ def activations(
     C, L, item = model.n_embd, model.n_layer, ITEM_BYTES[precision]
     tokens = micro_bsz * model.ctx_len
     copies = 0 if bf16_parameters or precision == "fp32" else item
-    in_blocks, trains_head, hidden, is_frozen = block_parameters(model), True, 0, False
+    in_blocks, trains_head, hidden, is_frozen, dequantized = block_parameters(model), True, 0, False, 0
     if parameters is not None:
         is_frozen = parameters.freezes_model
+        dequantized = 0 if parameters.quant == "none" else item * C * model_dims(model).ffn
         in_blocks = count({name: shape for name, shape in parameters.trained.items() if name.startswith("blocks.")})
         trains_head, hidden = "head.weight" in parameters.trained, parameters.adapter_hidden
     of_head = vocab_size * C if trains_head else 0  # elements of its weight's gradient
@@ -126,7 +127,7 @@ def activations(
         weights=float(in_blocks * copies),
         inputs=float(tokens * C * item * (L + version_of(model).saved.carried)),
         outside=float(tokens * ((_OUTSIDE - is_frozen) * C * item + 8) + of_head * FP32),
-        workspace=_workspace(model, kernels, tokens, item) + _chunked(model, kernels, micro_bsz),
+        workspace=dequantized + _workspace(model, kernels, tokens, item) + _chunked(model, kernels, micro_bsz),
         head=head + of_head * (item + copies),
         head_backward=float(of_head * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
         first_less=float(tokens * C * item * version_of(model).saved.of_width_trained_in_block_0 * is_frozen),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rwkv_cluster.adapters.quantized.table import quantized_bytes
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.model.parameter_shapes import count, trained
 from rwkv_cluster.model.versions.version import Shapes
@@ -100,10 +101,12 @@ def model_states(
     bucket_elements: int,
     optimizer: Optimizer,
     chosen: Shapes | None = None,
+    quant: str = "none",
 ) -> ModelStates:
     """State of training of a model with `shapes`. bucket_elements: of one bucket, training.ds_bucket_mb in elements.
 
     chosen: those that are trained, where the configuration freezes the others, which then have the training precision.
+    quant: how the dense matrices among these are held, see `adapters.quantized.table`.
     """
     updated = trained(shapes) if chosen is None else chosen
     P, stage, ranks = count(updated), sharding.stage, sharding.ranks
@@ -112,7 +115,9 @@ def model_states(
     item = ITEM_BYTES[precision] if stage else FP32
     frozen_item = item if chosen is None or stage == 0 else ITEM_BYTES[precision]  # DeepSpeed makes stage 0 all fp32
     # frozen ones have nothing else
-    parts["weights"] += (count(shapes) - P) * frozen_item / (ranks if stage == 3 else 1)
+    held = quantized_bytes(quant, shapes, frozen_item)
+    whole = count({name: shape for name, shape in shapes.items() if name not in held}) - P
+    parts["weights"] += (whole * frozen_item + sum(held.values())) / (ranks if stage == 3 else 1)
     copy = FP32 * P / ranks if stage else 0.0
     host = 0.0
     if sharding.offload_optimizer:  # pinned: masters, moments, fp32 gradients, and updated parameters on their way back

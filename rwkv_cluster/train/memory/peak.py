@@ -78,8 +78,10 @@ class MemoryModel:
         """Model states by sharding, of which there are few while settings are many."""
         precision, bucket_elements = self.training.precision, self.training.ds_bucket_mb * 1_000_000
         optimizer, shapes = optimizer_of(self.training), self.parameters.in_memory
-        chosen = self.parameters.trained if self.parameters.is_partial else None
-        return cache(lambda sharding: model_states(shapes, sharding, precision, bucket_elements, optimizer, chosen))
+        chosen, quant = self.parameters.trained if self.parameters.is_partial else None, self.parameters.quant
+        return cache(
+            lambda sharding: model_states(shapes, sharding, precision, bucket_elements, optimizer, chosen, quant)
+        )
 
     @cached_property
     def _shares(self) -> tuple[float, float, float]:

@@ -22,6 +22,7 @@ class RunParameters:
         frozen: the others that are in memory.
         saved: what a checkpoint holds: the adapter alone, or else all.
         is_partial: whether some are frozen by the configuration; `frozen` then has the training precision.
+        quant: how the dense matrices among the frozen are held, `adapter.quant`.
         adapter_hidden: elements of one token that the backward pass needs of an adapter.
     """
 
@@ -31,6 +32,7 @@ class RunParameters:
     saved: Shapes
     is_partial: bool
     adapter_hidden: int = 0
+    quant: str = "none"
 
     @property
     def freezes_model(self) -> bool:
@@ -57,7 +59,7 @@ def run_parameters(
     frozen = {**{name: shape for name, shape in shapes.items() if name not in trained}, **kept}
     saved = {**own, **kept} if own else shapes
     is_partial = bool(own) or training.train != "all"
-    return RunParameters(shapes, trained, frozen, saved, is_partial, hidden_elements(adapter, shapes))
+    return RunParameters(shapes, trained, frozen, saved, is_partial, hidden_elements(adapter, shapes), adapter.quant)
 
 
 def _chosen(shapes: Shapes, training: TrainingConfig) -> Shapes:

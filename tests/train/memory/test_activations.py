@@ -111,16 +111,18 @@ def test_the_peak_where_the_head_is_most_of_it(grad_cp: bool) -> None:
 
 @needs_library
 @pytest.mark.parametrize(
-    ("kind", "model_type", "grad_cp"),
-    [*itertools.product(["lora", "dora", "pissa", "miss", "state"], ["x070"], [False, True]), ("lora", "x060", False),
-     ("state", "x060", True), ("lora", "x052", True), ("state", "x052", False)],
+    ("kind", "model_type", "grad_cp", "quant"),
+    [*itertools.product(["lora", "dora", "pissa", "miss", "state"], ["x070"], [False, True], ["none"]),
+     ("lora", "x060", False, "none"), ("state", "x060", True, "none"), ("lora", "x052", True, "none"),
+     ("state", "x052", False, "none"), ("lora", "x070", True, "nf4"), ("state", "x070", False, "int8")],
 )  # fmt: skip
 def test_the_peak_of_an_adapters_step(
-    kind: str, model_type: str, grad_cp: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, model_type: str, grad_cp: bool, quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 %, with the frozen base in bf16, whose products go through fp32 as on most CPUs."""
     monkeypatch.setattr(layers, "_has_half_units", lambda: False)
-    config, training, adapter = _config(model_type, n_embd=256, ctx_len=128), TrainingConfig(), AdapterConfig(kind=kind)
+    config, training = _config(model_type, n_embd=256, ctx_len=128), TrainingConfig()
+    adapter = AdapterConfig(kind=kind, quant=quant)
     model = model_of(config, "bf16", wkv="native", fused="native", grad_cp=grad_cp)
     freeze(model, (), torch.bfloat16)
     attach(model, adapter)
@@ -128,7 +130,8 @@ def test_the_peak_of_an_adapters_step(
     real = peak_bytes(model, some_batch(config, 4), training)
     memory_model = MemoryModel(config, 500, training, Kernels("cpu", "native", "native"), adapter)
     predicted = memory_model.memory(Setting(Sharding(1), grad_cp, 4)).peak
-    print(f"{kind} {model_type} {int(grad_cp)}: predicted {predicted / 1e6:.2f} MB, measured {real / 1e6:.2f} MB")
+    case = f"{kind} {model_type} {int(grad_cp)} {quant}"
+    print(f"{case}: predicted {predicted / 1e6:.2f} MB, measured {real / 1e6:.2f} MB")
     assert predicted == pytest.approx(real, rel=0.05)
 
 

@@ -1,0 +1,1 @@
+"""Frozen matrices in fewer bits: a kind a row, and a file with its formulas."""
