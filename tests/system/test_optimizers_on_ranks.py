@@ -19,7 +19,12 @@ from rwkv_cluster.train.metrics.metrics_file import STATISTICS_COLUMNS
 pytestmark = pytest.mark.system
 
 STEPS, BATCH = 8, 8
-RATES = {"adamw": 3e-4, "lion": 1e-5, "muon": 3e-4}  # Lion's is small, as the sign of nearly 0 hangs on rounding
+RATES = {
+    "adamw": 3e-4,
+    "adamw8bit": 3e-4,
+    "lion": 1e-5,
+    "muon": 3e-4,
+}  # Lion's is small, as the sign of nearly 0 hangs on rounding
 
 
 def _new_run(folder: Path, *, optimizer: str = "adamw", **training: Any) -> Watched:
@@ -31,6 +36,9 @@ def _new_run(folder: Path, *, optimizer: str = "adamw", **training: Any) -> Watc
         "optimizer": optimizer,
     }
     settings["statistics_interval_steps"] = 2
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+        settings["adam_eps"] = 1e-8
     settings |= {"lr_init": RATES[optimizer], "lr_final": RATES[optimizer] / 10, **training}
     return new_run(folder, training=settings, checkpoint={"save_interval_steps": 4})
 
@@ -49,6 +57,7 @@ def _curve(run: Watched, key: str) -> torch.Tensor:
         pytest.param("muon", {"strategy": "ddp"}, marks=pytest.mark.slow),
         pytest.param("lion", {"zero_stage": 3}, marks=pytest.mark.slow),
         pytest.param("adamw", {"zero_stage": 2}, marks=pytest.mark.slow),
+        pytest.param("adamw8bit", {"strategy": "ddp"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
