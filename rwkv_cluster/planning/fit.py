@@ -185,7 +185,7 @@ def _memory_model(plan: RunPlan) -> MemoryModel:
 def _settings(plan: RunPlan, per_rank: int) -> Iterator[Setting]:
     """Every setting with that many samples of a rank in a step. Alone, a rank has nobody to share with but its host."""
     ranks = plan.assumptions.ranks
-    for sharding in shardings(ranks, plan.config.training.precision):
+    for sharding in shardings(ranks, plan.config.training):
         if sharding.stage is not None and ranks == 1 and not sharding.offload_optimizer:
             continue
         for micro_bsz in divisors(per_rank):

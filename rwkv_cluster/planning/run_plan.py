@@ -115,12 +115,12 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
     sharding = Sharding.of(training, assumptions.ranks)
     configured = Setting(sharding, training.grad_cp != 0, training.micro_bsz, run.accumulate > 1)
     gpu_bytes = None if assumptions.gpu_memory_gb is None else assumptions.gpu_memory_gb * 1e9
+    available = gpu_bytes
     if training.accelerator == "cpu":
-        available: float | None = memory_bytes() / math.ceil(assumptions.ranks / config.launch.num_nodes)
-    else:
-        available = gpu_bytes
-    is_auto = training.grad_cp == "auto" and available is not None
-    choice = choose_grad_cp(memory_model, configured, available) if is_auto else None
+        available = memory_bytes() / math.ceil(assumptions.ranks / config.launch.num_nodes)
+    choice = None
+    if training.grad_cp == "auto" and available is not None:
+        choice = choose_grad_cp(memory_model, configured, available)
     configured = replace(configured, grad_cp=bool(choice.grad_cp)) if choice else configured
     flops = flops_per_token(model)
     speed = _speed(assumptions, flops)
@@ -174,7 +174,7 @@ def _sized(config: Config, vocab_size: int) -> Config:
 
 def _rows(memory_model: MemoryModel, configured: Setting, gpu_bytes: float | None) -> list[Row]:
     """Every sharding, with and without checkpointing, at the configured micro batch."""
-    candidates = shardings(configured.sharding.ranks, memory_model.training.precision)
+    candidates = shardings(configured.sharding.ranks, memory_model.training)
     if configured.sharding not in candidates:  # parameters offloaded without the optimizer
         candidates.append(configured.sharding)
     rows = []

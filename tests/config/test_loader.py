@@ -380,6 +380,8 @@ def field_values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         return st.sampled_from({"strategy": ["auto", "ddp"], "type": ["byte", "angle", "my.module:Class"]}[name])
     if name == "work_dir":
         return TEXT.filter(bool)
+    if name == "optimizer":  # adamw8bit wants another adam_eps than the default
+        return st.sampled_from(["adamw", "lion", "muon"])
     if name in BOUND_TO_OTHERS:
         return st.just(field.get_default(call_default_factory=True))
     annotation = field.annotation

@@ -14,6 +14,7 @@ MODEL = ModelConfig(model_type="x070", n_layer=24, n_embd=2048, ctx_len=4096, vo
 KERNELS = Kernels("cuda", "tensor_cores", "compile")
 MEMORY = MemoryModel(MODEL, 65536, TrainingConfig(precision="bf16"), KERNELS)
 CONFIGURED = Setting(Sharding(8), grad_cp=False, micro_bsz=4)
+BF16 = TrainingConfig(precision="bf16")
 
 
 def _bytes(setting: Setting) -> float:
@@ -55,15 +56,21 @@ def test_one_rank_has_nobody_to_share_with() -> None:
 
 
 def test_only_what_may_be_configured_is_listed() -> None:
-    assert shardings(4, "fp16") == [Sharding(4)]
+    assert shardings(4, TrainingConfig(precision="fp16")) == [Sharding(4)]
+    in_8_bits = TrainingConfig(precision="bf16", optimizer="adamw8bit", adam_eps=1e-8)
+    assert shardings(4, in_8_bits) == [Sharding(4), Sharding(4, 0)]
     fields = [TrainingConfig(precision="bf16", zero_stage=s.stage, offload_optimizer=s.offload_optimizer,
-                             offload_parameters=s.offload_parameters) for s in shardings(4, "bf16")]  # fmt: skip
-    assert [Sharding.of(training, 4) for training in fields] == shardings(4, "bf16")
+                             offload_parameters=s.offload_parameters) for s in shardings(4, BF16)]  # fmt: skip
+    assert [Sharding.of(training, 4) for training in fields] == shardings(4, BF16)
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_more_of_anything_needs_more(grad_cp: bool) -> None:
     sizes = [_bytes(Setting(Sharding(8), grad_cp, size)) for size in (1, 2, 4, 8)]
     assert sizes == sorted(sizes)
-    for first, second in zip(shardings(8, "bf16")[2::2], shardings(8, "bf16")[4::2], strict=False):
+    for first, second in zip(
+        shardings(8, BF16)[2::2],
+        shardings(8, BF16)[4::2],
+        strict=False,
+    ):
         assert _bytes(Setting(second, grad_cp, 4)) <= _bytes(Setting(first, grad_cp, 4))

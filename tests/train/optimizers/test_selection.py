@@ -46,7 +46,7 @@ def test_an_adapter_is_trained_and_saved_alone() -> None:
         "blocks.1.att.key.first_B": (32, 4),
     }
     assert set(found.in_memory) == {*found.model, *found.saved}
-    assert found.adapter_hidden == 8
+    assert found.adapter_hidden == 32 + 8, "the input, and what both low-rank pairs make of it"
 
 
 @pytest.mark.parametrize(
