@@ -2,6 +2,7 @@
 
     data/                       a link to the trunk's
     out/checkpoints/step-N/     hard links to the trunk's files, or copies on another disk
+    out/rwkv-init.pth           likewise, where an adapter or a state is trained: the base, which no checkpoint has
     configs/config.yaml         the trunk's configuration with what is changed
     configs/parent.json         which run it has come from, and where
 
@@ -145,6 +146,9 @@ def _fill(new: WorkDir, trunk: WorkDir, config: Config, checkpoint: CheckpointFi
     data = os.path.realpath(trunk.data)  # of the first trunk, where this is a branch of a branch
     os.symlink(os.path.relpath(data, os.path.realpath(new.root)), new.data, target_is_directory=True)
     _take_over(checkpoint, checkpoint_path(new.checkpoints, checkpoint.step))
+    if config.adapter.kind != "none" and trunk.initial_weights.exists():
+        with bytes_left("taking over the base", trunk.initial_weights.stat().st_size) as left:
+            _link_or_copy(trunk.initial_weights, new.initial_weights, left.advance)
     atomic_write(new.config_yaml, loader.dump_yaml(config).encode())
     atomic_write(new.config_json, loader.dump_json(config).encode())
     atomic_write(new.parent, (json.dumps(asdict(parent), indent=1) + "\n").encode())
@@ -156,17 +160,25 @@ def _take_over(checkpoint: CheckpointFiles, folder: Path) -> None:
     folder.mkdir()
     with bytes_left(f"taking over {checkpoint.path.name}", checkpoint.n_bytes) as left:
         for name in (MANIFEST, *checkpoint.files):
-            source, target = checkpoint.path / name, folder / name
+            source = checkpoint.path / name
             try:
-                os.link(source, target, follow_symlinks=False)
+                _link_or_copy(source, folder / name, left.advance)
             except FileNotFoundError as error:
                 raise CheckpointError(
                     f"{source} is gone: the trunk has dropped the checkpoint meanwhile",
                     remedy="Raise checkpoint.keep_last of the trunk, or take a newer step",
                 ) from error
-            except OSError:
-                _copy(source, target, left.advance)
     fsync_directory(folder)
+
+
+def _link_or_copy(source: Path, target: Path, advance: Callable[[int], None]) -> None:
+    """Give a file a second name; a copy where the disk cannot or may not. Raises FileNotFoundError where it is gone."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        _copy(source, target, advance)
 
 
 def _copy(source: Path, target: Path, advance: Callable[[int], None]) -> None:

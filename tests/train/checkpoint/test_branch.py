@@ -61,6 +61,21 @@ def test_a_branch_is_the_run_that_decays_at_once(trunk: Path, tmp_path: Path) ->
     assert numbers(tmp_path / "once")[:8] == numbers(trunk)[:8]
 
 
+def test_a_branch_of_an_adapter_has_its_base(tmp_path: Path) -> None:
+    """Also where the file that the base came from is gone."""
+    (tmp_path / "base").mkdir()
+    train(tiny_run_config(tmp_path / "base", training={"max_steps": 1}))
+    base = (tmp_path / "base" / "work" / "out" / "rwkv-final.pth").rename(tmp_path / "base.pth")
+    training = {"max_steps": 8, "schedule": "constant", "init_from": str(base)}
+    changes = {"adapter": {"kind": "lora", "rank": 2}, "checkpoint": {"save_interval_steps": 4, "keep_last": 9}}
+    train(tiny_run_config(tmp_path, training=training, **changes))
+    base.unlink()
+    assert branch(tmp_path / "work", tmp_path / "branch", at=4) == 0
+    assert cli.main(["train", str(tmp_path / "branch")]) == 0
+    final = [(tmp_path / name / "out" / "rwkv-final.pth").read_bytes() for name in ("work", "branch")]
+    assert final[0] == final[1]
+
+
 def test_a_rate_that_does_not_go_on_is_told(trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "the learning rate of the last step was 0.001, and by the branch's schedule would be 0.000765"
     assert branch(trunk, tmp_path / "late", *DECAY) == 0
