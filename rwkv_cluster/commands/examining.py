@@ -105,6 +105,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def plan(options: argparse.Namespace) -> Result:
     """What the run will be, from the configuration alone."""
     from rwkv_cluster.config.loader import yaml_value
+    from rwkv_cluster.config.recipes import find_config
     from rwkv_cluster.planning import formatting
     from rwkv_cluster.planning.fit import fit, placement
     from rwkv_cluster.planning.options import Assumptions
@@ -112,8 +113,10 @@ def plan(options: argparse.Namespace) -> Result:
 
     if (options.gpus or options.nodes or options.fit) and options.ranks:
         raise ConfigError("--ranks is given beside --gpus, --nodes or --fit", remedy="Give --gpus and --nodes alone")
-    fields = placement(trusted_config(options), options.gpus, options.nodes)
-    config = trusted_config(options, [f"{name}={yaml_value(value)}" for name, value in fields.items()])
+    config = trusted_config(options)
+    if fields := placement(config, options.gpus, options.nodes):
+        placed = [f"{name}={yaml_value(value)}" for name, value in fields.items()]
+        config = find_config(options.config, [*options.overrides, *placed]).resolved.config
     if options.fit:
         found = fit(config, options.gpu)
         return Result(found.text(fields), found.data())

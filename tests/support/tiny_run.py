@@ -8,9 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rwkv_cluster.config import Config
 from rwkv_cluster.config.loader import dump_yaml
 from rwkv_cluster.train.checkpoint.state import CheckpointState, RngState
+from rwkv_cluster.train.run import train
 
 WORDS = [
     "the",
@@ -119,3 +122,11 @@ def fingerprint(work_dir: str | Path) -> dict[str, Any]:
         for path in (out / "rwkv-final.pth", newest / "weights.pth", newest / "optimizer.pth")
     }
     return {**hashes, "losses": [value.hex() for value in losses(work_dir)]}
+
+
+def break_off(config: Config, *, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until an error in `step`, as of a disk."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RWKV_CLUSTER_FAULT", f"train.step@{step}:error=EIO")
+        with pytest.raises(OSError, match="Input/output error"):
+            train(config)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import relative_error, some_tokens, tiny_model
-from tiny_run import fingerprint, tiny_run_config, write_config
+from tiny_run import break_off, fingerprint, tiny_run_config, write_config
 
 from rwkv_cluster.adapters.base import MergedTensors
 from rwkv_cluster.adapters.base import fingerprint as base_fingerprint
@@ -99,10 +99,7 @@ def test_a_resume_is_equal_in_every_bit(kind: str, tmp_path: Path, monkeypatch: 
     adapter = {"kind": kind, "rank": 4, "dropout": 0.2}
     whole, config = (_config(tmp_path / name, training={"grad_cp": 1}, adapter=adapter) for name in ("whole", "broken"))
     train(whole)
-    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.step@6:error=EIO")
-    with pytest.raises(OSError, match="Input/output error"):
-        train(config)
-    monkeypatch.delenv("RWKV_CLUSTER_FAULT")
+    break_off(config, step=6, monkeypatch=monkeypatch)
     assert _newest(config).step == 4
     train(config)
     assert fingerprint(config.work_dir) == fingerprint(whole.work_dir)
@@ -136,10 +133,7 @@ def test_a_quantised_base_is_made_again_and_merged_into_as_its_file_has_it(
     training = {"samples_per_epoch": 8}
     whole, config = (_config(tmp_path / name, adapter=adapter, training=training) for name in ("whole", "broken"))
     train(whole)
-    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.step@6:error=EIO")
-    with pytest.raises(OSError, match="Input/output error"):
-        train(config)
-    monkeypatch.delenv("RWKV_CLUSTER_FAULT")
+    break_off(config, step=6, monkeypatch=monkeypatch)
     train(config)
     assert fingerprint(config.work_dir) == fingerprint(whole.work_dir)
 
@@ -243,10 +237,7 @@ def test_a_part_that_is_trained_resumes_exactly(tmp_path: Path, monkeypatch: pyt
     training = {"train": ["blocks.*.ffn.*"], "grad_cp": 1}
     whole, config = (_config(tmp_path / name, training=training) for name in ("whole", "broken"))
     train(whole)
-    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.step@6:error=EIO")
-    with pytest.raises(OSError, match="Input/output error"):
-        train(config)
-    monkeypatch.delenv("RWKV_CLUSTER_FAULT")
+    break_off(config, step=6, monkeypatch=monkeypatch)
     train(config)
     assert fingerprint(config.work_dir) == fingerprint(whole.work_dir)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VERSIONS, relative_error, some_tokens, tiny_model
-from tiny_run import fingerprint, losses, tiny_run_config, write_config
+from tiny_run import break_off, fingerprint, losses, tiny_run_config, write_config
 
 from rwkv_cluster.adapters.base import fingerprint as base_fingerprint
 from rwkv_cluster.adapters.table import adapter_shapes, rate_warning
@@ -113,10 +113,7 @@ def test_a_resume_is_equal_in_every_bit(documents: str, tmp_path: Path, monkeypa
         each.model_copy(update={"data": each.data.__replace__(documents=documents)}) for each in (whole, config)
     )
     train(whole)
-    monkeypatch.setenv("RWKV_CLUSTER_FAULT", "train.step@6:error=EIO")
-    with pytest.raises(OSError, match="Input/output error"):
-        train(config)
-    monkeypatch.delenv("RWKV_CLUSTER_FAULT")
+    break_off(config, step=6, monkeypatch=monkeypatch)
     train(config)
     assert fingerprint(config.work_dir) == fingerprint(whole.work_dir)
     assert len(losses(config.work_dir)) == 8

@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.train.optimizers import adamw
 from rwkv_cluster.train.optimizers.adamw import group_of
+from rwkv_cluster.train.optimizers.closure import loss_of
 from rwkv_cluster.train.optimizers.table import BLOCK, SCALE
 
 __all__ = ["AdamW8bit", "build", "group_of"]
@@ -59,10 +60,7 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         in_8_bits = [group for group in self.param_groups if _is_in_8_bits(group)]
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if not _is_in_8_bits(group)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.train.optimizers.adamw import group_of
+from rwkv_cluster.train.optimizers.closure import loss_of
 from rwkv_cluster.train.optimizers.table import MOMENTUM
 
 __all__ = ["Lion", "build", "group_of"]
@@ -36,10 +37,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.train.optimizers import adamw
 from rwkv_cluster.train.optimizers.adamw import group_of
+from rwkv_cluster.train.optimizers.closure import loss_of
 from rwkv_cluster.train.optimizers.table import MOMENTUM
 
 __all__ = ["Muon", "build", "group_of", "orthogonalized"]
@@ -76,10 +77,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups = self.param_groups  # DeepSpeed exchanges them and their parameters
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in groups if MOMENTUM not in group["moments"]]
