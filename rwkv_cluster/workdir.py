@@ -76,6 +76,14 @@ def atomic_write(path: Path, content: bytes) -> None:
         handle.write(content)
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write the file that a command's --output names. Raises ConfigError where it cannot be written."""
+    try:
+        atomic_write(path.absolute(), text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise ConfigError(f"--output {path} cannot be written: {error.strerror}", remedy="Name another file") from error
+
+
 def remove_temporaries(directory: Path) -> None:
     """Delete what killed writers left in `directory`. Only the holder of the work directory's lock may call this."""
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):

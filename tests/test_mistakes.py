@@ -463,6 +463,7 @@ VERBS = f"Verbs: {', '.join(COMMANDS)}"
         (["new", "--output", "n.yaml", "--task", "lora", "--base", "w", "--data", "text.jsonl"], "--gpu is not given. Name the GPU, such as rtx-4090 or h100"),
         (["new", "--output", "n.yaml", "--task", "rl", "--base", "text.jsonl", "--data", "text.jsonl", "--gpu", "l4"], "--task is 'rl'. Use sft, lora, state, continue, pretrain"),
         (["new", "--output", "n.yaml", "--task", "pretrain", "--base", "3b", "--data", "text.jsonl", "--gpu", "l4"], "--base is '3b', and pretrain begins from nothing. Name a released size: 0.1b, 0.4b, 1.5b, 2.9b, 7.2b, 13.3b"),
+        (["new", "--output", "no/n.yaml", "--task", "pretrain", "--base", "0.1b", "--data", "text.jsonl", "--gpu", "h100"], "--output no/n.yaml cannot be written: No such file or directory. Name another file"),
         (["new", "--output", "n.yaml", "--task", "pretrain", "--base", "1.5b", "--data", "text.jsonl", "--gpu", "l4", "--nodes", "two"], "--nodes is 'two', expected an integer from 1 to 9,999"),
         (["new", "--output", "n.yaml", "--task", "pretrain", "--base", "1.5b", "--data", "text.jsonl", "--gpu", "l4", "--time", "soon"], "--time is 'soon', expected a number with its unit, such as 90m, 12h or 2d"),
         (["plan", "run.yaml", "--fit"], "--fit needs the GPU's memory and rates. Give --gpu NAME"),

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rwkv_cluster.workdir import atomic_write
+from rwkv_cluster.workdir import write_output
 
 log = logging.getLogger("rwkv_cluster")
 
@@ -15,5 +15,5 @@ log = logging.getLogger("rwkv_cluster")
 def keep(result: dict[str, Any], path: str | None, lines: str) -> None:
     """Write the `result` so far as JSON to `path`, where there is one, and tell `lines`, the newest of its table."""
     if path is not None:
-        atomic_write(Path(path).absolute(), (json.dumps(result, indent=1) + "\n").encode())
+        write_output(Path(path), json.dumps(result, indent=1) + "\n")
     log.info("%s", lines)

@@ -34,16 +34,19 @@ def _add_new_arguments(parser: argparse.ArgumentParser) -> None:
 def new(options: argparse.Namespace) -> Result:
     """A commented YAML file of a run that fits the GPU."""
     from rwkv_cluster.planning.new_run import Choice, new_run
-    from rwkv_cluster.workdir import atomic_write
+    from rwkv_cluster.workdir import write_output
 
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"{output} exists", remedy="Name another file by --output")
     answers = {name: getattr(options, name) or _asked(name) for name in QUESTIONS}
     if not Path(answers["data"]).exists():
-        raise DataError(f"--data is {answers['data']}, and there is no such file or folder")
+        raise DataError(f"--data is {answers['data']}, and there is no such file or folder", remedy="Correct the path")
     if answers["task"] != "pretrain" and not Path(answers["base"]).exists():
-        raise MissingCheckpointError(f"--base is {answers['base']}, and there is no such file or folder")
+        raise MissingCheckpointError(
+            f"--base is {answers['base']}, and there is no such file or folder",
+            remedy="Name downloaded weights; only pretrain takes a size alone",
+        )
     choice = Choice(
         **answers,
         nodes=_count("--nodes", options.nodes),
@@ -52,7 +55,7 @@ def new(options: argparse.Namespace) -> Result:
         work_dir=f"work/{output.stem}",
     )
     text, found = new_run(choice)
-    atomic_write(output, text.encode())
+    write_output(output, text)
     verb = "launch" if choice.nodes > 1 else "train"
     lines = [f"{output}: {found.winner.name}", f"next       rwkv-cluster {verb} {output}"]
     return Result("\n".join(lines), {"path": str(output), "fit": found.data()})

@@ -43,6 +43,8 @@ def generate(options: argparse.Namespace) -> Result:
 
     The file of --output takes the text as it is, with what would command a terminal.
     """
+    from rwkv_cluster.workdir import write_output
+
     tokenizer = _tokenizer(options.tokenizer, options.vocab_file)
     _check(options)
     _require_text("--prompt", options.prompt)
@@ -65,7 +67,7 @@ def generate(options: argparse.Namespace) -> Result:
     if not options.output:
         return Result(text, data)
     output = Path(options.output)
-    _write(output, text)
+    write_output(output, text)
     return Result(str(output), data)
 
 
@@ -118,17 +120,6 @@ def _tokenizer(kind: str | None, vocab_file: str | None) -> TokenizerConfig | No
         field = (kind in TOKENIZER_TYPES and TOKENIZER_TYPES[kind].file) or "vocab_file"
         overrides.append(f"data.tokenizer.{field}={yaml_text(vocab_file)}")
     return parse_config(b"work_dir: none", "command line", overrides).config.data.tokenizer
-
-
-def _write(output: Path, text: str) -> None:
-    from rwkv_cluster.workdir import atomic_write
-
-    try:
-        atomic_write(output.absolute(), text.encode(errors="backslashreplace"))
-    except OSError as error:
-        raise ConfigError(
-            f"--output {output} cannot be written: {error.strerror}", remedy="Name another file"
-        ) from error
 
 
 GENERATE = Subcommand("generate", "continue a text with a trained model", generate, _add_generate_arguments)
