@@ -44,7 +44,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     && python3 -m venv --without-pip /opt/venv \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install -q --no-deps --no-index --no-compile /wheels/*.whl \
     && rm -rf /wheels \
-    && { /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib > /dev/null || true; }
+    && { /opt/tools/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib > /dev/null || true; }
 
 # The CUDA compiler, in /usr/local/cuda. NVIDIA's wheels lack two of the names that compilers look for.
 FROM builder AS toolkit
@@ -96,7 +96,7 @@ RUN export CUDA_HOME=/usr/local/cuda PATH="/opt/tools/bin:${PATH}" \
     && PYTHONPATH=$(echo /opt/tools/lib/python3*/site-packages) && export PYTHONPATH \
     && echo "${CUDA_ARCHITECTURES}" \
         | xargs /opt/venv/bin/python /lock/optimizers.py /opt/optimizers "${VARIANT}" \
-    && /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/optimizers
+    && /opt/tools/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/optimizers
 
 FROM builder AS package
 COPY pyproject.toml README.md LICENSE /src/
@@ -108,7 +108,7 @@ COPY kernels /src/kernels
 RUN CXX=none /opt/tools/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir /wheels /src \
     && python3 -m venv --without-pip /opt/venv \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install -q --no-deps --no-index --no-compile /wheels/*.whl \
-    && /opt/tools/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+    && /opt/tools/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM base AS runtime
 # For any uid, with or without the entry point: apptainer and pyxis start their own command.

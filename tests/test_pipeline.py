@@ -588,9 +588,9 @@ if __name__ == "__main__":
     ("setup", "n_times"),
     [
         ("pass", 1),
-        ("logging.basicConfig(level=logging.INFO)", 1),
+        pytest.param("logging.basicConfig(level=logging.INFO)", 1, marks=pytest.mark.slow),
         ("logging.getLogger('rwkv_cluster').setLevel(logging.WARNING)", 0),
-        ("logging.getLogger('rwkv_cluster').addHandler(logging.NullHandler())", 0),
+        pytest.param("logging.getLogger('rwkv_cluster').addHandler(logging.NullHandler())", 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_says_on_stderr_what_it_does_unless_logging_is_set_up(setup: str, n_times: int, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from rwkv_cluster import cli
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.fused import ops as fused
+from rwkv_cluster.model import layers as model_layers
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.versions.table import VERSIONS
@@ -99,6 +100,7 @@ def measured(version: str, layers: int, batch: int, is_compiled: bool, monkeypat
         return run
 
     monkeypatch.setattr(fused, "_compiled", compiled)
+    monkeypatch.setattr(model_layers, "_goes_through_fp32", lambda x: False)  # which is for some CPUs alone
     config = ModelConfig(model_type=version, n_layer=layers, n_embd=C, vocab_size=64, head_size_a=64)
     model = RWKV(config, wkv_backend="native", fused="compile" if is_compiled else "plain")
     initialize(model, seed=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_page import Page, records
+from system.processes import Job
 from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster import cli
@@ -35,14 +36,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.raises(Preempted):
             train(config)
     write_config(folder / "run.yaml", config)
-    killed = subprocess.run(
-        [sys.executable, "-m", "rwkv_cluster", "train", "run.yaml"],
-        cwd=folder,
-        env={**os.environ, FAULT_VARIABLE: "train.step@6:signal=SIGKILL"},
-        capture_output=True,
-        timeout=120,
-    )
-    assert killed.returncode == -9, killed.stderr
+    killed = Job(folder, fault="train.step@6:signal=SIGKILL")
+    assert killed.wait() == -9, killed.text
     train(config)
     return folder / "work"
 

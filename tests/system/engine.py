@@ -98,7 +98,7 @@ class Engine:
 
     def _build(self, *options: str) -> None:
         self(
-            *("build", "--layers", "--format=docker", "--isolation=chroot", *options),
+            *("build", "--layers", "--jobs=2", "--format=docker", "--isolation=chroot", *options),
             program="buildah",
             timeout_s=560,
         )

@@ -29,7 +29,7 @@ END_S = 120.0  # far beyond what any of these runs takes, so that a hang fails i
 
 
 def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = END_S) -> None:
-    """Poll `condition`, a quarter of the time at most. Fails, naming `what`, after `timeout_s`."""
+    """Poll `condition`, a tenth of the time at most. Fails, naming `what`, after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         begun = time.monotonic()
@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = E
             return
         now = time.monotonic()
         assert now < deadline, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(max(0.003, 3 * (now - begun)))  # a condition that asks Slurm or an engine costs a core otherwise
+        time.sleep(max(0.003, 9 * (now - begun)))  # a condition that asks Slurm or an engine costs a core otherwise
 
 
 class Job:

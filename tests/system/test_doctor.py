@@ -83,7 +83,8 @@ def test_launch_looks_where_the_ranks_would_run(tmp_path: Path, start: Callable[
 
 
 @needs_slurm
-@pytest.mark.parametrize("task_per", ["node", pytest.param("rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task_per", ["node", "rank"])
 def test_two_nodes_of_slurm(task_per: str, slurm: Cluster, tmp_path: Path) -> None:
     run = new_run(tmp_path, target="slurm", task_per=task_per)
     finish(slurm, run, launch(slurm, run, "--doctor"))

@@ -46,6 +46,7 @@ def test_torchrun_on_two_hosts_with_their_own_addresses(
     assert losses(run.work.root) == pytest.approx(one_process, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> None:
     """As a laptop without a network, or a container with none."""
     if reason := reason_not_to():
@@ -56,6 +57,7 @@ def test_torchrun_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> None:
     assert run.newest_checkpoint() == 4
 
 
+@pytest.mark.slow
 def test_deepspeeds_own_launcher(one_process: list[float], tmp_path: Path) -> None:
     run = _new_run(tmp_path / "two", {"max_steps": 10, "zero_stage": 2}, target="deepspeed", ranks_per_node=2)
     Job(run.folder, verb="launch", environment={"DS_ACCELERATOR": "cpu"}).complete()
@@ -109,7 +111,7 @@ def _ssh_settings(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", ["local", "torchrun"])
+@pytest.mark.parametrize("target", [pytest.param("local", marks=pytest.mark.slow), "torchrun"])
 def test_a_running_job_is_cancelled_from_its_work_directory(
     target: str, tmp_path: Path, start: Callable[..., Job]
 ) -> None:

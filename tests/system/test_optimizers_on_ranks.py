@@ -52,7 +52,7 @@ def _curve(run: Watched, key: str) -> torch.Tensor:
     ("optimizer", "training"),
     [
         ("muon", {"zero_stage": 1}),
-        ("muon", {"zero_stage": 2}),
+        pytest.param("muon", {"zero_stage": 2}, marks=pytest.mark.slow),
         ("muon", {"zero_stage": 3}),
         pytest.param("muon", {"strategy": "ddp"}, marks=pytest.mark.slow),
         pytest.param("lion", {"zero_stage": 3}, marks=pytest.mark.slow),

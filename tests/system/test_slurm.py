@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
@@ -60,11 +61,18 @@ def test_two_nodes_with_two_ranks_follow_one_process(slurm: Cluster, one_process
 
 
 @pytest.fixture(scope="module")
-def unbroken_result(running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Result of a run of `STEPS` that nothing interrupts."""
-    run = new_run(tmp_path_factory.mktemp("unbroken"), {"max_steps": STEPS})
-    finish(running_slurm, run, launch(running_slurm, run))
-    return run.result()
+def unbroken_result(
+    running_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[str, object]]:
+    """`unbroken_result(steps)`: result of a run of so many steps that nothing interrupts."""
+
+    @functools.cache
+    def result_of(steps: int) -> dict[str, object]:
+        run = new_run(tmp_path_factory.mktemp("unbroken"), {"max_steps": steps})
+        finish(running_slurm, run, launch(running_slurm, run))
+        return run.result()
+
+    return result_of
 
 
 def wait_for_restarts(slurm: Cluster, job: str, number: int) -> None:
@@ -104,7 +112,7 @@ def send_signal(slurm: Cluster, job: str) -> None:
 def test_interruptions_leave_no_trace(
     interruptions: tuple[Callable[[Cluster, str], None], ...],
     slurm: Cluster,
-    unbroken_result: dict[str, object],
+    unbroken_result: Callable[[int], dict[str, object]],
     tmp_path: Path,
 ) -> None:
     """A4, A5: the time limit, a partition with precedence, an operator and the signal alone, in one run and one job."""
@@ -118,13 +126,17 @@ def test_interruptions_leave_no_trace(
         wait_for_restarts(slurm, job, number)
     finish(slurm, run, job)
     assert run.sessions() == len(interruptions) + 1
-    assert run.result() == unbroken_result
+    assert run.result() == unbroken_result(STEPS)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_submitit_is_preempted(times: int, slurm: Cluster, unbroken_result: dict[str, object], tmp_path: Path) -> None:
+def test_submitit_is_preempted(
+    times: int, slurm: Cluster, unbroken_result: Callable[[int], dict[str, object]], tmp_path: Path
+) -> None:
     """A5: jobs of less than ten minutes are no timeouts, and no task that goes on leaves a result."""
-    run = new_run(tmp_path, {"max_steps": STEPS}, target="slurm")
+    steps = 40 * (times + 1)
+    slow = f"data.batch@1-{steps - 20}:sleep=0.05"  # so that each signal comes before the end
+    run = new_run(tmp_path, {"max_steps": steps}, target="slurm", setup=[f"export {FAULT_VARIABLE}={slow}"])
     job = launch(slurm, run)
     for number in range(1, times + 1):
         wait_for_steps(slurm, run, job, step=run.newest_checkpoint() + 5, sessions=number - 1)
@@ -133,7 +145,7 @@ def test_submitit_is_preempted(times: int, slurm: Cluster, unbroken_result: dict
         assert not list(launch_folder(run).glob("*_result.pkl"))
     finish(slurm, run, job)
     assert run.sessions() == times + 1
-    assert run.result() == unbroken_result
+    assert run.result() == unbroken_result(steps)
     for task in range(2):
         with open(launch_folder(run) / f"{job}_{task}_result.pkl", "rb") as handle:
             assert pickle.load(handle) == ("success", None)
@@ -210,7 +222,7 @@ def test_memory_that_was_not_asked_for(slurm: Cluster, tmp_path: Path) -> None:
 def test_status_logs_and_cancel_from_the_work_directory(slurm: Cluster, tmp_path: Path) -> None:
     """Also where what the user wrote of the job reads like Slurm's own answer."""
     words = "try lr=1 JobState=COMPLETED"
-    run = new_run(tmp_path / words, {"max_steps": 100_000}, comment=words)
+    run = new_run(tmp_path / words, {"max_steps": 100_000}, comment=words, num_nodes=1)
     job = launch(slurm, run)
     wait_for_steps(slurm, run, job, step=5)
     said = rwkv_cluster(slurm, "status", run)
@@ -247,7 +259,7 @@ def test_a_failing_rank_is_named_with_its_node_and_code(slurm: Cluster, tmp_path
 
 
 def test_a_stop_file_ends_with_75_and_is_not_queued_again(slurm: Cluster, tmp_path: Path) -> None:
-    run = new_run(tmp_path / "run", {"max_steps": 100_000})
+    run = new_run(tmp_path / "run", {"max_steps": 100_000}, num_nodes=1)
     job = launch(slurm, run)
     wait_for_steps(slurm, run, job, step=5)
     (run.work.root / "STOP").touch()
@@ -256,6 +268,7 @@ def test_a_stop_file_ends_with_75_and_is_not_queued_again(slurm: Cluster, tmp_pa
     assert run.newest_checkpoint() > 0
 
 
+@pytest.mark.slow  # the sweep has one too
 def test_training_waits_for_the_prepare_job(slurm: Cluster, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", {"max_steps": 5}, prepare={"own_job": True, "cpus": 1})
     finish(slurm, run, launch(slurm, run))

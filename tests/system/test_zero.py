@@ -21,8 +21,8 @@ from rwkv_cluster.train.checkpoint.save_load import checkpoint_path, list_steps,
 
 pytestmark = pytest.mark.system
 
-STEPS = 26
-BREAK = 14  # between the checkpoints of 10 and 20
+STEPS = 14
+BREAK = 8  # between the checkpoints of 5 and 10
 
 
 def _new_run(folder: Path, **training: Any) -> Watched:
@@ -40,7 +40,7 @@ def _new_run(folder: Path, **training: Any) -> Watched:
             "val_max_tokens": 5 * 2 * 32,  # an odd number of batches: one rank has a turn without one
             **training,
         },
-        checkpoint={"save_interval_steps": 10},
+        checkpoint={"save_interval_steps": 5},
     )
 
 
@@ -89,10 +89,10 @@ def test_offload_and_the_community_s_names(
 
 
 def _broken(folder: Path, start: Callable[..., Job], *, ranks: int | None, **training: Any) -> Watched:
-    """A run killed after step BREAK, whose newest checkpoint is of step 10."""
+    """A run killed after step BREAK, whose newest checkpoint is of step 5."""
     run = _new_run(folder, **training)
     assert start(run.folder, ranks=ranks, fault=f"train.step@{BREAK}:signal=SIGKILL").wait() != 0
-    assert run.newest_checkpoint() == 10
+    assert run.newest_checkpoint() == 5
     return run
 
 
@@ -112,7 +112,7 @@ def test_a_resume_on_as_many_ranks_is_equal(
     start(run.folder, ranks=2).complete()
     whole = unbroken(_new_run, 2, zero_stage=stage, **({} if precision == "fp32" else {"precision": precision}))
     assert losses(run.work.root) == losses(whole.work.root)
-    for step in (20, STEPS):
+    for step in (10, STEPS):
         found, wanted = (verify(checkpoint_path(which.work.checkpoints, step)) for which in (run, whole))
         _assert_equal_tensors(dict(found.weights()), dict(wanted.weights()))
         _assert_equal_tensors(dict(found.optimizer()), dict(wanted.optimizer()))
@@ -128,8 +128,8 @@ def _assert_equal_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torc
 @pytest.mark.parametrize(
     "sessions",
     [
-        [(2, 2, 6), (None, 0, 13), (2, 3, None)],
-        pytest.param([(2, 2, 6), (None, 0, 13), (4, 1, 19), (2, 3, None)], marks=pytest.mark.slow),
+        [(2, 2, 4), (None, 0, 8), (2, 3, None)],
+        pytest.param([(2, 2, 4), (None, 0, 7), (4, 1, 11), (2, 3, None)], marks=pytest.mark.slow),
     ],
     ids=["two, one, two", "two, one, four, two"],
 )
@@ -157,12 +157,12 @@ def test_the_global_batch_is_kept_by_itself(tmp_path: Path, start: Callable[...,
     """Row A7: without global_batch_size, another number of ranks accumulates more; what cannot be kept is refused."""
     run = _new_run(tmp_path, global_batch_size=None, zero_stage=1)
     assert start(run.folder, ranks=2, fault=f"train.step@{BREAK}:signal=SIGKILL").wait() != 0
-    before = _curve(run, "tokens")[:10]
+    before = _curve(run, "tokens")[:5]
     job = start(run.folder, ranks=3)
     assert job.wait() != 0
     assert re.search(r" 4 samples, .*micro_bsz 2 \* 3 ranks = 6\. Use 1 or 2 ranks", job.text)
     start(run.folder).complete()
-    assert _curve(run, "tokens")[:10] == before
+    assert _curve(run, "tokens")[:5] == before
     assert _curve(run, "tokens") == [4 * 32 * step for step in range(1, STEPS + 1)]
 
 
@@ -193,7 +193,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     config = tiny_run_config(
         run.folder,
         training={
-            "max_steps": 11,
+            "max_steps": 6,
             "global_batch_size": 8,
             "micro_bsz": 2,
             "grad_cp": 1,
@@ -204,7 +204,7 @@ def test_one_checkpoint_comes_out_of_every_stage_alike(
     )
     write_config(run.folder / "run.yaml", config)
     start(run.folder, ranks=2).complete()
-    wanted = verify(checkpoint_path(source.work.checkpoints, 10)).weights()
+    wanted = verify(checkpoint_path(source.work.checkpoints, 5)).weights()
     _assert_equal_tensors(load_pth(run.work.final_weights), dict(wanted))
 
 
@@ -225,12 +225,12 @@ def test_saving_in_the_background_changes_nothing(
     run = _new_run(tmp_path, zero_stage=2)
     text = (run.folder / "run.yaml").read_text()
     (run.folder / "run.yaml").write_text(text.replace("background: null", "background: true"))
-    job = start(run.folder, ranks=2, fault="checkpoint.after_weights@10#1:sleep=8")
-    run.wait_for_steps(job, sessions=0, step=13)
+    job = start(run.folder, ranks=2, fault="checkpoint.after_weights@5#1:sleep=8")
+    run.wait_for_steps(job, sessions=0, step=8)
     assert list_steps(run.work.checkpoints) == []  # rank 1 is still writing
     job.complete()
     assert losses(run.work.root) == losses(unbroken(_new_run, 2, zero_stage=2).work.root)
-    assert list_steps(run.work.checkpoints) == [10, 20, 26]
+    assert list_steps(run.work.checkpoints) == [5, 10, STEPS]
     assert any("save_wait_s" in line for line in (run.work.logs / "metrics.jsonl").read_text().splitlines())
 
 
@@ -249,7 +249,7 @@ def test_samples_on_two_ranks_change_nothing(
     """Under stage 3 neither rank has the model, and both are needed for each token."""
     runs = []
     for interval in (None, 3):
-        run = _new_run(tmp_path / f"every {interval}", max_steps=8, **training)
+        run = _new_run(tmp_path / f"every {interval}", max_steps=6, **training)
         sampling = [f"--logging.sample_interval_steps={interval}", "--logging.sample_tokens=12"]
         start(run.folder, ranks=2, arguments=sampling if interval else []).complete()
         runs.append(run)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LIBRARIES = ("numpy", "pydantic", "yaml", "torch._dynamo", "pytorch_lightning", "deepspeed", "torch.distributed.run")
+LIBRARIES += ("deepspeed.runtime.zero.muon.muon_optimizer",)  # which deepspeed.initialize imports, with all of inductor
 READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "TORCH", "DS_")  # variables by which libraries are imported otherwise
 TORCHRUN = "torch.distributed.run"
 LARGEST = 1 << 17  # bytes of a message: arguments and environment

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from layout_files import RANKS, in_layout, write_folder
+from system.processes import Job
 from tiny_models import tiny_model
 from tiny_run import fingerprint, losses, tiny_run_config, write_config
 
@@ -129,15 +127,14 @@ def test_training_on_from_safetensors_of_the_older_versions(model_type: str, tmp
 
 @pytest.mark.system
 def test_a_resume_needs_the_weights_no_more(weights: Path, tmp_path: Path) -> None:
-    for work, fault in (("whole", {}), ("cut", {"RWKV_CLUSTER_FAULT": "checkpoint.after_commit@2:signal=SIGKILL"})):
+    for work, fault in (("whole", None), ("cut", "checkpoint.after_commit@2:signal=SIGKILL")):
         config = config_of(tmp_path).model_copy(update={"work_dir": str(tmp_path / work)})
         config = config.model_copy(
             update={"checkpoint": config.checkpoint.model_copy(update={"save_interval_steps": 2})}
         )
         path = write_config(tmp_path / f"{work}.yaml", config)
-        command = [sys.executable, "-m", "rwkv_cluster", "train", str(path)]
-        done = subprocess.run(command, env={**os.environ, **fault}, capture_output=True, text=True, timeout=200)
-        assert done.returncode == (-signal.SIGKILL if fault else 0), done.stderr
+        job = Job(tmp_path, config=path.name, fault=fault)
+        assert job.wait() == (-signal.SIGKILL if fault else 0), job.text
     weights.rename(tmp_path / "elsewhere")
     train(load_config(path))
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
@@ -162,9 +159,7 @@ from rwkv_cluster.cli import main
 sys.exit(main(["train", {str(path)!r}]))
 """
     (tmp_path / "rank.py").write_text(command)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py"]
-    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Job(tmp_path, ranks=2, script=tmp_path / "rank.py").complete()
     assert load_pth(tmp_path / "work/out/rwkv-final.pth")["blocks.0.att.w1"].shape == (128, 8)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from system.processes import Job
 from tiny_run import fingerprint, losses, tiny_run_config, write_config
 
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.optimizers.table import OPTIMIZERS
 from rwkv_cluster.train.run import train
 
@@ -33,14 +30,8 @@ def test_a_killed_run_ends_with_the_same_bits(optimizer: str, tmp_path: Path) ->
     whole, killed = configs
     train(whole)
     write_config(tmp_path / "killed" / "run.yaml", killed)
-    result = subprocess.run(
-        [sys.executable, "-m", "rwkv_cluster", "train", "run.yaml"],
-        cwd=tmp_path / "killed",
-        env={**os.environ, FAULT_VARIABLE: "train.step@6:signal=SIGKILL"},
-        capture_output=True,
-        timeout=120,
-    )
-    assert result.returncode == -9, result.stderr
+    job = Job(tmp_path / "killed", fault="train.step@6:signal=SIGKILL")
+    assert job.wait() == -9, job.text
     train(killed)
     assert fingerprint(whole.work_dir) == fingerprint(killed.work_dir)
     curve = losses(whole.work_dir)
