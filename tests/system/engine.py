@@ -100,7 +100,7 @@ class Engine:
         self(
             *("build", "--layers", "--jobs=2", "--format=docker", "--isolation=chroot", *options),
             program="buildah",
-            timeout_s=560,
+            timeout_s=900,
         )
 
     def inspect(self, kind: str, name: str) -> Any:
@@ -148,7 +148,7 @@ class Docker(Engine):
             time.sleep(0.1)
 
     def _build(self, *options: str) -> None:
-        self("build", *options, timeout_s=560)
+        self("build", *options, timeout_s=900)
 
     def _end(self) -> None:
         if self._daemon is not None:
