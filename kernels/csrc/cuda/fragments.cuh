@@ -42,31 +42,69 @@ __device__ __forceinline__ void load_b(uint32_t (&to)[4], const Operand &b, int 
     else ldmatrix_transposed(to, row_of(b, k, n, 0, 1));
 }
 
-// acc += the 16 columns of A in `left` times rows k.. of B.
-template <bool b_transposed, int tiles>
-__device__ __forceinline__ void multiply_fragment(float (&acc)[tiles][4], const uint32_t (&left)[4], const Operand &b,
-                                                  int k) {
+// acc += A B; the fragments of A [16,16] and B [16,16].
+__device__ __forceinline__ void multiply_fragments(float (&acc)[2][4], const uint32_t (&left)[4],
+                                                   const uint32_t (&right)[4]) {
+    const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
+    mma_16816(acc[0], left, first);
+    mma_16816(acc[1], left, second);
+}
+
+// acc += columns k.. of A times 16 rows of B, whose fragment `right` is.
+template <bool a_transposed = false>
+__device__ __forceinline__ void multiply_loaded(float (&acc)[2][4], const Operand &a, int k,
+                                                const uint32_t (&right)[4]) {
+    uint32_t left[4];
+    load_a<a_transposed>(left, a, k);
+    multiply_fragments(acc, left, right);
+}
+
+// acc += A B; A [16,K], B [K,16]. A or B may be stored transposed.
+template <int K, bool a_transposed = false, bool b_transposed = false>
+__device__ __forceinline__ void multiply(float (&acc)[2][4], const Operand &a, const Operand &b) {
+    static_assert(K % 16 == 0, "whole fragments");
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t right[4];
+        load_b<b_transposed>(right, b, k, 0);
+        multiply_loaded<a_transposed>(acc, a, k, right);
+    }
+}
+
+// acc += (A + rest) B, as multiply.
+template <int K, bool a_transposed = false, bool b_transposed = false>
+__device__ __forceinline__ void multiply_split(float (&acc)[2][4], const Operand &a, const Operand &rest,
+                                               const Operand &b) {
+    static_assert(K % 16 == 0, "whole fragments");
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t right[4];
+        load_b<b_transposed>(right, b, k, 0);
+        multiply_loaded<a_transposed>(acc, a, k, right);
+        multiply_loaded<a_transposed>(acc, rest, k, right);
+    }
+}
+
+// acc += the 16 columns of A in `left` times B [16, 8 tiles].
+template <int tiles>
+__device__ __forceinline__ void multiply_wide(float (&acc)[tiles][4], const uint32_t (&left)[4], const Operand &b) {
     static_assert(tiles % 2 == 0, "whole fragments");
 #pragma unroll
     for (int n = 0; n < tiles; n += 2) {
         uint32_t right[4];
-        load_b<b_transposed>(right, b, k, n * 8);
+        load_b<false>(right, b, 0, n * 8);
         const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
         mma_16816(acc[n], left, first);
         mma_16816(acc[n + 1], left, second);
     }
 }
 
-// acc += A B; A [16,K], B [K, 8 tiles]. A or B may be stored transposed.
-template <int K, bool a_transposed = false, bool b_transposed = false, int tiles>
-__device__ __forceinline__ void multiply(float (&acc)[tiles][4], const Operand &a, const Operand &b) {
-    static_assert(K % 16 == 0, "whole fragments");
-#pragma unroll
-    for (int k = 0; k < K; k += 16) {
-        uint32_t left[4];
-        load_a<a_transposed>(left, a, k);
-        multiply_fragment<b_transposed>(acc, left, b, k);
-    }
+// acc += A^T B; A [16,16], B [16, 8 tiles].
+template <int tiles>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[tiles][4], const Operand &a, const Operand &b) {
+    uint32_t left[4];
+    load_a<true>(left, a, 0);
+    multiply_wide(acc, left, b);
 }
 
 // acc += A^T B over the rows that `holds`; A [16,16], B [16, 8 tiles].
@@ -80,7 +118,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[tiles][4], const Oper
         const int row = threadIdx.x % 4 * 2 + i / 2 * 8;
         left[i] &= (holds(row) ? 0x0000ffffu : 0u) | (holds(row + 1) ? 0xffff0000u : 0u);
     }
-    multiply_fragment<false>(acc, left, b, 0);
+    multiply_wide(acc, left, b);
 }
 
 // body(row, column, x, y) for each two elements of acc that lie side by side.

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(THREADS)
         float out[2][4] = {};
         multiply<N, false, true>(out, operand(x.rs), operand(x.s, first));
         decay(s, x.total);
-        multiply<L, true>(s, operand(x.v, 0, first), operand(x.ke));
+        multiply_transposed(s, operand(x.v, 0, first), operand(x.ke));
         __syncthreads();
         multiply<L>(out, operand(x.weights), operand(x.v, 0, first));
         store_steps(y, head, start, first, out);
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(THREADS)
         float dv[2][4] = {};
         multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
         decay(g, x.total);
-        multiply<L, true>(g, operand(x.dy, 0, first), operand(x.rs));
+        multiply_transposed(g, operand(x.dy, 0, first), operand(x.rs));
         __syncthreads();
         multiply<L, true>(dv, operand(x.weights), operand(x.dy, 0, first));
         store_steps(out.dv, head, start, first, dv);

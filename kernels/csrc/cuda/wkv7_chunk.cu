@@ -195,8 +195,16 @@ __device__ __forceinline__ void multiply_steps(Chunk &x, const Documents &docume
     const int matrix = threadIdx.x / 32;
     float acc[2][4] = {};
     const bool reads_b = matrix == AB || matrix == QB;
-    multiply<N, false, true>(acc, operand(matrix < QB ? x.aq : x.rq), operand(reads_b ? x.bi : x.ki));
-    if (matrix < QB) multiply<N, false, true>(acc, operand(x.aq_rest), operand(reads_b ? x.bi : x.ki));
+    uint32_t writes[N / 16][4];
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k) {
+        load_b<true>(writes[k], operand(reads_b ? x.bi : x.ki), 16 * k, 0);
+        multiply_loaded(acc, operand(matrix < QB ? x.aq : x.rq), 16 * k, writes[k]);
+    }
+    if (matrix < QB) {
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) multiply_loaded(acc, operand(x.aq_rest), 16 * k, writes[k]);
+    }
     for_pairs(acc, [&](int row, int column, float &first, float &second) {
         first = masked(matrix, documents, row, column, first);
         second = masked(matrix, documents, row, column + 1, second);
@@ -232,11 +240,9 @@ __device__ __forceinline__ void invert(Chunk &x) {
 // This warp's columns of aq S^T + AK V, to x.u.
 __device__ __forceinline__ void project(Chunk &x, const Documents &documents, int first) {
     float acc[2][4] = {};
-    multiply<N, false, true>(acc, operand(x.aq), operand(x.s, first));
-    multiply<N, false, true>(acc, operand(x.aq_rest), operand(x.s, first));
+    multiply_split<N, false, true>(acc, operand(x.aq), operand(x.aq_rest), operand(x.s, first));
     keep_rows(acc, [&](int row) { return documents.reads_first_state(row); });
-    multiply<L>(acc, operand(x.product[AK]), operand(x.v, 0, first));
-    multiply<L>(acc, operand(x.product_rest[AK]), operand(x.v, 0, first));
+    multiply_split<L>(acc, operand(x.product[AK]), operand(x.product_rest[AK]), operand(x.v, 0, first));
     store_split(x.u, x.rest, first, acc);
 }
 
@@ -245,9 +251,13 @@ __device__ __forceinline__ void project(Chunk &x, const Documents &documents, in
 template <bool transposed>
 __device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int first) {
     float acc[2][4] = {};
-    multiply<L, transposed>(acc, operand(x.inverse), operand(columns, 0, first));
-    multiply<L, transposed>(acc, operand(x.inverse), operand(rest, 0, first));
-    multiply<L, transposed>(acc, operand(x.inverse_rest), operand(columns, 0, first));
+    uint32_t left[4], right[4];
+    load_a<transposed>(left, operand(x.inverse), 0);
+    load_b<false>(right, operand(columns, 0, first), 0, 0);
+    multiply_fragments(acc, left, right);
+    multiply_loaded<transposed>(acc, operand(x.inverse_rest), 0, right);
+    load_b<false>(right, operand(rest, 0, first), 0, 0);
+    multiply_fragments(acc, left, right);
     __syncwarp();
     store_split(columns, rest, first, acc);
 }
@@ -294,8 +304,8 @@ __global__ void __launch_bounds__(THREADS)
         multiply<L>(out, operand(x.product[QB]), operand(x.u, 0, first));
         store_steps(y, head, start, first, out);
         pass(s, x, documents);
-        multiply<L, true>(s, operand(x.v, 0, first), operand(x.ke));
-        multiply<L, true>(s, operand(x.u, 0, first), operand(x.be));
+        multiply_transposed(s, operand(x.v, 0, first), operand(x.ke));
+        multiply_transposed(s, operand(x.u, 0, first), operand(x.be));
     }
     store_state(at(final_state, block * N * N), s, first, N, 1);
 }
@@ -310,24 +320,35 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
     float drq[2][4] = {}, daq[2][4] = {}, dki[2][4] = {}, dke[2][4] = {}, dbi[2][4] = {}, dbe[2][4] = {};
     const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
     const auto reaches_last_state = [&](int row) { return documents.reaches_last_state(row); };
-    multiply<N>(drq, operand(x.dy), operand(x.s, 0, first));
+#pragma unroll
+    for (int k = 0; k < N; k += 16) {
+        uint32_t s[4], ds[4];
+        load_b<false>(s, operand(x.s, 0, first), k, 0);
+        multiply_loaded(drq, operand(x.dy), k, s);
+        multiply_loaded(daq, operand(x.z), k, s);
+        multiply_loaded(daq, operand(x.z_rest), k, s);
+        load_b<false>(ds, operand(x.ds, 0, first), k, 0);
+        multiply_loaded(dke, operand(x.v), k, ds);
+        multiply_loaded(dbe, operand(x.u), k, ds);
+        multiply_loaded(dbe, operand(x.rest), k, ds);
+    }
     keep_rows(drq, reads_first_state);
-    multiply<L>(drq, operand(x.dproduct[QB]), operand(x.bi, 0, first));
-    multiply<L>(drq, operand(x.dproduct[QK]), operand(x.ki, 0, first));
-    multiply<N>(daq, operand(x.z), operand(x.s, 0, first));
-    multiply<N>(daq, operand(x.z_rest), operand(x.s, 0, first));
     keep_rows(daq, reads_first_state);
-    multiply<L>(daq, operand(x.dproduct[AB]), operand(x.bi, 0, first));
-    multiply<L>(daq, operand(x.dproduct[AK]), operand(x.ki, 0, first));
-    multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
-    multiply<N>(dbe, operand(x.u), operand(x.ds, 0, first));
-    multiply<N>(dbe, operand(x.rest), operand(x.ds, 0, first));
     keep_rows(dke, reaches_last_state);
     keep_rows(dbe, reaches_last_state);
-    multiply<L, true>(dki, operand(x.dproduct[QK]), operand(x.rq, 0, first));
-    multiply<L, true>(dki, operand(x.dproduct[AK]), operand(x.aq, 0, first));
-    multiply<L, true>(dbi, operand(x.dproduct[QB]), operand(x.rq, 0, first));
-    multiply<L, true>(dbi, operand(x.dproduct[AB]), operand(x.aq, 0, first));
+    uint32_t right[4];
+    load_b<false>(right, operand(x.bi, 0, first), 0, 0);
+    multiply_loaded(drq, operand(x.dproduct[QB]), 0, right);
+    multiply_loaded(daq, operand(x.dproduct[AB]), 0, right);
+    load_b<false>(right, operand(x.ki, 0, first), 0, 0);
+    multiply_loaded(drq, operand(x.dproduct[QK]), 0, right);
+    multiply_loaded(daq, operand(x.dproduct[AK]), 0, right);
+    load_b<false>(right, operand(x.rq, 0, first), 0, 0);
+    multiply_loaded<true>(dki, operand(x.dproduct[QK]), 0, right);
+    multiply_loaded<true>(dbi, operand(x.dproduct[QB]), 0, right);
+    load_b<false>(right, operand(x.aq, 0, first), 0, 0);
+    multiply_loaded<true>(dki, operand(x.dproduct[AK]), 0, right);
+    multiply_loaded<true>(dbi, operand(x.dproduct[AB]), 0, right);
 
     const float product = state_product(x.s, x.ds, first);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -420,10 +441,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
         project(x, documents, first);
         float acc[2][4] = {};  // QB^T dY + be dS'^T
-        multiply<L, true>(acc, operand(x.product[QB]), operand(x.dy, 0, first));
-        multiply<L, true>(acc, operand(x.product_rest[QB]), operand(x.dy, 0, first));
-        multiply<N, false, true>(acc, operand(x.be), operand(x.ds, first));
-        multiply<N, false, true>(acc, operand(x.be_rest), operand(x.ds, first));
+        multiply_split<L, true>(acc, operand(x.product[QB]), operand(x.product_rest[QB]), operand(x.dy, 0, first));
+        multiply_split<N, false, true>(acc, operand(x.be), operand(x.be_rest), operand(x.ds, first));
         store_split(x.z, x.z_rest, first, acc);
         __syncthreads();
         solve<false>(x, x.u, x.rest, first);
