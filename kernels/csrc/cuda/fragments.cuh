@@ -42,6 +42,10 @@ __device__ __forceinline__ void load_b(uint32_t (&to)[4], const Operand &b, int 
     else ldmatrix_transposed(to, row_of(b, k, n, 0, 1));
 }
 
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    return pack2(to_bf16(low), to_bf16(high));
+}
+
 // acc += A B; the fragments of A [16,16] and B [16,16].
 __device__ __forceinline__ void multiply_fragments(float (&acc)[2][4], const uint32_t (&left)[4],
                                                    const uint32_t (&right)[4]) {
@@ -82,6 +86,19 @@ __device__ __forceinline__ void multiply_split(float (&acc)[2][4], const Operand
         load_b<b_transposed>(right, b, k, 0);
         multiply_loaded<a_transposed>(acc, a, k, right);
         multiply_loaded<a_transposed>(acc, rest, k, right);
+    }
+}
+
+// The transpose of acc, rounded, as fragments of B [8 tiles,16]: an accumulator's lanes hold what its transpose's do.
+template <int tiles>
+__device__ __forceinline__ void transpose(uint32_t (&to)[tiles / 2][4], const float (&acc)[tiles][4]) {
+#pragma unroll
+    for (int k = 0; k < tiles / 2; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&tile)[4] = acc[2 * k + i % 2];
+            to[k][i] = pack2(tile[i / 2 * 2], tile[i / 2 * 2 + 1]);
+        }
     }
 }
 
@@ -132,16 +149,26 @@ __device__ __forceinline__ void for_pairs(float (&acc)[tiles][4], const Body &bo
     }
 }
 
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-    return pack2(to_bf16(low), to_bf16(high));
-}
-
 // acc as bf16 to a matrix in shared or global memory; `to` is its element (0, 0), even columns are 4-byte aligned.
 template <int tiles>
 __device__ __forceinline__ void store(bf16 *to, int64_t stride, float (&acc)[tiles][4]) {
     for_pairs(acc, [&](int row, int column, float x, float y) {
         *reinterpret_cast<uint32_t *>(to + row * stride + column) = pack2(x, y);
     });
+}
+
+// What transpose made of acc [16, 16 tiles], as store writes acc.
+template <int tiles>
+__device__ __forceinline__ void store_transpose(bf16 *to, int64_t stride, const uint32_t (&from)[tiles][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < tiles; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = g + i / 2 * 8, column = 16 * k + i % 2 * 8 + 2 * t;
+            *reinterpret_cast<uint32_t *>(to + row * stride + column) = from[k][i];
+        }
+    }
 }
 
 // Eight bf16 in a register quadruple, as floats and back.

@@ -23,7 +23,8 @@
 // comes before the first start reads S, and only what follows the last one reaches S', which S itself then does not.
 //
 // Warp w computes one of the four [L,L] matrices, then owns the 16 value rows from 16 w on (of S, U, V, Y, Z) and, for
-// the gradients of what is indexed by keys, the 16 keys from 16 w on. The state itself stays in fp32 registers.
+// the gradients of what is indexed by keys, the 16 keys from 16 w on. The state itself stays in fp32 registers,
+// and so, rounded, do its own rows as an operand: no other warp reads them, but for the gradients by keys.
 // Thread i loads the 8 channels from 8 (i % 8) on of step i / 8, one 16-byte piece of each input, a chunk ahead.
 #include <type_traits>
 
@@ -41,7 +42,6 @@ enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that 
 struct alignas(16) Chunk {
     Steps rq, aq, ki, bi, ke, be, v, u;
     Steps aq_rest;  // what bf16 left of aq (backward: of be too), where keys that resemble each other amplify it
-    Square s;
     Small product[4], product_rest[4], inverse, inverse_rest;
     Steps rest;  // of u: what bf16 left of the fp32 sums
     float ab[L][L + 1];
@@ -52,7 +52,7 @@ struct alignas(16) Chunk {
 struct alignas(16) BackwardChunk : Chunk {
     Steps dy, z, z_rest;
     Steps be_rest;
-    Square ds;
+    Square s, ds;
     Small dproduct[4];
     float cumulative[L + 1][N + 4];  // row t is c_{t-1}, row t + 1 is c_t
     float slope[L][N + 4];           // d log d / dw
@@ -237,20 +237,18 @@ __device__ __forceinline__ void invert(Chunk &x) {
     }
 }
 
-// This warp's columns of aq S^T + AK V, to x.u.
-__device__ __forceinline__ void project(Chunk &x, const Documents &documents, int first) {
-    float acc[2][4] = {};
-    multiply_split<N, false, true>(acc, operand(x.aq), operand(x.aq_rest), operand(x.s, first));
-    keep_rows(acc, [&](int row) { return documents.reads_first_state(row); });
+// acc, this warp's columns of aq S^T, plus AK V, to x.u.
+__device__ __forceinline__ void project(Chunk &x, float (&acc)[2][4], int first) {
     multiply_split<L>(acc, operand(x.product[AK]), operand(x.product_rest[AK]), operand(x.v, 0, first));
     store_split(x.u, x.rest, first, acc);
 }
 
-// columns = X columns, or X^T columns, on this warp's 16 of them, in place. Both factors are sums of two bf16: with
-// keys that resemble each other the product is small beside its terms.
+// acc = X columns, or X^T columns, on this warp's 16 of them, which may be overwritten afterwards. Both factors are sums
+// of two bf16: with keys that resemble each other the product is small beside its terms.
 template <bool transposed>
-__device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int first) {
-    float acc[2][4] = {};
+__device__ __forceinline__ void solve(float (&acc)[2][4], const Chunk &x, const Steps &columns, const Steps &rest,
+                                      int first) {
+    for_pairs(acc, [](int, int, float &first, float &second) { first = second = 0.0f; });
     uint32_t left[4], right[4];
     load_a<transposed>(left, operand(x.inverse), 0);
     load_b<false>(right, operand(columns, 0, first), 0, 0);
@@ -259,7 +257,6 @@ __device__ __forceinline__ void solve(Chunk &x, Steps &columns, Steps &rest, int
     load_b<false>(right, operand(rest, 0, first), 0, 0);
     multiply_fragments(acc, left, right);
     __syncwarp();
-    store_split(columns, rest, first, acc);
 }
 
 // S, or its gradient, to the chunk's other end.
@@ -278,13 +275,12 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t block = blockIdx.x, chunks = (time + L - 1) / L;
     State s;
     load_state(s, at(state, block * N * N), first, N, 1);
+    saved = at(saved, (block * chunks * N + first) * N);
     starts = row_of_starts(starts, time, heads);
     Inputs next = load_inputs(in, head, 0);
     bool next_start = has_starts && load_start(starts, time, 0, L);
     for (int64_t start = 0; start < time; start += L) {
         const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
-        store(&x.s[first][0], STRIDE, s);
-        if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
         prepare(x, next, head, documents, start);
         next = load_inputs(in, head, start + L);
         if (has_starts) next_start = load_start(starts, time, start + L, L);
@@ -293,12 +289,26 @@ __global__ void __launch_bounds__(THREADS)
         __syncthreads();
         if (warp == 0) invert(x);
         __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
-        project(x, documents, first);
+        uint32_t state_columns[N / 16][4];
+        transpose(state_columns, s);
+        if (saved) {
+            store_transpose(saved, N, state_columns);
+            saved += N * N;
+        }
+        float read[2][4] = {}, out[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) {
+            multiply_loaded(read, operand(x.aq), 16 * k, state_columns[k]);
+            multiply_loaded(read, operand(x.aq_rest), 16 * k, state_columns[k]);
+            multiply_loaded(out, operand(x.rq), 16 * k, state_columns[k]);
+        }
+        const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
+        keep_rows(read, reads_first_state);
+        keep_rows(out, reads_first_state);
+        project(x, read, first);
         __syncthreads();
-        solve<false>(x, x.u, x.rest, first);
-        float out[2][4] = {};
-        multiply<N, false, true>(out, operand(x.rq), operand(x.s, first));
-        keep_rows(out, [&](int row) { return documents.reads_first_state(row); });
+        solve<false>(read, x, x.u, x.rest, first);
+        store(&x.u[0][first], STRIDE, read);
         multiply<L>(out, operand(x.product[QK]), operand(x.v, 0, first));
         __syncwarp();
         multiply<L>(out, operand(x.product[QB]), operand(x.u, 0, first));
@@ -439,23 +449,33 @@ __global__ void __launch_bounds__(THREADS, 2)
         __syncthreads();
         if (warp == 0) invert(x);
         __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
-        project(x, documents, first);
-        float acc[2][4] = {};  // QB^T dY + be dS'^T
+        const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
+        float acc[2][4] = {}, dv[2][4] = {};
+        uint32_t gradient_columns[N / 16][4];
+        transpose(gradient_columns, g);
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) {
+            multiply_loaded(acc, operand(x.be), 16 * k, gradient_columns[k]);
+            multiply_loaded(acc, operand(x.be_rest), 16 * k, gradient_columns[k]);
+            multiply_loaded(dv, operand(x.ke), 16 * k, gradient_columns[k]);
+        }
+        float read[2][4] = {};
+        multiply_split<N, false, true>(read, operand(x.aq), operand(x.aq_rest), operand(x.s, first));
+        keep_rows(read, reads_first_state);
+        project(x, read, first);
         multiply_split<L, true>(acc, operand(x.product[QB]), operand(x.product_rest[QB]), operand(x.dy, 0, first));
-        multiply_split<N, false, true>(acc, operand(x.be), operand(x.be_rest), operand(x.ds, first));
         store_split(x.z, x.z_rest, first, acc);
         __syncthreads();
-        solve<false>(x, x.u, x.rest, first);
-        solve<true>(x, x.z, x.z_rest, first);
-        float dv[2][4] = {};
+        solve<false>(read, x, x.u, x.rest, first);
+        store_split(x.u, x.rest, first, read);
+        solve<true>(acc, x, x.z, x.z_rest, first);
+        store_split(x.z, x.z_rest, first, acc);
         multiply<L, true>(dv, operand(x.product[QK]), operand(x.dy, 0, first));
-        multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
         __syncthreads();  // U and Z of all warps
         multiply<L, true>(dv, operand(x.product[AK]), operand(x.z, 0, first));
         store_steps(out.dv, head, start, first, dv);
         multiply_gradients(x, documents);
         pass(g, x, documents);
-        const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
         multiply_rows(g, operand(x.dy, 0, first), operand(x.rq), reads_first_state);
         multiply_rows(g, operand(x.z, 0, first), operand(x.aq), reads_first_state);
         __syncthreads();
