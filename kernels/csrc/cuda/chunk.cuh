@@ -133,14 +133,21 @@ __device__ __forceinline__ float prefix_sum(float x) {
     return x;
 }
 
-// Of each key column from `first` on, the sum over values of S dS'; lanes 16 .. 31 have it too.
-__device__ __forceinline__ float state_product(const Square &s, const Square &ds, int first) {
-    const int lane = threadIdx.x % 32, column = first + lane % 16;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int row = lane / 16; row < N; row += 2) sum += to_float(s[row][column]) * to_float(ds[row][column]);
-    return sum + __shfl_xor_sync(0xffffffffu, sum, 16);
-}
+// The diagonal of a [16,16] matrix of fragments. Lanes whose row g has g / 2 == t hold an element of each tile.
+struct Diagonal {
+    float held[2];
+
+    __device__ explicit Diagonal(const float (&x)[2][4]) {
+        const bool is_odd = threadIdx.x / 4 % 2;
+        held[0] = is_odd ? x[0][1] : x[0][0];
+        held[1] = is_odd ? x[1][3] : x[1][2];
+    }
+
+    // Element 8 n + i.
+    __device__ __forceinline__ float at(int n, int i) const {
+        return __shfl_sync(0xffffffffu, held[n], 4 * i + i / 2);
+    }
+};
 
 struct SavedState {
     uint4 piece[4];

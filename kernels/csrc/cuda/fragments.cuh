@@ -54,6 +54,13 @@ __device__ __forceinline__ void multiply_fragments(float (&acc)[2][4], const uin
     mma_16816(acc[1], left, second);
 }
 
+// acc += A^T B; A and B [16,16] as fragments of B.
+__device__ __forceinline__ void multiply_transposed(float (&acc)[2][4], const uint32_t (&a)[4],
+                                                    const uint32_t (&right)[4]) {
+    const uint32_t left[4] = {a[0], a[2], a[1], a[3]};
+    multiply_fragments(acc, left, right);
+}
+
 // acc += columns k.. of A times 16 rows of B, whose fragment `right` is.
 template <bool a_transposed = false>
 __device__ __forceinline__ void multiply_loaded(float (&acc)[2][4], const Operand &a, int k,

@@ -276,22 +276,30 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sum
                                               const float *u, const Head &head, const Documents &documents,
                                               int64_t start, int first) {
     float drs[2][4] = {}, dke[2][4] = {}, drl[2][4] = {}, dkl[2][4] = {}, dh_read[2][4] = {}, dh_written[2][4] = {};
-    multiply<N>(drs, operand(x.dy), operand(x.s, 0, first));
-    multiply<N>(dke, operand(x.v), operand(x.ds, 0, first));
+    float product[2][4] = {};  // S^T dS', whose diagonal sums over values
+#pragma unroll
+    for (int k = 0; k < N; k += 16) {
+        uint32_t s[4], ds[4];
+        load_b<false>(s, operand(x.s, 0, first), k, 0);
+        multiply_loaded(drs, operand(x.dy), k, s);
+        load_b<false>(ds, operand(x.ds, 0, first), k, 0);
+        multiply_transposed(product, s, ds);
+        multiply_loaded(dke, operand(x.v), k, ds);
+    }
+    const Diagonal state_product(product);
     multiply<L>(drl, operand(x.dleaf), operand(x.kl, 0, first));
     multiply<L, true>(dkl, operand(x.dleaf), operand(x.rl, 0, first));
     multiply<L>(dh_read, operand(x.dcross), operand(x.h, 0, first));           // rows 8..
     multiply<L, true>(dh_written, operand(x.dcross), operand(x.h, 0, first));  // rows ..7
 
-    const float product = state_product(x.s, x.ds, first);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float dw[2][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const int column = 8 * n + 2 * t + side, j = first + column;
-            const float at_end = __shfl_sync(0xffffffffu, product, column) * x.total[j];
+            const int j = first + 8 * n + 2 * t + side;
+            const float at_end = state_product.at(n, 2 * t + side) * x.total[j];
             float from_start[2], to_end[2], crossing[2], leaf_read[2], leaf_written[2];  // rows g and g + 8
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -328,6 +328,7 @@ struct Gradients {
 __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients &out, const Head &head,
                                               const Documents &documents, int64_t start, int first) {
     float drq[2][4] = {}, daq[2][4] = {}, dki[2][4] = {}, dke[2][4] = {}, dbi[2][4] = {}, dbe[2][4] = {};
+    float product[2][4] = {};  // S^T dS', whose diagonal sums over values
     const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
     const auto reaches_last_state = [&](int row) { return documents.reaches_last_state(row); };
 #pragma unroll
@@ -338,10 +339,12 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
         multiply_loaded(daq, operand(x.z), k, s);
         multiply_loaded(daq, operand(x.z_rest), k, s);
         load_b<false>(ds, operand(x.ds, 0, first), k, 0);
+        multiply_transposed(product, s, ds);
         multiply_loaded(dke, operand(x.v), k, ds);
         multiply_loaded(dbe, operand(x.u), k, ds);
         multiply_loaded(dbe, operand(x.rest), k, ds);
     }
+    const Diagonal state_product(product);
     keep_rows(drq, reads_first_state);
     keep_rows(daq, reads_first_state);
     keep_rows(dke, reaches_last_state);
@@ -360,16 +363,15 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
     multiply_loaded<true>(dki, operand(x.dproduct[AK]), 0, right);
     multiply_loaded<true>(dbi, operand(x.dproduct[AB]), 0, right);
 
-    const float product = state_product(x.s, x.ds, first);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float dw[2][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const int column = 8 * n + 2 * t + side, j = first + column;
+            const int j = first + 8 * n + 2 * t + side;
             const float total = x.total[j];
-            const float at_end = documents.starts ? 0.0f : __shfl_sync(0xffffffffu, product, column) * total;
+            const float at_end = documents.starts ? 0.0f : state_product.at(n, 2 * t + side) * total;
             float reads[2], read_before[2], writes[2];  // rows g and g + 8
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
