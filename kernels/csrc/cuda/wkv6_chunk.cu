@@ -31,7 +31,6 @@ constexpr float LEAST_LOG_DECAY = -1e4f;  // its exponential is 0, and sums of i
 
 struct alignas(16) Chunk {
     Steps rs, ke, h, rl, kl, v;
-    Square s;
     Small weights;
     float log_decay[WARPS][N];  // sum over the four steps that a warp loads
     float total[N];             // c_L
@@ -42,7 +41,7 @@ using Scales = float[L][N + 4];
 
 struct alignas(16) BackwardChunk : Chunk {
     Steps dy, r, k;
-    Square ds;
+    Square s, ds;
     Small dleaf, dcross;
     float v_dy[L];
     Scales start, end, half, leaf_read, leaf_write, own_log_decay;
@@ -213,7 +212,7 @@ __device__ __forceinline__ void weigh(Chunk &x, const Documents &documents) {
 }
 
 template <bool has_starts>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     forward(int64_t time, int heads, const uint8_t *starts, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
     Chunk &x = *dynamic_memory<Chunk>();
     const Head head(time, heads);
@@ -226,15 +225,17 @@ __global__ void __launch_bounds__(THREADS)
     bool next_start = has_starts && load_start(starts, time, 0, L);
     for (int64_t start = 0; start < time; start += L) {
         const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
-        store(&x.s[first][0], STRIDE, s);
-        if (saved) store(saved + ((block * chunks + start / L) * N + first) * N, N, s);
         prepare(x, next, in, head, documents, start, heads);
         next = load_inputs(in, head, start + L);
         if (has_starts) next_start = load_start(starts, time, start + L, L);
         __syncthreads();
         weigh(x, documents);
+        uint32_t state_columns[N / 16][4];
+        transpose(state_columns, s);
+        if (saved) store_transpose(saved + ((block * chunks + start / L) * N + first) * N, N, state_columns);
         float out[2][4] = {};
-        multiply<N, false, true>(out, operand(x.rs), operand(x.s, first));
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) multiply_loaded(out, operand(x.rs), 16 * k, state_columns[k]);
         decay(s, x.total);
         multiply_transposed(s, operand(x.v, 0, first), operand(x.ke));
         __syncthreads();
@@ -289,8 +290,10 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sum
     const Diagonal state_product(product);
     multiply<L>(drl, operand(x.dleaf), operand(x.kl, 0, first));
     multiply<L, true>(dkl, operand(x.dleaf), operand(x.rl, 0, first));
-    multiply<L>(dh_read, operand(x.dcross), operand(x.h, 0, first));           // rows 8..
-    multiply<L, true>(dh_written, operand(x.dcross), operand(x.h, 0, first));  // rows ..7
+    uint32_t halves[4];
+    load_b<false>(halves, operand(x.h, 0, first), 0, 0);
+    multiply_loaded(dh_read, operand(x.dcross), 0, halves);           // rows 8..
+    multiply_loaded<true>(dh_written, operand(x.dcross), 0, halves);  // rows ..7
 
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float dw[2][4];
@@ -386,12 +389,15 @@ __global__ void __launch_bounds__(THREADS)
         next_state = load_saved(states, start / L - 1);
         if (has_starts) next_start = load_start(starts, time, start - L, L);
         __syncthreads();
-        weigh(x, documents);
-        if (warp == 2) weigh_gradients(x, documents);
         float dv[2][4] = {};
-        multiply<N, false, true>(dv, operand(x.ke), operand(x.ds, first));
+        uint32_t gradient_columns[N / 16][4];
+        transpose(gradient_columns, g);
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) multiply_loaded(dv, operand(x.ke), 16 * k, gradient_columns[k]);
         decay(g, x.total);
         multiply_transposed(g, operand(x.dy, 0, first), operand(x.rs));
+        weigh(x, documents);
+        if (warp == 2) weigh_gradients(x, documents);
         __syncthreads();
         multiply<L, true>(dv, operand(x.weights), operand(x.dy, 0, first));
         store_steps(out.dv, head, start, first, dv);
