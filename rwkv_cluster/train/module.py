@@ -228,11 +228,21 @@ class TrainingModule(LightningModule):
             if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
                 self._require_finite(grad_norm)
             statistics = self._statistics.after_update(grad_norm) if self._statistics is not None else {}
+            self.state.release_gradients()
             result = StepResult(self.step, self._loss, grad_norm, self.current_lr, self._n_trained, statistics)
             self._loss = None
             self._gradient_sum = torch.zeros_like(self._gradient_sum)
             if self._observer is not None:
                 self._observer.step_ended(result, self._agreed)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Nothing but under ZeRO: `optimizer_step` has released the gradients.
+
+        Lightning asks between a step's first forward pass and its backward pass, until when those of the step before
+        would be held.
+        """
+        if self.state.clips_in_update:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _require_finite(self, grad_norm: float) -> None:
         """Raises TrainingError on every rank, before an update with values that are not finite."""

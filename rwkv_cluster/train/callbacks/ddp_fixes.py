@@ -10,6 +10,7 @@ from pytorch_lightning.strategies.launchers.subprocess_script import (
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_cluster.data.windows import TokenBatch
+from rwkv_cluster.train.parallel.strategy import accumulates_in_buckets
 
 
 class StableBuckets(Callback):
@@ -17,7 +18,8 @@ class StableBuckets(Callback):
 
     DDP assigns the parameters to buckets anew after its first backward pass. From three ranks on the order in which
     the ranks' values are added depends on the place in a bucket, so a resumed run would differ in the last bits from
-    one that has long had its second assignment. Here a pass over two zero tokens comes first and is thrown away. It
+    one that has long had its second assignment. Here a pass over two zero tokens comes first and is thrown away; where
+    micro batches add up in the buckets its gradients become 0, so that the first step finds what every other finds. It
     compiles nothing: code for its shapes would never run again, and would make torch.compile take the next shapes for
     changing ones.
     """
@@ -28,7 +30,7 @@ class StableBuckets(Callback):
             batch = TokenBatch.of(torch.zeros(1, 3, dtype=torch.int64, device=module.device))
             with torch.compiler.set_stance("force_eager"):
                 model(batch).backward()
-            module.zero_grad()
+            module.zero_grad(set_to_none=not accumulates_in_buckets(trainer))
 
 
 class DetachProcessWatcher(Callback):

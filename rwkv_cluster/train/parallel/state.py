@@ -40,6 +40,9 @@ class ModelAndOptimizerState(Protocol):
     def grad_norm(self) -> float:
         """Global norm of the gradients of the last update, before clipping."""
 
+    def release_gradients(self) -> None:
+        """Give back the memory of the gradients after an update, before the next forward pass needs it."""
+
     def update_count(self) -> int:
         """Updates that the optimizer has made."""
 
@@ -72,13 +75,17 @@ class ModelAndOptimizerState(Protocol):
 
 
 class ReplicatedState:
-    """The same masters and moments on every rank."""
+    """The same masters and moments on every rank.
+
+    keeps_gradients: the next backward pass adds to them where they lie, so they become 0 and stay.
+    """
 
     clips_in_update = False
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, keeps_gradients: bool = False) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._keeps_gradients = keeps_gradients
         self._norm = math.nan
 
     def clip_gradients(self, limit: float) -> float:
@@ -88,6 +95,9 @@ class ReplicatedState:
 
     def grad_norm(self) -> float:
         return self._norm
+
+    def release_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
 
     def update_count(self) -> int:
         return update_count(self._optimizer)

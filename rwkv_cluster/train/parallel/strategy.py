@@ -32,6 +32,17 @@ from rwkv_cluster.train.placement import Placement
 
 log = logging.getLogger("rwkv_cluster")
 
+DDP_OPTIONS: dict[str, Any] = {
+    "gradient_as_bucket_view": True,  # gradients lie in the buckets: once in memory, and summed in place
+    "broadcast_buffers": False,  # the model has none
+    "find_unused_parameters": False,  # each trained parameter is in every graph; a search for others costs each step
+    # Non-reentrant checkpoints do not need a static graph, which would save nothing; torch 2.13 fails, or sums no
+    # gradient, where the first backward pass is under no_sync (pytorch issue 143580, pull request 187732).
+    "static_graph": False,
+}
+"""Arguments of DistributedDataParallel. bucket_cap_mb stays torch's 25 MiB: another size changes the order of the sums
+and, without figures of GPUs and their links, would be a guess."""
+
 
 class ScaledFp16(MixedPrecision):
     """Loss scaling for fp16 without autocast: the model casts for itself."""
@@ -91,7 +102,7 @@ class ReplicaStrategy(DDPStrategy):
         super().__init__(
             process_group_backend="nccl" if accelerator == "cuda" else "gloo",
             timeout=timedelta(seconds=training.timeout_s),
-            gradient_as_bucket_view=True,
+            **DDP_OPTIONS,
         )
         self._group = group
 
@@ -154,7 +165,16 @@ def train_state(trainer: Trainer, model: nn.Module) -> ModelAndOptimizerState:
     if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.stage > 0:
         return ZeroShardedState(model, trainer.strategy.deepspeed_engine)
     (optimizer,) = trainer.optimizers
-    return ReplicatedState(model, optimizer)
+    return ReplicatedState(model, optimizer, keeps_gradients=accumulates_in_buckets(trainer))
+
+
+def accumulates_in_buckets(trainer: Trainer) -> bool:
+    """Whether the micro batches of a step add their gradients up where DDP exchanges them.
+
+    They do as long as gradients are set to 0 and not dropped: new ones would lie beside the buckets until the last
+    micro batch of a step, 4 more bytes for each trained parameter.
+    """
+    return isinstance(trainer.strategy, ReplicaStrategy) and trainer.accumulate_grad_batches > 1
 
 
 def completes_step(trainer: Trainer) -> bool:

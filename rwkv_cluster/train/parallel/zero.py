@@ -194,6 +194,9 @@ class ZeroShardedState:
     def grad_norm(self) -> float:
         return float(self._engine.get_global_grad_norm())
 
+    def release_gradients(self) -> None:
+        """Nothing: DeepSpeed has done it in its update."""
+
     def update_count(self) -> int:
         return int(next(iter(self._zero.optimizer.state.values()))["step"])
 
