@@ -267,7 +267,7 @@ class WorkDir:
 
     @property
     def hang(self) -> Path:
-        """Stacks of ranks that did not go on, see `rwkv_cluster.train.distributed.hang_detector`."""
+        """What ranks leave that did not go on: stacks, and what NCCL exchanged last."""
         return self.logs / "hang"
 
     @property

@@ -40,7 +40,7 @@ from rwkv_cluster.train.session import Session
 def build_trainer(session: Session, callbacks: list[Callback]) -> Trainer:
     """The Trainer of a session. It has no max_steps: callbacks.AfterStep sets should_stop."""
     trainer = Trainer(
-        **strategy.trainer_arguments(session.config.training, session.placement, session.group),
+        **strategy.trainer_arguments(session.config.training, session.placement, session.group, session.work.hang),
         max_epochs=1,
         accumulate_grad_batches=session.accumulate,
         callbacks=callbacks,

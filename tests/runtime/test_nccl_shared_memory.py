@@ -10,6 +10,7 @@ import pytest
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.runtime import nccl_shared_memory
+from rwkv_cluster.train.parallel import nccl_environment
 from rwkv_cluster.train.parallel.strategy import trainer_arguments
 from rwkv_cluster.train.placement import Placement
 
@@ -71,12 +72,16 @@ def test_several_gpus_of_a_machine_need_it(
     local_rank: int,
     off: bool,
     says: bool,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(nccl_shared_memory, "WANTED_BYTES", MORE_THAN_ANY)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(nccl_environment, "missing_variables", lambda *_: {})
     with caplog.at_level(logging.WARNING, logger="rwkv_cluster"):
-        trainer_arguments(TrainingConfig(strategy="ddp"), Placement(accelerator, devices, devices, 1), "group")
+        trainer_arguments(
+            TrainingConfig(strategy="ddp"), Placement(accelerator, devices, devices, 1), "group", tmp_path
+        )
     assert (SWITCH in os.environ) == off
     assert ("NCCL goes without" in caplog.text) == says

@@ -152,3 +152,16 @@ def test_two_gpus_without_shared_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "NCCL goes without" in done.stderr
     assert len(losses(tmp_path / "work")) == 8
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_collective_that_takes_too_long_leaves_what_each_rank_exchanged(tmp_path: Path) -> None:
+    training = {"accelerator": "cuda", "strategy": "ddp", "micro_bsz": 2, "timeout_s": 20}
+    write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training=training))
+    train_it = ("--standalone", "--nproc-per-node=2", "-m", "rwkv_cluster", "train", "run.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", *train_it]
+    environment = {**os.environ, FAULT_VARIABLE: "train.step@3#1:sleep=120"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "NCCL is used with TORCH_NCCL_HIGH_PRIORITY=1" in done.stderr
+    assert (tmp_path / "work/logs/hang/nccl_trace_rank_0").stat().st_size > 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.runtime import nccl_shared_memory, rank_env
 from rwkv_cluster.train.distributed.collectives import join_group, leaving_group
+from rwkv_cluster.train.parallel import nccl_environment
 from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState, ReplicatedState
 from rwkv_cluster.train.parallel.zero import (
@@ -113,11 +116,13 @@ class ReplicaStrategy(DDPStrategy):
         super().setup_distributed()
 
 
-def trainer_arguments(training: TrainingConfig, placement: Placement, group: str) -> dict[str, Any]:
+def trainer_arguments(training: TrainingConfig, placement: Placement, group: str, hang: Path) -> dict[str, Any]:
     """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement.
 
-    group: name of the process group, see `distributed.join_group`.
+    group: name of the process group, see `distributed.join_group`. hang: folder for what ranks leave that do not go on.
     """
+    if placement.accelerator == "cuda" and placement.world_size > 1:
+        _set_nccl_variables(hang)
     if placement.accelerator == "cuda" and placement.devices > 1:
         notice = nccl_shared_memory.disable_nccl_shm_if_small()
         if notice and rank_env.local_rank() == 0:
@@ -134,6 +139,19 @@ def trainer_arguments(training: TrainingConfig, placement: Placement, group: str
     if training.precision == "bf16" and training.deepspeed_stage:  # stage 0 keeps fp32 parameters, as DDP
         arguments["precision"] = "bf16-mixed"
     return arguments
+
+
+def _set_nccl_variables(hang: Path) -> None:
+    """Tell NCCL's process group, which is about to be made, what `nccl_environment` has reasons for."""
+    variables = nccl_environment.missing_variables(os.environ, hang, nccl_environment.version_of(torch.__version__))
+    os.environ.update(variables)
+    with suppress(OSError):  # torch says so when it cannot write there
+        hang.mkdir(parents=True, exist_ok=True)
+    if variables and rank_env.rank() == 0:
+        log.info(
+            "NCCL is used with %s; docs/clusters.md says why, and what the environment has set stays",
+            ", ".join(f"{name}={value}" for name, value in variables.items()),
+        )
 
 
 def leaving(training: TrainingConfig) -> AbstractContextManager[None]:
