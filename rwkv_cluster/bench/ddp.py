@@ -2,7 +2,8 @@
 
 Each contender is a torchrun of its own that trains through this package's module, strategies and data, without
 checkpoints. The contenders take turns, so that a machine whose speed drifts treats all alike; ratios are taken turn by
-turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `train.memory.model_states`.
+turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `train.memory.model_states`; what
+the ranks exchange: `bench.ddp_exchange`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_cluster.bench.ddp_exchange import UNCOUNTED_STEPS, Overlap, table
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
@@ -63,10 +65,13 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         {"settings", "torch", "deepspeed", "parameters", "cases": [{"strategy", "ranks", "step_s", "tokens_per_s",
-        "ratio", "peak_mb", "loss", "bytes"}]}. step_s, tokens_per_s and ratio (tokens/s over DDP's on as many ranks, or
-        None without it) are {"min", "median", "max"} of the turns' medians; bytes has, for each kind of
-        `ddp_memory.KINDS`, {"measured", "theory", "ratio"}: the most that a rank held, what theory gives and the
-        first over the second, None where there is no theory. loss is that of the last step.
+        "ratio", "peak_mb", "loss", "bytes", "exchange", "overlap"}]}. step_s, tokens_per_s and ratio (tokens/s over
+        DDP's on as many ranks, or None without it) are {"min", "median", "max"} of the turns' medians; bytes has, for
+        each kind of `ddp_memory.KINDS`, {"measured", "theory", "ratio"}: the most that a rank held, what theory gives
+        and the first over the second, None where there is no theory. exchange has the fields of
+        `ddp_exchange.Collectives` for each kind of collective of a step on rank 0; overlap, None without DDP, those of
+        `ddp_exchange.Overlap` and hidden, spread as step_s is; hidden is None on one rank. loss is that of the last
+        step.
 
     Raises:
         ConfigError: an argument is wrong, or this machine has no such device.
@@ -125,7 +130,7 @@ def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> 
         "training.accelerator": options.device,
         "training.devices": ranks,
         "training.num_threads": options.threads,
-        "training.max_steps": options.warmup + options.steps + 1,
+        "training.max_steps": options.warmup + options.steps + UNCOUNTED_STEPS,
     }
     overrides = [f"{name}={value}" for name, value in fields.items()]
     return parse_config(f"work_dir: {yaml_text(str(folder))}\n".encode(), "rwkv-cluster bench ddp", overrides).config
@@ -213,7 +218,17 @@ def _case(
         "peak_mb": max(figures["peak_mb"] for figures in every),
         "loss": every[0]["losses"][-1],
         "bytes": _beside_theory(measured, every[0], who, precision),
+        "exchange": every[0]["exchange"],
+        "overlap": _overlap([turn[0]["overlap"] for turn in turns], ranks),
     }
+
+
+def _overlap(turns: list[dict[str, float] | None], ranks: int) -> dict[str, dict[str, float] | None] | None:
+    measured = [Overlap(**turn) for turn in turns if turn is not None]
+    if not measured:
+        return None
+    spreads = {name: _spread([getattr(turn, name) for turn in measured]) for name in ("with_s", "without_s", "alone_s")}
+    return {**spreads, "hidden": _spread([turn.hidden for turn in measured]) if ranks > 1 else None}
 
 
 def _beside_theory(
@@ -239,7 +254,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def format(result: dict[str, Any]) -> str:
-    """The figures as two tables: speed, and megabytes on each rank as measured / by theory."""
+    """The figures as three tables: speed, megabytes on each rank as measured / by theory, and what is exchanged."""
     s = result["settings"]
     lines = [
         f"{s['model_type']} L{s['n_layer']} C{s['n_embd']} T{s['ctx_len']} micro_bsz {s['micro_bsz']}, "
@@ -254,7 +269,8 @@ def format(result: dict[str, Any]) -> str:
     lines += [
         _name(case) + "".join(f"{_bytes_cell(case['bytes'][kind]):>17}" for kind in KINDS) for case in result["cases"]
     ]
-    return "\n".join([*lines, "measured / theory; without a theory: measured. Kinds: rwkv_cluster/bench/ddp_memory.py"])
+    lines += ["measured / theory; without a theory: measured. Kinds: rwkv_cluster/bench/ddp_memory.py", ""]
+    return "\n".join([*lines, *table(result["cases"], _name)])
 
 
 def _name(case: dict[str, Any]) -> str:

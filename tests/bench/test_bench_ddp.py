@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rwkv_cluster.bench import ddp
+from rwkv_cluster.bench import ddp, ddp_exchange
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.errors import ConfigError, LaunchError
 from rwkv_cluster.train.memory.model_states import theory
@@ -37,7 +39,7 @@ def test_theory(stage: int | None, precision: str, bytes_per_parameter: tuple[fl
     assert found == {kind: 1000 * size for kind, size in zip(kinds, bytes_per_parameter, strict=True)}
 
 
-def _figures(step_s: float, held: dict[str, int]) -> dict[str, Any]:
+def _figures(step_s: float, held: dict[str, int], overlap: dict[str, float] | None = None) -> dict[str, Any]:
     return {
         "parameters": 1_000_000,
         "parameters_kept_whole": 10_000,
@@ -45,7 +47,13 @@ def _figures(step_s: float, held: dict[str, int]) -> dict[str, Any]:
         "losses": [5.0, 4.0],
         "held": {kind: held.get(kind, 0) for kind in KINDS},
         "peak_mb": 300.0,
+        "exchange": {"all_reduce": {"calls": 3, "n_bytes": 4_000_040, "sent": 4_000_040.0}},
+        "overlap": overlap,
     }
+
+
+def _overlap(seconds: float) -> dict[str, float]:
+    return {"with_s": seconds, "without_s": 0.95 * seconds, "alone_s": 0.2 * seconds}
 
 
 def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
@@ -53,28 +61,57 @@ def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
     sharded = [{"moments": 4_000_000, "whole": 40_000}, {"moments": 5_000_000}]
     turns = [
         {
-            ("ddp", 2): [_figures(seconds, {"moments": 8_000_000})] * 2,
+            ("ddp", 2): [_figures(seconds, {"moments": 8_000_000}, _overlap(seconds))] * 2,
             ("deepspeed_stage_3", 2): [_figures(2 * seconds, held) for held in sharded],
             ("single", 1): [_figures(1.0, {})],
+            ("ddp", 1): [_figures(1.0, {}, _overlap(1.0))],
         }
         for seconds in (1.0, 4.0)  # the machine became slower
     ]
     result = ddp._summary(settings, turns)
     assert json.loads(json.dumps(result)) == result
-    plain, stage_3, single = result["cases"]
+    plain, stage_3, single, lone = result["cases"]
+    assert plain["overlap"]["with_s"] == {"min": 1.0, "median": 2.5, "max": 4.0}
+    assert plain["overlap"]["hidden"] == pytest.approx({"min": 0.75, "median": 0.75, "max": 0.75})
+    assert stage_3["overlap"] is None
+    assert lone["overlap"]["hidden"] is None  # nothing travels
     assert plain["tokens_per_s"] == {"min": 100.0, "median": 250.0, "max": 400.0}
     assert stage_3["ratio"] == {"min": 0.5, "median": 0.5, "max": 0.5}
-    assert single["ratio"] is None
+    assert single["ratio"] == {"min": 1.0, "median": 1.0, "max": 1.0}
     assert stage_3["bytes"]["moments"] == {"measured": 5_000_000, "theory": 4_000_000, "ratio": 1.25}
     assert stage_3["bytes"]["whole"] == {"measured": 40_000, "theory": 40_000, "ratio": 1.0}
     assert plain["bytes"]["masters"] == {"measured": 0, "theory": 0, "ratio": None}
     lines = ddp.format(result).splitlines()
     assert "1,000,000 parameters, fp32, cpu" in lines[0]
     assert lines[3].split() == "2 deepspeed_stage_3 125 50 200 5.000 0.50 0.50 0.50 300".split()  # noqa: SIM905
-    assert lines[4].split() == "1 single 200 200 200 1.000 - - - 300".split()  # noqa: SIM905
-    (memory,) = [line for line in lines[5:] if "deepspeed_stage_3" in line]
+    assert lines[4].split() == "1 single 200 200 200 1.000 1.00 1.00 1.00 300".split()  # noqa: SIM905
+    memory, exchange = [line for line in lines[5:] if "deepspeed_stage_3" in line]
+    assert exchange.split() == "2 deepspeed_stage_3 3 4.00 4.00".split()  # noqa: SIM905
+    (exchange,) = [line for line in lines if line.endswith("75%")]
+    assert exchange.split() == "2 ddp 3 4.00 4.00 2.500 2.375 0.500 75%".split()  # noqa: SIM905
     assert "5.00 / 4.00" in memory
     assert "0.04 / 0.04" in memory
+
+
+def test_collectives_are_counted_with_what_a_ring_sends() -> None:
+    events = [
+        ("c10d::allreduce_", [[]], ["TensorList"]),
+        ("gloo:all_reduce", [[1000, 2]], ["float"]),
+        ("gloo:all_reduce", [[500]], ["c10::BFloat16"]),
+        ("nccl:_all_gather_base", [[30]], ["double"]),
+        ("nccl:reduce_scatter", [[40]], ["c10::Half"]),
+        ("gloo:barrier", [], []),
+        ("aten::mul", [[9], [9]], ["float", "float"]),
+    ]
+    found = ddp_exchange.collectives(
+        [SimpleNamespace(name=name, input_shapes=shapes, input_dtypes=dtypes) for name, shapes, dtypes in events], 4
+    )
+    assert found == {
+        "all_reduce": {"calls": 2, "n_bytes": 9000, "sent": 13_500.0},
+        "all_gather_base": {"calls": 1, "n_bytes": 240, "sent": 720.0},
+        "reduce_scatter": {"calls": 1, "n_bytes": 80, "sent": 60.0},
+        "barrier": {"calls": 1, "n_bytes": 0, "sent": 0.0},
+    }
 
 
 @pytest.mark.parametrize(
@@ -112,7 +149,21 @@ def test_two_ranks_hold_what_theory_says() -> None:
     assert cases["deepspeed_stage_3"]["bytes"]["gradients"]["ratio"] == pytest.approx(1, rel=0.05)
     held = cases["deepspeed_stage_3"]["bytes"]
     assert held["buckets"]["measured"] == pytest.approx(4 * result["parameters"], rel=0.05)  # fp32, not 200 M elements
-    assert ddp.format(result).count("deepspeed_stage_3") == 2
+    assert ddp.format(result).count("deepspeed_stage_3") == 3
+
+
+@pytest.mark.system
+def test_two_ranks_say_what_they_exchange_and_what_of_it_is_hidden() -> None:
+    result = ddp.run([*QUICK, "--ranks", "2", "--strategies", "ddp"])
+    (case,) = result["cases"]
+    reduced = case["exchange"]["all_reduce"]
+    assert reduced["calls"] >= 2  # the gradients, and one small exchange of losses and votes
+    trained = case["bytes"]["gradients"]["measured"]
+    assert trained < reduced["n_bytes"] < trained + 1000
+    assert reduced["sent"] == reduced["n_bytes"]  # of two ranks each sends half of it twice
+    overlap = case["overlap"]
+    assert all(overlap[name]["median"] > 0 for name in ("with_s", "without_s", "alone_s"))
+    assert overlap["hidden"]["median"] < math.inf
 
 
 @pytest.mark.system
