@@ -10,7 +10,9 @@ from golden_files import FLAG, Golden
 
 from rwkv_cluster.commands.loading import importing_torch
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has left out, for this process and those that it starts
+# For this process and those that it starts: nohup leaves the one out, and a shell the other behind "&".
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
