@@ -96,7 +96,7 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
         return f"The compiled CPU kernels have head sizes up to {CPU_LARGEST_HEAD_SIZE}, not {size}."
     if where.type == "cuda" and size != CUDA_HEAD_SIZE:
         return f"The compiled CUDA kernels have head size {CUDA_HEAD_SIZE}, not {size}."
-    library = _find(where)
+    library = find_library(where)
     return library.reason if isinstance(library, loader.Missing) else None
 
 
@@ -124,14 +124,15 @@ def _kernel(r: Tensor, exact: bool) -> int:
     return TENSOR_CORES if fast and not exact else EXACT
 
 
-def _find(device: torch.device) -> loader.Library | loader.Missing:
+def find_library(device: torch.device) -> loader.Library | loader.Missing:
+    """The library for a CPU or a GPU, looked for once in a process."""
     if device.type == "cpu":
         return loader.cpu()
     return loader.cuda(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def _library(device: torch.device) -> loader.Library:
-    library = _find(device)
+    library = find_library(device)
     if isinstance(library, loader.Missing):
         raise KernelError(library.reason)
     return library

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 ABI = 2
@@ -24,6 +24,20 @@ class Problem(ctypes.Structure):
         ("constant_decay", c_int32),
         ("stream", c_void_p),
         ("starts", c_void_p),
+    )
+
+
+class Logits(ctypes.Structure):
+    """rwkv_logits of csrc/loss.h."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("vocabulary", c_int64),
+        ("stride", c_int64),
+        ("io", c_int32),
+        ("gradient", c_int32),
+        ("l2wrap", c_float),
+        ("stream", c_void_p),
     )
 
 
@@ -70,7 +84,8 @@ ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
     "rwkv_keys_backward": (c_int32, [_ROWS, *[c_void_p] * 11]),
     "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 9]),
     "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 15]),
+    "rwkv_softmax_loss": (c_int32, [POINTER(Logits), *[c_void_p] * 3]),
     "rwkv_select_target": (c_int32, [c_char_p]),
     "rwkv_host_schedule": (None, [ctypes.c_uint32]),
 }
-"""Functions of one kind of library: the CPU's, and the one that runs CUDA sources on a CPU."""
+"""Functions of one kind of library: the CPU's, CUDA's, and the one that runs CUDA sources on a CPU."""

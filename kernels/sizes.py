@@ -23,7 +23,10 @@ SEGMENT_BYTES = 1 << 18
 """Target size of one tensor of a segment of the chunked form. About twenty live at a time; best of 2^17 to 2^22."""
 
 LOGITS_IN_FLIGHT = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Elements of logits that the loss has at a time: 64 MiB of fp32, and 1 GiB where a chunk passes over the gradient."""
+"""Elements of logits that the loss has at a time.
+
+64 MiB of fp32 on a CPU. 512 MiB of bf16 on a GPU, where each chunk passes over the head's gradient once.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The head and the loss in one: cross entropy plus RWKV-LM's L2Wrap, a chunk of rows at a time.
 
-Logits exist for `chunk_rows` rows at a time: both gradients are formed in the forward pass, in the buffer of the
-probabilities, so that nothing of size (M, V) outlives its chunk. What it costs: the head's weight gradient
-[V, C] in fp32 from forward to backward.
+Logits exist for `chunk_rows` rows at a time: both gradients are formed in the forward pass, so that nothing of size
+(M, V) outlives its chunk. What it costs: the head's weight gradient [V, C] in fp32 from forward to backward. With the
+CUDA library the logits' gradient is written in their place, in one pass of `kernels.softmax_loss`; elsewhere PyTorch
+forms it in a buffer of probabilities in fp32, which is the reference.
 
 M rows (B * T), C width, V vocabulary.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_cluster.kernels import softmax_loss
 from rwkv_cluster.kernels.sizes import LOGITS_IN_FLIGHT
 from rwkv_cluster.model.layers import linear
 from rwkv_cluster.model.rwkv import RWKV
@@ -96,17 +98,23 @@ class _HeadLoss(torch.autograd.Function):
         divisor: float,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_any = needs_hidden or needs_weight
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=hidden.device)
         cast_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
+        library = softmax_loss.library_for(hidden)
         for start in range(0, hidden.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
             logits = linear(hidden[part], cast_weight)  # [chunk, V]
-            loss, grad_logits = _softmax_loss(logits, targets[part], l2wrap, accurate)
-            total += loss
-            if not (needs_hidden or needs_weight):
+            if library is not None:
+                total += softmax_loss.softmax_loss(library, logits, targets[part], l2wrap, gradient=needs_any)
+                grad_logits = logits
+            else:
+                loss, grad_logits = _softmax_loss(logits, targets[part], l2wrap, accurate)
+                total += loss
+            if not needs_any:
                 continue
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:

@@ -24,6 +24,8 @@ PARAMETER_BYTES = 36
 reads it once more, 4; and it is set to zero, 4."""
 CAST_BYTES = 12
 """Moved for a parameter of a block in a micro batch where it is kept in fp32: its copy and its gradient's."""
+LOGIT_PASSES = 3
+"""Reads and writes of a logit in the compiled loss: for its row's largest and sum, for its gradient, and of that."""
 
 BANDWIDTH_SHARE = 0.78
 """Of the datasheet's bandwidth that passes over tensors reach: 2.6 TB/s of 3.35 on an H100."""
@@ -128,7 +130,7 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     return StepTime(
         blocks=tokens * plan.flops.blocks * (1 + backward + again) / products,
         head=tokens * plan.flops.head * (1 + backward) / products,
-        loss=tokens * model.vocab_size * _logit_bytes(item) / bandwidth,
+        loss=tokens * model.vocab_size * LOGIT_PASSES * item / bandwidth,
         passes=tokens * model.n_layer * model.n_embd * moved * item / bandwidth,
         wkv=_wkv(plan, gpu, tokens, bandwidth) if kernels.is_compiled else None,
         casts=casts / bandwidth,
@@ -145,11 +147,6 @@ def _in_fp32(plan: RunPlan) -> int:
     if not plan.parameters.is_partial:
         return block_parameters(plan.config.model)
     return count({name: shape for name, shape in plan.parameters.trained.items() if name.startswith("blocks.")})
-
-
-def _logit_bytes(item: int) -> int:
-    """Moved for a logit beside the head's products: the maximum, softmax into fp32, the gradient's cast."""
-    return item + (item + FP32) + (FP32 + item if item < FP32 else 0)
 
 
 def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:

@@ -186,7 +186,7 @@ def test_another_gpu_than_the_first():
 SANITIZED = """
 import torch
 from naive_wkv import VERSIONS, random_inputs
-from rwkv_cluster.kernels import ops
+from rwkv_cluster.kernels import ops, softmax_loss
 
 documents = torch.arange(37, device="cuda")[None] % 9 == 0
 for version in VERSIONS:
@@ -196,6 +196,10 @@ for version in VERSIONS:
             leaves = [x.to("cuda", torch.bfloat16 if x.ndim == 4 else torch.float32).requires_grad_() for x in tensors]
             y, final = getattr(ops, version)(*leaves, state.float().cuda(), starts=starts, backend=backend)
             torch.autograd.grad((y, final), leaves, (torch.ones_like(y), torch.ones_like(final)))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    logits = torch.randn(3, 5003, device="cuda", dtype=dtype)
+    library, targets = softmax_loss.library_for(logits), torch.tensor([0, 7, 5002], device="cuda")
+    softmax_loss.softmax_loss(library, logits, targets, 1e-4, gradient=True)
 torch.cuda.synchronize()
 """
 

@@ -1,5 +1,6 @@
 // The CUDA library's C interface: checks what a kernel takes, and hands over to its launcher.
 #pragma GCC visibility push(default)
+#include "../loss.h"
 #include "../wkv.h"
 #ifdef RWKV_HOST_SHIM
 extern "C" void rwkv_host_schedule(uint32_t seed);
@@ -14,13 +15,17 @@ namespace {
 constexpr int64_t STEPS_BETWEEN_STATES = 16;
 constexpr int64_t MOST_BLOCKS = 2147483647;
 
+int32_t check_io(int32_t io) {
+    return io == RWKV_FP32 || io == RWKV_BF16 || io == RWKV_FP16 ? RWKV_OK : RWKV_NO_SUCH_IO;
+}
+
 // RWKV_OK where `p.kernel` takes the problem.
 int32_t check(const rwkv_problem &p) {
     if (p.batch * p.heads > MOST_BLOCKS) return RWKV_NO_SUCH_SIZE;
     if (p.size != 64) return RWKV_NO_SUCH_SIZE;
     if (p.kernel == RWKV_TENSOR_CORES) return p.io == RWKV_BF16 ? RWKV_OK : RWKV_NO_SUCH_IO;
     if (p.kernel != RWKV_EXACT) return RWKV_NO_SUCH_KERNEL;
-    return p.io == RWKV_FP32 || p.io == RWKV_BF16 || p.io == RWKV_FP16 ? RWKV_OK : RWKV_NO_SUCH_IO;
+    return check_io(p.io);
 }
 
 template <typename Pointers>
@@ -101,4 +106,11 @@ int32_t rwkv_wkv6_backward(const rwkv_problem *problem, const void *r, const voi
                            const float *u, const void *saved, const void *dy, const float *dfinal_state, void *dr,
                            void *dk, void *dv, void *dw, float *du, float *dstate) {
     return run6(*problem, rwkv::Wkv6Backward{r, k, v, w, u, saved, dy, dfinal_state, dr, dk, dv, dw, du, dstate});
+}
+
+int32_t rwkv_softmax_loss(const rwkv_logits *shape, void *logits, const int64_t *targets, float *losses) {
+    const rwkv_logits &p = *shape;
+    if (p.rows > MOST_BLOCKS || p.vocabulary < 1 || p.vocabulary > RWKV_MOST_LOGITS) return RWKV_NO_SUCH_SIZE;
+    if (const int32_t status = check_io(p.io)) return status;
+    return p.rows ? rwkv::softmax_loss(p, logits, targets, losses) : RWKV_OK;
 }

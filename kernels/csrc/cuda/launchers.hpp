@@ -1,6 +1,8 @@
-// What capi.cu dispatches to: one launcher per kernel and direction. Pointers and results are those of wkv.h.
+// What capi.cu dispatches to: one launcher per kernel and direction. Pointers and results are those of
+// wkv.h and loss.h.
 #pragma once
 
+#include "../loss.h"
 #include "../wkv.h"
 
 namespace rwkv {
@@ -45,5 +47,6 @@ int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Forward &pointers);
 int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Backward &pointers);
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Forward &pointers);
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Backward &pointers);
+int32_t softmax_loss(const rwkv_logits &shape, void *logits, const int64_t *targets, float *losses);
 
 }  // namespace rwkv

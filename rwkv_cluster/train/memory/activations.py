@@ -196,9 +196,11 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
 def _head_bytes(tokens: int, V: int, C: int, item: int, device: str) -> float:
     """Bytes of `model.loss.head_loss` at work, where the head is frozen.
 
-    Logits of a chunk of rows, their softmax in fp32 and its gradient, which a CPU's product wants transposed. A trained
-    head has the chunk's product for the weight's gradient, and the weight in the training precision, beside them.
+    On a GPU the logits of a chunk of rows, in whose place the compiled library writes their gradient. On a CPU logits,
+    their softmax in fp32 and its gradient, which the product wants transposed. A trained head has the chunk's product
+    for the weight's gradient, and the weight in the training precision, beside them.
     """
-    rows = min(tokens, max(16, LOGITS_IN_FLIGHT[device] // V))
-    gradients = (0 if item == FP32 else item) + (item if device == "cpu" else 0)
-    return float(rows * V * (item + FP32 + gradients))
+    elements = V * min(tokens, max(16, LOGITS_IN_FLIGHT[device] // V))
+    if device != "cpu":
+        return float(elements * item)
+    return float(elements * (item + FP32 + (0 if item == FP32 else item) + item))
