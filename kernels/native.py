@@ -20,7 +20,12 @@ from torch import Tensor
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.signatures import Problem
-from rwkv_cluster.kernels.sizes import CPU_LARGEST_HEAD_SIZE, CUDA_HEAD_SIZE, STEPS_BETWEEN_STATES
+from rwkv_cluster.kernels.sizes import (
+    CPU_LARGEST_HEAD_SIZE,
+    CUDA_HEAD_SIZES,
+    STEPS_BETWEEN_STATES,
+    TENSOR_CORE_HEAD_SIZE,
+)
 
 EXACT, TENSOR_CORES = 0, 1
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -94,8 +99,9 @@ def unavailable(device: str, dtype: torch.dtype, size: int) -> str | None:
         return f'The compiled WKV kernels run on "cpu" and "cuda", not on "{where.type}".'
     if where.type == "cpu" and size > CPU_LARGEST_HEAD_SIZE:
         return f"The compiled CPU kernels have head sizes up to {CPU_LARGEST_HEAD_SIZE}, not {size}."
-    if where.type == "cuda" and size != CUDA_HEAD_SIZE:
-        return f"The compiled CUDA kernels have head size {CUDA_HEAD_SIZE}, not {size}."
+    if where.type == "cuda" and size not in CUDA_HEAD_SIZES:
+        *sizes, last = CUDA_HEAD_SIZES
+        return f"The compiled CUDA kernels have head sizes {', '.join(map(str, sizes))} and {last}, not {size}."
     library = find_library(where)
     return library.reason if isinstance(library, loader.Missing) else None
 
@@ -120,7 +126,7 @@ def _needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
 
 
 def _kernel(r: Tensor, exact: bool) -> int:
-    fast = r.device.type == "cuda" and r.dtype == torch.bfloat16
+    fast = r.device.type == "cuda" and r.dtype == torch.bfloat16 and r.shape[-1] == TENSOR_CORE_HEAD_SIZE
     return TENSOR_CORES if fast and not exact else EXACT
 
 

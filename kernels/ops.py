@@ -4,8 +4,8 @@ Arguments, layouts and results are those of `rwkv_cluster.kernels.reference`. Ba
 
 - reference: the time loop, in PyTorch.
 - chunked: the chunked matrix form, in PyTorch, on any device.
-- native: the compiled kernel. On CUDA, bfloat16 with head size 64 runs on the tensor cores (bf16 products, fp32
-  accumulation); everything else, and everything on a CPU, has fp32 maths.
+- native: the compiled kernel. On CUDA, which has head sizes 32, 64 and 128, bfloat16 with 64 runs on the tensor cores
+  (bf16 products, fp32 accumulation); everything else, and everything on a CPU, has fp32 maths.
 - exact: the compiled kernel with fp32 maths.
 - fla: flash-linear-attention, where it is installed. Never chosen by "auto".
 - auto: the time loop for a few tokens, else native where a compiled kernel fits the inputs, else chunked. A missing

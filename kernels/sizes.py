@@ -11,7 +11,8 @@ STEPS_BETWEEN_STATES = 16
 """The compiled WKV keeps the state of every 16th step for the backward pass."""
 
 CPU_LARGEST_HEAD_SIZE = 128
-CUDA_HEAD_SIZE = 64
+CUDA_HEAD_SIZES = (32, 64, 128)
+TENSOR_CORE_HEAD_SIZE = 64
 
 FUSED_MULTIPLE = 16
 """What width and head size must be multiples of for the fused passes of the CPU library."""

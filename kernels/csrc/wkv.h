@@ -25,7 +25,7 @@ enum { RWKV_OK = 0, RWKV_NO_SUCH_SIZE = 1, RWKV_NO_SUCH_IO = 2, RWKV_NO_SUCH_KER
        RWKV_CUDA_ERROR = 1000 };  // RWKV_CUDA_ERROR + cudaError_t
 
 typedef struct {
-    int64_t batch, time, heads, size;  // B, T, H, N, all positive
+    int64_t batch, time, heads, size;  // B, T, H, N, all positive. N: CPU up to 128; CUDA 32, 64, 128, tensor cores 64
     int32_t io;
     int32_t kernel;
     int32_t threads;  // CPU: at most this many, counting the caller's. CUDA: ignored

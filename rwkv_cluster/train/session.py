@@ -24,7 +24,7 @@ from rwkv_cluster.data.windows import Windows, open_validation, open_windows
 from rwkv_cluster.errors import CheckpointError, ConfigError
 from rwkv_cluster.interchange.read import peek_weights, read_weights
 from rwkv_cluster.interchange.vocabulary_rows import fit_rows
-from rwkv_cluster.kernels import native, ops
+from rwkv_cluster.kernels import loader, native, ops
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
@@ -172,6 +172,8 @@ def _kernels(config: Config, placement: Placement) -> Kernels:
     kernels, device = Kernels.of(training, model, placement.accelerator), placement.accelerator
     if native.unavailable(device, DTYPES[training.precision], model.head_size_a) and kernels.is_compiled:
         kernels = replace(kernels, wkv="chunked")
+    if device == "cuda" and isinstance(native.find_library(torch.device(device)), loader.Missing):
+        kernels = replace(kernels, has_loss=False)
     has_form = {"compile": fused.missing_for_compile(device) is None, "native": fused.has_native()}
     return kernels if has_form.get(kernels.fused, True) else replace(kernels, fused="plain")
 

@@ -92,6 +92,19 @@ def test_against_float64(version, shape, backend, dtype):
     assert max(errors[2:]) < backward, errors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_starts", [False, True])
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_other_head_sizes(version, size, has_starts, dtype):
+    starts = torch.rand(2, 53, generator=torch.Generator().manual_seed(1)) < 0.1 if has_starts else None
+    found, wanted = run(version, "native", random_inputs(version, 2, 53, 3, size), dtype, starts=starts)
+    errors = relative_errors(found, wanted)
+    forward, backward = TOLERANCES["exact", dtype]
+    assert max(errors[:2]) < forward, errors
+    assert max(errors[2:]) < backward, errors
+
+
 @KERNELS
 @pytest.mark.parametrize("shape", [(3, 53, 5), (1, 2048, 2)], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
@@ -190,9 +203,9 @@ from rwkv_cluster.kernels import ops, softmax_loss
 
 documents = torch.arange(37, device="cuda")[None] % 9 == 0
 for version in VERSIONS:
-    for backend in ("native", "exact"):
+    for backend, size in (("native", 64), ("exact", 64), ("exact", 32), ("exact", 128)):
         for starts in (None, documents):
-            *tensors, state = random_inputs(version, 1, 37, 2, 64)
+            *tensors, state = random_inputs(version, 1, 37, 2, size)
             leaves = [x.to("cuda", torch.bfloat16 if x.ndim == 4 else torch.float32).requires_grad_() for x in tensors]
             y, final = getattr(ops, version)(*leaves, state.float().cuda(), starts=starts, backend=backend)
             torch.autograd.grad((y, final), leaves, (torch.ones_like(y), torch.ones_like(final)))

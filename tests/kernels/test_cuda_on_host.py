@@ -215,19 +215,53 @@ def test_starts_without_a_start_change_no_bit(host_library, version, kernel, dty
     assert all(map(torch.equal, wanted, found))
 
 
-@pytest.mark.parametrize("kernel", [EXACT, TENSOR_CORES])
+OTHER_SIZES = pytest.mark.parametrize("size", [32, 128])
+
+
+@OTHER_SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("time", [1, 2, 16, 17, 45])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_other_head_sizes_with_fp32_maths(host_library, version, time, dtype, size):
+    check(host_library, version, random_inputs(version, 2, time, 2, size), EXACT, dtype)
+
+
+@OTHER_SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DOCUMENTS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_documents_in_other_head_sizes(host_library, version, starts, dtype, size):
+    inputs = random_inputs(version, *starts.shape, 1, size)
+    *_, dstate = check(host_library, version, inputs, EXACT, dtype, starts=starts)
+    assert not dstate[starts[:, 0]].any()
+
+
+@OTHER_SIZES
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_schedule_gives_the_same_bits_in_other_head_sizes(host_library, version, size):
+    inputs, starts = random_inputs(version, 1, 37, 1, size), as_starts([[5, 19, 20]], 37)
+    results = []
+    for seed in range(4):
+        host_library.rwkv_host_schedule(seed)
+        results.append(values_and_gradients(host_library, version, inputs, starts=starts))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(EXACT, 32), (EXACT, 64), (EXACT, 128), (TENSOR_CORES, 64)])
 @pytest.mark.parametrize("version", [6, 7])
-def test_python_and_the_library_agree_on_what_is_saved(host_library, version, kernel):
+def test_python_and_the_library_agree_on_what_is_saved(host_library, version, kernel, size):
     for time in (1, 16, 17):
-        problem = Problem(batch=3, time=time, heads=2, size=64, io=1, kernel=kernel)
+        problem = Problem(batch=3, time=time, heads=2, size=size, io=1, kernel=kernel)
         found = host_library.rwkv_saved_bytes(version, ctypes.byref(problem))
-        assert found == native.saved_bytes(version, (3, time, 2, 64), kernel)
+        assert found == native.saved_bytes(version, (3, time, 2, size), kernel)
 
 
 def test_what_has_no_kernel_is_refused(host_library):
-    problems = {1: Problem(batch=1, time=1, heads=1, size=32, io=1), 2: Problem(1, 1, 1, 64, 0, TENSOR_CORES),
-                3: Problem(1, 1, 1, 64, 1, 7)}  # fmt: skip
-    for status, problem in problems.items():
+    problems = [(1, Problem(1, 1, 1, 48, 1)), (1, Problem(1, 1, 1, 32, 1, TENSOR_CORES)),
+                (1, Problem(1, 1, 1, 128, 1, TENSOR_CORES)), (2, Problem(1, 1, 1, 64, 0, TENSOR_CORES)),
+                (3, Problem(1, 1, 1, 64, 1, 7))]  # fmt: skip
+    for status, problem in problems:
         found = host_library.rwkv_wkv7_forward(ctypes.byref(problem), *[None] * 10)
         assert found == status
         assert host_library.rwkv_status_text(found).startswith(b"no ")

@@ -236,6 +236,7 @@ def test_what_no_kernel_takes_is_refused_in_a_sentence():
     with pytest.raises(KernelError, match=r"take float32, bfloat16 and float16, not float64\."):
         ops.wkv6(*inputs, backend="native")
     assert '"cpu" and "cuda", not on "meta"' in native.unavailable("meta", torch.float32, 64)
+    assert "CUDA kernels have head sizes 32, 64 and 128, not 48." in native.unavailable("cuda", torch.float32, 48)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -22,7 +22,7 @@ int32_t check_io(int32_t io) {
 // RWKV_OK where `p.kernel` takes the problem.
 int32_t check(const rwkv_problem &p) {
     if (p.batch * p.heads > MOST_BLOCKS) return RWKV_NO_SUCH_SIZE;
-    if (p.size != 64) return RWKV_NO_SUCH_SIZE;
+    if (p.size != 64 && (p.kernel == RWKV_TENSOR_CORES || (p.size != 32 && p.size != 128))) return RWKV_NO_SUCH_SIZE;
     if (p.kernel == RWKV_TENSOR_CORES) return p.io == RWKV_BF16 ? RWKV_OK : RWKV_NO_SUCH_IO;
     if (p.kernel != RWKV_EXACT) return RWKV_NO_SUCH_KERNEL;
     return check_io(p.io);

@@ -1,26 +1,38 @@
-// The state of one head in the registers of 64 threads, for the kernels with fp32 maths: N = 64, 8 x 8 floats a thread.
+// The state of one head in the registers of N threads, for the kernels with fp32 maths: N / 8 keys of 8 values a
+// thread, for N = 32, 64 and 128.
 //
-// Thread i of the block: kg = i % 8 chooses its keys, rg = i / 8 its values. A thread's tile is x[q][j]: value row
-// 8 rg + q, key key_of(kg, j). Sums over keys run over the 8 lanes of equal rg; sums over values over the 4 groups of
-// a warp, and then over the two warps through shared memory.
+// Thread i of the block: kg = i % 8 chooses its keys, rg = i / 8 its values. A thread's tile is x[p][q][j]: part p has
+// keys of 64 neighbours (of 32, for N = 32), value row 8 rg + q, key key_of(kg, j) of the part. Sums over keys run over
+// the 8 lanes of equal rg; sums over values over the 4 groups of a warp, and then over the warps through shared memory.
 #pragma once
 
 #include "device.cuh"
 
 namespace rwkv {
 
-constexpr int N = 64;
-constexpr int THREADS = 64;
-constexpr int WARPS = 2;
-constexpr int EDGE = 8;  // of a tile
+constexpr int EDGE = 8;  // value rows of a tile, and threads that share them
 constexpr int STEPS_BETWEEN_STATES = 16;
 constexpr int RUN = 8;  // steps whose inputs are in shared memory at a time
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr size_t MOST_SHARED_BYTES = 99 << 10;  // that a block has on every architecture
 
-using Tile = float[EDGE][EDGE];
-using Row = float[N];
+template <int N>
+struct Shape {
+    static_assert(N == 32 || N == 64 || N == 128, "sizes whose tiles fit");
+    static constexpr int WARPS = N / 32;
+    static constexpr int KEYS = N < 64 ? 4 : 8;  // of a part and thread
+    static constexpr int PARTS = N / EDGE / KEYS;
+    static constexpr int PART = EDGE * KEYS;  // keys of a part
+    // Of the backward pass: with 128 its shared memory has the state, and 8 steps would not fit beside it.
+    static constexpr int RUN_BACK = N > 64 ? 2 : RUN;
+};
 
-// A thread's keys are two runs of four, so that the 8 lanes of one 128-bit read touch 32 different banks.
+template <int KEYS>
+using Part = float[EDGE][KEYS];
+template <int N>
+using Tile = Part<Shape<N>::KEYS>[Shape<N>::PARTS];
+
+// A thread's keys are runs of four, so that the 8 lanes of one 128-bit read touch 32 different banks.
 __device__ __forceinline__ int key_of(int kg, int j) {
     return j < 4 ? kg * 4 + j : 32 + kg * 4 + j - 4;
 }
@@ -33,12 +45,14 @@ __device__ __forceinline__ void load_four(float *to, const float *from) {
     to[3] = x.w;
 }
 
-__device__ __forceinline__ void load_keys(float (&to)[EDGE], const Row &row, int kg) {
+// row: of the part's keys.
+template <int KEYS>
+__device__ __forceinline__ void load_keys(float (&to)[KEYS], const float *row, int kg) {
     load_four(to, row + kg * 4);
-    load_four(to + 4, row + 32 + kg * 4);
+    if constexpr (KEYS > 4) load_four(to + 4, row + 32 + kg * 4);
 }
 
-__device__ __forceinline__ void load_values(float (&to)[EDGE], const Row &row, int rg) {
+__device__ __forceinline__ void load_values(float (&to)[EDGE], const float *row, int rg) {
     load_four(to, row + rg * EDGE);
     load_four(to + 4, row + rg * EDGE + 4);
 }
@@ -75,13 +89,15 @@ __device__ __forceinline__ void share_rows(float (&to)[EDGE], float own, int lan
     for (int q = 0; q < EDGE; ++q) to[q] = __shfl_sync(ALL_LANES, own, (lane & 24) | q);
 }
 
-// x[j] summed over the values of this warp, written to `to`, the warp's row of keys. x is used up.
-__device__ __forceinline__ void sum_over_values(float (&x)[EDGE], Row &to, int lane, int kg) {
-    fold<4>(x, lane, 16);
-    fold<2>(x, lane, 8);
-    const int j = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0);
-    to[key_of(kg, j)] = x[0];
-    to[key_of(kg, j + 1)] = x[1];
+// x[j] summed over the values of this warp, written to `to`, the warp's row of the part's keys. x is used up.
+template <int KEYS>
+__device__ __forceinline__ void sum_over_values(float (&x)[KEYS], float *to, int lane, int kg) {
+    constexpr int LEFT = KEYS / 4;
+    fold<2 * LEFT>(x, lane, 16);
+    fold<LEFT>(x, lane, 8);
+    const int first = (lane & 16 ? 2 * LEFT : 0) + (lane & 8 ? LEFT : 0);
+#pragma unroll
+    for (int j = 0; j < LEFT; ++j) to[key_of(kg, first + j)] = x[j];
 }
 
 // x, equal in the lanes of a row group, summed over the values of this warp.
@@ -90,50 +106,59 @@ __device__ __forceinline__ float sum_over_row_groups(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 8);
 }
 
-__device__ __forceinline__ void clear(Tile &x) {
+// Where a part begins in memory in the block's private order: its floats a thread, as float4 [..][N].
+template <int N>
+__host__ __device__ constexpr int private_part(int part) {
+    return part * EDGE * Shape<N>::KEYS * N;
+}
+
+template <int N, int KEYS>
+__device__ __forceinline__ void load_private(float (&to)[EDGE][KEYS], const float *from) {
 #pragma unroll
-    for (int q = 0; q < EDGE; ++q) {
+    for (int i = 0; i < EDGE * KEYS; i += 4) load_four(&to[i / KEYS][i % KEYS], from + i * N + threadIdx.x * 4);
+}
+
+template <int N, int KEYS>
+__device__ __forceinline__ void store_private(float *to, const float (&from)[EDGE][KEYS]) {
 #pragma unroll
-        for (int j = 0; j < EDGE; ++j) x[q][j] = 0.0f;
+    for (int i = 0; i < EDGE * KEYS; i += 4) {
+        const float *x = &from[i / KEYS][i % KEYS];
+        *reinterpret_cast<float4 *>(to + i * N + threadIdx.x * 4) = {x[0], x[1], x[2], x[3]};
     }
 }
 
-// Between a tile and memory in the block's private order: 64 floats a thread, as float4 [16][64].
-__device__ __forceinline__ void load_private(Tile &to, const float *from) {
+// body(element, offset) for each of a tile's elements and its place in a caller's state; the strides tell [value,key]
+// from [key,value].
+template <int PARTS, int KEYS, typename Element, typename Body>
+__device__ __forceinline__ void over_state(Element (&x)[PARTS][EDGE][KEYS], int value_stride, int key_stride,
+                                           const Body &body) {
+    const int kg = threadIdx.x % EDGE, rg = threadIdx.x / EDGE;
 #pragma unroll
-    for (int part = 0; part < 2 * EDGE; ++part) {
-        load_four(&to[part / 2][part % 2 * 4], from + (part * THREADS + threadIdx.x) * 4);
+    for (int p = 0; p < PARTS; ++p) {
+#pragma unroll
+        for (int q = 0; q < EDGE; ++q) {
+#pragma unroll
+            for (int j = 0; j < KEYS; ++j) {
+                body(x[p][q][j], (rg * EDGE + q) * value_stride + (p * EDGE * KEYS + key_of(kg, j)) * key_stride);
+            }
+        }
     }
 }
 
-__device__ __forceinline__ void store_private(float *to, const Tile &from) {
-#pragma unroll
-    for (int part = 0; part < 2 * EDGE; ++part) {
-        const float *x = &from[part / 2][part % 2 * 4];
-        *reinterpret_cast<float4 *>(to + (part * THREADS + threadIdx.x) * 4) = {x[0], x[1], x[2], x[3]};
-    }
-}
-
-// Between a tile and a caller's state; the strides tell [value,key] from [key,value]. A null pointer reads as zeros.
-__device__ __forceinline__ void load_state(Tile &to, const float *from, int value_stride, int key_stride) {
-    clear(to);
+// Between a tile and a caller's state. A null pointer reads as zeros, and is not written.
+template <int PARTS, int KEYS>
+__device__ __forceinline__ void load_state(float (&to)[PARTS][EDGE][KEYS], const float *from, int value_stride,
+                                           int key_stride) {
+    over_state(to, value_stride, key_stride, [](float &x, int) { x = 0.0f; });
     if (!from) return;
-    const int kg = threadIdx.x % EDGE, rg = threadIdx.x / EDGE;
-#pragma unroll
-    for (int q = 0; q < EDGE; ++q) {
-#pragma unroll
-        for (int j = 0; j < EDGE; ++j) to[q][j] = from[(rg * EDGE + q) * value_stride + key_of(kg, j) * key_stride];
-    }
+    over_state(to, value_stride, key_stride, [from](float &x, int offset) { x = from[offset]; });
 }
 
-__device__ __forceinline__ void store_state(float *to, const Tile &from, int value_stride, int key_stride) {
+template <int PARTS, int KEYS>
+__device__ __forceinline__ void store_state(float *to, const float (&from)[PARTS][EDGE][KEYS], int value_stride,
+                                            int key_stride) {
     if (!to) return;
-    const int kg = threadIdx.x % EDGE, rg = threadIdx.x / EDGE;
-#pragma unroll
-    for (int q = 0; q < EDGE; ++q) {
-#pragma unroll
-        for (int j = 0; j < EDGE; ++j) to[(rg * EDGE + q) * value_stride + key_of(kg, j) * key_stride] = from[q][j];
-    }
+    over_state(from, value_stride, key_stride, [to](float x, int offset) { to[offset] = x; });
 }
 
 template <typename T>
@@ -142,6 +167,7 @@ __host__ __device__ __forceinline__ T *at(T *pointer, int64_t offset) {
 }
 
 // Where a block's head is: its first element in [B,T,H,N] tensors, and the elements between its steps.
+template <int N>
 struct Head {
     int64_t first, stride;
 
@@ -161,47 +187,79 @@ __device__ __forceinline__ int64_t states_of(int64_t time) {
 }
 
 // x row for each row of the tile: a thread's part of the sums over keys.
-__device__ __forceinline__ void times_row(float (&to)[EDGE], const Tile &x, const Row &row, int kg) {
-    float keys[EDGE];
-    load_keys(keys, row, kg);
+template <int PARTS, int KEYS>
+__device__ __forceinline__ void times_row(float (&to)[EDGE], const float (&x)[PARTS][EDGE][KEYS], const float *row,
+                                          int kg) {
 #pragma unroll
-    for (int q = 0; q < EDGE; ++q) {
-        to[q] = 0.0f;
+    for (int q = 0; q < EDGE; ++q) to[q] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < EDGE; ++j) to[q] += x[q][j] * keys[j];
+    for (int p = 0; p < PARTS; ++p) {
+        float keys[KEYS];
+        load_keys(keys, row + p * EDGE * KEYS, kg);
+#pragma unroll
+        for (int q = 0; q < EDGE; ++q) {
+#pragma unroll
+            for (int j = 0; j < KEYS; ++j) to[q] += x[p][q][j] * keys[j];
+        }
     }
 }
 
-// values^T x for each key of the tile: a thread's part of the sums over values.
-__device__ __forceinline__ void times_values(float (&to)[EDGE], const Tile &x, const float (&values)[EDGE]) {
+// values^T x for each key of the part: a thread's part of the sums over values.
+template <int KEYS>
+__device__ __forceinline__ void times_values(float (&to)[KEYS], const float (&x)[EDGE][KEYS],
+                                             const float (&values)[EDGE]) {
 #pragma unroll
-    for (int j = 0; j < EDGE; ++j) {
+    for (int j = 0; j < KEYS; ++j) {
         to[j] = 0.0f;
 #pragma unroll
         for (int q = 0; q < EDGE; ++q) to[j] += x[q][j] * values[q];
     }
 }
 
-// Sums over the tile's values of x * other, elementwise, for each key.
-__device__ __forceinline__ void times_tile(float (&to)[EDGE], const Tile &x, const Tile &other) {
+// Sums over the part's values of x * other, elementwise, for each key.
+template <int KEYS>
+__device__ __forceinline__ void times_part(float (&to)[KEYS], const float (&x)[EDGE][KEYS],
+                                           const float (&other)[EDGE][KEYS]) {
 #pragma unroll
-    for (int j = 0; j < EDGE; ++j) {
+    for (int j = 0; j < KEYS; ++j) {
         to[j] = 0.0f;
 #pragma unroll
         for (int q = 0; q < EDGE; ++q) to[j] += x[q][j] * other[q][j];
     }
 }
 
-__device__ __forceinline__ void add_outer(Tile &x, const float (&values)[EDGE], const float (&keys)[EDGE]) {
+template <int KEYS>
+__device__ __forceinline__ void add_outer(float (&x)[EDGE][KEYS], const float (&values)[EDGE],
+                                          const float (&keys)[KEYS]) {
 #pragma unroll
     for (int q = 0; q < EDGE; ++q) {
 #pragma unroll
-        for (int j = 0; j < EDGE; ++j) x[q][j] += values[q] * keys[j];
+        for (int j = 0; j < KEYS; ++j) x[q][j] += values[q] * keys[j];
     }
 }
 
-__device__ __forceinline__ float over_warps(const Row (&x)[WARPS], int i) {
-    return x[0][i] + x[1][i];
+// A row's element i, or a step's number, summed over the warps.
+template <int WARPS, int N>
+__device__ __forceinline__ float over_warps(const float (&x)[WARPS][N], int i) {
+    float sum = x[0][i];
+#pragma unroll
+    for (int warp = 1; warp < WARPS; ++warp) sum += x[warp][i];
+    return sum;
+}
+
+template <int WARPS>
+__device__ __forceinline__ float over_warps(const float (&x)[WARPS]) {
+    float sum = x[0];
+#pragma unroll
+    for (int warp = 1; warp < WARPS; ++warp) sum += x[warp];
+    return sum;
+}
+
+// Thread i's element of a row, of all warps.
+template <int WARPS, int N>
+__device__ __forceinline__ void clear_warps(float (&x)[WARPS][N], int i) {
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) x[warp][i] = 0.0f;
 }
 
 }  // namespace rwkv

@@ -14,12 +14,13 @@ from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.kernels.sizes import (
     CHUNK,
     CPU_LARGEST_HEAD_SIZE,
-    CUDA_HEAD_SIZE,
+    CUDA_HEAD_SIZES,
     FUSED_MULTIPLE,
     LOGITS_IN_FLIGHT,
     OPERATORS,
     SEGMENT_BYTES,
     STEPS_BETWEEN_STATES,
+    TENSOR_CORE_HEAD_SIZE,
 )
 from rwkv_cluster.model.parameter_shapes import block_parameters, count, lora_hidden, model_dims
 from rwkv_cluster.model.versions.table import version_of
@@ -36,11 +37,16 @@ _WORKSPACE_CHUNKED = 16
 
 @dataclass(frozen=True)
 class Kernels:
-    """Forms that compute a block. wkv: "tensor_cores", "native", "chunked", "reference"; fused: "plain" or another."""
+    """Forms that compute a block, and the loss.
+
+    wkv: "tensor_cores", "native", "chunked", "reference". fused: "plain" or another. has_loss: whether the library's
+    loss is there, on a GPU; a CPU has none.
+    """
 
     device: str
     wkv: str
     fused: str
+    has_loss: bool = True
 
     @classmethod
     def of(cls, training: TrainingConfig, model: ModelConfig, device: str) -> Kernels:
@@ -48,9 +54,9 @@ class Kernels:
         head_size, on_gpu = model.head_size_a, device == "cuda"
         wkv: str = training.wkv_backend
         if wkv in ("auto", "fla", "native"):
-            has_library = head_size == CUDA_HEAD_SIZE if on_gpu else head_size <= CPU_LARGEST_HEAD_SIZE
-            fast = "tensor_cores" if on_gpu and training.precision == "bf16" else "native"
-            wkv = fast if has_library else "chunked"
+            has_library = head_size in CUDA_HEAD_SIZES if on_gpu else head_size <= CPU_LARGEST_HEAD_SIZE
+            has_tensor_cores = on_gpu and training.precision == "bf16" and head_size == TENSOR_CORE_HEAD_SIZE
+            wkv = "chunked" if not has_library else "tensor_cores" if has_tensor_cores else "native"
         fused: str = training.fused
         if fused == "auto":
             serves = head_size % FUSED_MULTIPLE == 0 and model.n_embd % FUSED_MULTIPLE == 0
@@ -119,7 +125,7 @@ def activations(
         in_blocks = count({name: shape for name, shape in parameters.trained.items() if name.startswith("blocks.")})
         trains_head, hidden = "head.weight" in parameters.trained, parameters.adapter_hidden
     of_head = vocab_size * C if trains_head else 0  # elements of its weight's gradient
-    head = _head_bytes(tokens, vocab_size, C, item, kernels.device)
+    head = _head_bytes(tokens, vocab_size, item, kernels)
     return Activations(
         n_layer=L,
         block=tokens * (_block_bytes(model, kernels, item, is_frozen=is_frozen) + hidden * item),
@@ -193,14 +199,15 @@ def _chunked(model: ModelConfig, kernels: Kernels, micro_bsz: int) -> float:
     return float(_WORKSPACE_CHUNKED * FP32 * tokens * model_dims(model).att)
 
 
-def _head_bytes(tokens: int, V: int, C: int, item: int, device: str) -> float:
+def _head_bytes(tokens: int, V: int, item: int, kernels: Kernels) -> float:
     """Bytes of `model.loss.head_loss` at work, where the head is frozen.
 
-    On a GPU the logits of a chunk of rows, in whose place the compiled library writes their gradient. On a CPU logits,
-    their softmax in fp32 and its gradient, which the product wants transposed. A trained head has the chunk's product
-    for the weight's gradient, and the weight in the training precision, beside them.
+    Logits of a chunk of rows, in whose place a GPU's library writes their gradient; without it their softmax in fp32
+    and its gradient too, which a CPU's product wants transposed. A trained head has the chunk's product for the
+    weight's gradient, and the weight in the training precision, beside them.
     """
-    elements = V * min(tokens, max(16, LOGITS_IN_FLIGHT[device] // V))
-    if device != "cpu":
-        return float(elements * item)
-    return float(elements * (item + FP32 + (0 if item == FP32 else item) + item))
+    rows, on_cpu = min(tokens, max(16, LOGITS_IN_FLIGHT[kernels.device] // V)), kernels.device == "cpu"
+    if kernels.has_loss and not on_cpu:
+        return float(rows * V * item)
+    gradients = (0 if item == FP32 else item) + (item if on_cpu else 0)
+    return float(rows * V * (item + FP32 + gradients))
