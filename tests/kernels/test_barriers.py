@@ -20,7 +20,7 @@ from rwkv_cluster.kernels import build
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu")
+FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "loss.cu")
 
 IMPLIED = {
     # These order one warp's shared memory beside a matrix product, at which the shim's lanes meet anyway. On a GPU,
@@ -65,10 +65,33 @@ for seed in range(9):
 sys.exit(0 if worst < (5e-5 if kernel == EXACT else 6e-3) else 9)
 """
 
+LOSS_RUNNER = """
+import sys
+from pathlib import Path
+import torch
+from rwkv_cluster.kernels import loader, softmax_loss
+
+path = Path(sys.argv[1])
+library = loader.Library(loader.open_library(path), path, "host")
+worst = 0.0
+for seed in range(9):
+    library.handle.rwkv_host_schedule(seed)
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(seed))
+    targets = torch.tensor([7, 1500, 2999])
+    wanted = torch.softmax(logits.double(), -1)
+    wanted[range(3), logits.argmax(-1)] += 0.1 * logits.double().amax(-1)
+    wanted[range(3), targets] -= 1
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+    found = softmax_loss.softmax_loss(library, logits, targets, 0.1, gradient=True)
+    errors = torch.cat([(logits - wanted).flatten(), (found - expected)[None] / expected]).abs()
+    worst = max(worst, errors.nan_to_num(nan=9.0).max().item())
+sys.exit(0 if worst < 2e-6 else 9)
+"""
+
 
 def passes(library: Path, file: str) -> bool:
-    version, kernel = Path(file).stem.split("_")
-    arguments = [sys.executable, "-c", RUNNER, str(library), version, kernel]
+    runner, *names = (LOSS_RUNNER,) if file == "loss.cu" else (RUNNER, *Path(file).stem.split("_"))
+    arguments = [sys.executable, "-c", runner, str(library), *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(arguments, env=environment, capture_output=True, timeout=120).returncode == 0
 

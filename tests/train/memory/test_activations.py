@@ -135,6 +135,20 @@ def test_the_peak_of_an_adapters_step(
     assert predicted == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize(("precision", "item"), [("bf16", 2), ("fp32", 4)])
+def test_the_loss_of_a_gpu_needs_its_logits_alone_where_the_library_is(precision: str, item: int) -> None:
+    """Else softmax in fp32, and a copy of its gradient in bf16."""
+    with_library, without = (
+        activations(
+            _config("x070"), 500, Kernels("cuda", "chunked", "plain", has_loss), micro_bsz=2, precision=precision,
+            bf16_parameters=True,
+        ).head
+        for has_loss in (True, False)
+    )  # fmt: skip
+    assert without - with_library == 2 * 96 * 500 * (4 if item == 4 else 4 + 2)
+    assert with_library - 500 * 192 * item == 2 * 96 * 500 * item
+
+
 def test_kernels_are_those_that_auto_takes() -> None:
     model = ModelConfig(n_embd=128, head_size_a=64)
     assert Kernels.of(TrainingConfig(precision="bf16"), model, "cuda") == Kernels("cuda", "tensor_cores", "compile")
