@@ -25,6 +25,7 @@ from rwkv_cluster.train.metrics.step_recorder import StepResult
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer, set_learning_rate
 from rwkv_cluster.train.optimizers.update_statistics import UpdateStatistics
 from rwkv_cluster.train.parallel import strategy
+from rwkv_cluster.train.parallel.host_copy import HostCopy, on_device
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState
 from rwkv_cluster.train.schedule import learning_rate
 
@@ -89,7 +90,9 @@ class TrainingModule(LightningModule):
         self._is_watched = False
         for part in (model.emb, *model.blocks):
             part.register_forward_hook(self._watch_gradient)
-        self._loss: float | None = None  # of the step whose update is due
+        self._numbers: HostCopy | None = None  # of the step whose update is due, see `_numbers_of_step`
+        self._loss: float | None = None  # of that step, once its numbers are read
+        self._grad_norm = math.nan  # the same
         self._n_trained: int | None = None  # of that step
         self._statistics: UpdateStatistics | None = None
 
@@ -198,34 +201,50 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Agree with the other ranks, guard and clip, between a step's last backward pass and its update.
 
-        DeepSpeed asks after every micro batch.
+        DeepSpeed asks after every micro batch. The step's numbers are read before the update, unless the device can
+        leave it out by itself: then it is computing the update while the host reads.
         """
         if not strategy.completes_step(self.trainer):
             return
         if self._statistics is not None:
             self._statistics.before_update(self.scaler.get_scale() if self.scaler is not None else 1.0)
-        self._agree_with_other_ranks()
-        limit = self.training_config.gradient_clip_val or math.inf
-        self._require_finite(0.0 if self.state.clips_in_update else self.state.clip_gradients(limit))
+        numbers = self._numbers_of_step()
+        self._numbers = HostCopy(numbers)
+        if not self.state.skips_update(numbers[:2].isfinite().all().logical_not()):
+            self._read_numbers()
 
-    def _agree_with_other_ranks(self) -> None:
-        """Exchange the step's loss and the votes, in one small all-reduce: every rank sees the same answer."""
-        local_loss = torch.stack(self._micro_losses).double().mean()
+    def _numbers_of_step(self) -> Tensor:
+        """[6] fp64, the same on every rank: norm before clipping (0 where it is not known yet), sums of ranks' losses,
+        of ones and of their votes; by one small all-reduce.
+        """
+        self._local_loss = torch.stack(self._micro_losses).double().mean()
         self._micro_losses.clear()
         votes = self._observer.votes() if self._observer is not None else Votes()
-        ballot = torch.tensor([0.0, 1.0, *votes], dtype=torch.float64, device=local_loss.device)
-        ballot[0] = local_loss
-        total, ranks, stop, save, written = collectives.sum_over_ranks(ballot).tolist()
-        self._local_loss, self._loss = float(local_loss), total / ranks
+        others = on_device([1.0, *votes, 0.0], self._local_loss.device)
+        ballot = collectives.sum_over_ranks(torch.cat([self._local_loss[None], others[:-1]]))
+        norm = others[-1]
+        if not self.state.clips_in_update:
+            norm = self.state.clip_gradients(self.training_config.gradient_clip_val or math.inf)
+        return torch.cat([norm.double()[None], ballot])
+
+    def _read_numbers(self) -> None:
+        """What the ranks have agreed on. Raises TrainingError on every rank for values that are not finite."""
+        assert self._numbers is not None
+        self._grad_norm, total, ranks, stop, save, written = self._numbers.tolist()
+        self._numbers, self._loss = None, total / ranks
         self._agreed = Votes(stop > 0, save > 0, written == ranks)
         self.should_stop = self._agreed.stop
+        self._require_finite(self._grad_norm)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Update with one micro batch under DeepSpeed, else with all of a step; tell of a step that is complete."""
         super().optimizer_step(*arguments, **named)
+        if self._numbers is not None:
+            self._read_numbers()
         if self._loss is not None:
-            grad_norm = self.state.grad_norm()
+            grad_norm = self._grad_norm
             if self.state.clips_in_update:  # which leaves everything as it was when the norm is not finite
+                grad_norm = self.state.grad_norm()
                 self._require_finite(grad_norm)
             statistics = self._statistics.after_update(grad_norm) if self._statistics is not None else {}
             self.state.release_gradients()
@@ -245,13 +264,11 @@ class TrainingModule(LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _require_finite(self, grad_norm: float) -> None:
-        """Raises TrainingError on every rank, before an update with values that are not finite."""
+        """Raises TrainingError on every rank for values that are not finite, with which there is no update."""
         assert self._loss is not None
-        # fp16 overflows now and then: its loss scaling then skips the update and lowers the scale
-        may_skip = self.scaler is not None and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
-        if math.isfinite(self._loss) and (math.isfinite(grad_norm) or may_skip):
+        if math.isfinite(self._loss) and (math.isfinite(grad_norm) or self._may_overflow()):
             return
-        losses = collectives.all_gather_floats(self._local_loss, self.device)
+        losses = collectives.all_gather_floats(float(self._local_loss), self.device)
         gradients = collectives.all_gather_floats(float(self._gradient_sum), self.device)
         what, values = ("gradient", gradients) if all(map(math.isfinite, losses)) else ("loss", losses)
         bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
@@ -270,6 +287,10 @@ class TrainingModule(LightningModule):
             remedy="The same command starts again from the newest checkpoint; lower training.lr_init or look at the "
             "data",
         )
+
+    def _may_overflow(self) -> bool:
+        """Whether it is fp16's accident of now and then, for which its loss scaling skips the update and goes down."""
+        return self.scaler is not None and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
 
 
 def _restore_scale(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:

@@ -67,6 +67,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_multiplier"]
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer, unusable: Tensor) -> bool:
+    """Let the next update change nothing if the scalar `unusable` is true, without the host; False where it cannot.
+
+    torch's fused AdamW looks at `found_inf`, which is for loss scaling, on the device. An average of the weights, and
+    what other optimizers compute, would go on all the same.
+    """
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    if not is_fused or any(EMA in group["moments"] for group in optimizer.param_groups):
+        return False
+    optimizer.found_inf = unusable.float()  # type: ignore[attr-defined]
+    return True
+
+
 def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that it trains, by name, group by group."""
     for group in optimizer.param_groups:

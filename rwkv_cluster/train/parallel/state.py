@@ -6,7 +6,6 @@ ZeroShardedState  a part of it, under ZeRO stages 1 to 3 (`parallel.zero`); ever
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -21,6 +20,7 @@ from rwkv_cluster.train.optimizers.param_groups import (
     named_parameters,
     optimizer_tensors,
     restore_optimizer,
+    skips_on_device,
     update_count,
 )
 from rwkv_cluster.train.optimizers.table import EMA
@@ -34,11 +34,20 @@ class ModelAndOptimizerState(Protocol):
 
     clips_in_update: bool
 
-    def clip_gradients(self, limit: float) -> float:
-        """Clip after the last backward pass of a step, before its update. Returns the global norm before clipping."""
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Clip after the last backward pass of a step, before its update, without waiting for the device.
+
+        Returns the scalar global norm before clipping; where `clips_in_update`, NotImplementedError is raised.
+        """
+
+    def skips_update(self, unusable: Tensor) -> bool:
+        """Let the device leave weights and moments as they are in the next update, if the scalar `unusable` is true.
+
+        False where it cannot: then nobody may ask for the update before the host knows.
+        """
 
     def grad_norm(self) -> float:
-        """Global norm of the gradients of the last update, before clipping."""
+        """Global norm of the gradients of the last update, before clipping, where `clips_in_update`."""
 
     def release_gradients(self) -> None:
         """Give back the memory of the gradients after an update, before the next forward pass needs it."""
@@ -86,15 +95,16 @@ class ReplicatedState:
         self._model = model
         self._optimizer = optimizer
         self._keeps_gradients = keeps_gradients
-        self._norm = math.nan
 
-    def clip_gradients(self, limit: float) -> float:
+    def clip_gradients(self, limit: float) -> Tensor:
         parameters = [parameter for _, parameter in named_parameters(self._optimizer)]
-        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        return self._norm
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def skips_update(self, unusable: Tensor) -> bool:
+        return skips_on_device(self._optimizer, unusable)
 
     def grad_norm(self) -> float:
-        return self._norm
+        raise NotImplementedError("the norm is known before the update")
 
     def release_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)

@@ -188,8 +188,11 @@ class ZeroShardedState:
         if isinstance(self._zero.optimizer, Muon):
             self._zero.optimizer.of_whole_matrices = self._of_whole_matrices
 
-    def clip_gradients(self, limit: float) -> float:
+    def clip_gradients(self, limit: float) -> Tensor:
         raise NotImplementedError("DeepSpeed clips in its update")
+
+    def skips_update(self, unusable: Tensor) -> bool:
+        return False
 
     def grad_norm(self) -> float:
         return float(self._engine.get_global_grad_norm())
