@@ -56,6 +56,8 @@ def disable_lightning_signal_handlers(trainer: Trainer) -> None:
     """Leave the signals to `StopRequest`.
 
     Lightning's handler of SIGTERM ends the run in silence with code 1 and without a checkpoint, also when it was
-    there only while the trainer started, and its broadcast from inside the handler can hang the ranks.
+    there only while the trainer started, and its broadcast from inside the handler can hang the ranks. It also
+    asks all ranks before each micro batch whether one has had that signal, for which a GPU's host waits.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
