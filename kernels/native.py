@@ -118,7 +118,7 @@ def saved_bytes(version: int, shape: Sequence[int], kernel: int) -> int:
 def _contiguous(*inputs: Tensor | None) -> list[Tensor | None]:
     """The inputs as the kernels read them, the last one, the state, in float32."""
     *tensors, state = inputs
-    return _made_contiguous([*tensors, None if state is None else state.float()])
+    return [None if x is None else x.contiguous() for x in (*tensors, None if state is None else state.float())]
 
 
 def _needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
@@ -131,7 +131,7 @@ def _kernel(r: Tensor, exact: bool) -> int:
 
 
 def find_library(device: torch.device) -> loader.Library | loader.Missing:
-    """The library for a CPU or a GPU, looked for once in a process."""
+    """The compiled library for `device`, "cpu" or a CUDA device; it is looked for once in a process."""
     if device.type == "cpu":
         return loader.cpu()
     return loader.cuda(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
@@ -183,13 +183,15 @@ def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-def _made_contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def _as_read(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Inputs contiguous and aligned to 16 bytes, which are read at once: a view into a tensor may begin anywhere."""
-    return [x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in _made_contiguous(tensors)]
+    return [None if x is None else aligned(x) for x in tensors]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x contiguous and at an address that the kernels can read 16 bytes at: itself, or a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def _as_starts(starts: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
-ABI = 2
+ABI = 3
 """RWKV_KERNELS_ABI of a library that fits."""
 
 
@@ -51,6 +51,7 @@ class Rows(ctypes.Structure):
         ("size", c_int64),
         ("io", c_int32),
         ("threads", c_int32),
+        ("stream", c_void_p),
         ("starts", c_void_p),
     )
 

@@ -15,7 +15,10 @@ CUDA_HEAD_SIZES = (32, 64, 128)
 TENSOR_CORE_HEAD_SIZE = 64
 
 FUSED_MULTIPLE = 16
-"""What width and head size must be multiples of for the fused passes of the CPU library."""
+"""What width and head size must be multiples of for the fused passes of the compiled libraries."""
+
+FUSED_CUDA_HEAD_SIZES = (16, 32, 64, 128, 256)
+"""Head sizes of the fused passes of the CUDA library, where a warp has whole heads."""
 
 CHUNK = 16
 """Tokens of a chunk of the WKV in chunked matrix form."""
@@ -52,3 +55,12 @@ OPERATORS = {
     "wkv7": Operator(flops_per_state_element=9, inputs=6, saves_each_token=True),
 }
 """The WKV operators by the name that they have in every backend."""
+
+
+def has_fused_passes(device_type: str, width: int, size: int | None = None) -> bool:
+    """Whether the compiled library for "cpu" or "cuda" has fused passes of this width, and of head size `size`."""
+    if device_type not in ("cpu", "cuda") or width % FUSED_MULTIPLE:
+        return False
+    if size is None:
+        return True
+    return size in FUSED_CUDA_HEAD_SIZES if device_type == "cuda" else size % FUSED_MULTIPLE == 0

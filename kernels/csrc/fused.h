@@ -1,8 +1,10 @@
-// The C interface of what a block computes beside its matrix products and WKV. CPU library only.
+// The C interface of what a block computes beside its matrix products and WKV. Both libraries, the CPU's and CUDA's,
+// export exactly these functions.
 //
 // Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
 // parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
-// block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N.
+// block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N. CUDA:
+// addresses of tensors are multiples of 16, and in the passes over heads (keys, read) N is a power of two up to 256.
 #pragma once
 #include <stdint.h>
 
@@ -16,7 +18,8 @@ extern "C" {
 typedef struct {
     int64_t rows, time, width, size;  // R = B T, T, C, N
     int32_t io;
-    int32_t threads;
+    int32_t threads;  // CPU: at most this many, counting the caller's. CUDA: ignored
+    void *stream;  // CUDA: cudaStream_t on the current device. CPU: ignored
     const uint8_t *starts;  // mix: [R], 1 where a document begins. Null: only sequences begin
 } rwkv_rows;
 

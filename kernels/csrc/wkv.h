@@ -13,7 +13,7 @@
 #pragma once
 #include <stdint.h>
 
-#define RWKV_KERNELS_ABI 2
+#define RWKV_KERNELS_ABI 3
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,10 +1,11 @@
 """What a block computes beside its matrix products and WKV, in few passes over memory: three forms and their choice.
 
     plain     PyTorch's operators one by one (`fused.reference`): the definition
-    native    the CPU library (`fused.cpu`), for float32, bfloat16, float16 and widths that are multiples of 16
+    native    the compiled libraries (`fused.native`), for float32, bfloat16, float16, widths that are multiples of 16
+              and, on a GPU, head sizes that are powers of two up to 256
     compile   the plain form under torch.compile, which needs Triton, a C compiler and Python's headers on a GPU, and a
               C++ compiler on a CPU
-    auto      native on a CPU where it serves; compile on a GPU with what it needs, in training; else plain
+    auto      native where it serves; else, on a GPU with what it needs and in training, compile; else plain
 
 What a form does not serve goes the plain way. Legend: B batch, T time, H heads, N head size, C = H N.
 """
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
-from rwkv_cluster.kernels.fused import cpu as fused_cpu
+from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import reference as plain
+from rwkv_cluster.kernels.native import find_library
 
 CHOICES = ("auto", "plain", "native", "compile")
 """Accepted values of `choice`."""
@@ -38,19 +40,15 @@ VARIANTS = 256
 
 def require(choice: str, device_type: str) -> None:
     """Raise KernelError for a choice that `device_type` ("cpu" or "cuda") cannot have here."""
-    if choice == "native":
-        library = loader.cpu()
-        if device_type != "cpu":
-            raise KernelError('training.fused "native" is for CPUs, and this run is on a GPU; "auto" takes what fits.')
-        if isinstance(library, loader.Missing):
-            raise KernelError(f'{library.reason} training.fused "native" needs them; "auto" takes what there is.')
+    if choice == "native" and isinstance(library := find_library(torch.device(device_type)), loader.Missing):
+        raise KernelError(f'{library.reason} training.fused "native" needs them; "auto" takes what there is.')
     if choice == "compile" and (missing := missing_for_compile(device_type)):
         raise KernelError(f'training.fused "compile" needs {missing}, which is not here; "auto" takes what there is.')
 
 
-def has_native() -> bool:
-    """Whether the CPU library is here."""
-    return not isinstance(loader.cpu(), loader.Missing)
+def has_native(device_type: str) -> bool:
+    """Whether the library for `device_type` ("cpu" or "cuda") is here."""
+    return isinstance(find_library(torch.device(device_type)), loader.Library)
 
 
 def mix(
@@ -64,24 +62,24 @@ def mix(
         starts: bool [B,T], true where a document begins, before which zeros come too; nowhere when None.
         choice: one of CHOICES.
     """
-    form = _form(choice, x, x.shape[-1])
+    form = _form(choice, x)
     if form == "native":
-        return fused_cpu.mix(x, mixes, starts)
+        return native.mix(x, mixes, starts)
     result: tuple[Tensor, ...] = _plain(plain.mix, form)(x, mixes, starts)
     return result
 
 
 def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor], *, choice: str = "auto") -> tuple[Tensor, ...]:
     """x + delta * m for each m of `mixes`, which RWKV-6 computes from the data; all [B,T,C]. No native form."""
-    result: tuple[Tensor, ...] = _plain(plain.blend, _form(choice, x, x.shape[-1]))(x, delta, mixes)
+    result: tuple[Tensor, ...] = _plain(plain.blend, _form_without_native(choice, x))(x, delta, mixes)
     return result
 
 
 def squared_relu(x: Tensor, *, choice: str = "auto") -> Tensor:
     """relu(x)^2, the activation of every channel mix; x [B,T,C]."""
-    form = _form(choice, x, x.shape[-1])
+    form = _form(choice, x)
     if form == "native":
-        return fused_cpu.squared_relu(x)
+        return native.squared_relu(x)
     result: Tensor = _plain(plain.squared_relu, form)(x)
     return result
 
@@ -95,7 +93,7 @@ def prepare_keys(
     """
     form = _form(choice, k, size)
     if form == "native":
-        return fused_cpu.prepare_keys(k, a, k_k, k_a, size)
+        return native.prepare_keys(k, a, k_k, k_a, size)
     result: tuple[Tensor, Tensor, Tensor] = _plain(plain.prepare_keys, form)(k, a, k_k, k_a, size)
     return result
 
@@ -118,7 +116,7 @@ def gated_readout(
     """
     form = _form(choice, gate, y.shape[-1])
     if form == "native":
-        return fused_cpu.gated_readout(y, r, k, v, gate, r_k, weight, bias)
+        return native.gated_readout(y, r, k, v, gate, r_k, weight, bias)
     result: Tensor = _plain(plain.gated_readout, form)(y, r, k, v, gate, r_k, weight, bias)
     return result
 
@@ -128,23 +126,26 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, choice:
 
     y [B,T,H,N]; gate [B,T,C]; weight, bias [C]. Returns [B,T,C]. No native form.
     """
-    result: Tensor = _plain(plain.gated_norm, _form(choice, gate, y.shape[-1]))(y, gate, weight, bias)
+    result: Tensor = _plain(plain.gated_norm, _form_without_native(choice, gate))(y, gate, weight, bias)
     return result
 
 
-def _form(choice: str, x: Tensor, size: int) -> str:
-    """The form that x [..,C] with head size `size` gets: native, compile or plain."""
+def _form(choice: str, x: Tensor, size: int | None = None) -> str:
+    """The form that x [..,C] gets, in a pass over heads with their size N: native, compile or plain."""
+    may_be_native = choice in ("auto", "native") and not torch.compiler.is_compiling()
+    return "native" if may_be_native and native.serves(x, size) else _form_without_native(choice, x)
+
+
+def _form_without_native(choice: str, x: Tensor) -> str:
+    """The form that x gets where there is no native one: compile or plain."""
     if choice == "plain" or torch.compiler.is_compiling():
         return "plain"
-    device_type = x.device.type
     if choice == "compile":
         return "compile"
-    if device_type == "cpu":
-        return "native" if fused_cpu.serves(x, size) else "plain"
     # Sampling has a new length with every prompt, each of which would be compiled.
-    if choice != "auto" or not torch.is_grad_enabled():
+    if choice == "native" or x.device.type == "cpu" or not torch.is_grad_enabled():
         return "plain"
-    if missing := missing_for_compile(device_type):
+    if missing := missing_for_compile(x.device.type):
         _tell(missing)
         return "plain"
     return "compile"

@@ -374,9 +374,9 @@ class TrainingConfig(Section):
     )
     fused: Fused = Field(
         "auto",
-        description="backend of the fused elementwise operations (token shift, norms, gates): native (the CPU "
-        "library), compile (torch.compile), plain (PyTorch), auto (native on a CPU, compile on a GPU, where these are "
-        "at hand)",
+        description="backend of the fused elementwise operations (token shift, norms, gates): native (the compiled "
+        "libraries), compile (torch.compile), plain (PyTorch), auto (native where a library serves, else compile on a "
+        "GPU that can, else plain)",
     )
     schedule: ScheduleName = Field(
         "cosine",

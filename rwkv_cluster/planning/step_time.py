@@ -121,7 +121,7 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     products = gpu.peak_tflops * 1e12 * product_share(model.n_embd) * (1 if item < FP32 else 0.5)  # TF32: half
     bandwidth = gpu.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
     version = version_of(model)
-    passes = version.passes_compiled if kernels.fused == "compile" else version.passes
+    passes = version.passes if kernels.fused == "plain" else version.passes_compiled
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
     casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * _in_fp32(plan) * micro_batches

@@ -174,8 +174,11 @@ def _kernels(config: Config, placement: Placement) -> Kernels:
         kernels = replace(kernels, wkv="chunked")
     if device == "cuda" and isinstance(native.find_library(torch.device(device)), loader.Missing):
         kernels = replace(kernels, has_loss=False)
-    has_form = {"compile": fused.missing_for_compile(device) is None, "native": fused.has_native()}
-    return kernels if has_form.get(kernels.fused, True) else replace(kernels, fused="plain")
+    if kernels.fused == "native" and not fused.has_native(device):
+        kernels = replace(kernels, fused="compile" if device == "cuda" else "plain")
+    if kernels.fused == "compile" and fused.missing_for_compile(device):
+        kernels = replace(kernels, fused="plain")
+    return kernels
 
 
 def guard_states(checkpoint: Checkpoint | None) -> tuple[SpikeState, EarlyStopState]:

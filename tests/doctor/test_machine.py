@@ -153,6 +153,9 @@ def test_what_torch_compile_needs_on_a_gpu(monkeypatch: Any) -> None:
     assert "torch.compile" not in names
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "a C compiler")
+    monkeypatch.setattr(fused, "has_native", lambda device_type: True)
+    assert software.compilers(CheckContext())[-1].state == "note"
+    monkeypatch.setattr(fused, "has_native", lambda device_type: False)
     row = software.compilers(CheckContext())[-1]
     assert (row.name, row.state) == ("torch.compile", "warning")
     assert row.text.startswith("it needs a C compiler, which is not here")

@@ -20,7 +20,7 @@ from rwkv_cluster.kernels import build
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "loss.cu")
+FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "loss.cu", "rows.cuh")
 
 IMPLIED = {
     # These order one warp's shared memory beside a matrix product, at which the shim's lanes meet anyway. On a GPU,
@@ -88,9 +88,29 @@ for seed in range(9):
 sys.exit(0 if worst < 2e-6 else 9)
 """
 
+FUSED_RUNNER = """
+import sys
+from pathlib import Path
+import torch
+from fused_passes import LIMITS, NATIVE, errors_of
+from rwkv_cluster.kernels import loader
+
+path = Path(sys.argv[1])
+library = loader.Library(loader.open_library(path), path, "host")
+loader.cpu = lambda: library
+worst = 0.0
+for seed in range(5):
+    library.handle.rwkv_host_schedule(seed)
+    for name in NATIVE:
+        worst = max(worst, *errors_of(name, (1, 60, 9, 32), torch.float32))
+sys.exit(0 if worst < LIMITS[torch.float32] else 9)
+"""
+
+OTHER_RUNNERS = {"loss.cu": LOSS_RUNNER, "rows.cuh": FUSED_RUNNER}
+
 
 def passes(library: Path, file: str) -> bool:
-    runner, *names = (LOSS_RUNNER,) if file == "loss.cu" else (RUNNER, *Path(file).stem.split("_"))
+    runner, *names = (OTHER_RUNNERS[file],) if file in OTHER_RUNNERS else (RUNNER, *Path(file).stem.split("_"))
     arguments = [sys.executable, "-c", runner, str(library), *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(arguments, env=environment, capture_output=True, timeout=120).returncode == 0

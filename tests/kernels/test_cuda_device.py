@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of
+from fused_passes import run as run_pass
 from naive_wkv import (
     VERSIONS,
     each_document_alone,
@@ -185,8 +187,9 @@ def test_compiles_into_one_graph(version, backend, dtype):
 def test_opcheck(version):
     given = [x.requires_grad_() for x in on_gpu(random_inputs(version, 1, 20, 2, 64), torch.bfloat16)]
     starts = torch.arange(20, device="cuda")[None] % 7 == 0
-    for arguments in ([*given, None, False, True], [*given, starts, False, True]):
-        torch.library.opcheck(getattr(torch.ops.rwkv_cluster, version).default, arguments)
+    for given_starts in (None, starts):
+        operands = [*given, given_starts, False, True]
+        torch.library.opcheck(getattr(torch.ops.rwkv_cluster, version).default, operands)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -196,10 +199,40 @@ def test_another_gpu_than_the_first():
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 17, 9, 32), (3, 1000, 12, 64), (1, 5, 2, 128)], ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_passes_of_a_block(name, shape, dtype):
+    for documents in (False, True) if name == "mix" else (False,):
+        errors = errors_of(name, shape, dtype, device="cuda", documents=documents)
+        assert max(errors) < LIMITS[dtype], errors
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_passes_give_the_same_bits_twice_and_on_any_stream(name):
+    tensors, _ = arguments(name, (2, 700, 12, 64))
+    given = [x.to("cuda", torch.bfloat16) for x in tensors]
+    wanted = run_pass(name, given, 64, "native")
+    late = [torch.zeros_like(x) for x in given]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # the inputs arrive late on this stream; another one would read zeros
+        for x, value in zip(late, given, strict=True):
+            x.copy_(value)
+        found = run_pass(name, late, 64, "native")
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, wanted))
+
+
 SANITIZED = """
 import torch
+from fused_passes import NATIVE, errors_of
 from naive_wkv import VERSIONS, random_inputs
 from rwkv_cluster.kernels import ops, softmax_loss
+
+for name in NATIVE:
+    errors_of(name, (1, 67, 9, 32), torch.bfloat16, device="cuda", documents=True)
 
 documents = torch.arange(37, device="cuda")[None] % 9 == 0
 for version in VERSIONS:

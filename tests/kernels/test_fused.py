@@ -6,69 +6,22 @@ import importlib.util
 import shutil
 import sysconfig
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of, run, some_starts
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
-from rwkv_cluster.kernels.fused import cpu as fused_cpu
+from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import ops as fused
 
-NATIVE = ["mix", "squared_relu", "prepare_keys", "gated_readout"]
 COMPILED, COMPILED_LATER = ["mix", "gated_readout"], ["squared_relu", "prepare_keys", "blend", "gated_norm"]
-SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]  # B, T, H, N
-
-
-def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tuple[list[torch.Tensor], int]:
-    """float64 tensors of an operator, its parameters last, and the number of those."""
-    batch, time, heads, size = shape
-    generator = torch.Generator().manual_seed(3)
-
-    def normal(*dims: int) -> torch.Tensor:
-        return torch.randn(dims, generator=generator, dtype=torch.float64)
-
-    flat, full, width = (batch, time, heads * size), shape, heads * size
-    if name == "mix":
-        return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
-    if name == "blend":
-        return [normal(*flat), normal(*flat), *(normal(*flat) for _ in range(5))], 0
-    if name == "squared_relu":
-        return [normal(*flat)], 0
-    if name == "gated_norm":
-        return [normal(*full), normal(*flat), normal(width), normal(width)], 2
-    if name == "prepare_keys":
-        return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
-    parameters = [normal(heads, size), normal(width), normal(width)]
-    return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
-
-
-def some_starts(batch: int, time: int) -> torch.Tensor:
-    """Documents of a block of 64 rows: of 3 tokens, of one, and from its first row and its last."""
-    in_block = torch.arange(batch * time).view(batch, time) % 64
-    return (in_block % 3 == 0) | (in_block == 1)
-
-
-def run(
-    name: str, given: list[torch.Tensor], size: int, choice: str, starts: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Results and the gradients of everything."""
-    leaves = [x.detach().clone().requires_grad_() for x in given]
-    if name == "mix":
-        results = list(fused.mix(leaves[0], leaves[1:], starts, choice=choice))
-    elif name == "blend":
-        results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
-    elif name == "prepare_keys":
-        results = list(fused.prepare_keys(*leaves, size, choice=choice))
-    else:
-        results = [getattr(fused, name)(*leaves, choice=choice)]
-    generator = torch.Generator().manual_seed(4)
-    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in results]
-    return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +35,8 @@ def _nan_in_uninitialised_memory():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NATIVE)
 def test_results_and_every_gradient(name, shape, dtype):
-    tensors, parameters = arguments(name, shape)
-    first = len(tensors) - parameters
-    rounded = [x.to(dtype) for x in tensors]  # parameters too: they are used in the dtype of the activations
-    given = [x if i < first else x.float() for i, x in enumerate(rounded)]
-    found = run(name, given, shape[-1], "native")
-    wanted = run(name, [x.double() for x in given], shape[-1], "plain")
-    limit = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
-    assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
+    errors = errors_of(name, shape, dtype)
+    assert max(errors) < LIMITS[dtype], errors
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -180,18 +127,17 @@ def test_under_torch_compile(name):
 def test_what_the_native_form_does_not_take_goes_the_plain_way(monkeypatch):
     tensors, _ = arguments("mix", (1, 5, 1, 12))
     given = [x.float() for x in tensors]
-    assert not fused_cpu.serves(given[0], 12)
+    assert not native.serves(given[0], 12)
     assert all(map(torch.equal, run("mix", given, 12, "native"), run("mix", given, 12, "plain")))
     monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here"))
-    assert not fused_cpu.serves(torch.zeros(1, 2, 16), 16)
+    assert not native.serves(torch.zeros(1, 2, 16), 16)
 
 
 def test_a_choice_that_cannot_be_had_is_refused(monkeypatch):
-    with pytest.raises(KernelError, match=r'^training\.fused "native" is for CPUs'):
-        fused.require("native", "cuda")
-    monkeypatch.setattr(loader, "cpu", lambda: loader.Missing("Nothing here"))
-    with pytest.raises(KernelError, match=r'^Nothing here\. training\.fused "native" needs them'):
-        fused.require("native", "cpu")
+    monkeypatch.setattr(fused, "find_library", lambda device: loader.Missing(f"Nothing for {device}"))
+    for device_type in ("cpu", "cuda"):
+        with pytest.raises(KernelError, match=rf'^Nothing for {device_type}\. training\.fused "native" needs them'):
+            fused.require("native", device_type)
     monkeypatch.setattr(fused, "missing_for_compile", lambda device_type: "Triton")
     with pytest.raises(KernelError, match=r'^training\.fused "compile" needs Triton'):
         fused.require("compile", "cuda")
@@ -223,8 +169,9 @@ def triton_is_here(monkeypatch, tmp_path):
 def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
     missing, named, monkeypatch, caplog, tmp_path
 ):
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert fused._form("auto", on_gpu, 64) == "compile"
+    not_of_native = 24
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, not_of_native))
+    assert fused._form("auto", on_gpu) == "compile"
     assert not caplog.records
     fused.missing_for_compile.cache_clear()
     if missing == "triton":
@@ -236,11 +183,31 @@ def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
     else:
         (tmp_path / "Python.h").unlink()
     for _ in range(2):
-        assert fused._form("auto", on_gpu, 64) == "plain"
+        assert fused._form("auto", on_gpu) == "plain"
     (record,) = caplog.records
     assert f"torch.compile needs {named}" in record.getMessage()
     with pytest.raises(KernelError, match=f'"compile" needs {named}'):
         fused.require("compile", "cuda")
+
+
+@pytest.mark.usefixtures("triton_is_here")
+@pytest.mark.parametrize("choice", ["auto", "native"])
+def test_on_a_gpu_the_cuda_library_is_taken_where_it_serves(choice, monkeypatch):
+    library = loader.Library(SimpleNamespace(), Path("libwkv_cuda.so"), "sm_90")
+    monkeypatch.setattr(native, "find_library", lambda device: {"cuda": library}[device.type])
+
+    def form(width: int, size: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, width))
+        return fused._form(choice, on_gpu, size)
+
+    sizes = (16, 32, 64, 128, 256)
+    otherwise = "compile" if choice == "auto" else "plain"
+    assert {form(768), *(form(1024, size) for size in sizes)} == {"native"}
+    assert {form(776), form(960, 48), form(1024, 512), form(768, dtype=torch.float64)} == {otherwise}
+    with torch.no_grad():  # in sampling too, where nothing is compiled
+        assert (form(768, 64), form(776)) == ("native", "plain")
+    monkeypatch.setattr(native, "find_library", lambda device: loader.Missing("Nothing here"))
+    assert form(768, 64) == otherwise
 
 
 def test_one_process_may_meet_more_variants_than_torch_compile_allows_by_itself(monkeypatch):

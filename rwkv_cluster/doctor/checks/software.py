@@ -69,7 +69,7 @@ def compilers(context: CheckContext) -> list[Row]:
 
 
 def _torch_compile() -> list[Row]:
-    """Whether training.fused auto compiles on the GPUs of this machine."""
+    """Whether torch.compile can run on the GPUs of this machine, which training.fused auto takes without a library."""
     if not has_torch():
         return []
     import torch
@@ -81,5 +81,8 @@ def _torch_compile() -> list[Row]:
     missing = fused.missing_for_compile("cuda")
     if missing is None:
         return [ok("torch.compile", "Triton finds a C compiler and Python's headers")]
-    text = f"it needs {missing}, which is not here: training.fused auto takes plain, which is slower"
+    text = f"it needs {missing}, which is not here"
+    if fused.has_native("cuda"):
+        return [note("torch.compile", f"{text}: training.fused auto takes the compiled library where it serves")]
+    text += ": training.fused auto takes plain, which is slower"
     return [warning("torch.compile", text, "Install it, on Debian with `apt-get install gcc python3-dev`")]

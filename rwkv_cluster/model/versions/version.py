@@ -101,7 +101,7 @@ class Version:
         ranks_of: shapes of a weights file -> fields of the configuration that say its LoRA ranks.
         optimizer_group: (name, whether it is a matrix) -> (learning-rate multiplier, whether weight decay applies).
         saved: what the backward pass needs.
-        passes, passes_compiled: work beside the products, in the plain form and under torch.compile.
+        passes, passes_compiled: work beside the products, in the plain form, and in the native or a compiled one.
     """
 
     name: str

@@ -15,12 +15,12 @@ from rwkv_cluster.kernels.sizes import (
     CHUNK,
     CPU_LARGEST_HEAD_SIZE,
     CUDA_HEAD_SIZES,
-    FUSED_MULTIPLE,
     LOGITS_IN_FLIGHT,
     OPERATORS,
     SEGMENT_BYTES,
     STEPS_BETWEEN_STATES,
     TENSOR_CORE_HEAD_SIZE,
+    has_fused_passes,
 )
 from rwkv_cluster.model.parameter_shapes import block_parameters, count, lora_hidden, model_dims
 from rwkv_cluster.model.versions.table import version_of
@@ -59,8 +59,8 @@ class Kernels:
             wkv = "chunked" if not has_library else "tensor_cores" if has_tensor_cores else "native"
         fused: str = training.fused
         if fused == "auto":
-            serves = head_size % FUSED_MULTIPLE == 0 and model.n_embd % FUSED_MULTIPLE == 0
-            fused = "compile" if on_gpu else "native" if serves else "plain"
+            serves = has_fused_passes(device, model.n_embd, head_size)
+            fused = "native" if serves else "compile" if on_gpu else "plain"
         return cls(device, {"exact": "native"}.get(wkv, wkv), fused)
 
     @property

@@ -151,8 +151,8 @@ def test_the_loss_of_a_gpu_needs_its_logits_alone_where_the_library_is(precision
 
 def test_kernels_are_those_that_auto_takes() -> None:
     model = ModelConfig(n_embd=128, head_size_a=64)
-    assert Kernels.of(TrainingConfig(precision="bf16"), model, "cuda") == Kernels("cuda", "tensor_cores", "compile")
-    assert Kernels.of(TrainingConfig(precision="fp32"), model, "cuda") == Kernels("cuda", "native", "compile")
+    assert Kernels.of(TrainingConfig(precision="bf16"), model, "cuda") == Kernels("cuda", "tensor_cores", "native")
+    assert Kernels.of(TrainingConfig(precision="fp32"), model, "cuda") == Kernels("cuda", "native", "native")
     assert Kernels.of(TrainingConfig(precision="bf16"), model, "cpu") == Kernels("cpu", "native", "native")
     exact = TrainingConfig(precision="bf16", wkv_backend="exact", fused="plain")
     assert Kernels.of(exact, model, "cuda") == Kernels("cuda", "native", "plain")

@@ -1,6 +1,7 @@
-"""The passes of `fused.ops` in the CPU library: autograd functions over csrc/fused.h, fp32 arithmetic within each pass.
+"""The passes of `fused.ops` in the compiled libraries: autograd functions over csrc/fused.h, with fp32 arithmetic.
 
-Gradients of parameters are summed over fixed blocks of rows in a fixed order: no number of threads changes them.
+The CPU's and CUDA's have the same functions. Gradients of parameters are summed over fixed blocks of rows in a fixed
+order: no number of threads changes them, and no two runs on a GPU differ.
 
 Legend: B batch, T time, H heads, N head size, C = H N, R = B T.
 """
@@ -17,17 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
-from rwkv_cluster.kernels.native import IO
+from rwkv_cluster.kernels.native import IO, aligned, find_library
 from rwkv_cluster.kernels.signatures import Rows
-from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE
+from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE, has_fused_passes
 
 ROWS_IN_BLOCK = 64
 
 
-def serves(x: Tensor, size: int) -> bool:
-    """Whether there is a library here that takes x [..,C] with head size `size`."""
-    fits = x.device.type == "cpu" and x.dtype in IO and x.shape[-1] % FUSED_MULTIPLE == 0 and size % FUSED_MULTIPLE == 0
-    return fits and isinstance(loader.cpu(), loader.Library)
+def serves(x: Tensor, size: int | None = None) -> bool:
+    """Whether there is a library on x's device that takes x [..,C], and in a pass over heads their size N."""
+    fits = x.dtype in IO and has_fused_passes(x.device.type, x.shape[-1], size)
+    return fits and isinstance(find_library(x.device), loader.Library)
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -37,20 +38,20 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     """
     if starts is not None:
         starts = starts.contiguous()
-    result: tuple[Tensor, ...] = _Mix.apply(x.contiguous(), torch.stack([_parameter(m, x) for m in mixes]), starts)
+    result: tuple[Tensor, ...] = _Mix.apply(aligned(x), torch.stack([_parameter(m, x) for m in mixes]), starts)
     return result
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2; x [B,T,C]."""
-    result: Tensor = _SquaredRelu.apply(x.contiguous())
+    result: Tensor = _SquaredRelu.apply(aligned(x))
     return result
 
 
 def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """RWKV-7's key preparation of k, a [B,T,C] with k_k, k_a of C elements and head size `size`: three [B,T,C]."""
     parameters = _parameter(k_k, k), _parameter(k_a, k)
-    result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(k.contiguous(), a.contiguous(), *parameters, size)
+    result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(aligned(k), aligned(a), *parameters, size)
     return result
 
 
@@ -58,7 +59,7 @@ def gated_readout(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """RWKV-7's reading: y, r, k, v [B,T,H,N], gate [B,T,C], r_k [H,N], weight and bias [C] -> [B,T,C]."""
-    tensors = (x.contiguous() for x in (y, r, k, v, gate))
+    tensors = (aligned(x) for x in (y, r, k, v, gate))
     result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
     return result
 
@@ -75,7 +76,7 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, Tensor, None]:
         x, mixes, starts = ctx.saved_tensors
-        doutputs = tuple(g.contiguous() for g in doutputs)
+        doutputs = tuple(aligned(g) for g in doutputs)
         dx, dmixes = torch.empty_like(x), _partial(x, *mixes.shape)
         arguments = (len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
         _call("rwkv_mix_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
@@ -95,7 +96,7 @@ class _SquaredRelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _call("rwkv_squared_relu_backward", x, FUSED_MULTIPLE, x, dy.contiguous(), dx)
+        _call("rwkv_squared_relu_backward", x, FUSED_MULTIPLE, x, aligned(dy), dx)
         return dx
 
 
@@ -113,8 +114,7 @@ class _Keys(torch.autograd.Function):
     def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
         k, a, k_k, k_a = ctx.saved_tensors
         grads = torch.empty_like(k), torch.empty_like(a), _partial(k, len(k_k)), _partial(k, len(k_a))
-        contiguous = (g.contiguous() for g in doutputs)
-        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *contiguous, *grads)
+        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *(aligned(g) for g in doutputs), *grads)
         return *grads[:2], grads[2].sum(0), grads[3].sum(0), None
 
 
@@ -130,7 +130,7 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         inputs = ctx.saved_tensors
-        dout = dout.contiguous()
+        dout = aligned(dout)
         grads = [torch.empty_like(x) for x in inputs[:5]]
         parameters = _partial(dout, 3, dout.shape[-1])
         _call("rwkv_read_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
@@ -139,7 +139,7 @@ class _Read(torch.autograd.Function):
 
 def _parameter(p: Tensor, x: Tensor) -> Tensor:
     """p as the plain form uses it beside x, rounded to x's dtype; flat and in float32, as the library reads it."""
-    return p.flatten().to(x.dtype).float()
+    return aligned(p.flatten().to(x.dtype).float())
 
 
 def _partial(x: Tensor, *shape: int) -> Tensor:
@@ -154,13 +154,15 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
 
 def _call(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | None = None) -> None:
     """Run a library's function for rows like those of x [B,T,C]; tensors are passed by their addresses."""
-    library = loader.cpu()
+    library = find_library(x.device)
     assert isinstance(library, loader.Library)  # `serves` has asked
     batch, time, width = x.shape
     begins = None if starts is None else starts.data_ptr()
-    shape = Rows(batch * time, time, width, size, IO[x.dtype], torch.get_num_threads(), begins)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    shape = Rows(batch * time, time, width, size, IO[x.dtype], torch.get_num_threads(), stream, begins)
     passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
+    with torch.cuda.device_of(x):
+        status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
     if status:
         reason = library.handle.rwkv_status_text(status).decode()
         raise KernelError(f"{name} of {library.path} failed for {x.dtype} {tuple(x.shape)}: {reason}")

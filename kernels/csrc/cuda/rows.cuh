@@ -1,0 +1,143 @@
+// What the fused passes share. A thread has 8 channels, which are 16 bytes of bf16, a warp 256 channels of 16 rows, and
+// a block of four warps RWKV_ROWS_IN_BLOCK rows of them: block (x, y) is block of rows x, channels from 256 y on.
+//
+// Lanes beyond the width repeat the last channels and store nothing: a head's lanes are all within it or all beyond.
+// Sums over rows are added in each thread from row to row, then over warps in their order: no schedule changes a bit.
+#pragma once
+
+#include "../fused.h"
+#include "device.cuh"
+
+namespace rwkv {
+
+constexpr int LANE_CHANNELS = 8;
+constexpr int WARP_CHANNELS = 32 * LANE_CHANNELS;
+constexpr int ROW_WARPS = 4;
+constexpr int WARP_ROWS = RWKV_ROWS_IN_BLOCK / ROW_WARPS;
+constexpr int ROW_THREADS = 32 * ROW_WARPS;
+
+// A thread's channels.
+struct Channels {
+    float at[LANE_CHANNELS];
+};
+
+template <typename Body>
+__device__ __forceinline__ Channels each(const Body &body) {
+    Channels result;
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) result.at[i] = body(i);
+    return result;
+}
+
+__device__ __forceinline__ Channels splat(float x) {
+    return each([=](int) { return x; });
+}
+
+__device__ __forceinline__ Channels operator+(const Channels &x, const Channels &y) {
+    return each([&](int i) { return x.at[i] + y.at[i]; });
+}
+
+__device__ __forceinline__ Channels operator-(const Channels &x, const Channels &y) {
+    return each([&](int i) { return x.at[i] - y.at[i]; });
+}
+
+__device__ __forceinline__ Channels operator*(const Channels &x, const Channels &y) {
+    return each([&](int i) { return x.at[i] * y.at[i]; });
+}
+
+__device__ __forceinline__ Channels operator*(const Channels &x, float y) {
+    return each([&](int i) { return x.at[i] * y; });
+}
+
+__device__ __forceinline__ float sum(const Channels &x) {
+    return ((x.at[0] + x.at[1]) + (x.at[2] + x.at[3])) + ((x.at[4] + x.at[5]) + (x.at[6] + x.at[7]));
+}
+
+// Moved in steps of 16 bytes.
+template <typename io>
+struct alignas(16) Packed {
+    io at[LANE_CHANNELS];
+};
+
+template <typename io>
+__device__ __forceinline__ Channels load(const io *from) {
+    const Packed<io> packed = *reinterpret_cast<const Packed<io> *>(from);
+    return each([&](int i) { return to_float(packed.at[i]); });
+}
+
+template <typename io>
+__device__ __forceinline__ void store(io *to, const Channels &x) {
+    Packed<io> packed;
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) packed.at[i] = from_float<io>(x.at[i]);
+    *reinterpret_cast<Packed<io> *>(to) = packed;
+}
+
+// Where a thread works: `rows` from `begin` to `end`, and channels from `channel` on, which it stores where `is_inside`.
+struct Work {
+    int64_t begin, end, channel;
+    bool is_inside;
+
+    __device__ __forceinline__ explicit Work(const rwkv_rows &p) {
+        begin = (static_cast<int64_t>(blockIdx.x) * ROW_WARPS + threadIdx.y) * WARP_ROWS;
+        end = begin + WARP_ROWS < p.rows ? begin + WARP_ROWS : p.rows;
+        channel = static_cast<int64_t>(blockIdx.y) * WARP_CHANNELS + threadIdx.x * LANE_CHANNELS;
+        is_inside = channel < p.width;
+        if (!is_inside) channel = p.width - LANE_CHANNELS;
+    }
+
+    __device__ __forceinline__ bool has_rows() const {
+        return begin < end;
+    }
+
+    template <typename io>
+    __device__ __forceinline__ void put(io *to, int64_t place, const Channels &x) const {
+        if (is_inside) store(to + place, x);
+    }
+};
+
+// sums[i] over the lanes of a head, of which a warp has some: `lanes` is a power of two.
+template <int COUNT>
+__device__ __forceinline__ void sum_over_head(float (&sums)[COUNT], int lanes) {
+#pragma unroll 1
+    for (int distance = lanes / 2; distance; distance /= 2) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+    }
+}
+
+constexpr size_t bytes_of_sums(int count) {
+    return sizeof(float) * ROW_WARPS * count * WARP_CHANNELS;
+}
+
+// to[i] [width] = sums[i] over the warps of the block, through bytes_of_sums(COUNT) of dynamic memory.
+template <int COUNT>
+__device__ __forceinline__ void add_over_warps(float *const (&to)[COUNT], const Channels (&sums)[COUNT], int64_t width) {
+    float *shared = dynamic_memory<float>();  // [warp,COUNT,WARP_CHANNELS]
+    const int thread = threadIdx.y * 32 + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        store(shared + (threadIdx.y * COUNT + i) * WARP_CHANNELS + threadIdx.x * LANE_CHANNELS, sums[i]);
+    }
+    __syncthreads();
+    for (int column = thread; column < WARP_CHANNELS; column += ROW_THREADS) {
+        const int64_t channel = static_cast<int64_t>(blockIdx.y) * WARP_CHANNELS + column;
+        if (channel >= width) return;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            float total = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < ROW_WARPS; ++warp) total += shared[(warp * COUNT + i) * WARP_CHANNELS + column];
+            to[i][channel] = total;
+        }
+    }
+}
+
+template <typename... Parameters, typename... Arguments>
+int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), int sums, const rwkv_rows &p, Arguments... arguments) {
+    const dim3 grid((p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK,
+                    (p.width + WARP_CHANNELS - 1) / WARP_CHANNELS);
+    return launch(kernel, grid, dim3(32, ROW_WARPS), bytes_of_sums(sums), p.stream, p, arguments...);
+}
+
+}  // namespace rwkv

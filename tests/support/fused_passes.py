@@ -1,0 +1,89 @@
+"""Inputs of the fused passes, and their results and gradients in any form."""
+
+from __future__ import annotations
+
+import torch
+from naive_wkv import relative_errors
+
+from rwkv_cluster.kernels.fused import ops as fused
+
+NATIVE = ["mix", "squared_relu", "prepare_keys", "gated_readout"]
+SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]
+"""B, T, H, N: less than a block of 64 rows, more than one, and sequences that do not begin with one."""
+
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+"""Relative L2 of every result and gradient."""
+
+
+def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tuple[list[torch.Tensor], int]:
+    """float64 tensors of an operator, its parameters last, and the number of those."""
+    batch, time, heads, size = shape
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*dims: int) -> torch.Tensor:
+        return torch.randn(dims, generator=generator, dtype=torch.float64)
+
+    flat, full, width = (batch, time, heads * size), shape, heads * size
+    if name == "mix":
+        return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
+    if name == "blend":
+        return [normal(*flat), normal(*flat), *(normal(*flat) for _ in range(5))], 0
+    if name == "squared_relu":
+        return [normal(*flat)], 0
+    if name == "gated_norm":
+        return [normal(*full), normal(*flat), normal(width), normal(width)], 2
+    if name == "prepare_keys":
+        return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
+    parameters = [normal(heads, size), normal(width), normal(width)]
+    return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
+
+
+def some_starts(batch: int, time: int) -> torch.Tensor:
+    """Documents of a block of 64 rows: of 3 tokens, of one, and from its first row and its last."""
+    in_block = torch.arange(batch * time).view(batch, time) % 64
+    return (in_block % 3 == 0) | (in_block == 1)
+
+
+def errors_of(
+    name: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    documents: bool = False,
+    count: int = 6,
+    vanishing: bool = False,
+) -> list[float]:
+    """Relative errors of the native form's results and gradients for inputs of `dtype`, beside the plain in float64.
+
+    documents: with `some_starts`. count: of mixes. vanishing: zeros in the second step of the first tensor.
+    """
+    tensors, parameters = arguments(name, shape, count)
+    if vanishing:
+        tensors[0][:, 1] = 0.0
+    first = len(tensors) - parameters
+    rounded = [x.to(dtype) for x in tensors]  # parameters too: they are used in the dtype of the activations
+    given = [x if i < first else x.float() for i, x in enumerate(rounded)]
+    starts = some_starts(*shape[:2]) if documents else None
+    wanted = run(name, [x.double() for x in given], shape[-1], "plain", starts)
+    starts = None if starts is None else starts.to(device)
+    found = run(name, [x.to(device) for x in given], shape[-1], "native", starts)
+    return relative_errors([x.cpu() for x in found], wanted)
+
+
+def run(
+    name: str, given: list[torch.Tensor], size: int, choice: str, starts: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Results and the gradients of everything."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    if name == "mix":
+        results = list(fused.mix(leaves[0], leaves[1:], starts, choice=choice))
+    elif name == "blend":
+        results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
+    elif name == "prepare_keys":
+        results = list(fused.prepare_keys(*leaves, size, choice=choice))
+    else:
+        results = [getattr(fused, name)(*leaves, choice=choice)]
+    generator = torch.Generator().manual_seed(4)
+    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
+    return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
