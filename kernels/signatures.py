@@ -85,8 +85,10 @@ ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
     "rwkv_keys_backward": (c_int32, [_ROWS, *[c_void_p] * 11]),
     "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 9]),
     "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 15]),
+    "rwkv_gated_norm_forward": (c_int32, [_ROWS, *[c_void_p] * 5]),
+    "rwkv_gated_norm_backward": (c_int32, [_ROWS, *[c_void_p] * 8]),
     "rwkv_softmax_loss": (c_int32, [POINTER(Logits), *[c_void_p] * 3]),
     "rwkv_select_target": (c_int32, [c_char_p]),
     "rwkv_host_schedule": (None, [ctypes.c_uint32]),
 }
-"""Functions of one kind of library: the CPU's, CUDA's, and the one that runs CUDA sources on a CPU."""
+"""Functions of some libraries: the CPU's, CUDA's, or the one that runs CUDA sources on a CPU."""

@@ -1,10 +1,11 @@
 // The C interface of what a block computes beside its matrix products and WKV. Both libraries, the CPU's and CUDA's,
-// export exactly these functions.
+// export these functions; gated_norm is CUDA's alone.
 //
 // Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
 // parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
 // block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N. CUDA:
-// addresses of tensors are multiples of 16, and in the passes over heads (keys, read) N is a power of two up to 256.
+// addresses of tensors are multiples of 16, and in the passes over heads (keys, read, gated_norm) N is a power of two
+// up to 256.
 #pragma once
 #include <stdint.h>
 
@@ -49,6 +50,12 @@ int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, 
 int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
                            const void *gate, const float *r_k, const float *weight, const float *bias,
                            const void *dout, void *dy, void *dr, void *dk, void *dv, void *dgate, float *dparameters);
+
+// out = (norm(y) weight + bias) silu(gate); norm as in read. Parameters [C]; dparameters: partial [2,C] of both.
+int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                const float *bias, void *out);
+int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                 const float *bias, const void *dout, void *dy, void *dgate, float *dparameters);
 
 #ifdef __cplusplus
 }

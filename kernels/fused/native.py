@@ -25,10 +25,15 @@ from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE, has_fused_passes
 ROWS_IN_BLOCK = 64
 
 
-def serves(x: Tensor, size: int | None = None) -> bool:
-    """Whether there is a library on x's device that takes x [..,C], and in a pass over heads their size N."""
-    fits = x.dtype in IO and has_fused_passes(x.device.type, x.shape[-1], size)
-    return fits and isinstance(find_library(x.device), loader.Library)
+def serves(x: Tensor, size: int | None = None, *, name: str = "rwkv_mix") -> bool:
+    """Whether there is a library for x's device with the pass `name` of csrc/fused.h, which takes x.
+
+    x: [..,C]. size: N, for a pass over heads.
+    """
+    if x.dtype not in IO or not has_fused_passes(x.device.type, x.shape[-1], size):
+        return False
+    library = find_library(x.device)
+    return isinstance(library, loader.Library) and hasattr(library.handle, f"{name}_forward")
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -61,6 +66,13 @@ def gated_readout(
     """RWKV-7's reading: y, r, k, v [B,T,H,N], gate [B,T,C], r_k [H,N], weight and bias [C] -> [B,T,C]."""
     tensors = (aligned(x) for x in (y, r, k, v, gate))
     result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
+    return result
+
+
+def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The reading of RWKV-5 and 6: y [B,T,H,N], gate [B,T,C], weight and bias [C] -> [B,T,C]."""
+    parameters = _parameter(weight, gate), _parameter(bias, gate)
+    result: Tensor = _GatedNorm.apply(aligned(y), aligned(gate), *parameters)
     return result
 
 
@@ -134,6 +146,25 @@ class _Read(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in inputs[:5]]
         parameters = _partial(dout, 3, dout.shape[-1])
         _call("rwkv_read_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
+        return *grads, *parameters.sum(0).unbind()
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, gate, weight, bias
+        ctx.save_for_backward(*inputs)
+        out = torch.empty_like(inputs[1])
+        _call("rwkv_gated_norm_forward", out, inputs[0].shape[-1], *inputs, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        dout = aligned(dout)
+        grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
+        parameters = _partial(dout, 2, dout.shape[-1])
+        _call("rwkv_gated_norm_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
         return *grads, *parameters.sum(0).unbind()
 
 

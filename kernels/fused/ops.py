@@ -124,16 +124,19 @@ def gated_readout(
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, choice: str = "auto") -> Tensor:
     """The reading of RWKV-5 and 6: head norm of y, with weight and bias, times silu(gate).
 
-    y [B,T,H,N]; gate [B,T,C]; weight, bias [C]. Returns [B,T,C]. No native form.
+    y [B,T,H,N]; gate [B,T,C]; weight, bias [C]. Returns [B,T,C]. No native form on a CPU.
     """
-    result: Tensor = _plain(plain.gated_norm, _form_without_native(choice, gate))(y, gate, weight, bias)
+    form = _form(choice, gate, y.shape[-1], name="rwkv_gated_norm")
+    if form == "native":
+        return native.gated_norm(y, gate, weight, bias)
+    result: Tensor = _plain(plain.gated_norm, form)(y, gate, weight, bias)
     return result
 
 
-def _form(choice: str, x: Tensor, size: int | None = None) -> str:
-    """The form that x [..,C] gets, in a pass over heads with their size N: native, compile or plain."""
+def _form(choice: str, x: Tensor, size: int | None = None, *, name: str = "rwkv_mix") -> str:
+    """The form that x [..,C] gets: native, compile or plain. size: N, in a pass over heads; name: the native form's."""
     may_be_native = choice in ("auto", "native") and not torch.compiler.is_compiling()
-    return "native" if may_be_native and native.serves(x, size) else _form_without_native(choice, x)
+    return "native" if may_be_native and native.serves(x, size, name=name) else _form_without_native(choice, x)
 
 
 def _form_without_native(choice: str, x: Tensor) -> str:

@@ -92,7 +92,7 @@ FUSED_RUNNER = """
 import sys
 from pathlib import Path
 import torch
-from fused_passes import LIMITS, NATIVE, errors_of
+from fused_passes import LIMITS, ON_CUDA, errors_of
 from rwkv_cluster.kernels import loader
 
 path = Path(sys.argv[1])
@@ -101,7 +101,7 @@ loader.cpu = lambda: library
 worst = 0.0
 for seed in range(5):
     library.handle.rwkv_host_schedule(seed)
-    for name in NATIVE:
+    for name in ON_CUDA:
         worst = max(worst, *errors_of(name, (1, 60, 9, 32), torch.float32))
 sys.exit(0 if worst < LIMITS[torch.float32] else 9)
 """

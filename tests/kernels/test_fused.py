@@ -193,7 +193,7 @@ def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
 @pytest.mark.usefixtures("triton_is_here")
 @pytest.mark.parametrize("choice", ["auto", "native"])
 def test_on_a_gpu_the_cuda_library_is_taken_where_it_serves(choice, monkeypatch):
-    library = loader.Library(SimpleNamespace(), Path("libwkv_cuda.so"), "sm_90")
+    library = loader.Library(SimpleNamespace(rwkv_mix_forward=None), Path("libwkv_cuda.so"), "sm_90")
     monkeypatch.setattr(native, "find_library", lambda device: {"cuda": library}[device.type])
 
     def form(width: int, size: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:

@@ -171,25 +171,49 @@ __global__ void __launch_bounds__(ROW_THREADS)
     add_over_warps(to, totals, p.width);
 }
 
-// Of a head: y without its mean and over its deviation, 1 / that, and the sum of r k r_k.
-struct HeadFigures {
-    Channels normed;
-    float rstd, bonus;
+// Of a head: y without its mean and over its deviation, and 1 / that.
+struct Normed {
+    Channels at;
+    float rstd;
 };
 
-__device__ __forceinline__ HeadFigures figures(const Channels &y, const Channels &weighted, int lanes) {
+// total: the sum of y over the head.
+__device__ __forceinline__ Normed norm(const Channels &y, float total, int lanes) {
     const float part = 1.0f / (lanes * LANE_CHANNELS);
-    float sums[2] = {sum(y), sum(weighted)};
-    sum_over_head(sums, lanes);
-    const Channels centred = y - splat(sums[0] * part);
+    const Channels centred = y - splat(total * part);
     float squares[1] = {sum(centred * centred)};
     sum_over_head(squares, lanes);
     const float rstd = 1.0f / sqrtf(squares[0] * part + NORM_EPS);
-    return {centred * rstd, rstd, sums[1]};
+    return {centred * rstd, rstd};
+}
+
+__device__ __forceinline__ Normed norm(const Channels &y, int lanes) {
+    float total[1] = {sum(y)};
+    sum_over_head(total, lanes);
+    return norm(y, total[0], lanes);
+}
+
+// dy of the norm; the sums over the head are of dnormed and of dnormed normed.
+__device__ __forceinline__ Channels norm_backward(const Normed &y, const Channels &dnormed, float total, float along,
+                                                  int lanes) {
+    const float part = 1.0f / (lanes * LANE_CHANNELS);
+    return (dnormed - splat(total * part) - y.at * (along * part)) * y.rstd;
+}
+
+// The norm of y over a head, and the sum of r k r_k.
+struct HeadFigures {
+    Normed y;
+    float bonus;
+};
+
+__device__ __forceinline__ HeadFigures figures(const Channels &y, const Channels &weighted, int lanes) {
+    float sums[2] = {sum(y), sum(weighted)};
+    sum_over_head(sums, lanes);
+    return {norm(y, sums[0], lanes), sums[1]};
 }
 
 template <typename io>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, 4)
     read_forward(rwkv_rows p, const io *y, const io *r, const io *k, const io *v, const io *gate, const float *r_k,
                  const float *weight, const float *bias, io *out) {
     const Work work(p);
@@ -199,7 +223,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
         const HeadFigures f = figures(load(y + place), load(r + place) * load(k + place) * its_r_k, lanes);
-        work.put(out, place, (f.normed * scale + shift + load(v + place) * f.bonus) * load(gate + place));
+        work.put(out, place, (f.y.at * scale + shift + load(v + place) * f.bonus) * load(gate + place));
     }
 }
 
@@ -210,7 +234,6 @@ __global__ void __launch_bounds__(ROW_THREADS)
                   float *dparameters) {
     const Work work(p);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const float part = 1.0f / p.size;
     const Channels its_r_k = load(r_k + work.channel), scale = load(weight + work.channel);
     const Channels shift = load(bias + work.channel);
     Channels totals[3] = {splat(0.0f), splat(0.0f), splat(0.0f)};  // of r_k, weight, bias
@@ -220,20 +243,64 @@ __global__ void __launch_bounds__(ROW_THREADS)
         const Channels g = load(dout + place), its_gate = load(gate + place);
         const HeadFigures f = figures(load(y + place), read * key * its_r_k, lanes);
         const Channels dz = g * its_gate, dnormed = dz * scale;
-        float sums[3] = {sum(dz * value), sum(dnormed), sum(dnormed * f.normed)};
+        float sums[3] = {sum(dz * value), sum(dnormed), sum(dnormed * f.y.at)};
         sum_over_head(sums, lanes);
         const float dbonus = sums[0];
-        work.put(dgate, place, g * (f.normed * scale + shift + value * f.bonus));
+        work.put(dgate, place, g * (f.y.at * scale + shift + value * f.bonus));
         work.put(dv, place, dz * f.bonus);
         work.put(dr, place, key * its_r_k * dbonus);
         work.put(dk, place, read * its_r_k * dbonus);
-        work.put(dy, place, (dnormed - splat(sums[1] * part) - f.normed * (sums[2] * part)) * f.rstd);
+        work.put(dy, place, norm_backward(f.y, dnormed, sums[1], sums[2], lanes));
         totals[0] = totals[0] + read * key * dbonus;
-        totals[1] = totals[1] + dz * f.normed;
+        totals[1] = totals[1] + dz * f.y.at;
         totals[2] = totals[2] + dz;
     }
     float *first = dparameters + static_cast<int64_t>(blockIdx.x) * 3 * p.width;
     float *to[3] = {first, first + p.width, first + 2 * p.width};
+    add_over_warps(to, totals, p.width);
+}
+
+__device__ __forceinline__ Channels sigmoid(const Channels &x) {
+    return each([&](int i) { return 1.0f / (1.0f + expf(-x.at[i])); });
+}
+
+template <typename io>
+__global__ void __launch_bounds__(ROW_THREADS)
+    gated_norm_forward(rwkv_rows p, const io *y, const io *gate, const float *weight, const float *bias, io *out) {
+    const Work work(p);
+    const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
+    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    for (int64_t row = work.begin; row < work.end; ++row) {
+        const int64_t place = row * p.width + work.channel;
+        const Channels its_gate = load(gate + place);
+        const Normed normed = norm(load(y + place), lanes);
+        work.put(out, place, (normed.at * scale + shift) * (its_gate * sigmoid(its_gate)));
+    }
+}
+
+template <typename io>
+__global__ void __launch_bounds__(ROW_THREADS)
+    gated_norm_backward(rwkv_rows p, const io *y, const io *gate, const float *weight, const float *bias,
+                        const io *dout, io *dy, io *dgate, float *dparameters) {
+    const Work work(p);
+    const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
+    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    Channels totals[2] = {splat(0.0f), splat(0.0f)};  // of weight, bias
+    for (int64_t row = work.begin; row < work.end; ++row) {
+        const int64_t place = row * p.width + work.channel;
+        const Channels g = load(dout + place), its_gate = load(gate + place), open = sigmoid(its_gate);
+        const Normed normed = norm(load(y + place), lanes);
+        const Channels dz = g * (its_gate * open), dnormed = dz * scale;
+        float sums[2] = {sum(dnormed), sum(dnormed * normed.at)};
+        sum_over_head(sums, lanes);
+        const Channels slope = open * (splat(1.0f) + its_gate * (splat(1.0f) - open));  // of silu
+        work.put(dgate, place, g * (normed.at * scale + shift) * slope);
+        work.put(dy, place, norm_backward(normed, dnormed, sums[0], sums[1], lanes));
+        totals[0] = totals[0] + dz * normed.at;
+        totals[1] = totals[1] + dz;
+    }
+    float *first = dparameters + static_cast<int64_t>(blockIdx.x) * 2 * p.width;
+    float *to[2] = {first, first + p.width};
     add_over_warps(to, totals, p.width);
 }
 
@@ -365,5 +432,22 @@ int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r,
         return launch_rows(read_backward<io>, 3, *shape, in<io>(y), in<io>(r), in<io>(k), in<io>(v), in<io>(gate), r_k,
                            weight, bias, in<io>(dout), out<io>(dy), out<io>(dr), out<io>(dk), out<io>(dv),
                            out<io>(dgate), dparameters);
+    });
+}
+
+int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                const float *bias, void *to) {
+    return with_heads(*shape, [&](auto element) {
+        using io = decltype(element);
+        return launch_rows(gated_norm_forward<io>, 0, *shape, in<io>(y), in<io>(gate), weight, bias, out<io>(to));
+    });
+}
+
+int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                 const float *bias, const void *dout, void *dy, void *dgate, float *dparameters) {
+    return with_heads(*shape, [&](auto element) {
+        using io = decltype(element);
+        return launch_rows(gated_norm_backward<io>, 2, *shape, in<io>(y), in<io>(gate), weight, bias, in<io>(dout),
+                           out<io>(dy), out<io>(dgate), dparameters);
     });
 }

@@ -41,7 +41,7 @@ class SavedTensors:
     Attributes:
         of_width: [B,T,C].
         of_attention: [B,T,A], where A is not C by rule.
-        of_attention_uncompiled: [B,T,A] more where torch.compile does not recompute the head norm.
+        of_attention_uncompiled: [B,T,A] more where neither torch.compile nor CUDA's kernel recomputes the head norm.
         of_width_plain: [B,T,C] more in the plain form, the last of them fp32 in any precision.
         of_width_not_in_block_0: [B,T,C] that block 0 does without.
         carried: [B,T,C] that pass from block 0 to all others, such as v_first.
