@@ -162,7 +162,7 @@ def test_kernels_are_those_that_auto_takes() -> None:
     assert Kernels.of(exact, model, "cuda") == Kernels("cuda", "native", "plain")
     for size in (32, 128):
         model = ModelConfig(n_embd=128, head_size_a=size)
-        assert Kernels.of(TrainingConfig(precision="bf16"), model, "cuda") == Kernels("cuda", "native", "compile")
+        assert Kernels.of(TrainingConfig(precision="bf16"), model, "cuda") == Kernels("cuda", "native", "native")
     odd = ModelConfig(n_embd=120, head_size_a=24, dim_ffn=100)
     assert Kernels.of(TrainingConfig(), odd, "cuda") == Kernels("cuda", "chunked", "compile")
     assert Kernels.of(TrainingConfig(), odd, "cpu") == Kernels("cpu", "native", "plain")
