@@ -85,6 +85,8 @@ ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
     "rwkv_keys_backward": (c_int32, [_ROWS, *[c_void_p] * 11]),
     "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 9]),
     "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 15]),
+    "rwkv_blend_forward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 4]),
+    "rwkv_blend_backward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 6]),
     "rwkv_gated_norm_forward": (c_int32, [_ROWS, *[c_void_p] * 5]),
     "rwkv_gated_norm_backward": (c_int32, [_ROWS, *[c_void_p] * 8]),
     "rwkv_softmax_loss": (c_int32, [POINTER(Logits), *[c_void_p] * 3]),

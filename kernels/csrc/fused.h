@@ -1,5 +1,5 @@
 // The C interface of what a block computes beside its matrix products and WKV. Both libraries, the CPU's and CUDA's,
-// export these functions; gated_norm is CUDA's alone.
+// export these functions; blend and gated_norm are CUDA's alone.
 //
 // Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
 // parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
@@ -31,6 +31,13 @@ int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, c
 // doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].
 int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
+
+// outputs[m] = x + delta mixes[m] for m < count; all [R,C].
+int32_t rwkv_blend_forward(const rwkv_rows *shape, int32_t count, const void *x, const void *delta,
+                           const void *const *mixes, void *const *outputs);
+// mixes, doutputs, dmixes: count tensors.
+int32_t rwkv_blend_backward(const rwkv_rows *shape, int32_t count, const void *delta, const void *const *mixes,
+                            const void *const *doutputs, void *dx, void *ddelta, void *const *dmixes);
 
 // y = relu(x)^2, and dx = 2 relu(x) dy.
 int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y);

@@ -47,6 +47,13 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     return result
 
 
+def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x + delta * m for each m of `mixes`, 1 to 6; all [B,T,C]. Of the CUDA library alone."""
+    tensors = (aligned(m.to(x.dtype)) for m in mixes)
+    result: tuple[Tensor, ...] = _Blend.apply(aligned(x), aligned(delta), *tensors)
+    return result
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2; x [B,T,C]."""
     result: Tensor = _SquaredRelu.apply(aligned(x))
@@ -93,6 +100,26 @@ class _Mix(torch.autograd.Function):
         arguments = (len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
         _call("rwkv_mix_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
         return dx, dmixes.sum(0), None
+
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(delta, *mixes)
+        outputs = tuple(torch.empty_like(x) for _ in mixes)
+        arguments = (len(mixes), x, delta, _addresses(mixes), _addresses(outputs))
+        _call("rwkv_blend_forward", x, FUSED_MULTIPLE, *arguments)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, ...]:
+        delta, *mixes = ctx.saved_tensors
+        doutputs = tuple(aligned(g) for g in doutputs)
+        dx, ddelta, *dmixes = (torch.empty_like(delta) for _ in range(2 + len(mixes)))
+        arguments = (len(mixes), delta, _addresses(mixes), _addresses(doutputs), dx, ddelta, _addresses(dmixes))
+        _call("rwkv_blend_backward", delta, FUSED_MULTIPLE, *arguments)
+        return dx, ddelta, *dmixes
 
 
 class _SquaredRelu(torch.autograd.Function):

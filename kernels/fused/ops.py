@@ -70,8 +70,15 @@ def mix(
 
 
 def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor], *, choice: str = "auto") -> tuple[Tensor, ...]:
-    """x + delta * m for each m of `mixes`, which RWKV-6 computes from the data; all [B,T,C]. No native form."""
-    result: tuple[Tensor, ...] = _plain(plain.blend, _form_without_native(choice, x))(x, delta, mixes)
+    """x + delta * m for each m of `mixes`, which RWKV-6 computes from the data; all [B,T,C].
+
+    A mix may be a parameter of C elements instead. The native form is CUDA's, for mixes from the data.
+    """
+    is_of_data = all(m.shape == x.shape for m in mixes)
+    form = _form(choice, x, name="rwkv_blend") if is_of_data else _form_without_native(choice, x)
+    if form == "native":
+        return native.blend(x, delta, mixes)
+    result: tuple[Tensor, ...] = _plain(plain.blend, form)(x, delta, mixes)
     return result
 
 

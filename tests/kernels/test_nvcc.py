@@ -113,7 +113,7 @@ def test_the_whole_library_links(library: Path) -> None:
     assert names == {
         "rwkv_kernels_abi", "rwkv_kernels_target", "rwkv_status_text", "rwkv_saved_bytes", "rwkv_wkv7_forward",
         "rwkv_wkv7_backward", "rwkv_wkv6_forward", "rwkv_wkv6_backward", "rwkv_softmax_loss",
-        *(f"rwkv_{name}_{way}" for name in ("mix", "squared_relu", "keys", "read", "gated_norm")
+        *(f"rwkv_{name}_{way}" for name in ("mix", "blend", "squared_relu", "keys", "read", "gated_norm")
           for way in ("forward", "backward")),
     }  # fmt: skip
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout

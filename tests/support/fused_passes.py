@@ -8,7 +8,7 @@ from naive_wkv import relative_errors
 from rwkv_cluster.kernels.fused import ops as fused
 
 NATIVE = ["mix", "squared_relu", "prepare_keys", "gated_readout"]
-ON_CUDA = [*NATIVE, "gated_norm"]
+ON_CUDA = [*NATIVE, "blend", "gated_norm"]
 """Passes of the CPU library, and of CUDA's."""
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]
 """B, T, H, N: less than a block of 64 rows, more than one, and sequences that do not begin with one."""

@@ -1,4 +1,4 @@
-// Token shift, key preparation and the reading of WKV's output: fp32 arithmetic, each tensor read and written once.
+// Token shift and mixes, key preparation and the reading of WKV's output: fp32 arithmetic, each tensor read and written once.
 #pragma GCC visibility push(default)
 #include "../fused.h"
 #pragma GCC visibility pop
@@ -114,6 +114,35 @@ __global__ void __launch_bounds__(FLAT_THREADS)
     const int64_t place = flat_place();
     if (place >= elements) return;
     store(dx + place, relu(load(x + place)) * 2.0f * load(dy + place));
+}
+
+template <typename io, int COUNT>
+__global__ void __launch_bounds__(FLAT_THREADS)
+    blend_forward(int64_t elements, const io *x, const io *delta, Tensors<const io> mixes, Tensors<io> outputs) {
+    const int64_t place = flat_place();
+    if (place >= elements) return;
+    const Channels now = load(x + place), difference = load(delta + place);
+#pragma unroll
+    for (int m = 0; m < COUNT; ++m) store(outputs.at[m] + place, now + difference * load(mixes.at[m] + place));
+}
+
+template <typename io, int COUNT>
+__global__ void __launch_bounds__(FLAT_THREADS)
+    blend_backward(int64_t elements, const io *delta, Tensors<const io> mixes, Tensors<const io> doutputs, io *dx,
+                   io *ddelta, Tensors<io> dmixes) {
+    const int64_t place = flat_place();
+    if (place >= elements) return;
+    const Channels difference = load(delta + place);
+    Channels whole = splat(0.0f), mixed = splat(0.0f);
+#pragma unroll
+    for (int m = 0; m < COUNT; ++m) {
+        const Channels g = load(doutputs.at[m] + place);
+        whole = whole + g;
+        mixed = mixed + g * load(mixes.at[m] + place);
+        store(dmixes.at[m] + place, g * difference);
+    }
+    store(dx + place, whole);
+    store(ddelta + place, mixed);
 }
 
 // 1 / max(length of q over a head, KAPPA_EPS)
@@ -350,6 +379,20 @@ io *out(void *x) {
     return static_cast<io *>(x);
 }
 
+template <typename io>
+Tensors<const io> all_in(const void *const *tensors, int count) {
+    Tensors<const io> result{};
+    for (int m = 0; m < count; ++m) result.at[m] = in<io>(tensors[m]);
+    return result;
+}
+
+template <typename io>
+Tensors<io> all_out(void *const *tensors, int count) {
+    Tensors<io> result{};
+    for (int m = 0; m < count; ++m) result.at[m] = out<io>(tensors[m]);
+    return result;
+}
+
 template <typename... Parameters, typename... Arguments>
 int32_t launch_flat(void (*kernel)(int64_t, Parameters...), const rwkv_rows &p, Arguments... arguments) {
     const int64_t elements = p.rows * p.width, each_block = FLAT_THREADS * LANE_CHANNELS;
@@ -366,9 +409,7 @@ int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, c
                          void *const *outputs) {
     return with_mixes(*shape, count, [&](auto element, auto mixed) {
         using io = decltype(element);
-        Tensors<io> to{};
-        for (int m = 0; m < mixed; ++m) to.at[m] = out<io>(outputs[m]);
-        return launch_rows(mix_forward<io, mixed>, 0, *shape, in<io>(x), mixes, to);
+        return launch_rows(mix_forward<io, mixed>, 0, *shape, in<io>(x), mixes, all_out<io>(outputs, mixed));
     });
 }
 
@@ -376,9 +417,26 @@ int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, 
                           const void *const *doutputs, void *dx, float *dmixes) {
     return with_mixes(*shape, count, [&](auto element, auto mixed) {
         using io = decltype(element);
-        Tensors<const io> from{};
-        for (int m = 0; m < mixed; ++m) from.at[m] = in<io>(doutputs[m]);
-        return launch_rows(mix_backward<io, mixed>, mixed, *shape, in<io>(x), mixes, from, out<io>(dx), dmixes);
+        return launch_rows(mix_backward<io, mixed>, mixed, *shape, in<io>(x), mixes, all_in<io>(doutputs, mixed),
+                           out<io>(dx), dmixes);
+    });
+}
+
+int32_t rwkv_blend_forward(const rwkv_rows *shape, int32_t count, const void *x, const void *delta,
+                           const void *const *mixes, void *const *outputs) {
+    return with_mixes(*shape, count, [&](auto element, auto mixed) {
+        using io = decltype(element);
+        return launch_flat(blend_forward<io, mixed>, *shape, in<io>(x), in<io>(delta), all_in<io>(mixes, mixed),
+                           all_out<io>(outputs, mixed));
+    });
+}
+
+int32_t rwkv_blend_backward(const rwkv_rows *shape, int32_t count, const void *delta, const void *const *mixes,
+                            const void *const *doutputs, void *dx, void *ddelta, void *const *dmixes) {
+    return with_mixes(*shape, count, [&](auto element, auto mixed) {
+        using io = decltype(element);
+        return launch_flat(blend_backward<io, mixed>, *shape, in<io>(delta), all_in<io>(mixes, mixed),
+                           all_in<io>(doutputs, mixed), out<io>(dx), out<io>(ddelta), all_out<io>(dmixes, mixed));
     });
 }
 
