@@ -271,7 +271,9 @@ def test_launch_starts_it(containers: Engine, tmp_path: Path, start: Callable[..
 
 @needs_slurm
 @pytest.mark.parametrize("target", ["sbatch", pytest.param("slurm", marks=pytest.mark.slow)])
-def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, containers: Engine, tmp_path: Path) -> None:
+def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(
+    target: str, containers: Engine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """On two nodes, each with a container: the signal reaches the ranks inside, the requeue happens outside."""
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -280,8 +282,7 @@ def test_a_slurm_job_in_containers_is_queued_again_and_goes_on(target: str, cont
     by_name = ("--volume=/etc/hosts:/etc/hosts:ro", "--volume=/etc/hostname:/etc/hostname:ro")
     container = {"runtime": containers.program, "image": IMAGE, "extra_args": [*LIMITS, *by_name]}
     run = new_run(tmp_path / "run", {"max_steps": 40}, target=target, container=container, env=containers.environment)
-    root = tmp_path / "slurm"
-    root.mkdir()
+    root = tmp_path_factory.mktemp("slurm")  # a short path, which Slurm's sockets want
     before = {*containers("ps", "--all", "--quiet").split()}
     with cluster(root, nodes=2) as slurm:
         job = launch(slurm, run)
