@@ -24,12 +24,13 @@ def test_each_rank_tells_of_its_own_steps(tmp_path: Path, start: Callable[..., J
     """Rank 1 waits for its data in step 6, and rank 0 for rank 1; both have a profile of the steps before."""
     config = tiny_run_config(tmp_path, training={"micro_bsz": 2}, logging={"sample_tokens": 0, "profile_steps": 2})
     write_config(tmp_path / "run.yaml", config)
-    start(tmp_path, ranks=2, fault="data.batch@5#1:sleep=0.6").complete()
+    start(tmp_path, ranks=2, fault="data.batch@5#1:sleep=1.5").complete()
     ranks = [_steps(tmp_path, rank) for rank in (0, 1)]
     assert [len(steps) for steps in ranks] == [8, 8]
     late, waiting = (steps[6] for steps in reversed(ranks))
-    assert late["data_s"] >= 0.6 > waiting["data_s"]
-    assert waiting["backward_s"] + waiting["optimizer_s"] >= 0.4
+    assert late["data_s"] >= 1.5 > waiting["data_s"]
+    # Nothing makes the ranks meet before the backward pass: meanwhile rank 0 may still write its profile.
+    assert waiting["backward_s"] + waiting["optimizer_s"] >= 0.8
     for rank in (0, 1):
         profile = json.loads((tmp_path / f"work/logs/profile/rank-{rank}.json").read_text())
         assert (profile["rank"], profile["first_step"], profile["last_step"]) == (rank, 4, 5)
