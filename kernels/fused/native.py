@@ -160,39 +160,41 @@ class _Keys(torch.autograd.Function):
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, r, k, v, gate, r_k, weight, bias
-        ctx.save_for_backward(*inputs)
-        out = torch.empty_like(inputs[4])
-        _call("rwkv_read_forward", out, inputs[0].shape[-1], *inputs, out)
-        return out
+        return _head_norm_forward("rwkv_read", ctx, inputs, inputs[4])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        inputs = ctx.saved_tensors
-        dout = aligned(dout)
-        grads = [torch.empty_like(x) for x in inputs[:5]]
-        parameters = _partial(dout, 3, dout.shape[-1])
-        _call("rwkv_read_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
-        return *grads, *parameters.sum(0).unbind()
+        return _head_norm_backward("rwkv_read", ctx, dout, 3)
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, gate, weight, bias
-        ctx.save_for_backward(*inputs)
-        out = torch.empty_like(inputs[1])
-        _call("rwkv_gated_norm_forward", out, inputs[0].shape[-1], *inputs, out)
-        return out
+        return _head_norm_forward("rwkv_gated_norm", ctx, inputs, inputs[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        inputs = ctx.saved_tensors
-        dout = aligned(dout)
-        grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
-        parameters = _partial(dout, 2, dout.shape[-1])
-        _call("rwkv_gated_norm_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
-        return *grads, *parameters.sum(0).unbind()
+        return _head_norm_backward("rwkv_gated_norm", ctx, dout, 2)
+
+
+def _head_norm_forward(name: str, ctx: Any, inputs: Sequence[Tensor], gate: Tensor) -> Tensor:
+    """Result, like gate [B,T,C], of a pass over y [B,T,H,N], the first of `inputs`; all are kept for backward."""
+    ctx.save_for_backward(*inputs)
+    out = torch.empty_like(gate)
+    _call(f"{name}_forward", out, inputs[0].shape[-1], *inputs, out)
+    return out
+
+
+def _head_norm_backward(name: str, ctx: Any, dout: Tensor, n_parameters: int) -> tuple[Tensor, ...]:
+    """Gradients of the inputs that `_head_norm_forward` kept, of which the last are parameters."""
+    inputs = ctx.saved_tensors
+    dout = aligned(dout)
+    grads = [torch.empty_like(x) for x in inputs[:-n_parameters]]
+    parameters = _partial(dout, n_parameters, dout.shape[-1])
+    _call(f"{name}_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
+    return *grads, *parameters.sum(0).unbind()
 
 
 def _parameter(p: Tensor, x: Tensor) -> Tensor:

@@ -135,16 +135,22 @@ def test_twice_the_same_bits(version, backend, dtype):
 def test_the_current_stream_is_used(version, backend, dtype):
     given = on_gpu(random_inputs(version, 2, 200, 4, 64), dtype)
     wanted, _ = operator(version, backend)(*given)
+    found, _ = on_a_late_stream(lambda late: operator(version, backend)(*late), given)
+    assert torch.equal(found, wanted)
+
+
+def on_a_late_stream(function, given):
+    """function(given) on a stream on which the inputs arrive late: on another one it would read zeros."""
     late = [torch.zeros_like(x) for x in given]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # the inputs arrive late on this stream; another one would read zeros
+        torch.cuda._sleep(50_000_000)
         for x, value in zip(late, given, strict=True):
             x.copy_(value)
-        found, _ = operator(version, backend)(*late)
+        result = function(late)
     torch.cuda.synchronize()
-    assert torch.equal(found, wanted)
+    return result
 
 
 @KERNELS
@@ -213,15 +219,7 @@ def test_the_passes_give_the_same_bits_twice_and_on_any_stream(name):
     tensors, _ = arguments(name, (2, 700, 12, 64))
     given = [x.to("cuda", torch.bfloat16) for x in tensors]
     wanted = run_pass(name, given, 64, "native")
-    late = [torch.zeros_like(x) for x in given]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # the inputs arrive late on this stream; another one would read zeros
-        for x, value in zip(late, given, strict=True):
-            x.copy_(value)
-        found = run_pass(name, late, 64, "native")
-    torch.cuda.synchronize()
+    found = on_a_late_stream(lambda late: run_pass(name, late, 64, "native"), given)
     assert all(map(torch.equal, found, wanted))
 
 
