@@ -17,13 +17,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,10 @@ CPU_FLAGS = (
 HOST_FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -pthread -Wall -Wno-unknown-pragmas -DRWKV_HOST_SHIM -x c++"
 CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 LINK_FLAGS = "-shared -static-libstdc++ -static-libgcc -pthread -Wl,--build-id=none"
+
+
+Report = Callable[[int, int], None]
+SILENT_S = 5.0
 
 
 class BuildError(RuntimeError):
@@ -90,6 +96,7 @@ def build(
     architectures: Sequence[str] = CUDA_ARCHITECTURES,
     jobs: int | None = None,
     csrc: Path = CSRC,
+    report: Report | None = None,
 ) -> Path:
     """Compile `target` and place the library and its manifest in `output`.
 
@@ -99,6 +106,7 @@ def build(
         architectures: of "cuda", e.g. "90"; PTX of the newest is added.
         jobs: compilers at a time; default: the cores.
         csrc: the sources.
+        report: called with the number of files that are made, and of all of them, whenever one is.
 
     Returns:
         Path of the library.
@@ -111,7 +119,7 @@ def build(
     with _build_folder(output, target) as folder:
         shutil.copytree(csrc, folder / "csrc")  # relative paths: no place of this machine gets into the objects
         flags = _write_ninja(target, folder, compiler, architectures)
-        _run_ninja(folder, jobs)
+        _run_ninja(folder, jobs, report)
         library = folder / library_name(target)
         manifest = {
             "manifest_version": MANIFEST_VERSION,
@@ -184,12 +192,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for target in options.targets or _default_targets():
             started = time.monotonic()
-            path = build(target, options.output or _default_output(), architectures=options.arch, jobs=options.jobs)
+            path = build(
+                target,
+                options.output or _default_output(),
+                architectures=options.arch,
+                jobs=options.jobs,
+                report=partial(_tell, target, started),
+            )
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 5
     return 0
+
+
+def _tell(target: str, started: float, done: int, total: int) -> None:
+    """Say on stderr how far a build has come; `started` is of time.monotonic. One of a few seconds says nothing."""
+    passed = time.monotonic() - started
+    if passed > SILENT_S and done < total:
+        left = round(passed / done * (total - done))
+        print(f"{target}: {done} of {total} files, {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
 
 
 def _default_targets() -> list[str]:
@@ -266,12 +288,22 @@ def _cuda_steps(csrc: Path, target: str) -> Iterator[tuple[str, str, str]]:
             yield f"host/{path.name}", f"host_{path.stem}.o", ""
 
 
-def _run_ninja(folder: Path, jobs: int | None) -> None:
-    command = [_ninja(), "-C", str(folder), "--quiet", *([f"-j{jobs}"] if jobs else [])]
-    run = subprocess.run(command, capture_output=True, text=True)
+def _run_ninja(folder: Path, jobs: int | None, report: Report | None) -> None:
+    command = [_ninja(), "-C", str(folder), *([f"-j{jobs}"] if jobs else [])]
+    environment = os.environ | {"NINJA_STATUS": "%f of %t: "}
+    said = []  # beside the status
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as run:
+        assert run.stdout is not None
+        for line in map(str.rstrip, run.stdout):
+            if status := re.match(r"(\d+) of (\d+): ", line):
+                if report is not None:
+                    report(int(status[1]), int(status[2]))
+            elif line and not line.startswith("ninja: Entering"):
+                said.append(line)
     if run.returncode:
-        lines = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-        raise BuildError("the compiler refused the sources:\n  " + "\n  ".join(lines[:12]))
+        raise BuildError("the compiler refused the sources:\n  " + "\n  ".join(said[:12]))
 
 
 def _ninja() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import ops, reference
+from rwkv_cluster.kernels.sizes import CUDA_HEAD_SIZES
 
 VERSIONS = ("wkv5", "wkv6", "wkv7")
 LIMITS = {("native", torch.bfloat16): 6e-3, ("exact", torch.bfloat16): 2.5e-3, ("fla", torch.bfloat16): 2e-2}
@@ -23,7 +25,7 @@ def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
     """Name, dtype, worst relative L2 error and allowed error of each backend that serves on `device`.
 
     The error is the worst of outputs, final states and gradients, over the three operators, with one document and
-    with several in a row.
+    with several in a row, and, of the compiled kernels on a GPU, over their head sizes.
     """
     for backend in ops.BACKENDS[1:]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -33,8 +35,9 @@ def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
                 ops.require(backend, torch.device(device), dtype, 64)
             except KernelError:
                 continue
-            trials = ((version, starts) for version in VERSIONS for starts in (None, _starts()))
-            worst = max(_error(version, starts, backend, dtype, device) for version, starts in trials)
+            sizes = CUDA_HEAD_SIZES if backend == "native" and device.startswith("cuda") else (64,)
+            trials = itertools.product(VERSIONS, sizes, (None, _starts()))
+            worst = max(_error(version, size, starts, backend, dtype, device) for version, size, starts in trials)
             yield backend, dtype, worst, LIMITS.get((backend, dtype), FLOAT32_LIMIT)
 
 
@@ -60,9 +63,9 @@ def _starts() -> Tensor:
     return starts
 
 
-def _error(version: str, starts: Tensor | None, backend: str, dtype: torch.dtype, device: str) -> float:
+def _error(version: str, size: int, starts: Tensor | None, backend: str, dtype: torch.dtype, device: str) -> float:
     # [H,N] tensors stay float32: the gradients of so few numbers would show little but bf16's rounding
-    *tensors, state = inputs(version, 1, TIME, 2, 64)
+    *tensors, state = inputs(version, 1, TIME, 2, size)
     arguments = [*(x.to(dtype if x.ndim == 4 else torch.float32) for x in tensors), state.float()]
     on_device = None if starts is None else starts.to(device)
     by_reference = partial(getattr(reference, version), starts=starts)

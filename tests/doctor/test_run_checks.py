@@ -17,12 +17,13 @@ from tiny_run import tiny_run_config, write_config
 
 from rwkv_cluster.cli import main
 from rwkv_cluster.doctor.checks.image import image
-from rwkv_cluster.doctor.checks.wkv import libraries, self_test
+from rwkv_cluster.doctor.checks.wkv import libraries, self_test, training_step
 from rwkv_cluster.doctor.context import IMAGE_VARIABLE, CheckContext
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.doctor.run_checks import CHECKS, OF_EACH_RANK
 from rwkv_cluster.kernels import build, loader
 from rwkv_cluster.kernels import self_test as kernels_self_test
+from rwkv_cluster.kernels.fused import native as fused_passes
 
 ALWAYS = """
     rwkv-cluster python torch pytorch-lightning numpy flash-linear-attention driver CUDA DeepSpeed CPUs memory
@@ -135,6 +136,15 @@ def test_a_wrong_kernel_ends_it_with_exit_code_5(error: float, monkeypatch: Any,
     assert f"error: The WKV backend native on cpu, float32 is wrong: relative error {error:.1e} where 5e-05" in said.err
     assert "problem  self-test: native on cpu, float32" in said.out
     assert "ok       locks" in said.out
+
+
+def test_a_wrong_pass_is_found_by_a_step(monkeypatch: Any) -> None:
+    right = fused_passes.squared_relu
+    monkeypatch.setattr(fused_passes, "squared_relu", lambda x: right(x) * 1.5)
+    rows = training_step(CheckContext())
+    assert [row.state for row in rows] == ["problem"] * len(rows) == ["problem"] * 6
+    said = rf"The gradient of a step of {rows[0].name.split()[4]} on cpu, float32 is wrong: relative error .* allowed"
+    assert re.fullmatch(said, rows[0].text)
 
 
 def test_an_image_says_what_is_in_it(monkeypatch: Any, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def test_the_manifest_says_what_was_built_from_what(cpu_library: Path) -> None:
 def test_the_same_sources_elsewhere_give_the_same_bytes(cpu_library: Path, tmp_path: Path) -> None:
     csrc = tmp_path / "another place" / "csrc"
     shutil.copytree(build.CSRC, csrc)
-    again = build.build("cpu", tmp_path / "output", csrc=csrc)
+    told: list[tuple[int, int]] = []
+    again = build.build("cpu", tmp_path / "output", csrc=csrc, report=lambda *counts: told.append(counts))
+    assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
     assert again.read_bytes() == cpu_library.read_bytes()
     assert (again.parent / "wkv_cpu.json").read_text() == (cpu_library.parent / "wkv_cpu.json").read_text()
 

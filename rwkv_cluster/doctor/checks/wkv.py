@@ -1,8 +1,9 @@
-"""The compiled WKV kernels: found, or why not; and every backend's results beside float64."""
+"""The compiled kernels: found, or why not; every WKV backend's results, and a whole step's, beside float64."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from rwkv_cluster.doctor.checks.software import has_torch
 from rwkv_cluster.doctor.context import CheckContext
@@ -10,7 +11,11 @@ from rwkv_cluster.doctor.results import Row, ok, problem, warning
 from rwkv_cluster.errors import KernelError
 from rwkv_cluster.runtime import rank_env
 
+if TYPE_CHECKING:
+    import torch
+
 INSTEAD = "The chunked PyTorch form serves instead, more slowly"
+_REPORT = f"report this with the output of `{sys.argv[0]} doctor --json`"
 
 
 def libraries(context: CheckContext) -> list[Row]:
@@ -38,15 +43,36 @@ def self_test(context: CheckContext) -> list[Row]:
     rows = []
     for device in _devices():
         for backend, dtype, error, limit in self_test.run(device):
-            name = f"{backend} on {device}, {str(dtype).removeprefix('torch.')}"
-            if error <= limit:
-                rows.append(ok(f"self-test: {name}", f"relative error {error:.1e}", figure=-error))
-                continue
-            text = f"The WKV backend {name} is wrong: relative error {error:.1e} where {limit:.0e} is allowed"
-            report = f"report this with the output of `{sys.argv[0]} doctor --json`"
-            remedy = f"Use another training.wkv_backend and {report}"
-            rows.append(problem(f"self-test: {name}", text, remedy, KernelError))
+            name = f"{backend} on {device}, {_named(dtype)}"
+            rows.append(_compared(name, f"The WKV backend {name}", error, limit, "Use another training.wkv_backend"))
     return rows
+
+
+def training_step(context: CheckContext) -> list[Row]:
+    """The gradients of a step of each version, with every kernel that it takes here; a rank tests its own GPU."""
+    if not has_torch():
+        return []
+    from rwkv_cluster.model import self_test
+
+    rows = []
+    for device in _devices():
+        for version, dtype, error, limit in self_test.run(device):
+            name = f"a step of {version} on {device}, {_named(dtype)}"
+            remedy = "Set training.fused to plain and training.wkv_backend to chunked"
+            rows.append(_compared(name, f"The gradient of {name}", error, limit, remedy))
+    return rows
+
+
+def _compared(name: str, what: str, error: float, limit: float, remedy: str) -> Row:
+    """A row for an error that is within its limit, or not, NaN included."""
+    if error <= limit:
+        return ok(f"self-test: {name}", f"relative error {error:.1e}", figure=-error)
+    text = f"{what} is wrong: relative error {error:.1e} where {limit:.0e} is allowed"
+    return problem(f"self-test: {name}", text, f"{remedy} and {_REPORT}", KernelError)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kinds_of_gpu() -> list[tuple[str, tuple[int, int]]]:
