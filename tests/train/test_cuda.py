@@ -8,14 +8,18 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from naive_wkv import VERSIONS, naive, random_inputs, relative_errors, values_and_gradients
 from tiny_run import fingerprint, losses, tiny_run_config, write_config
 
+from rwkv_cluster.data.windows import TokenBatch
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.kernels import native, ops
+from rwkv_cluster.train.callbacks.after_step import AfterStep
+from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.run import train
 
@@ -138,6 +142,41 @@ def test_a_rank_tells_where_its_time_goes_and_a_profile_changes_nothing(tmp_path
     assert sum(profile["parts_s"].values()) == pytest.approx(profile["whole_s"])
     assert all(profile["parts_s"][part] > 0 for part in ("WKV", "matmul", "forward", "backward", "loss", "optimizer"))
     assert 0 < profile["busy"] <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_host_waits_for_nothing_but_the_numbers_of_a_step(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the end of step 2 to that of step 5 torch raises where it waits; waiting for an event is no such place."""
+    ended, pinned = AfterStep.on_train_batch_end, []
+
+    def end(self: AfterStep, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")  # what follows a step reads memory counters, for one
+        ended(self, *args)
+        torch.cuda.set_sync_debug_mode("error" if args[1].step in (2, 3, 4) else "default")
+
+    given = TokenDataModule.on_before_batch_transfer
+
+    def transfer(self: TokenDataModule, batch: TokenBatch, index: int) -> TokenBatch:
+        pinned.append(batch.inputs.is_pinned() and batch.targets.is_pinned())
+        return given(self, batch, index)
+
+    monkeypatch.setattr(AfterStep, "on_train_batch_end", end)
+    monkeypatch.setattr(TokenDataModule, "on_before_batch_transfer", transfer)
+    try:
+        train(
+            tiny_run_config(
+                tmp_path,
+                model={"n_embd": 128, "head_size_a": 64},
+                data={"validation_fraction": 0.0},
+                training={"accelerator": "cuda", "precision": precision, "max_steps": 6},
+                checkpoint={"save_interval_steps": 100},
+            )
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pinned == [True] * 6
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2 or os.geteuid() != 0, reason="needs two GPUs, and root for a mount")
