@@ -18,7 +18,7 @@ from rwkv_cluster.planning.run_length import Length, learning_rate_curve, learni
 from rwkv_cluster.runtime.control_group import memory_bytes
 from rwkv_cluster.runtime.disk_errors import free_bytes
 from rwkv_cluster.tokenizer import build_tokenizer
-from rwkv_cluster.train.checkpoint.disk_space import checkpoint_bytes_of, weights_bytes
+from rwkv_cluster.train.checkpoint.disk_space import STAGING_BYTES, checkpoint_bytes_of, weights_bytes
 from rwkv_cluster.train.memory.activations import Kernels
 from rwkv_cluster.train.memory.grad_cp import GradCpChoice, choose_grad_cp
 from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, Sharding
@@ -138,18 +138,20 @@ def plan_run(config: Config, assumptions: Assumptions) -> RunPlan:
         kernels=kernels,
         rows=_rows(memory_model, configured, gpu_bytes),
         to_fit=None if gpu_bytes is None else change(memory_model, configured, gpu_bytes),
-        host_copy=_host_copy(config, parameters, sharding),
+        host_copy=_host_copy(config, parameters, sharding, kernels.device),
         disk=_disk(config, work, parameters, assumptions.ranks, run, manifest),
         tokens_per_s=speed,
         seconds=tokens / speed if tokens is not None and speed is not None else None,
     )
 
 
-def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding) -> float:
-    """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written."""
+def _host_copy(config: Config, parameters: RunParameters, sharding: Sharding, device: str) -> float:
+    """Bytes of what a rank has to save, which the host's memory holds while a checkpoint is written; and of the buffer
+    through which they come from a GPU.
+    """
     states = parameters.trained
     whole = FP32 * count(states) + optimizer_of(config.training).moment_bytes(states)
-    return whole / (sharding.ranks if sharding.stage else 1)
+    return whole / (sharding.ranks if sharding.stage else 1) + (STAGING_BYTES if device == "cuda" else 0)
 
 
 def _manifest(work: WorkDir) -> DataManifest | None:

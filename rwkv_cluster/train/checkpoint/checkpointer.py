@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.runtime.disk_errors import WriteFailure
 from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import save_load
-from rwkv_cluster.train.checkpoint.disk_space import require_disk_space
+from rwkv_cluster.train.checkpoint.disk_space import STAGING_BYTES, require_disk_space
 from rwkv_cluster.train.checkpoint.save_load import Files
 from rwkv_cluster.train.checkpoint.state import CheckpointState
 from rwkv_cluster.train.distributed import collectives
@@ -75,6 +75,7 @@ class Checkpointer:
         self._n_bytes = n_bytes
         self._events = events or Events(None)
         self.background = background
+        self._host_copies = HostCopies()
         self._part: _Part | None = None
 
     def save(self, step: int, files: Files, state: CheckpointState) -> None:
@@ -93,7 +94,9 @@ class Checkpointer:
         self.finish()
         began = time.perf_counter()
         temporary = self._make_folder(step)
-        contents = {name: _host_copy(tensors) if self.background else tensors for name, tensors in files.items()}
+        contents = {
+            name: self._host_copies.of(tensors) if self.background else tensors for name, tensors in files.items()
+        }
         part = self._part = _Part(step, temporary, state, {})
         if self.background:
             part.thread = threading.Thread(target=_write, args=(part, contents), name=f"checkpoint of step {step}")
@@ -218,12 +221,90 @@ def _write(part: _Part, files: Files) -> None:
         part.done = True
 
 
-def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that training does not touch, in pinned memory where they come from a GPU."""
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copies[name].copy_(tensor.detach(), non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.current_stream().synchronize()
-    return copies
+class HostCopies:
+    """Copies of tensors in the host's memory, for which what a GPU has goes through one pinned buffer.
+
+    The buffer has two halves: while the device fills one, the host empties the other. Pinning takes a second for every
+    1 to 3 GB, and torch keeps what it has pinned, so that copies that were themselves pinned would cost both.
+
+    half_bytes: of one half. The buffer is made when it is first needed, and kept.
+    """
+
+    def __init__(self, half_bytes: int = STAGING_BYTES // 2) -> None:
+        self._half_bytes = half_bytes
+        self._halves: Tensor | None = None  # uint8 [2, half_bytes]
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies that training does not touch, by the same names. They are complete when this returns."""
+        copies: dict[str, Tensor] = {}
+        staged: list[tuple[Tensor, Tensor]] = []
+        for name, tensor in tensors.items():
+            if tensor.is_cpu:
+                copies[name] = tensor.detach().clone()
+            else:
+                copies[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+                staged.append((tensor, copies[name]))
+        self.stage(staged)
+        return copies
+
+    def stage(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy each first tensor, all of one device, into the second, contiguous on the CPU and of its shape and dtype.
+
+        The copies are complete when this returns.
+        """
+        filled: _Filled | None = None
+        for number, pieces in enumerate(_in_batches(pairs, self._half_bytes)):
+            following = _Filled(self._half(number % 2, pieces[0][0].device), pieces)
+            if filled is not None:
+                filled.empty()
+            filled = following
+        if filled is not None:
+            filled.empty()
+
+    def _half(self, number: int, device: torch.device) -> Tensor:
+        """uint8 [half_bytes]."""
+        if self._halves is None:
+            pinned = device.type == "cuda"
+            self._halves = torch.empty(2, self._half_bytes, dtype=torch.uint8, pin_memory=pinned)
+        return self._halves[number]
+
+
+class _Filled:
+    """Half of a staging buffer into which copies of the device's `pieces` are queued. Pieces: see `_in_batches`."""
+
+    def __init__(self, half: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []  # of the half, and where it belongs
+        begin = 0
+        for source, target in pieces:
+            part = half[begin : begin + len(source)]
+            part.copy_(source, non_blocking=True)
+            self._parts.append((part, target))
+            begin += len(source)
+        self._copied: torch.cuda.Event | None = None
+        if pieces[0][0].is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def empty(self) -> None:
+        """Wait for the device, and copy what it has filled to where it belongs."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for part, target in self._parts:
+            target.copy_(part)
+
+
+def _in_batches(pairs: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The bytes of all `pairs`, in order, as pieces of uint8 [n], in batches of `size` bytes at most."""
+    pieces: list[tuple[Tensor, Tensor]] = []
+    left = size
+    for pair in pairs:
+        source, target = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in pair)
+        while len(source) > 0:
+            n_bytes = min(left, len(source))
+            pieces.append((source[:n_bytes], target[:n_bytes]))
+            source, target, left = source[n_bytes:], target[n_bytes:], left - n_bytes
+            if left == 0:
+                yield pieces
+                pieces, left = [], size
+    if pieces:
+        yield pieces

@@ -17,6 +17,8 @@ from rwkv_cluster.train.optimizers.table import Optimizer
 SPARE = 1.1  # a file system's own blocks, and what others write in the meantime
 _TENSOR = 300  # torch's format beside the values of a tensor: two zip headers, its name, its place in the pickle
 _FP32 = 4  # bytes
+STAGING_BYTES = 2 * 64 * 2**20
+"""Of pinned memory, through which a GPU's tensors come to the host's memory before they are written."""
 _RANK = 33_000  # a rank's random states as JSON
 
 Shapes = Mapping[str, Sequence[int]]

@@ -23,7 +23,8 @@ from tiny_run import state_of
 
 from rwkv_cluster.errors import CheckpointError
 from rwkv_cluster.train.checkpoint import rng_state, save_load
-from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer, prune
+from rwkv_cluster.train.checkpoint.checkpointer import Checkpointer, HostCopies, prune
+from rwkv_cluster.train.checkpoint.disk_space import STAGING_BYTES
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
 from rwkv_cluster.train.guards.spike_guard import SpikeState
 
@@ -284,6 +285,61 @@ def test_nan_is_not_saved(directory: Path, kind: str, background: bool) -> None:
     with pytest.raises(CheckpointError, match=rf"{kind}\.pth is not written: [ab] .*NaN or infinite"):
         Checkpointer(directory, keep_last=3, background=background, n_bytes=0).save(3, files, state_of(3))
     assert list(directory.iterdir()) == []
+
+
+def _some_of_each_kind(device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(37, 11, generator=generator)
+    tensors = {
+        "odd": wide[:, 0].contiguous(), "transposed": wide.t(), "strided": wide[::2, ::3],
+        "broadcast": wide[:1].expand(9, 11),
+        "scalar": wide[3, 3], "empty": wide[:, :0], "half": wide.bfloat16(), "double": wide.double(),
+        "codes": wide.to(torch.uint8), "numbers": wide.long(), "flags": wide > 0, "parameter": torch.nn.Parameter(wide),
+    }  # fmt: skip
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("half_bytes", [1, 7, 64, 1000, 100_000])
+def test_staged_copies_are_exact(half_bytes: int) -> None:
+    tensors = _some_of_each_kind("cpu")
+    copies = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    host_copies = HostCopies(half_bytes)
+    for _ in range(2):
+        host_copies.stage((tensors[name], copy.detach().zero_()) for name, copy in copies.items())
+        for name, tensor in tensors.items():
+            assert copies[name].dtype == tensor.dtype
+            assert torch.equal(copies[name], tensor), name
+
+
+def _require_copies_of_their_own(device: str) -> None:
+    tensors = _some_of_each_kind(device)
+    before = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+    copies = HostCopies(1000).of(tensors)
+    for name, tensor in tensors.items():
+        tensor.data = torch.zeros_like(tensor) if name == "broadcast" else tensor.data.zero_()
+        assert (copies[name].is_cpu, copies[name].requires_grad) == (True, False)
+        assert copies[name].shape == before[name].shape
+        assert torch.equal(copies[name], before[name]), name
+
+
+def test_copies_stay_when_training_goes_on() -> None:
+    _require_copies_of_their_own("cpu")
+
+
+@pytest.mark.gpu
+def test_copies_of_a_gpus_tensors_pin_one_buffer() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    _require_copies_of_their_own("cuda")
+    large = {str(number): torch.randn(40_000_001, device="cuda") for number in range(4)}
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    host_copies = HostCopies()
+    copies = [host_copies.of(large) for _ in range(2)]
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] - before == STAGING_BYTES
+    for copy in copies:
+        for name, tensor in large.items():
+            assert not copy[name].is_pinned()
+            assert torch.equal(copy[name], tensor.cpu())
 
 
 def test_a_save_that_fails_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
