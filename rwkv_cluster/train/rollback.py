@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-
-import torch
 
 from rwkv_cluster.errors import CheckpointError, TrainingError
 from rwkv_cluster.runtime.rank_env import rank
@@ -16,6 +13,7 @@ from rwkv_cluster.train.checkpoint.save_load import Checkpoint, checkpoint_path,
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.guards.spike_guard import Spike
 from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.parallel.teardown import free_memory
 from rwkv_cluster.train.session import Session, guard_states
 
 log = logging.getLogger("rwkv_cluster")
@@ -49,7 +47,7 @@ def roll_back(session: Session, spike: Spike, events: Events) -> Session:
             f"{spike}. Back to step {resumed.start_step}, to go on without the samples of {n_left_out} steps from step "
             f"{first_skipped} on; rollback {spikes.rollbacks} of at most {session.config.guard.max_rollbacks}"
         )
-    _release_memory()
+    free_memory()  # for the model and the optimizer that come in their place
     return resumed
 
 
@@ -99,10 +97,3 @@ def _remove_checkpoints_after(session: Session, step: int) -> None:
     for later in list_steps(session.work.checkpoints):
         if later > step:
             save_load.remove(checkpoint_path(session.work.checkpoints, later))
-
-
-def _release_memory() -> None:
-    """Free the abandoned model and optimizer, which are in reference cycles, before new ones are built."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

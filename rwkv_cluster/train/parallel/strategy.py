@@ -24,6 +24,7 @@ from rwkv_cluster.train.distributed.collectives import join_group, leaving_group
 from rwkv_cluster.train.parallel import nccl_environment
 from rwkv_cluster.train.parallel.cluster_environment import RankEnvironment
 from rwkv_cluster.train.parallel.state import ModelAndOptimizerState, ReplicatedState
+from rwkv_cluster.train.parallel.teardown import tear_down
 from rwkv_cluster.train.parallel.zero import (
     ZeroShardedState,
     ZeroStrategy,
@@ -115,6 +116,16 @@ class ReplicaStrategy(DDPStrategy):
             join_group(self._get_process_group_backend(), self._group, self._timeout, self.root_device)
         super().setup_distributed()
 
+    def teardown(self) -> None:
+        tear_down(self)
+
+
+class OneDeviceStrategy(SingleDeviceStrategy):
+    """Lightning's strategy for one process, which leaves what it trained where it is; see `tear_down`."""
+
+    def teardown(self) -> None:
+        tear_down(self)
+
 
 def trainer_arguments(training: TrainingConfig, placement: Placement, group: str, hang: Path) -> dict[str, Any]:
     """Arguments of `pytorch_lightning.Trainer` that follow from strategy, precision and placement.
@@ -204,5 +215,5 @@ def _strategy(training: TrainingConfig, placement: Placement, group: str) -> Str
     if training.deepspeed_stage is not None:
         return zero_strategy(training, placement.accelerator, group)
     if placement.world_size == 1 and training.strategy == "auto":
-        return SingleDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
+        return OneDeviceStrategy("cuda:0" if placement.accelerator == "cuda" else "cpu")
     return ReplicaStrategy(group, training, placement.accelerator)

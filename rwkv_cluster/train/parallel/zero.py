@@ -34,6 +34,7 @@ from rwkv_cluster.train.optimizers.muon import Muon
 from rwkv_cluster.train.optimizers.param_groups import has_ema
 from rwkv_cluster.train.optimizers.table import EMA
 from rwkv_cluster.train.parallel.state import replaced
+from rwkv_cluster.train.parallel.teardown import tear_down
 
 MASTER = "master"
 
@@ -119,6 +120,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         else:  # the parent validates indices, which CPUs do not have
             self.set_world_ranks()
             self._init_deepspeed_distributed()
+
+    def teardown(self) -> None:
+        tear_down(self)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
