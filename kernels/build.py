@@ -35,7 +35,16 @@ MANIFEST_VERSION = 1
 TARGETS = ("cpu", "cuda", "host")
 
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-CUDA_SOURCES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "fused.cu", "loss.cu", "capi.cu")
+CUDA_SOURCES = (
+    "wkv7_exact.cu",
+    "wkv6_exact.cu",
+    "wkv7_chunk.cu",
+    "wkv6_chunk.cu",
+    "fused.cu",
+    "rwkv7_passes.cu",
+    "loss.cu",
+    "capi.cu",
+)
 CPU_SOURCES = ("capi.cpp",)
 CPU_TARGET_SOURCES = ("wkv.cpp", "fused.cpp")
 X86_TARGETS = {

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
-ABI = 3
+ABI = 4
 """RWKV_KERNELS_ABI of a library that fits."""
 
 
@@ -81,10 +81,10 @@ ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
     "rwkv_mix_backward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 5]),
     "rwkv_squared_relu_forward": (c_int32, [_ROWS, *[c_void_p] * 2]),
     "rwkv_squared_relu_backward": (c_int32, [_ROWS, *[c_void_p] * 3]),
-    "rwkv_keys_forward": (c_int32, [_ROWS, *[c_void_p] * 7]),
-    "rwkv_keys_backward": (c_int32, [_ROWS, *[c_void_p] * 11]),
-    "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 9]),
-    "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 15]),
+    "rwkv_prepare_forward": (c_int32, [_ROWS, *[c_void_p] * 2]),
+    "rwkv_prepare_backward": (c_int32, [_ROWS, *[c_void_p] * 3]),
+    "rwkv_read_forward": (c_int32, [_ROWS, *[c_void_p] * 7]),
+    "rwkv_read_backward": (c_int32, [_ROWS, *[c_void_p] * 12]),
     "rwkv_blend_forward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 4]),
     "rwkv_blend_backward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 6]),
     "rwkv_gated_norm_forward": (c_int32, [_ROWS, *[c_void_p] * 5]),

@@ -4,7 +4,7 @@
 // Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
 // parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
 // block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N. CUDA:
-// addresses of tensors are multiples of 16, and in the passes over heads (keys, read, gated_norm) N is a power of two
+// addresses of tensors are multiples of 16, and in the passes over heads (prepare, read, gated_norm) N is a power of two
 // up to 256.
 #pragma once
 #include <stdint.h>
@@ -43,20 +43,47 @@ int32_t rwkv_blend_backward(const rwkv_rows *shape, int32_t count, const void *d
 int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y);
 int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const void *dy, void *dx);
 
-// kappa = per-head unit vector along k k_k; written = k (1 + (a - 1) k_a), removed = -kappa, replaced = kappa a.
-int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
-                          void *written, void *removed, void *replaced);
-int32_t rwkv_keys_backward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
-                           const void *dwritten, const void *dremoved, const void *dreplaced, void *dk, void *da,
-                           float *dk_k, float *dk_a);
+// RWKV-7's pass before WKV: [R,C] tensors r, k, v, what passes from block 0 (v_first), and a and v_mix before their sigmoids
+// and without their biases. parameters [5,C]: k_k, k_a, r_k, a0, v0. In block 0 v_first and v_mix are null, parameters
+// [4,C] end with a0, and v stays what it is.
+typedef struct {
+    const void *r, *k, *a, *v, *v_first, *v_mix;
+    const float *parameters;
+} rwkv_prepare_inputs;
 
-// out = (norm(y) weight + bias + (sum over a head of r k r_k) v) gate; norm over a head, eps 64e-5. Parameters [C].
-int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
-                          const void *gate, const float *r_k, const float *weight, const float *bias, void *out);
-// dparameters: partial [3,C] of r_k, weight, bias.
-int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
-                           const void *gate, const float *r_k, const float *weight, const float *bias,
-                           const void *dout, void *dy, void *dr, void *dk, void *dv, void *dgate, float *dparameters);
+// written = k (1 + (rate - 1) k_a), removed = -kappa, replaced = kappa rate, with rate = sigmoid(a + a0) and kappa the
+// per-head unit vector along k k_k; mixed = v + (v_first - v) sigmoid(v_mix + v0), null in block 0; bonus, fp32 [R,C/N] =
+// sum over a head of r written r_k.
+typedef struct {
+    void *written, *removed, *replaced, *mixed;
+    float *bonus;
+} rwkv_prepare_outputs;
+
+// Gradients of the outputs. Besides, r and v_first have later uses, and mixed has two (in block 0 that is v itself, and so
+// is v_first): their gradients come too, and are added here. v_first may be null.
+typedef struct {
+    const void *r, *written, *removed, *replaced, *mixed, *mixed_again, *v_first;
+    const float *bonus;
+} rwkv_prepare_doutputs;
+
+// Gradients of the inputs. parameters: partial [5,C] or [4,C]. v_first and v_mix are null in block 0.
+typedef struct {
+    void *r, *k, *a, *v, *v_first, *v_mix;
+    float *parameters;
+} rwkv_prepare_dinputs;
+
+int32_t rwkv_prepare_forward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
+                             const rwkv_prepare_outputs *outputs);
+int32_t rwkv_prepare_backward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
+                              const rwkv_prepare_doutputs *doutputs, const rwkv_prepare_dinputs *dinputs);
+
+// out = (norm(y) weight + bias + bonus v) gate; norm over a head, eps 64e-5. bonus fp32 [R,C/N]; parameters [C].
+int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
+                          const float *weight, const float *bias, void *out);
+// dparameters: partial [2,C] of weight and bias.
+int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
+                           const float *weight, const float *bias, const void *dout, void *dy, void *dv, float *dbonus,
+                           void *dgate, float *dparameters);
 
 // out = (norm(y) weight + bias) silu(gate); norm as in read. Parameters [C]; dparameters: partial [2,C] of both.
 int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,

@@ -13,7 +13,7 @@
 #pragma once
 #include <stdint.h>
 
-#define RWKV_KERNELS_ABI 3
+#define RWKV_KERNELS_ABI 4
 
 #ifdef __cplusplus
 extern "C" {

@@ -60,19 +60,30 @@ def squared_relu(x: Tensor) -> Tensor:
     return result
 
 
-def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """RWKV-7's key preparation of k, a [B,T,C] with k_k, k_a of C elements and head size `size`: three [B,T,C]."""
-    parameters = _parameter(k_k, k), _parameter(k_a, k)
-    result: tuple[Tensor, Tensor, Tensor] = _Keys.apply(aligned(k), aligned(a), *parameters, size)
+def prepare(
+    r: Tensor,
+    k: Tensor,
+    a: Tensor,
+    v: Tensor,
+    v_first: Tensor | None,
+    v_mix: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    a0: Tensor,
+    v0: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """RWKV-7's pass before WKV: arguments and results of `reference.prepare`."""
+    parameters = torch.stack([p.flatten() for p in (k_k, k_a, r_k, a0, v0) if p is not None])
+    tensors = (None if x is None else aligned(x) for x in (r, k, a, v, v_first, v_mix))
+    result: tuple[Tensor, ...] = _Prepare.apply(r_k.shape[-1], *tensors, aligned(parameters.to(k.dtype).float()))
     return result
 
 
-def gated_readout(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """RWKV-7's reading: y, r, k, v [B,T,H,N], gate [B,T,C], r_k [H,N], weight and bias [C] -> [B,T,C]."""
-    tensors = (aligned(x) for x in (y, r, k, v, gate))
-    result: Tensor = _Read.apply(*tensors, *(_parameter(p, gate) for p in (r_k, weight, bias)))
+def gated_readout(y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """RWKV-7's reading: y [B,T,H,N], v, gate [B,T,C], bonus [B,T,H], weight and bias [C] -> [B,T,C]."""
+    tensors = (aligned(x) for x in (y, v, bonus.float(), gate))
+    result: Tensor = _Read.apply(*tensors, _parameter(weight, gate), _parameter(bias, gate))
     return result
 
 
@@ -139,33 +150,63 @@ class _SquaredRelu(torch.autograd.Function):
         return dx
 
 
-class _Keys(torch.autograd.Function):
+class _Prepare(torch.autograd.Function):
+    """Returns r, v and v_first once for each later use, on the same memory, so that all their gradients come here."""
+
     @staticmethod
-    def forward(ctx: Any, k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(k, a, k_k, k_a)
+    def forward(
+        ctx: Any,
+        size: int,
+        r: Tensor,
+        k: Tensor,
+        a: Tensor,
+        v: Tensor,
+        v_first: Tensor | None,
+        v_mix: Tensor | None,
+        parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs = (r, k, a, v, v_first, v_mix, parameters)
         ctx.size = size
-        outputs = torch.empty_like(k), torch.empty_like(k), torch.empty_like(k)
-        _call("rwkv_keys_forward", k, size, k, a, k_k, k_a, *outputs)
-        return outputs
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        written, removed, replaced = (torch.empty_like(k) for _ in range(3))
+        mixed = v if v_first is None else torch.empty_like(v)
+        bonus = _bonus_like(k, size)
+        outputs = (written, removed, replaced, None if v_first is None else mixed, bonus)
+        _call("rwkv_prepare_forward", k, size, _addresses(inputs), _addresses(outputs))
+        later = v.detach() if v_first is None else v_first
+        return r, written, removed, replaced, mixed, mixed.detach(), later, bonus
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
-        k, a, k_k, k_a = ctx.saved_tensors
-        grads = torch.empty_like(k), torch.empty_like(a), _partial(k, len(k_k)), _partial(k, len(k_a))
-        _call("rwkv_keys_backward", k, ctx.size, k, a, k_k, k_a, *(aligned(g) for g in doutputs), *grads)
-        return *grads[:2], grads[2].sum(0), grads[3].sum(0), None
+    def backward(ctx: Any, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, parameters = inputs = ctx.saved_tensors
+        k = tensors[1]
+        *of_io, of_v_first, dbonus = (None if g is None else aligned(g) for g in doutputs)
+        of_io = [torch.zeros_like(k) if g is None else g for g in of_io]
+        if dbonus is None:
+            dbonus = _bonus_like(k, ctx.size).zero_()
+        dinputs = [None if x is None else torch.empty_like(x) for x in tensors]
+        dparameters = _partial(k, *parameters.shape)
+        given = _addresses((*of_io, of_v_first, dbonus))
+        _call("rwkv_prepare_backward", k, ctx.size, _addresses(inputs), given, _addresses((*dinputs, dparameters)))
+        return None, *dinputs, dparameters.sum(0)
+
+
+def _bonus_like(k: Tensor, size: int) -> Tensor:
+    """Uninitialised fp32 [B,T,H] beside k [B,T,C]."""
+    return k.new_empty(*k.shape[:-1], k.shape[-1] // size, dtype=torch.float32)
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, r, k, v, gate, r_k, weight, bias
-        return _head_norm_forward("rwkv_read", ctx, inputs, inputs[4])
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # y, v, bonus, gate, weight, bias
+        return _head_norm_forward("rwkv_read", ctx, inputs, inputs[3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        return _head_norm_backward("rwkv_read", ctx, dout, 3)
+        return _head_norm_backward("rwkv_read", ctx, dout, 2)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -208,8 +249,9 @@ def _partial(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty((rows + ROWS_IN_BLOCK - 1) // ROWS_IN_BLOCK, *shape, dtype=torch.float32)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    """An array, or a structure, of pointers to the tensors; null for None."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 
 def _call(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | None = None) -> None:

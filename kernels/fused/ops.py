@@ -29,6 +29,7 @@ from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import reference as plain
+from rwkv_cluster.kernels.fused.reference import Prepared
 from rwkv_cluster.kernels.native import find_library
 
 CHOICES = ("auto", "plain", "native", "compile")
@@ -91,40 +92,50 @@ def squared_relu(x: Tensor, *, choice: str = "auto") -> Tensor:
     return result
 
 
-def prepare_keys(
-    k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int, *, choice: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """RWKV-7's key preparation: k (1 + (a - 1) k_a), -kappa, kappa a, with kappa the per-head unit vector along k k_k.
+def prepare(
+    r: Tensor,
+    k: Tensor,
+    a: Tensor,
+    v: Tensor,
+    v_first: Tensor | None,
+    v_mix: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    a0: Tensor,
+    v0: Tensor | None,
+    *,
+    choice: str = "auto",
+) -> Prepared:
+    """RWKV-7's pass before WKV, with kappa the per-head unit vector along k k_k and rate = sigmoid(a + a0).
 
-    k, a: [B,T,C]; k_k, k_a: C elements; size: N. All results [B,T,C].
+    k (1 + (rate - 1) k_a), -kappa, kappa rate, v + (v_first - v) sigmoid(v_mix + v0), and the sum over a head of r_k r
+    times that k.
+
+    Args:
+        r, k, v: [B,T,C].
+        a, v_mix: [B,T,C] before their sigmoids and biases.
+        v_first: [B,T,C] of block 0, in which v_first, v_mix and v0 are None.
+        k_k, k_a, a0, v0: C elements.
+        r_k: [H,N].
+        choice: one of CHOICES.
     """
-    form = _form(choice, k, size)
-    if form == "native":
-        return native.prepare_keys(k, a, k_k, k_a, size)
-    result: tuple[Tensor, Tensor, Tensor] = _plain(plain.prepare_keys, form)(k, a, k_k, k_a, size)
-    return result
+    arguments = (r, k, a, v, v_first, v_mix, k_k, k_a, r_k, a0, v0)
+    form = _form(choice, k, r_k.shape[-1])
+    return Prepared(*(native.prepare if form == "native" else _plain(plain.prepare, form))(*arguments))
 
 
 def gated_readout(
-    y: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    r_k: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    choice: str = "auto",
+    y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, choice: str = "auto"
 ) -> Tensor:
-    """RWKV-7's reading of WKV's output: (head norm of y, with weight and bias, + (r . (k r_k)) v) * gate.
+    """RWKV-7's reading of WKV's output: (head norm of y, with weight and bias, + bonus v) * gate.
 
-    y, r, k, v: [B,T,H,N]; gate [B,T,C]; r_k [H,N]; weight, bias [C]. Returns [B,T,C].
+    y [B,T,H,N]; v, gate [B,T,C]; bonus [B,T,H]; weight, bias [C]. Returns [B,T,C].
     """
     form = _form(choice, gate, y.shape[-1])
     if form == "native":
-        return native.gated_readout(y, r, k, v, gate, r_k, weight, bias)
-    result: Tensor = _plain(plain.gated_readout, form)(y, r, k, v, gate, r_k, weight, bias)
+        return native.gated_readout(y, v, bonus, gate, weight, bias)
+    result: Tensor = _plain(plain.gated_readout, form)(y, v, bonus, gate, weight, bias)
     return result
 
 

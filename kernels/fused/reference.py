@@ -6,7 +6,7 @@ Legend: B batch, T time, H heads, N head size, C = H N.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,51 @@ def squared_relu(x: Tensor) -> Tensor:
     return result
 
 
+class Prepared(NamedTuple):
+    """What RWKV-7 computes before WKV from its products. [B,T,C] but for bonus [B,T,H], which is fp32 or float64.
+
+    r and v_first are as they came, for later uses, and v_again is v once more: so the compiled libraries' pass receives
+    all their gradients and adds them. k, removed and replaced are WKV's k, a and b.
+    """
+
+    r: Tensor
+    k: Tensor
+    removed: Tensor
+    replaced: Tensor
+    v: Tensor
+    v_again: Tensor
+    v_first: Tensor
+    bonus: Tensor
+
+
+def prepare(
+    r: Tensor,
+    k: Tensor,
+    a: Tensor,
+    v: Tensor,
+    v_first: Tensor | None,
+    v_mix: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    a0: Tensor,
+    v0: Tensor | None,
+) -> Prepared:
+    """RWKV-7's keys, values and bonus r . (k r_k), from a and v_mix before their sigmoids and without their biases.
+
+    r, k, a, v, v_first, v_mix: [B,T,C], None, None in block 0. k_k, k_a, a0, v0: C elements; r_k [H,N].
+    """
+    if v_first is None or v_mix is None or v0 is None:
+        v_first = v
+    else:
+        v = torch.lerp(v, v_first, (v_mix + v0.to(v_mix.dtype)).sigmoid_())
+    rate = (a + a0.to(a.dtype)).sigmoid_()
+    written, removed, replaced = prepare_keys(k, rate, k_k, k_a, r_k.shape[-1])
+    accurate = torch.promote_types(r.dtype, torch.float32)
+    bonus = ((r * written).unflatten(-1, r_k.shape) * r_k.to(r.dtype)).sum(-1, dtype=accurate)
+    return Prepared(r, written, removed, replaced, v, v, v_first, bonus)
+
+
 def prepare_keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """k (1 + (a - 1) k_a), -kappa, kappa a, with kappa the per-head unit vector along k k_k.
 
@@ -62,17 +107,14 @@ def head_norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype))
 
 
-def gated_readout(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """(head norm of y, with weight and bias, + (r . (k r_k)) v) * gate: RWKV-7's reading of WKV's output.
+def gated_readout(y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(head norm of y, with weight and bias, + bonus v) * gate: RWKV-7's reading of WKV's output.
 
-    y, r, k, v: [B,T,H,N]; gate [B,T,C]; r_k [H,N]; weight, bias [C]. Returns [B,T,C].
+    y [B,T,H,N]; v, gate [B,T,C]; bonus [B,T,H]; weight, bias [C]. Returns [B,T,C].
     """
-    z = head_norm(y, weight, bias)
-    accurate = torch.promote_types(r.dtype, torch.float32)
-    bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True, dtype=accurate)  # [B,T,H,1]
-    return torch.addcmul(z.unflatten(-1, r_k.shape), bonus.to(z.dtype), v).flatten(-2) * gate
+    heads = y.shape[-2:]
+    z = head_norm(y, weight, bias).unflatten(-1, heads)
+    return torch.addcmul(z, bonus.unsqueeze(-1).to(z.dtype), v.unflatten(-1, heads)).flatten(-2) * gate
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

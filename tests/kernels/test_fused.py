@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of, run, some_starts
+from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of, is_bonus, run, some_starts
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
@@ -21,7 +21,8 @@ from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import ops as fused
 
-COMPILED, COMPILED_LATER = ["mix", "gated_readout"], ["squared_relu", "prepare_keys", "blend", "gated_norm"]
+COMPILED = ["mix", "gated_readout"]
+COMPILED_LATER = ["squared_relu", "prepare", "prepare_block_0", "blend", "gated_norm"]
 
 
 @pytest.fixture(autouse=True)
@@ -97,13 +98,33 @@ def test_every_instruction_set(name, target):
 
 
 def test_a_vanishing_key_has_finite_gradients():
-    tensors, _ = arguments("prepare_keys", (1, 3, 1, 16))
+    tensors, _ = arguments("prepare", (1, 3, 1, 16))
     given = [x.float() for x in tensors]
-    given[0][0, 1] = 0.0
-    wanted = run("prepare_keys", [x.double() for x in given], 16, "plain")
-    found = run("prepare_keys", given, 16, "native")
+    given[1][0, 1] = 0.0
+    wanted = run("prepare", [x.double() for x in given], 16, "plain")
+    found = run("prepare", given, 16, "native")
     assert all(torch.isfinite(x).all() for x in found)
     assert max(relative_errors(found, wanted)) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["prepare", "prepare_block_0"])
+def test_what_later_uses_share_is_not_copied(name):
+    """The last block sends no gradient to v_first, and an unused bonus none either."""
+    tensors, parameters = arguments(name, (1, 5, 2, 16))
+    given = [x.float().requires_grad_() for x in tensors]
+    inputs, vectors = given[: len(given) - parameters], given[len(given) - parameters :]
+    if name == "prepare_block_0":
+        inputs, vectors = [*inputs, None, None], [*vectors, None]
+    gradients = []
+    for choice in ("native", "plain"):
+        prepared = fused.prepare(*inputs, *vectors, choice=choice)
+        memory = {field: x.data_ptr() for field, x in prepared._asdict().items()}
+        assert (memory["r"], memory["v_again"]) == (inputs[0].data_ptr(), memory["v"])
+        assert memory["v_first"] == inputs[3 if name == "prepare_block_0" else 4].data_ptr()
+        loss = (prepared.v * prepared.k).sum() + (prepared.r * prepared.replaced * prepared.removed).sum()
+        gradients.append(torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True))
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.system
@@ -112,7 +133,9 @@ def test_under_torch_compile(name):
     """Inductor's C++ for the CPU stands in for its Triton code; bf16 beside float64 as above."""
     tensors, parameters = arguments(name, (2, 9, 2, 32))
     first = len(tensors) - parameters
-    given = [x.bfloat16() if i < first else x.bfloat16().float() for i, x in enumerate(tensors)]
+    given = [
+        x.bfloat16() if i < first and not is_bonus(name, i) else x.bfloat16().float() for i, x in enumerate(tensors)
+    ]
     found = run(name, given, 32, "compile")
     assert all(x.dtype == g.dtype for x, g in zip(found[-len(given) :], given, strict=True))
     wanted = run(name, [x.double() for x in given], 32, "plain")

@@ -67,24 +67,25 @@ def test_every_schedule_gives_the_same_bits(name: str, host_library: ctypes.CDLL
 
 
 def test_a_vanishing_key_has_finite_gradients() -> None:
-    errors = errors_of("prepare_keys", (1, 3, 1, 16), torch.float32, vanishing=True)
+    errors = errors_of("prepare", (1, 3, 1, 16), torch.float32, vanishing=1)
     assert max(errors) < LIMITS[torch.float32], errors
 
 
 def test_views_at_any_address_are_read() -> None:
     """16 bytes are read at once: these begin 4 and 8 bytes after a multiple of that."""
-    tensors, _ = arguments("prepare_keys", (1, 3, 1, 16))
+    tensors, _ = arguments("prepare", (1, 3, 1, 16))
     given = [x.float() for x in tensors]
     moved = [torch.empty(x.numel() + 2)[1 + i % 2 :][: x.numel()].view_as(x).copy_(x) for i, x in enumerate(given)]
     assert all(x.data_ptr() % 16 for x in moved)
-    assert all(map(torch.equal, run("prepare_keys", moved, 16, "native"), run("prepare_keys", given, 16, "native")))
+    assert all(map(torch.equal, run("prepare", moved, 16, "native"), run("prepare", given, 16, "native")))
 
 
 def test_what_has_no_kernel_is_refused(host_library: ctypes.CDLL) -> None:
     rows = {1: Rows(rows=1, time=1, width=48, size=48), 2: Rows(rows=1, time=1, width=16, size=16, io=3)}
+    no_pointers = (ctypes.c_void_p * 7)()
     for status, shape in rows.items():
-        assert host_library.rwkv_keys_forward(ctypes.byref(shape), *[None] * 7) == status
+        assert host_library.rwkv_prepare_forward(ctypes.byref(shape), *[ctypes.byref(no_pointers)] * 2) == status
     too_many = Rows(rows=1, time=1, width=16, size=16)
     assert host_library.rwkv_mix_forward(ctypes.byref(too_many), 7, *[None] * 3) == 1
     nothing = Rows(rows=0, time=1, width=16, size=16)
-    assert host_library.rwkv_keys_forward(ctypes.byref(nothing), *[None] * 7) == 0
+    assert host_library.rwkv_prepare_forward(ctypes.byref(nothing), *[ctypes.byref(no_pointers)] * 2) == 0

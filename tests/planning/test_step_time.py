@@ -55,7 +55,8 @@ class Traffic(TorchDispatchMode):
         result = function()
         self.is_inside = False
         self.operations += 1
-        self.elements += sum(x.numel() for x in [*given, *tensors(result)])
+        by_memory = {x.untyped_storage().data_ptr(): x.numel() for x in [*given, *tensors(result)]}
+        self.elements += sum(by_memory.values())
         return result
 
 
@@ -66,7 +67,10 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, traffic: Traffic, function: Callable[..., Any], *given: Tensor) -> Any:
         ctx.traffic, ctx.function = traffic, function
         ctx.save_for_backward(*given)
-        return traffic.one_pass(lambda: function(*given), given)
+        result = traffic.one_pass(lambda: function(*given), given)
+        if isinstance(result, Tensor):
+            return result
+        return tuple(x.detach() for x in result)  # each has a gradient of its own, also on the same memory
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -7,7 +7,7 @@ from naive_wkv import relative_errors
 
 from rwkv_cluster.kernels.fused import ops as fused
 
-NATIVE = ["mix", "squared_relu", "prepare_keys", "gated_readout"]
+NATIVE = ["mix", "squared_relu", "prepare", "prepare_block_0", "gated_readout"]
 ON_CUDA = [*NATIVE, "blend", "gated_norm"]
 """Passes of the CPU library, and of CUDA's."""
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]
@@ -34,10 +34,18 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
         return [normal(*flat)], 0
     if name == "gated_norm":
         return [normal(*full), normal(*flat), normal(width), normal(width)], 2
-    if name == "prepare_keys":
-        return [normal(*flat), torch.sigmoid(normal(*flat)), normal(1, 1, width), normal(1, 1, width)], 2
-    parameters = [normal(heads, size), normal(width), normal(width)]
-    return [*(normal(*full) for _ in range(4)), normal(*flat), *parameters], 3
+    if name.startswith("prepare"):
+        first = name == "prepare_block_0"
+        tensors = [normal(*flat) for _ in range(4 if first else 6)]
+        vectors = [normal(1, 1, width) for _ in range(3 if first else 4)]  # k_k, k_a, a0, v0
+        return [*tensors, *vectors[:2], normal(heads, size), *vectors[2:]], len(vectors) + 1
+    bonus = normal(batch, time, heads)
+    return [normal(*full), normal(*flat), bonus, normal(*flat), normal(width), normal(width)], 2
+
+
+def is_bonus(name: str, i: int) -> bool:
+    """Whether argument i is the reading's bonus, which is fp32 beside bf16 and fp16."""
+    return name == "gated_readout" and i == 2
 
 
 def some_starts(batch: int, time: int) -> torch.Tensor:
@@ -54,18 +62,18 @@ def errors_of(
     device: str = "cpu",
     documents: bool = False,
     count: int = 6,
-    vanishing: bool = False,
+    vanishing: int | None = None,
 ) -> list[float]:
     """Relative errors of the native form's results and gradients for inputs of `dtype`, beside the plain in float64.
 
-    documents: with `some_starts`. count: of mixes. vanishing: zeros in the second step of the first tensor.
+    documents: with `some_starts`. count: of mixes. vanishing: of this tensor the second step is zeros.
     """
     tensors, parameters = arguments(name, shape, count)
-    if vanishing:
-        tensors[0][:, 1] = 0.0
+    if vanishing is not None:
+        tensors[vanishing][:, 1] = 0.0
     first = len(tensors) - parameters
     rounded = [x.to(dtype) for x in tensors]  # parameters too: they are used in the dtype of the activations
-    given = [x if i < first else x.float() for i, x in enumerate(rounded)]
+    given = [x if i < first and not is_bonus(name, i) else x.float() for i, x in enumerate(rounded)]
     starts = some_starts(*shape[:2]) if documents else None
     wanted = run(name, [x.double() for x in given], shape[-1], "plain", starts)
     starts = None if starts is None else starts.to(device)
@@ -82,8 +90,10 @@ def run(
         results = list(fused.mix(leaves[0], leaves[1:], starts, choice=choice))
     elif name == "blend":
         results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
-    elif name == "prepare_keys":
-        results = list(fused.prepare_keys(*leaves, size, choice=choice))
+    elif name.startswith("prepare"):
+        nothing = [None] if name == "prepare_block_0" else []
+        tensors, vectors = leaves[: 6 - 2 * len(nothing)], leaves[6 - 2 * len(nothing) :]
+        results = list(fused.prepare(*tensors, *nothing * 2, *vectors, *nothing, choice=choice))
     else:
         results = [getattr(fused, name)(*leaves, choice=choice)]
     generator = torch.Generator().manual_seed(4)

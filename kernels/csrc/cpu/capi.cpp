@@ -170,34 +170,31 @@ int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const 
     });
 }
 
-int32_t rwkv_keys_forward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
-                          void *written, void *removed, void *replaced) {
+int32_t rwkv_prepare_forward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
+                             const rwkv_prepare_outputs *outputs) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.keys_forward(*shape, block, k, a, k_k, k_a, written, removed, replaced);
+        fused.prepare_forward(*shape, block, *inputs, *outputs);
     });
 }
 
-int32_t rwkv_keys_backward(const rwkv_rows *shape, const void *k, const void *a, const float *k_k, const float *k_a,
-                           const void *dwritten, const void *dremoved, const void *dreplaced, void *dk, void *da,
-                           float *dk_k, float *dk_a) {
+int32_t rwkv_prepare_backward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
+                              const rwkv_prepare_doutputs *doutputs, const rwkv_prepare_dinputs *dinputs) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.keys_backward(*shape, block, k, a, k_k, k_a, dwritten, dremoved, dreplaced, dk, da, dk_k, dk_a);
+        fused.prepare_backward(*shape, block, *inputs, *doutputs, *dinputs);
     });
 }
 
-int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
-                          const void *gate, const float *r_k, const float *weight, const float *bias, void *out) {
+int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
+                          const float *weight, const float *bias, void *out) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.read_forward(*shape, block, y, r, k, v, gate, r_k, weight, bias, out);
+        fused.read_forward(*shape, block, y, v, bonus, gate, weight, bias, out);
     });
 }
 
-int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *r, const void *k, const void *v,
-                           const void *gate, const float *r_k, const float *weight, const float *bias,
-                           const void *dout, void *dy, void *dr, void *dk, void *dv, void *dgate,
-                           float *dparameters) {
+int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
+                           const float *weight, const float *bias, const void *dout, void *dy, void *dv, float *dbonus,
+                           void *dgate, float *dparameters) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.read_backward(*shape, block, y, r, k, v, gate, r_k, weight, bias, dout, dy, dr, dk, dv, dgate,
-                            dparameters);
+        fused.read_backward(*shape, block, y, v, bonus, gate, weight, bias, dout, dy, dv, dbonus, dgate, dparameters);
     });
 }

@@ -1,4 +1,4 @@
-// Token shift, key preparation and the reading of WKV's output, of one instruction set, on blocks of rows.
+// Token shift, and RWKV-7's passes before and after WKV, of one instruction set, on blocks of rows.
 #include "fused.hpp"
 
 #include "../wkv.h"
@@ -131,145 +131,180 @@ void squared_relu_backward(const rwkv_rows &p, int64_t block, const void *x, con
     });
 }
 
-// 1 / max(length of k k_k over a head, KAPPA_EPS)
-template <typename io>
-RWKV_INLINE float inverse_length(const io *k, const float *k_k, int64_t size) {
-    vec squares = {};
-    for (int64_t c = 0; c < size; c += LANES) {
-        const vec q = load_io(k + c) * load(k_k + c);
-        squares += q * q;
-    }
-    const float length = __builtin_sqrtf(sum(squares));
+// 1 / max(length, KAPPA_EPS) of a vector with this sum of squares.
+RWKV_INLINE float inverse_length(float squares) {
+    const float length = __builtin_sqrtf(squares);
     return 1.0f / (length > KAPPA_EPS ? length : KAPPA_EPS);
 }
 
-void keys_forward(const rwkv_rows &p, int64_t block, const void *k, const void *a, const float *k_k, const float *k_a,
-                  void *written, void *removed, void *replaced) {
+void prepare_forward(const rwkv_rows &p, int64_t block, const rwkv_prepare_inputs &x, const rwkv_prepare_outputs &to) {
     with_io(p.io, [&](auto element) {
         using io = decltype(element);
         const Range rows = rows_of(p, block);
+        const float *k_k = x.parameters, *k_a = k_k + p.width, *r_k = k_a + p.width, *a0 = r_k + p.width;
+        const float *v0 = a0 + p.width;
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
-            const vec inverse = splat(inverse_length(in<io>(k, head), k_k + channel, p.size));
+            vec squares = {}, bonus = {};
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec key = load_io(in<io>(k, head + c)), rate = load_io(in<io>(a, head + c));
+                const vec q = load_io(in<io>(x.k, head + c)) * load(k_k + channel + c);
+                squares += q * q;
+            }
+            const float inverse = inverse_length(sum(squares));
+            for (int64_t c = 0; c < p.size; c += LANES) {
+                const vec key = load_io(in<io>(x.k, head + c));
+                const vec rate = sigmoid(load_io(in<io>(x.a, head + c)) + load(a0 + channel + c));
                 const vec kappa = key * load(k_k + channel + c) * inverse;
-                store_io(out<io>(written, head + c), key * (1.0f + (rate - 1.0f) * load(k_a + channel + c)));
-                store_io(out<io>(removed, head + c), -kappa);
-                store_io(out<io>(replaced, head + c), kappa * rate);
+                const vec written = key * (1.0f + (rate - 1.0f) * load(k_a + channel + c));
+                store_io(out<io>(to.written, head + c), written);
+                store_io(out<io>(to.removed, head + c), -kappa);
+                store_io(out<io>(to.replaced, head + c), kappa * rate);
+                bonus += load_io(in<io>(x.r, head + c)) * rounded(written, element) * load(r_k + channel + c);
+            }
+            to.bonus[head / p.size] = sum(bonus);
+            if (!x.v_first) continue;
+            for (int64_t c = 0; c < p.size; c += LANES) {
+                const vec value = load_io(in<io>(x.v, head + c));
+                const vec share = sigmoid(load_io(in<io>(x.v_mix, head + c)) + load(v0 + channel + c));
+                store_io(out<io>(to.mixed, head + c), value + (load_io(in<io>(x.v_first, head + c)) - value) * share);
             }
         }
     });
 }
 
-void keys_backward(const rwkv_rows &p, int64_t block, const void *k, const void *a, const float *k_k,
-                   const float *k_a, const void *dwritten, const void *dremoved, const void *dreplaced, void *dk,
-                   void *da, float *dk_k, float *dk_a) {
+// Of v, v_first, v_mix and v0.
+template <typename io>
+RWKV_INLINE void values_backward(const rwkv_rows &p, int64_t place, const rwkv_prepare_inputs &x,
+                                 const rwkv_prepare_doutputs &g, const rwkv_prepare_dinputs &to, const float *v0,
+                                 float *v0_sums) {
+    vec dvalue = load_io(in<io>(g.mixed, place)) + load_io(in<io>(g.mixed_again, place));
+    const vec later = g.v_first ? load_io(in<io>(g.v_first, place)) : vec{};
+    if (!x.v_first) return store_io(out<io>(to.v, place), dvalue + later);
+    const vec share = sigmoid(load_io(in<io>(x.v_mix, place)) + load(v0)), rest = 1.0f - share;
+    const vec of_first = dvalue * share;
+    const vec dmix = of_first * rest * (load_io(in<io>(x.v_first, place)) - load_io(in<io>(x.v, place)));
+    store_io(out<io>(to.v, place), dvalue * rest);
+    store_io(out<io>(to.v_first, place), of_first + later);
+    store_io(out<io>(to.v_mix, place), dmix);
+    accumulate(v0_sums, dmix);
+}
+
+void prepare_backward(const rwkv_rows &p, int64_t block, const rwkv_prepare_inputs &x, const rwkv_prepare_doutputs &g,
+                      const rwkv_prepare_dinputs &to) {
     with_io(p.io, [&](auto element) {
         using io = decltype(element);
         const Range rows = rows_of(p, block);
-        float *k_sums = dk_k + block * p.width, *a_sums = dk_a + block * p.width;
-        memset(k_sums, 0, sizeof(float) * p.width);
-        memset(a_sums, 0, sizeof(float) * p.width);
+        const int64_t count = x.v_first ? 5 : 4;
+        float *sums = to.parameters + block * count * p.width;
+        memset(sums, 0, sizeof(float) * count * p.width);
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
-            const float inverse = inverse_length(in<io>(k, head), k_k + channel, p.size);
+            const float *k_k = x.parameters + channel, *k_a = k_k + p.width, *r_k = k_a + p.width;
+            const float *a0 = r_k + p.width, *v0 = a0 + p.width;
+            float *k_k_sums = sums + channel, *k_a_sums = k_k_sums + p.width, *r_k_sums = k_a_sums + p.width;
+            float *a0_sums = r_k_sums + p.width, *v0_sums = a0_sums + p.width;
+            const auto rate_at = [&](int64_t c) { return sigmoid(load_io(in<io>(x.a, head + c)) + load(a0 + c)); };
             const auto dkappa = [&](int64_t c, vec rate) {
-                return load_io(in<io>(dreplaced, head + c)) * rate - load_io(in<io>(dremoved, head + c));
+                return load_io(in<io>(g.replaced, head + c)) * rate - load_io(in<io>(g.removed, head + c));
             };
-            vec along = {};  // kappa . dkappa
+            vec squares = {}, along = {};  // of q = k k_k: q . q and q . dkappa
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec kappa = load_io(in<io>(k, head + c)) * load(k_k + channel + c) * inverse;
-                along += kappa * dkappa(c, load_io(in<io>(a, head + c)));
+                const vec q = load_io(in<io>(x.k, head + c)) * load(k_k + c);
+                squares += q * q;
+                along += q * dkappa(c, rate_at(c));
             }
+            const float inverse = inverse_length(sum(squares)), dbonus = g.bonus[head / p.size];
             // a length below the floor counts as constant
-            const vec projected = splat(inverse < 1.0f / KAPPA_EPS ? sum(along) : 0.0f);
+            const vec projected = splat(inverse < 1.0f / KAPPA_EPS ? sum(along) * inverse : 0.0f);
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec key = load_io(in<io>(k, head + c)), rate = load_io(in<io>(a, head + c));
-                const vec scale = load(k_k + channel + c), blend = load(k_a + channel + c);
-                const vec g = load_io(in<io>(dwritten, head + c)), kappa = key * scale * inverse;
+                const int64_t place = head + c;
+                const vec key = load_io(in<io>(x.k, place)), read = load_io(in<io>(x.r, place));
+                const vec rate = rate_at(c), rest = rate - 1.0f, blend = 1.0f + rest * load(k_a + c);
+                const vec written = rounded(key * blend, element), scale = load(k_k + c);
+                const vec kappa = key * scale * inverse, of_bonus = dbonus * load(r_k + c);
+                const vec dwritten = load_io(in<io>(g.written, place)) + of_bonus * read;
                 const vec dq = (dkappa(c, rate) - kappa * projected) * inverse;
-                store_io(out<io>(dk, head + c), g * (1.0f + (rate - 1.0f) * blend) + scale * dq);
-                store_io(out<io>(da, head + c), g * key * blend + load_io(in<io>(dreplaced, head + c)) * kappa);
-                accumulate(k_sums + channel + c, dq * key);
-                accumulate(a_sums + channel + c, g * key * (rate - 1.0f));
+                const vec drate = dwritten * key * load(k_a + c) + load_io(in<io>(g.replaced, place)) * kappa;
+                const vec da = drate * rate * -rest;
+                store_io(out<io>(to.r, place), load_io(in<io>(g.r, place)) + of_bonus * written);
+                store_io(out<io>(to.k, place), dwritten * blend + scale * dq);
+                store_io(out<io>(to.a, place), da);
+                accumulate(k_k_sums + c, dq * key);
+                accumulate(k_a_sums + c, dwritten * key * rest);
+                accumulate(r_k_sums + c, dbonus * read * written);
+                accumulate(a0_sums + c, da);
+                values_backward<io>(p, place, x, g, to, v0 + c, v0_sums + c);
             }
         }
     });
 }
 
-struct HeadFigures {
-    float mean, rstd, bonus;
+struct Moments {
+    float mean, rstd;
 };
 
-// Mean and 1 / deviation of y over a head, and the sum of r k r_k.
+// Mean and 1 / deviation of y over a head.
 template <typename io>
-RWKV_INLINE HeadFigures figures(const io *y, const io *r, const io *k, const float *r_k, int64_t size) {
-    vec total = {}, bonus = {}, squares = {};
-    for (int64_t c = 0; c < size; c += LANES) {
-        total += load_io(y + c);
-        bonus += load_io(r + c) * load_io(k + c) * load(r_k + c);
-    }
+RWKV_INLINE Moments moments(const io *y, int64_t size) {
+    vec total = {}, squares = {};
+    for (int64_t c = 0; c < size; c += LANES) total += load_io(y + c);
     const float mean = sum(total) / size;
     for (int64_t c = 0; c < size; c += LANES) {
         const vec centred = load_io(y + c) - mean;
         squares += centred * centred;
     }
-    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / size + NORM_EPS), sum(bonus)};
+    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / size + NORM_EPS)};
 }
 
-void read_forward(const rwkv_rows &p, int64_t block, const void *y, const void *r, const void *k, const void *v,
-                  const void *gate, const float *r_k, const float *weight, const float *bias, void *to) {
+void read_forward(const rwkv_rows &p, int64_t block, const void *y, const void *v, const float *bonus, const void *gate,
+                  const float *weight, const float *bias, void *to) {
     with_io(p.io, [&](auto element) {
         using io = decltype(element);
         const Range rows = rows_of(p, block);
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
-            const HeadFigures f = figures(in<io>(y, head), in<io>(r, head), in<io>(k, head), r_k + channel, p.size);
+            const Moments m = moments(in<io>(y, head), p.size);
+            const float its_bonus = bonus[head / p.size];
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec normed = (load_io(in<io>(y, head + c)) - f.mean) * f.rstd;
+                const vec normed = (load_io(in<io>(y, head + c)) - m.mean) * m.rstd;
                 const vec z = normed * load(weight + channel + c) + load(bias + channel + c) +
-                              f.bonus * load_io(in<io>(v, head + c));
+                              its_bonus * load_io(in<io>(v, head + c));
                 store_io(out<io>(to, head + c), z * load_io(in<io>(gate, head + c)));
             }
         }
     });
 }
 
-void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void *r, const void *k, const void *v,
-                   const void *gate, const float *r_k, const float *weight, const float *bias, const void *dout,
-                   void *dy, void *dr, void *dk, void *dv, void *dgate, float *dparameters) {
+void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void *v, const float *bonus,
+                   const void *gate, const float *weight, const float *bias, const void *dout, void *dy, void *dv,
+                   float *dbonus, void *dgate, float *dparameters) {
     with_io(p.io, [&](auto element) {
         using io = decltype(element);
         const Range rows = rows_of(p, block);
-        float *r_k_sums = dparameters + block * 3 * p.width, *weight_sums = r_k_sums + p.width;
-        float *bias_sums = weight_sums + p.width;
-        memset(r_k_sums, 0, sizeof(float) * 3 * p.width);
+        float *weight_sums = dparameters + block * 2 * p.width, *bias_sums = weight_sums + p.width;
+        memset(weight_sums, 0, sizeof(float) * 2 * p.width);
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
-            const HeadFigures f = figures(in<io>(y, head), in<io>(r, head), in<io>(k, head), r_k + channel, p.size);
+            const Moments m = moments(in<io>(y, head), p.size);
+            const float its_bonus = bonus[head / p.size];
             vec dbonus_sum = {}, dnormed_sum = {}, along_sum = {};
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec normed = (load_io(in<io>(y, head + c)) - f.mean) * f.rstd;
+                const vec normed = (load_io(in<io>(y, head + c)) - m.mean) * m.rstd;
                 const vec dz = load_io(in<io>(dout, head + c)) * load_io(in<io>(gate, head + c));
                 const vec dnormed = dz * load(weight + channel + c);
                 dbonus_sum += dz * load_io(in<io>(v, head + c));
                 dnormed_sum += dnormed;
                 along_sum += dnormed * normed;
             }
-            const float dbonus = sum(dbonus_sum), mean = sum(dnormed_sum) / p.size, along = sum(along_sum) / p.size;
+            dbonus[head / p.size] = sum(dbonus_sum);
+            const float mean = sum(dnormed_sum) / p.size, along = sum(along_sum) / p.size;
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec g = load_io(in<io>(dout, head + c)), its_gate = load_io(in<io>(gate, head + c));
-                const vec normed = (load_io(in<io>(y, head + c)) - f.mean) * f.rstd;
+                const vec g = load_io(in<io>(dout, head + c)), dz = g * load_io(in<io>(gate, head + c));
+                const vec normed = (load_io(in<io>(y, head + c)) - m.mean) * m.rstd;
                 const vec value = load_io(in<io>(v, head + c)), scale = load(weight + channel + c);
-                const vec read = load_io(in<io>(r, head + c)), key = load_io(in<io>(k, head + c));
-                const vec its_r_k = load(r_k + channel + c), dz = g * its_gate;
-                store_io(out<io>(dgate, head + c), g * (normed * scale + load(bias + channel + c) + f.bonus * value));
-                store_io(out<io>(dv, head + c), dz * f.bonus);
-                store_io(out<io>(dr, head + c), dbonus * key * its_r_k);
-                store_io(out<io>(dk, head + c), dbonus * read * its_r_k);
-                store_io(out<io>(dy, head + c), f.rstd * (dz * scale - mean - normed * along));
-                accumulate(r_k_sums + channel + c, dbonus * read * key);
+                store_io(out<io>(dgate, head + c), g * (normed * scale + load(bias + channel + c) + its_bonus * value));
+                store_io(out<io>(dv, head + c), dz * its_bonus);
+                store_io(out<io>(dy, head + c), m.rstd * (dz * scale - mean - normed * along));
                 accumulate(weight_sums + channel + c, dz * normed);
                 accumulate(bias_sums + channel + c, dz);
             }
@@ -280,8 +315,8 @@ void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void 
 }  // namespace
 
 extern const FusedOperators fused_operators = {
-    mix_forward,  mix_backward,  squared_relu_forward, squared_relu_backward,
-    keys_forward, keys_backward, read_forward,         read_backward,
+    mix_forward,     mix_backward,     squared_relu_forward, squared_relu_backward,
+    prepare_forward, prepare_backward, read_forward,         read_backward,
 };
 
 }  // namespace RWKV_TARGET

@@ -4,6 +4,7 @@
 //   splat(x)                 all lanes x; load(p), store(p, x) need no alignment
 //   load_io(p), store_io(p, x)  the same from and to float, bf16 or half in memory; stores round to nearest even,
 //                            keep NaN a NaN and overflow to infinity. load_some / store_some do it for `count` lanes
+//   rounded(x, io())         x after a store to and a load from memory of io
 //   exp(x)                   to 1 ulp or so over the whole range: 0, subnormals and infinity included
 //   sigmoid(x), vabs(x), select(mask, x, y)
 //   sum(x)                   of the lanes; sums(x, out): out[q] = sum(x[q]) for several vectors at once
@@ -148,6 +149,16 @@ template <typename io>
 RWKV_INLINE void store_io(io *p, vec x) {
     const hvec bits = to_bits(x, io{});
     memcpy(p, &bits, sizeof(bits));
+}
+
+// x as memory of io keeps it.
+RWKV_INLINE vec rounded(vec x, float) {
+    return x;
+}
+
+template <typename io>
+RWKV_INLINE vec rounded(vec x, io) {
+    return from_bits(to_bits(x, io{}), io{});
 }
 
 // The first `count` lanes, 0 < count <= LANES, from memory that ends there; the others become 0.

@@ -15,6 +15,8 @@ constexpr int WARP_CHANNELS = 32 * LANE_CHANNELS;
 constexpr int ROW_WARPS = 4;
 constexpr int WARP_ROWS = RWKV_ROWS_IN_BLOCK / ROW_WARPS;
 constexpr int ROW_THREADS = 32 * ROW_WARPS;
+constexpr int LARGEST_HEAD = WARP_CHANNELS;
+constexpr float NORM_EPS = 64e-5f;  // of the head norm: RWKV-LM's 1e-5 on y / 8
 
 // A thread's channels.
 struct Channels {
@@ -49,6 +51,10 @@ __device__ __forceinline__ Channels operator*(const Channels &x, float y) {
     return each([&](int i) { return x.at[i] * y; });
 }
 
+__device__ __forceinline__ Channels sigmoid(const Channels &x) {
+    return each([&](int i) { return 1.0f / (1.0f + expf(-x.at[i])); });
+}
+
 __device__ __forceinline__ float sum(const Channels &x) {
     return ((x.at[0] + x.at[1]) + (x.at[2] + x.at[3])) + ((x.at[4] + x.at[5]) + (x.at[6] + x.at[7]));
 }
@@ -71,6 +77,16 @@ __device__ __forceinline__ void store(io *to, const Channels &x) {
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) packed.at[i] = from_float<io>(x.at[i]);
     *reinterpret_cast<Packed<io> *>(to) = packed;
+}
+
+template <typename io>
+__host__ __device__ __forceinline__ const io *in(const void *x) {
+    return static_cast<const io *>(x);
+}
+
+template <typename io>
+__host__ __device__ __forceinline__ io *out(void *x) {
+    return static_cast<io *>(x);
 }
 
 // Where a thread works: `rows` from `begin` to `end`, and channels from `channel` on, which it stores where `is_inside`.
@@ -106,6 +122,30 @@ __device__ __forceinline__ void sum_over_head(float (&sums)[COUNT], int lanes) {
     }
 }
 
+// Of a head: y without its mean and over its deviation, and 1 / that.
+struct Normed {
+    Channels at;
+    float rstd;
+};
+
+__device__ __forceinline__ Normed norm(const Channels &y, int lanes) {
+    const float part = 1.0f / (lanes * LANE_CHANNELS);
+    float total[1] = {sum(y)};
+    sum_over_head(total, lanes);
+    const Channels centred = y - splat(total[0] * part);
+    float squares[1] = {sum(centred * centred)};
+    sum_over_head(squares, lanes);
+    const float rstd = 1.0f / sqrtf(squares[0] * part + NORM_EPS);
+    return {centred * rstd, rstd};
+}
+
+// dy of the norm; the sums over the head are of dnormed and of dnormed normed.
+__device__ __forceinline__ Channels norm_backward(const Normed &y, const Channels &dnormed, float total, float along,
+                                                  int lanes) {
+    const float part = 1.0f / (lanes * LANE_CHANNELS);
+    return (dnormed - splat(total * part) - y.at * (along * part)) * y.rstd;
+}
+
 constexpr size_t bytes_of_sums(int count) {
     return sizeof(float) * ROW_WARPS * count * WARP_CHANNELS;
 }
@@ -138,6 +178,23 @@ int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), int sums, const rw
     const dim3 grid((p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK,
                     (p.width + WARP_CHANNELS - 1) / WARP_CHANNELS);
     return launch(kernel, grid, dim3(32, ROW_WARPS), bytes_of_sums(sums), p.stream, p, arguments...);
+}
+
+// body(element of io), where there are kernels for the shape.
+template <typename Body>
+int32_t with_io(const rwkv_rows &p, const Body &body) {
+    if (p.width % 16 || p.size % 16 || p.width % p.size) return RWKV_NO_SUCH_SIZE;
+    if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
+    if (p.rows == 0) return RWKV_OK;
+    if (p.io == RWKV_FP32) return body(float());
+    return p.io == RWKV_BF16 ? body(bf16()) : body(half());
+}
+
+// The same for a pass over heads, each of which is in one warp.
+template <typename Body>
+int32_t with_heads(const rwkv_rows &p, const Body &body) {
+    if (p.size > LARGEST_HEAD || p.size & (p.size - 1)) return RWKV_NO_SUCH_SIZE;
+    return with_io(p, body);
 }
 
 }  // namespace rwkv

@@ -55,20 +55,21 @@ class TimeMix(nn.Module):
         k = self.key(x_k)
         v = self.value(x_v)
         omega = _lora(torch.tanh(linear(x_w, self.w1.t())), self.w2, self.w0)
-        a = torch.sigmoid(_lora(linear(x_a, self.a1.t()), self.a2, self.a0))
+        a = _lora(linear(x_a, self.a1.t()), self.a2)  # before bias and sigmoid, and so is v_mix
         gate = _lora(torch.sigmoid(linear(x_g, self.g1.t())), self.g2)
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(_lora(linear(x_v, self.v1.t()), self.v2, self.v0)))
+        v_mix, v0 = None, None
+        if v_first is not None:
+            v_mix, v0 = _lora(linear(x_v, self.v1.t()), self.v2), self.v0
 
-        k, removed, replaced = fused.prepare_keys(k, a, self.k_k, self.k_a, self.r_k.shape[-1], choice=self.fused)
-        r, omega, k, v, removed, replaced = (self._heads(z) for z in (r, omega, k, v, removed, replaced))
-        inputs = (r, omega, k, v, removed, replaced)
-        y, wkv = documents.run(ops.wkv7, inputs, wkv, starts, self.wkv_backend)  # [B,T,H,N]
+        vectors = (self.k_k, self.k_a, self.r_k, self.a0, v0)
+        prepared = fused.prepare(r, k, a, v, v_first, v_mix, *vectors, choice=self.fused)
+        inputs = (prepared.r, omega, prepared.k, prepared.v, prepared.removed, prepared.replaced)
+        y, wkv = documents.run(ops.wkv7, [self._heads(z) for z in inputs], wkv, starts, self.wkv_backend)  # [B,T,H,N]
         norm = self.ln_x
-        z = fused.gated_readout(y, r, k, v, gate, self.r_k, norm.weight, norm.bias, choice=self.fused)  # [B,T,C]
-        return self.output(z), v_first, wkv
+        z = fused.gated_readout(
+            y, prepared.v_again, prepared.bonus, gate, norm.weight, norm.bias, choice=self.fused
+        )  # [B,T,C]
+        return self.output(z), prepared.v_first, wkv
 
     def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
