@@ -103,15 +103,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Fp32Linear.apply(x, weight, bias) if _goes_through_fp32(x) else F.linear(x, weight, bias)
 
 
+class _LinearAndDown(torch.autograd.Function):
+    """x Wᵀ and x D of one x, whose gradient's second part is added by the product that computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        needs_x, *needs_matrices = ctx.needs_input_grad
+        ctx.save_for_backward(x if any(needs_matrices) else None, *((weight, down) if needs_x else (None, None)))
+        return F.linear(x, weight), F.linear(x, down.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_hidden: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight, down = ctx.saved_tensors  # [..., in], [out, in], [in, rank]
+        rows, hidden_rows = grad.flatten(0, -2), grad_hidden.flatten(0, -2)  # [M, out], [M, rank]
+        grad_x = grad_weight = grad_down = None
+        if weight is not None:
+            grad_x = (rows @ weight).addmm_(hidden_rows, down.t()).view(*grad.shape[:-1], -1)
+        _, needs_weight, needs_down = ctx.needs_input_grad
+        if needs_weight:
+            grad_weight = rows.t() @ x.flatten(0, -2)
+        if needs_down:
+            grad_down = x.flatten(0, -2).t() @ hidden_rows
+        return grad_x, grad_weight, grad_down
+
+
+def linear_and_down(x: Tensor, weight: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., in] times weight [out, in] transposed, and times down [in, rank]: [..., out], [..., rank]."""
+    if _goes_through_fp32(x):
+        return linear(x, weight), linear(x, down.t())
+    result: tuple[Tensor, Tensor] = _LinearAndDown.apply(x, weight.to(x.dtype), down.to(x.dtype))
+    return result
+
+
 class Linear(nn.Module):
-    """y = x Wᵀ without bias; weight [out, in]."""
+    """y = x Wᵀ without bias; weight [out, in]. With `down` [in, rank] also x `down`, see `linear_and_down`."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = uninitialized(n_out, n_in)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return linear(x, self.weight)
+    def forward(self, x: Tensor, down: Tensor | None = None) -> Any:  # [..., in] -> [..., out], or that and [..., rank]
+        return linear(x, self.weight) if down is None else linear_and_down(x, self.weight, down)
 
 
 class Embedding(nn.Module):

@@ -10,7 +10,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.fused import reference as plain
 from rwkv_cluster.model import layers
-from rwkv_cluster.model.layers import linear
+from rwkv_cluster.model.layers import linear, linear_and_down
 from rwkv_cluster.model.loss import head_loss
 from rwkv_cluster.model.rwkv import RWKV
 
@@ -158,6 +158,26 @@ def test_linear_and_its_gradients(product, dtype, tolerance, strided):
         leaves = [z.requires_grad_() for z in leaves]
         y = linear(*leaves) if precision == dtype else leaves[0] @ leaves[1].t() + leaves[2]
         results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream)])
+    assert [(z.shape, z.dtype) for z in results[0]] == [(z.shape, dtype) for z in results[1]]
+    assert max(relative_errors(*results)) < tolerance
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (1,)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str)
+def test_two_products_of_one_input(product, dtype, tolerance, frozen):
+    """A frozen input or matrix has no gradient and costs none."""
+    generator = torch.Generator().manual_seed(0)
+    rounded = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((3, 40, 24), (56, 24), (24, 8), (3, 40, 56), (3, 40, 8))
+    ]
+    results = []
+    for precision in (dtype, torch.float64):
+        x, weight, down, *upstream = (z.to(precision) for z in rounded)
+        leaves = [z.requires_grad_(i not in frozen) for i, z in enumerate((x, weight, down))]
+        ys = linear_and_down(*leaves) if precision == dtype else (x @ weight.t(), x @ down)
+        trained = [z for z in leaves if z.requires_grad]
+        results.append([*(y.detach() for y in ys), *torch.autograd.grad(ys, trained, upstream)])
     assert [(z.shape, z.dtype) for z in results[0]] == [(z.shape, dtype) for z in results[1]]
     assert max(relative_errors(*results)) < tolerance
 

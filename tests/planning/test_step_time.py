@@ -25,7 +25,7 @@ from rwkv_cluster.model.versions.version import Passes
 from rwkv_cluster.planning.step_time import PARTS
 
 C, T = 512, 64
-PRODUCTS = ("mm", "addmm", "bmm")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "detach")
 
 

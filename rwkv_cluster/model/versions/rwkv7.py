@@ -53,15 +53,11 @@ class TimeMix(nn.Module):
         x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before, starts)
         r = self.receptance(x_r)
         k = self.key(x_k)
-        v = self.value(x_v)
+        v, v_mix = self._values(x_v, is_first=v_first is None)
         omega = _lora(torch.tanh(linear(x_w, self.w1.t())), self.w2, self.w0)
-        a = _lora(linear(x_a, self.a1.t()), self.a2)  # before bias and sigmoid, and so is v_mix
+        a = _lora(linear(x_a, self.a1.t()), self.a2)  # without bias and sigmoid, as v_mix is
         gate = _lora(torch.sigmoid(linear(x_g, self.g1.t())), self.g2)
-        v_mix, v0 = None, None
-        if v_first is not None:
-            v_mix, v0 = _lora(linear(x_v, self.v1.t()), self.v2), self.v0
-
-        vectors = (self.k_k, self.k_a, self.r_k, self.a0, v0)
+        vectors = (self.k_k, self.k_a, self.r_k, self.a0, None if v_first is None else self.v0)
         prepared = fused.prepare(r, k, a, v, v_first, v_mix, *vectors, choice=self.fused)
         inputs = (prepared.r, omega, prepared.k, prepared.v, prepared.removed, prepared.replaced)
         y, wkv = documents.run(ops.wkv7, [self._heads(z) for z in inputs], wkv, starts, self.wkv_backend)  # [B,T,H,N]
@@ -74,6 +70,16 @@ class TimeMix(nn.Module):
     def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         return token_shift_mix(x, before, mixes, self.fused, starts)  # 6 x [B,T,C]
+
+    def _values(self, x_v: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor | None]:
+        """Values [B,T,C] and, but in block 0, the LoRA that mixes them with block 0's."""
+        if is_first:
+            return self.value(x_v), None
+        if isinstance(self.value, Linear) and self.value.weight.requires_grad:
+            v, hidden = self.value(x_v, self.v1)
+        else:  # an adapter's or a quantised one, or frozen, where it has the same bits as quantised
+            v, hidden = self.value(x_v), linear(x_v, self.v1.t())
+        return v, _lora(hidden, self.v2)
 
     def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
         return z.unflatten(-1, (self.n_head, -1))
