@@ -39,6 +39,7 @@ from rwkv_cluster.train.metrics.step_timer import StepTimer
 from rwkv_cluster.train.module import TrainingModule
 from rwkv_cluster.train.optimizers.table import optimizer_of
 from rwkv_cluster.train.parallel.strategy import leaving, sums_in_fp32
+from rwkv_cluster.train.parallel.teardown import free_memory
 from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.train.rollback import roll_back
 from rwkv_cluster.train.sample import sample_text
@@ -222,17 +223,30 @@ def _sample(session: Session, tokenizer: Any, stop_request: StopRequest) -> str 
         return None
     try:
         if not stop_request.requested():
-            return sample_text(_final_model(session), tokenizer, session.config.logging)
+            return _last_sample(session, tokenizer)
     except Interrupted as error:
         log.info("%s: the last sample is left out", error)
     return None
 
 
-def _final_model(session: Session) -> RWKV:
+def _last_sample(session: Session, tokenizer: Any) -> str | None:
+    """Sample of a GPU in the run's precision, where that is what has trained and has memory for it, else of the CPU."""
+    free_memory()
+    if session.placement.accelerator == "cuda":
+        try:
+            model = _final_model(session, "cuda", DTYPES[session.config.training.precision])
+            return sample_text(model, tokenizer, session.config.logging)
+        except torch.cuda.OutOfMemoryError:
+            log.info("the last sample is made on the CPU: the GPU has no memory for it")
+    return sample_text(_final_model(session, "cpu", torch.float32), tokenizer, session.config.logging)
+
+
+def _final_model(session: Session, device: str, dtype: torch.dtype) -> RWKV:
     """The model that the run has left."""
+    load = partial(load_model, device=device, dtype=dtype)
     if session.config.adapter.kind != STATE:
-        return load_model(session.work.final_weights)
-    model = load_model(session.work.initial_weights)
+        return load(session.work.final_weights)
+    model = load(session.work.initial_weights)
     load_state(model, session.work.final_weights)
     return model
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_model
+import torch
+from tiny_models import VERSIONS, some_tokens, tiny_model
+from tiny_run import tiny_run_config
 
 from rwkv_cluster.data.conversations.template import load_template
+from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.tokenizer import ByteTokenizer
-from rwkv_cluster.train import sample
+from rwkv_cluster.train import fit, sample
+from rwkv_cluster.train.checkpoint.weights import load_model
+from rwkv_cluster.train.run import train
+from rwkv_cluster.train.session import Session
 
 BYTES = ByteTokenizer()
 OPTIONS = {"n_tokens": 40, "temperature": 0.0, "top_p": 1.0, "seed": 0}
@@ -49,3 +58,52 @@ def test_a_jinja_template_says_what_ends_an_answer(answer: str, tmp_path: Path) 
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
     assert load_template(str(file)).ask("q") == ("<u>q</u><a>", "</a>")
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+@pytest.mark.parametrize("kind", ["none", "state"])
+def test_the_last_sample_is_made_where_the_run_was_trained(
+    kind: str, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its precision; where the GPU has no room, on the CPU in fp32. The GPU is the CPU here."""
+    caplog.set_level(logging.INFO, logger="rwkv_cluster")
+    made: list[tuple[str, torch.dtype]] = []
+    texts: list[str | None] = []
+
+    def load(source: Path, *, device: str, dtype: torch.dtype) -> RWKV:
+        made.append((device, dtype))
+        if device == "cuda" and not has_room:
+            raise torch.cuda.OutOfMemoryError
+        return load_model(source, dtype=dtype)
+
+    def sample_of(session: Session, tokenizer: object) -> str | None:
+        texts.append(last_sample(session, tokenizer))
+        placement = replace(session.placement, accelerator="cuda")
+        texts.append(last_sample(replace(session, placement=placement), tokenizer))
+        return None
+
+    last_sample = fit._last_sample
+    monkeypatch.setattr(fit, "load_model", load)
+    monkeypatch.setattr(fit, "_last_sample", sample_of)
+    training = {"max_steps": 1, "precision": "bf16"}
+    train(tiny_run_config(tmp_path, training=training, adapter={"kind": kind}, logging={"sample_tokens": 3}))
+    on_cpu, on_gpu = ("cpu", torch.float32), ("cuda", torch.bfloat16)
+    assert made == [on_cpu, on_gpu] + [on_cpu] * (not has_room)
+    assert len(texts) == 2
+    assert has_room or texts[0] == texts[1]
+    assert ("made on the CPU" in caplog.text) != has_room
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_a_model_is_loaded_in_any_precision(model_type: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    model = tiny_model(model_type).bfloat16()
+    save_pth(path, model.state_dict(), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = load_model(path, dtype=dtype)
+        expected = model.to(dtype).state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+        assert {tensor.dtype for tensor in loaded.parameters()} == {dtype}
+        tokens = some_tokens(1, 9)
+        assert torch.equal(loaded(tokens), model(tokens))

@@ -160,21 +160,34 @@ def _mean(parts: Mapping[str, dict[str, Tensor] | ShardedTensors]) -> dict[str, 
     return means
 
 
-def load_model(source: Path, *, ctx_len: int | None = None, device: str | torch.device = "cpu") -> RWKV:
-    """An fp32 RWKV from a file or folder of weights or a work directory, its architecture inferred from the tensors."""
+def load_model(
+    source: Path,
+    *,
+    ctx_len: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> RWKV:
+    """An RWKV from a file or folder of weights or a work directory, its architecture inferred from the tensors."""
     if is_work_dir(source):
-        return model_from_weights(newest_weights(WorkDir(source)), ctx_len=ctx_len, device=device)
+        return model_from_weights(newest_weights(WorkDir(source)), ctx_len=ctx_len, device=device, dtype=dtype)
     weights = read_weights(source, mapped=True)
     try:
-        return model_from_weights(weights, ctx_len=ctx_len, device=device)
+        return model_from_weights(weights, ctx_len=ctx_len, device=device, dtype=dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
 def model_from_weights(
-    weights: dict[str, Tensor], *, ctx_len: int | None = None, device: str | torch.device = "cpu"
+    weights: dict[str, Tensor],
+    *,
+    ctx_len: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> RWKV:
-    """An fp32 RWKV that holds `weights`, and begins from the state that is among them."""
+    """An RWKV of `dtype` that holds `weights`, and begins from the state that is among them, in fp32.
+
+    It is made where it is wanted: in the host's memory there is nothing of it.
+    """
     state = {
         name: tensor for name, tensor in weights.items() if name.endswith((WKV_NAME, ATT_SHIFT_NAME, FFN_SHIFT_NAME))
     }
@@ -182,8 +195,10 @@ def model_from_weights(
     config: ModelConfig = infer_model_config(weights)
     if ctx_len is not None:
         config = config.model_copy(update={"ctx_len": ctx_len})
-    model = RWKV(config)
+    with torch.device("meta"):
+        model = RWKV(config)
+    model.to(dtype).to_empty(device=device)
     model.load_state_dict(fit_state_dict(weights, model))
     if state:
         set_own_state(model, state)
-    return model.to(device)
+    return model
