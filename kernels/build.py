@@ -41,12 +41,13 @@ CUDA_SOURCES = (
     "wkv7_chunk.cu",
     "wkv6_chunk.cu",
     "fused.cu",
+    "rwkv6_passes.cu",
     "rwkv7_passes.cu",
     "loss.cu",
     "capi.cu",
 )
 CPU_SOURCES = ("capi.cpp",)
-CPU_TARGET_SOURCES = ("wkv.cpp", "fused.cpp")
+CPU_TARGET_SOURCES = ("wkv.cpp", "fused.cpp", "rwkv6_passes.cpp")
 X86_TARGETS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",

@@ -1,5 +1,5 @@
 // The C interface of what a block computes beside its matrix products and WKV. Both libraries, the CPU's and CUDA's,
-// export these functions; blend and gated_norm are CUDA's alone.
+// export these functions.
 //
 // Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
 // parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
@@ -11,6 +11,7 @@
 
 #define RWKV_ROWS_IN_BLOCK 64
 #define RWKV_MOST_MIXES 6
+#define RWKV_MIXES_OF_DATA 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,7 +22,7 @@ typedef struct {
     int32_t io;
     int32_t threads;  // CPU: at most this many, counting the caller's. CUDA: ignored
     void *stream;  // CUDA: cudaStream_t on the current device. CPU: ignored
-    const uint8_t *starts;  // mix: [R], 1 where a document begins. Null: only sequences begin
+    const uint8_t *starts;  // mix, shift_blend: [R], 1 where a document begins. Null: only sequences begin
 } rwkv_rows;
 
 // outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before the first of a sequence or document is zero.
@@ -32,12 +33,19 @@ int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, c
 int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
 
-// outputs[m] = x + delta mixes[m] for m < count; all [R,C].
-int32_t rwkv_blend_forward(const rwkv_rows *shape, int32_t count, const void *x, const void *delta,
-                           const void *const *mixes, void *const *outputs);
-// mixes, doutputs, dmixes: count tensors.
-int32_t rwkv_blend_backward(const rwkv_rows *shape, int32_t count, const void *delta, const void *const *mixes,
-                            const void *const *doutputs, void *dx, void *ddelta, void *const *dmixes);
+// RWKV-6: outputs[m] = x + (previous x - x) (mixes[m] + constants[m]) for m < RWKV_MIXES_OF_DATA; the previous as in mix.
+// mixes: tensors [R,C]; constants [RWKV_MIXES_OF_DATA,C].
+int32_t rwkv_shift_blend_forward(const rwkv_rows *shape, const void *x, const void *const *mixes,
+                                 const float *constants, void *const *outputs);
+// doutputs, dmixes: tensors as mixes. dx [R,C]; dconstants: partial [RWKV_MIXES_OF_DATA,C].
+int32_t rwkv_shift_blend_backward(const rwkv_rows *shape, const void *x, const void *const *mixes,
+                                  const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
+                                  float *dconstants);
+
+// y = sigmoid(gate) value; all [R,C].
+int32_t rwkv_sigmoid_gate_forward(const rwkv_rows *shape, const void *gate, const void *value, void *y);
+int32_t rwkv_sigmoid_gate_backward(const rwkv_rows *shape, const void *gate, const void *value, const void *dy,
+                                   void *dgate, void *dvalue);
 
 // y = relu(x)^2, and dx = 2 relu(x) dy.
 int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y);

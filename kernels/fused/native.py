@@ -25,15 +25,11 @@ from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE, has_fused_passes
 ROWS_IN_BLOCK = 64
 
 
-def serves(x: Tensor, size: int | None = None, *, name: str = "rwkv_mix") -> bool:
-    """Whether there is a library for x's device with the pass `name` of csrc/fused.h, which takes x.
-
-    x: [..,C]. size: N, for a pass over heads.
-    """
+def serves(x: Tensor, size: int | None = None) -> bool:
+    """Whether there is a library for x's device whose passes take x [..,C]. size: N, for a pass over heads."""
     if x.dtype not in IO or not has_fused_passes(x.device.type, x.shape[-1], size):
         return False
-    library = find_library(x.device)
-    return isinstance(library, loader.Library) and hasattr(library.handle, f"{name}_forward")
+    return isinstance(find_library(x.device), loader.Library)
 
 
 def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -47,10 +43,23 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     return result
 
 
-def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x + delta * m for each m of `mixes`, 1 to 6; all [B,T,C]. Of the CUDA library alone."""
-    tensors = (aligned(m.to(x.dtype)) for m in mixes)
-    result: tuple[Tensor, ...] = _Blend.apply(aligned(x), aligned(delta), *tensors)
+def shift_blend(
+    x: Tensor, mixes: Sequence[Tensor], constants: Sequence[Tensor], starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Token shift of RWKV-6: x [B,T,C] + (x one step earlier - x) * (m + c) for each m, c of `mixes` and `constants`.
+
+    mixes: five [B,T,C]; constants: parameters of C elements. starts: bool [B,T], true where a document begins.
+    """
+    if starts is not None:
+        starts = starts.contiguous()
+    stacked = _parameter(torch.stack([c.flatten() for c in constants]), x).view(len(constants), -1)
+    result: tuple[Tensor, ...] = _ShiftBlend.apply(aligned(x), stacked, starts, *(aligned(m) for m in mixes))
+    return result
+
+
+def sigmoid_gate(gate: Tensor, value: Tensor) -> Tensor:
+    """sigmoid(gate) * value; all [B,T,C]."""
+    result: Tensor = _SigmoidGate.apply(aligned(gate), aligned(value))
     return result
 
 
@@ -113,24 +122,42 @@ class _Mix(torch.autograd.Function):
         return dx, dmixes.sum(0), None
 
 
-class _Blend(torch.autograd.Function):
+class _ShiftBlend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(delta, *mixes)
+    def forward(ctx: Any, x: Tensor, constants: Tensor, starts: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, constants, starts, *mixes)
         outputs = tuple(torch.empty_like(x) for _ in mixes)
-        arguments = (len(mixes), x, delta, _addresses(mixes), _addresses(outputs))
-        _call("rwkv_blend_forward", x, FUSED_MULTIPLE, *arguments)
+        arguments = (x, _addresses(mixes), constants, _addresses(outputs))
+        _call("rwkv_shift_blend_forward", x, FUSED_MULTIPLE, *arguments, starts=starts)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, ...]:
-        delta, *mixes = ctx.saved_tensors
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, constants, starts, *mixes = ctx.saved_tensors
         doutputs = tuple(aligned(g) for g in doutputs)
-        dx, ddelta, *dmixes = (torch.empty_like(delta) for _ in range(2 + len(mixes)))
-        arguments = (len(mixes), delta, _addresses(mixes), _addresses(doutputs), dx, ddelta, _addresses(dmixes))
-        _call("rwkv_blend_backward", delta, FUSED_MULTIPLE, *arguments)
-        return dx, ddelta, *dmixes
+        dx, *dmixes = (torch.empty_like(x) for _ in range(1 + len(mixes)))
+        dconstants = _partial(x, *constants.shape)
+        arguments = (x, _addresses(mixes), constants, _addresses(doutputs), dx, _addresses(dmixes), dconstants)
+        _call("rwkv_shift_blend_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
+        return dx, dconstants.sum(0), None, *dmixes
+
+
+class _SigmoidGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        y = torch.empty_like(value)
+        _call("rwkv_sigmoid_gate_forward", value, FUSED_MULTIPLE, gate, value, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
+        _call("rwkv_sigmoid_gate_backward", value, FUSED_MULTIPLE, gate, value, aligned(dy), dgate, dvalue)
+        return dgate, dvalue
 
 
 class _SquaredRelu(torch.autograd.Function):

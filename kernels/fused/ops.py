@@ -52,6 +52,11 @@ def has_native(device_type: str) -> bool:
     return isinstance(find_library(torch.device(device_type)), loader.Library)
 
 
+def is_native(x: Tensor, choice: str) -> bool:
+    """Whether passes over x [..,C] take the native form under `choice`; for others a model may have a cheaper way."""
+    return _form(choice, x) == "native"
+
+
 def mix(
     x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None, *, choice: str = "auto"
 ) -> tuple[Tensor, ...]:
@@ -71,15 +76,41 @@ def mix(
 
 
 def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor], *, choice: str = "auto") -> tuple[Tensor, ...]:
-    """x + delta * m for each m of `mixes`, which RWKV-6 computes from the data; all [B,T,C].
+    """x + delta * m for each m of `mixes`, [B,T,C] or parameters of C elements; x, delta [B,T,C]. No native form."""
+    result: tuple[Tensor, ...] = _plain(plain.blend, _form_without_native(choice, x))(x, delta, mixes)
+    return result
 
-    A mix may be a parameter of C elements instead. The native form is CUDA's, for mixes from the data.
+
+def shift_blend(
+    x: Tensor,
+    mixes: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    starts: Tensor | None = None,
+    *,
+    choice: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Token shift of RWKV-6: x + (x one step earlier - x) * (m + c) for each m, c of `mixes` and `constants`.
+
+    Args:
+        x: [B,T,C].
+        mixes: five [B,T,C], computed from the data.
+        constants: as many parameters of C elements.
+        starts: bool [B,T], true where a document begins, before which zeros come as before a sequence; or None.
+        choice: one of CHOICES.
     """
-    is_of_data = all(m.shape == x.shape for m in mixes)
-    form = _form(choice, x, name="rwkv_blend") if is_of_data else _form_without_native(choice, x)
+    form = _form(choice, x)
     if form == "native":
-        return native.blend(x, delta, mixes)
-    result: tuple[Tensor, ...] = _plain(plain.blend, form)(x, delta, mixes)
+        return native.shift_blend(x, mixes, constants, starts)
+    result: tuple[Tensor, ...] = _plain(plain.shift_blend, form)(x, mixes, constants, starts)
+    return result
+
+
+def sigmoid_gate(gate: Tensor, value: Tensor, *, choice: str = "auto") -> Tensor:
+    """sigmoid(gate) * value, the output of the channel mix of RWKV-5 and 6; all [B,T,C]."""
+    form = _form(choice, value)
+    if form == "native":
+        return native.sigmoid_gate(gate, value)
+    result: Tensor = _plain(plain.sigmoid_gate, form)(gate, value)
     return result
 
 
@@ -142,19 +173,19 @@ def gated_readout(
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, choice: str = "auto") -> Tensor:
     """The reading of RWKV-5 and 6: head norm of y, with weight and bias, times silu(gate).
 
-    y [B,T,H,N]; gate [B,T,C]; weight, bias [C]. Returns [B,T,C]. No native form on a CPU.
+    y [B,T,H,N]; gate [B,T,C]; weight, bias [C]. Returns [B,T,C].
     """
-    form = _form(choice, gate, y.shape[-1], name="rwkv_gated_norm")
+    form = _form(choice, gate, y.shape[-1])
     if form == "native":
         return native.gated_norm(y, gate, weight, bias)
     result: Tensor = _plain(plain.gated_norm, form)(y, gate, weight, bias)
     return result
 
 
-def _form(choice: str, x: Tensor, size: int | None = None, *, name: str = "rwkv_mix") -> str:
-    """The form that x [..,C] gets: native, compile or plain. size: N, in a pass over heads; name: the native form's."""
+def _form(choice: str, x: Tensor, size: int | None = None) -> str:
+    """The form that x [..,C] gets: native, compile or plain. size: N, in a pass over heads."""
     may_be_native = choice in ("auto", "native") and not torch.compiler.is_compiling()
-    return "native" if may_be_native and native.serves(x, size, name=name) else _form_without_native(choice, x)
+    return "native" if may_be_native and native.serves(x, size) else _form_without_native(choice, x)
 
 
 def _form_without_native(choice: str, x: Tensor) -> str:

@@ -35,6 +35,22 @@ def blend(x: Tensor, delta: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ..
     return tuple(torch.addcmul(x, delta, m.to(x.dtype)) for m in mixes)
 
 
+def shift_blend(
+    x: Tensor, mixes: Sequence[Tensor], constants: Sequence[Tensor], starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Token shift of RWKV-6: x [B,T,C] + (x one step earlier - x) * (m + c) for each m, c of `mixes` and `constants`.
+
+    mixes: [B,T,C]; constants: parameters of C elements. starts: bool [B,T], true where a document begins.
+    """
+    delta = without_others(F.pad(x, (0, 0, 1, -1)), starts) - x
+    return blend(x, delta, [m + c.flatten().to(m.dtype) for m, c in zip(mixes, constants, strict=True)])
+
+
+def sigmoid_gate(gate: Tensor, value: Tensor) -> Tensor:
+    """sigmoid(gate) * value, the output of the channel mix of RWKV-5 and 6; all [B,T,C]."""
+    return torch.sigmoid(gate) * value
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2; x [B,T,C]."""
     result: Tensor = _SquaredRelu.apply(x)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_passes import LIMITS, ON_CUDA, SHAPES, arguments, errors_of
+from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of
 from fused_passes import run as run_pass
 from naive_wkv import (
     VERSIONS,
@@ -207,14 +207,14 @@ def test_another_gpu_than_the_first():
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 17, 9, 32), (3, 1000, 12, 64), (1, 5, 2, 128)], ids=str)
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", NATIVE)
 def test_the_passes_of_a_block(name, shape, dtype):
     for documents in (False, True) if name == "mix" else (False,):
         errors = errors_of(name, shape, dtype, device="cuda", documents=documents)
         assert max(errors) < LIMITS[dtype], errors
 
 
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", NATIVE)
 def test_the_passes_give_the_same_bits_twice_and_on_any_stream(name):
     tensors, _ = arguments(name, (2, 700, 12, 64))
     given = [x.to("cuda", torch.bfloat16) for x in tensors]
@@ -225,11 +225,11 @@ def test_the_passes_give_the_same_bits_twice_and_on_any_stream(name):
 
 SANITIZED = """
 import torch
-from fused_passes import ON_CUDA, errors_of
+from fused_passes import NATIVE, errors_of
 from naive_wkv import VERSIONS, random_inputs
 from rwkv_cluster.kernels import ops, softmax_loss
 
-for name in ON_CUDA:
+for name in NATIVE:
     errors_of(name, (1, 67, 9, 32), torch.bfloat16, device="cuda", documents=True)
 
 documents = torch.arange(37, device="cuda")[None] % 9 == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of, is_bonus, run, some_starts
+from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, is_bonus, run, shifted, some_starts
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
@@ -22,7 +22,7 @@ from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import ops as fused
 
 COMPILED = ["mix", "gated_readout"]
-COMPILED_LATER = ["squared_relu", "prepare", "prepare_block_0", "blend", "gated_norm"]
+COMPILED_LATER = [name for name in NATIVE if name not in COMPILED]
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +41,24 @@ def test_results_and_every_gradient(name, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_token_shift_sees_no_other_document(shape):
-    tensors, _ = arguments("mix", shape)
-    x, mixes = tensors[0], tensors[1:]
+@pytest.mark.parametrize("name", SHIFTED)
+def test_the_token_shift_sees_no_other_document(name, shape):
+    tensors, parameters = arguments(name, shape)
+    first = len(tensors) - parameters
     starts = some_starts(*shape[:2])
     for row in range(shape[0]):
         inner = [step for step in starts[row].nonzero().flatten().tolist() if step]
         lengths = [last - first for first, last in pairwise([0, *inner, shape[1]])]
-        alone = [fused.mix(document, mixes) for document in x[row : row + 1].split(lengths, 1)]
-        together = fused.mix(x[row : row + 1], mixes, starts[row : row + 1])
+        rows = [x[row : row + 1] for x in tensors[:first]]
+        documents = zip(*(x.split(lengths, 1) for x in rows), strict=True)
+        alone = [shifted(name, [*document, *tensors[first:]]) for document in documents]
+        together = shifted(name, [*rows, *tensors[first:]], starts=starts[row : row + 1])
         for i, whole in enumerate(together):
             assert torch.equal(whole, torch.cat([document[i] for document in alone], 1))
     given = [x.float() for x in tensors]
-    wanted = run("mix", [x.double() for x in given], shape[-1], "plain", starts)
-    assert max(relative_errors(run("mix", given, shape[-1], "native", starts), wanted)) < 2e-6
-    assert max(relative_errors(run("mix", given, shape[-1], "native"), wanted)) > 0.1 or shape[1] == 1
+    wanted = run(name, [x.double() for x in given], shape[-1], "plain", starts)
+    assert max(relative_errors(run(name, given, shape[-1], "native", starts), wanted)) < 2e-6
+    assert max(relative_errors(run(name, given, shape[-1], "native"), wanted)) > 0.1 or shape[1] == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -128,7 +131,9 @@ def test_what_later_uses_share_is_not_copied(name):
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("name", [*COMPILED, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_LATER)])
+@pytest.mark.parametrize(
+    "name", [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in NATIVE]
+)
 def test_under_torch_compile(name):
     """Inductor's C++ for the CPU stands in for its Triton code; bf16 beside float64 as above."""
     tensors, parameters = arguments(name, (2, 9, 2, 32))
@@ -141,7 +146,7 @@ def test_under_torch_compile(name):
     wanted = run(name, [x.double() for x in given], 32, "plain")
     limit = 8e-3  # the plain form rounds in between, and the compiled one may
     assert max(relative_errors(found, wanted)) < limit, relative_errors(found, wanted)
-    if name == "mix":
+    if name in SHIFTED:
         starts = some_starts(2, 9)
         wanted = run(name, [x.double() for x in given], 32, "plain", starts)
         assert max(relative_errors(run(name, given, 32, "compile", starts), wanted)) < limit
@@ -216,7 +221,7 @@ def test_on_a_gpu_auto_compiles_only_where_triton_can_and_says_once_why_not(
 @pytest.mark.usefixtures("triton_is_here")
 @pytest.mark.parametrize("choice", ["auto", "native"])
 def test_on_a_gpu_the_cuda_library_is_taken_where_it_serves(choice, monkeypatch):
-    library = loader.Library(SimpleNamespace(rwkv_mix_forward=None), Path("libwkv_cuda.so"), "sm_90")
+    library = loader.Library(SimpleNamespace(), Path("libwkv_cuda.so"), "sm_90")
     monkeypatch.setattr(native, "find_library", lambda device: {"cuda": library}[device.type])
 
     def form(width: int, size: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:

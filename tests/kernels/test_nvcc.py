@@ -26,6 +26,8 @@ REGISTERS = {
     ("wkv6_chunk", "backward", None): 255,
     ("fused", "forward", None): 128,
     ("fused", "backward", None): 232,
+    ("rwkv6_passes", "forward", None): 168,
+    ("rwkv6_passes", "backward", None): 232,
     ("rwkv7_passes", "forward", None): 128,
     ("rwkv7_passes", "backward", None): 232,
     ("loss", "forward", None): 64,
@@ -94,7 +96,11 @@ def test_kernels_on_tensor_cores_divide_and_exponentiate_in_single_instructions(
 
 @pytest.mark.parametrize(
     ("source", "others"),
-    [("fused.cu", {"ld.global.u8", "st.global.f32"}), ("rwkv7_passes.cu", {"ld.global.f32", "st.global.f32"})],
+    [
+        ("fused.cu", {"ld.global.u8", "st.global.f32"}),
+        ("rwkv6_passes.cu", {"ld.global.u8", "st.global.f32"}),
+        ("rwkv7_passes.cu", {"ld.global.f32", "st.global.f32"}),
+    ],
 )
 def test_the_fused_passes_move_16_bytes_at_a_time(source: str, others: set[str], compiler: str, tmp_path: Path) -> None:
     """But for the bytes of starts, what there is one of a head, and partial sums."""
@@ -117,7 +123,8 @@ def test_the_whole_library_links(library: Path) -> None:
     assert names == {
         "rwkv_kernels_abi", "rwkv_kernels_target", "rwkv_status_text", "rwkv_saved_bytes", "rwkv_wkv7_forward",
         "rwkv_wkv7_backward", "rwkv_wkv6_forward", "rwkv_wkv6_backward", "rwkv_softmax_loss",
-        *(f"rwkv_{name}_{way}" for name in ("mix", "blend", "squared_relu", "prepare", "read", "gated_norm")
+        *(f"rwkv_{name}_{way}"
+          for name in ("mix", "shift_blend", "squared_relu", "sigmoid_gate", "prepare", "read", "gated_norm")
           for way in ("forward", "backward")),
     }  # fmt: skip
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_passes import LIMITS, ON_CUDA, SHAPES, arguments, errors_of, run, some_starts
+from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, run, some_starts
 
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.signatures import Rows
@@ -35,7 +35,7 @@ def _shim_in_place_of_the_cpu_library(host_library: ctypes.CDLL, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", NATIVE)
 def test_results_and_every_gradient(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     errors = errors_of(name, shape, dtype)
     assert max(errors) < LIMITS[dtype], errors
@@ -43,8 +43,11 @@ def test_results_and_every_gradient(name: str, shape: tuple[int, int, int, int],
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
-def test_the_token_shift_sees_no_other_document(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    errors = errors_of("mix", shape, dtype, documents=True)
+@pytest.mark.parametrize("name", SHIFTED)
+def test_the_token_shift_sees_no_other_document(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    errors = errors_of(name, shape, dtype, documents=True)
     assert max(errors) < LIMITS[dtype], errors
 
 
@@ -54,7 +57,7 @@ def test_any_number_of_mixes(count: int) -> None:
     assert max(errors) < LIMITS[torch.float32], errors
 
 
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", NATIVE)
 def test_every_schedule_gives_the_same_bits(name: str, host_library: ctypes.CDLL) -> None:
     tensors, _ = arguments(name, (2, 60, 9, 32))
     given = [x.float() for x in tensors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from tiny_run import tiny_run_config, write_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from rwkv_cluster import cli
 from rwkv_cluster.config import ModelConfig
-from rwkv_cluster.kernels.fused import ops as fused
+from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.model import layers as model_layers
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
@@ -37,79 +37,40 @@ class Traffic(TorchDispatchMode):
     """Counts operations, and elements that those beside products and WKV read and write."""
 
     elements = operations = 0
-    is_inside = False  # a pass that counts as one
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
         name, given, made = op.overloadpacket.__name__, tensors((args, kwargs)), tensors(result)
         storages = {x.untyped_storage().data_ptr() for x in given}
         is_view = not name.endswith("_") and all(x.untyped_storage().data_ptr() in storages for x in made)
-        if not (self.is_inside or is_view or "wkv" in name or name in ALLOCATIONS):
+        if not (is_view or "wkv" in name or name in ALLOCATIONS):
             self.operations += 1
             self.elements += 0 if name in PRODUCTS else sum(x.numel() for x in given + made)
         return result
 
-    def one_pass(self, function: Callable[..., Any], given: Sequence[Tensor]) -> Any:
-        """The result of a function that reads and writes its arguments and results once, whatever is inside."""
-        self.is_inside = True
-        result = function()
-        self.is_inside = False
+    def count_pass(self, arguments: Sequence[Any]) -> None:
+        """A call of the library, which reads or writes each tensor once."""
         self.operations += 1
-        by_memory = {x.untyped_storage().data_ptr(): x.numel() for x in [*given, *tensors(result)]}
-        self.elements += sum(by_memory.values())
-        return result
+        self.elements += sum(x.numel() for x in tensors(arguments))
 
 
-class OnePass(torch.autograd.Function):
-    """A function as it is under torch.compile: one pass forward, one pass backward."""
-
-    @staticmethod
-    def forward(ctx: Any, traffic: Traffic, function: Callable[..., Any], *given: Tensor) -> Any:
-        ctx.traffic, ctx.function = traffic, function
-        ctx.save_for_backward(*given)
-        result = traffic.one_pass(lambda: function(*given), given)
-        if isinstance(result, Tensor):
-            return result
-        return tuple(x.detach() for x in result)  # each has a gradient of its own, also on the same memory
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        given = ctx.saved_tensors
-
-        def again() -> Any:
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in given]
-                return torch.autograd.grad(tensors(ctx.function(*leaves)), leaves, grads)
-
-        return None, None, *ctx.traffic.one_pass(again, [*given, *grads])
-
-
-def measured(version: str, layers: int, batch: int, is_compiled: bool, monkeypatch: Any) -> Passes:
+def measured(version: str, layers: int, batch: int, form: str, monkeypatch: Any) -> Passes:
     """Elements, not tensors, and operations of a forward pass and of both."""
-    traffic = Traffic()
+    traffic, call, addresses = Traffic(), native._call, native._addresses
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            leaves, shape = tree_flatten(args)
-            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    def counted(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | None = None) -> None:
+        traffic.count_pass(arguments)
+        passed = [addresses(argument) if isinstance(argument, Sequence) else argument for argument in arguments]
+        call(name, x, size, *passed, starts=starts)
 
-            def on_tensors(*given: Tensor) -> Any:
-                full = list(leaves)
-                for place, x in zip(places, given, strict=True):
-                    full[place] = x
-                return function(*tree_unflatten(full, shape))
-
-            return OnePass.apply(traffic, on_tensors, *(leaves[i] for i in places))
-
-        return run
-
-    monkeypatch.setattr(fused, "_compiled", compiled)
-    monkeypatch.setattr(model_layers, "_goes_through_fp32", lambda x: False)  # which is for some CPUs alone
     config = ModelConfig(model_type=version, n_layer=layers, n_embd=C, vocab_size=64, head_size_a=64)
-    model = RWKV(config, wkv_backend="native", fused="compile" if is_compiled else "plain")
+    model = RWKV(config, wkv_backend="native", fused=form)
     initialize(model, seed=1)
     tokens = torch.zeros(batch, T, dtype=torch.int64)
-    with traffic:
+    with monkeypatch.context() as patch, traffic:
+        patch.setattr(native, "_addresses", list)  # the tensors themselves, until they have been counted
+        patch.setattr(native, "_call", counted)
+        patch.setattr(model_layers, "_goes_through_fp32", lambda x: False)  # which is for some CPUs alone
         hidden = model.hidden(tokens)
         forward = traffic.elements, traffic.operations
         hidden.sum().backward()
@@ -117,10 +78,10 @@ def measured(version: str, layers: int, batch: int, is_compiled: bool, monkeypat
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("form", ["plain", "native"])
 @pytest.mark.parametrize("version", list(VERSIONS))
-def test_the_work_of_a_layer_is_counted(version: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two = ([measured(version, layers, batch, is_compiled, monkeypatch) for layers in (2, 3)] for batch in (1, 2))
+def test_the_work_of_a_layer_is_counted(version: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = ([measured(version, layers, batch, form, monkeypatch) for layers in (2, 3)] for batch in (1, 2))
     (fewer, more), (fewer_of_two, more_of_two) = one, two
 
     def per_token(field: str) -> int:  # what each layer and each token adds: without weights
@@ -133,7 +94,7 @@ def test_the_work_of_a_layer_is_counted(version: str, is_compiled: bool, monkeyp
         more.launches_forward - fewer.launches_forward,
         more.launches - fewer.launches,
     )
-    assert found == (VERSIONS[version].passes_compiled if is_compiled else VERSIONS[version].passes)
+    assert found == (VERSIONS[version].passes if form == "plain" else VERSIONS[version].passes_compiled)
 
 
 def prediction(path: Path, *options: str, capsys: Any) -> dict[str, Any]:

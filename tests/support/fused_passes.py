@@ -7,9 +7,12 @@ from naive_wkv import relative_errors
 
 from rwkv_cluster.kernels.fused import ops as fused
 
-NATIVE = ["mix", "squared_relu", "prepare", "prepare_block_0", "gated_readout"]
-ON_CUDA = [*NATIVE, "blend", "gated_norm"]
-"""Passes of the CPU library, and of CUDA's."""
+NATIVE = [
+    "mix", "shift_blend", "squared_relu", "sigmoid_gate", "prepare", "prepare_block_0", "gated_readout", "gated_norm"
+]  # fmt: skip
+"""Passes of both libraries, the CPU's and CUDA's."""
+SHIFTED = ["mix", "shift_blend"]
+"""Those of them that read the row before."""
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]
 """B, T, H, N: less than a block of 64 rows, more than one, and sequences that do not begin with one."""
 
@@ -28,10 +31,10 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
     flat, full, width = (batch, time, heads * size), shape, heads * size
     if name == "mix":
         return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
-    if name == "blend":
-        return [normal(*flat), normal(*flat), *(normal(*flat) for _ in range(5))], 0
-    if name == "squared_relu":
-        return [normal(*flat)], 0
+    if name == "shift_blend":
+        return [*(normal(*flat) for _ in range(6)), *(normal(1, 1, width) for _ in range(5))], 5
+    if name in ("squared_relu", "sigmoid_gate"):
+        return [normal(*flat) for _ in range(2 if name == "sigmoid_gate" else 1)], 0
     if name == "gated_norm":
         return [normal(*full), normal(*flat), normal(width), normal(width)], 2
     if name.startswith("prepare"):
@@ -86,10 +89,8 @@ def run(
 ) -> list[torch.Tensor]:
     """Results and the gradients of everything."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
-    if name == "mix":
-        results = list(fused.mix(leaves[0], leaves[1:], starts, choice=choice))
-    elif name == "blend":
-        results = list(fused.blend(leaves[0], leaves[1], leaves[2:], choice=choice))
+    if name in SHIFTED:
+        results = shifted(name, leaves, choice, starts)
     elif name.startswith("prepare"):
         nothing = [None] if name == "prepare_block_0" else []
         tensors, vectors = leaves[: 6 - 2 * len(nothing)], leaves[6 - 2 * len(nothing) :]
@@ -99,3 +100,12 @@ def run(
     generator = torch.Generator().manual_seed(4)
     sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
     return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
+
+
+def shifted(
+    name: str, given: list[torch.Tensor], choice: str = "auto", starts: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Results of a pass of SHIFTED."""
+    if name == "mix":
+        return list(fused.mix(given[0], given[1:], starts, choice=choice))
+    return list(fused.shift_blend(given[0], given[1:6], given[6:], starts, choice=choice))

@@ -20,13 +20,14 @@ constexpr int64_t STEPS_BETWEEN_STATES = 16;
 struct Target {
     const Operators *wkv;
     const FusedOperators *fused;
+    const Rwkv6Passes *rwkv6;
 };
 
 #if RWKV_HAS_X86_TARGETS
-constexpr Target AVX512 = {&avx512::operators, &avx512::fused_operators};
-constexpr Target AVX2 = {&avx2::operators, &avx2::fused_operators};
+constexpr Target AVX512 = {&avx512::operators, &avx512::fused_operators, &avx512::rwkv6_passes};
+constexpr Target AVX2 = {&avx2::operators, &avx2::fused_operators, &avx2::rwkv6_passes};
 #endif
-constexpr Target PORTABLE = {&portable::operators, &portable::fused_operators};
+constexpr Target PORTABLE = {&portable::operators, &portable::fused_operators, &portable::rwkv6_passes};
 
 const Target *find(const char *target) {
     const auto is_wanted = [&](const char *name) { return !target || !strcmp(name, target); };
@@ -196,5 +197,51 @@ int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v,
                            void *dgate, float *dparameters) {
     return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
         fused.read_backward(*shape, block, y, v, bonus, gate, weight, bias, dout, dy, dv, dbonus, dgate, dparameters);
+    });
+}
+
+int32_t rwkv_shift_blend_forward(const rwkv_rows *shape, const void *x, const void *const *mixes,
+                                 const float *constants, void *const *outputs) {
+    const auto operate = target().rwkv6->shift_blend_forward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
+        operate(*shape, block, x, mixes, constants, outputs);
+    });
+}
+
+int32_t rwkv_shift_blend_backward(const rwkv_rows *shape, const void *x, const void *const *mixes,
+                                  const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
+                                  float *dconstants) {
+    const auto operate = target().rwkv6->shift_blend_backward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
+        operate(*shape, block, x, mixes, constants, doutputs, dx, dmixes, dconstants);
+    });
+}
+
+int32_t rwkv_sigmoid_gate_forward(const rwkv_rows *shape, const void *gate, const void *value, void *y) {
+    const auto operate = target().rwkv6->sigmoid_gate_forward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) { operate(*shape, block, gate, value, y); });
+}
+
+int32_t rwkv_sigmoid_gate_backward(const rwkv_rows *shape, const void *gate, const void *value, const void *dy,
+                                   void *dgate, void *dvalue) {
+    const auto operate = target().rwkv6->sigmoid_gate_backward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
+        operate(*shape, block, gate, value, dy, dgate, dvalue);
+    });
+}
+
+int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                const float *bias, void *to) {
+    const auto operate = target().rwkv6->gated_norm_forward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
+        operate(*shape, block, y, gate, weight, bias, to);
+    });
+}
+
+int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
+                                 const float *bias, const void *dout, void *dy, void *dgate, float *dparameters) {
+    const auto operate = target().rwkv6->gated_norm_backward;
+    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
+        operate(*shape, block, y, gate, weight, bias, dout, dy, dgate, dparameters);
     });
 }

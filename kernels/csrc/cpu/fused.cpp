@@ -1,50 +1,12 @@
 // Token shift, and RWKV-7's passes before and after WKV, of one instruction set, on blocks of rows.
 #include "fused.hpp"
 
-#include "../wkv.h"
-#include "vector.hpp"
+#include "rows.hpp"
 
 namespace RWKV_TARGET {
 namespace {
 
-constexpr float NORM_EPS = 64e-5f;   // of the head norm: RWKV-LM's 1e-5 on y / 8
 constexpr float KAPPA_EPS = 1e-12f;  // least length of kappa's divisor
-
-struct Range {
-    int64_t begin, end;
-};
-
-Range rows_of(const rwkv_rows &p, int64_t block) {
-    const int64_t end = (block + 1) * RWKV_ROWS_IN_BLOCK;
-    return {block * RWKV_ROWS_IN_BLOCK, end < p.rows ? end : p.rows};
-}
-
-// body(element of io).
-template <typename Body>
-void with_io(int32_t io, const Body &body) {
-    if (io == RWKV_FP32) body(float());
-    if (io == RWKV_BF16) body(bf16());
-    if (io == RWKV_FP16) body(half());
-}
-
-template <typename io>
-const io *in(const void *x, int64_t offset) {
-    return static_cast<const io *>(x) + offset;
-}
-
-template <typename io>
-io *out(void *x, int64_t offset) {
-    return static_cast<io *>(x) + offset;
-}
-
-// Whether nothing comes before the row: it is the first of its sequence or document.
-RWKV_INLINE bool is_first(const rwkv_rows &p, int64_t row) {
-    return row % p.time == 0 || (p.starts && p.starts[row]);
-}
-
-RWKV_INLINE void accumulate(float *to, vec x) {
-    store(to, load(to) + x);
-}
 
 void mix_forward(const rwkv_rows &p, int64_t block, int32_t count, const void *x, const float *mixes,
                  void *const *outputs) {

@@ -20,14 +20,34 @@ struct FusedOperators {
                           void *dv, float *dbonus, void *dgate, float *dparameters);
 };
 
+// Those that RWKV-5 and 6 have alone.
+struct Rwkv6Passes {
+    void (*shift_blend_forward)(const rwkv_rows &, int64_t block, const void *x, const void *const *mixes,
+                                const float *constants, void *const *outputs);
+    void (*shift_blend_backward)(const rwkv_rows &, int64_t block, const void *x, const void *const *mixes,
+                                 const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
+                                 float *dconstants);
+    void (*sigmoid_gate_forward)(const rwkv_rows &, int64_t block, const void *gate, const void *value, void *y);
+    void (*sigmoid_gate_backward)(const rwkv_rows &, int64_t block, const void *gate, const void *value,
+                                  const void *dy, void *dgate, void *dvalue);
+    void (*gated_norm_forward)(const rwkv_rows &, int64_t block, const void *y, const void *gate, const float *weight,
+                               const float *bias, void *out);
+    void (*gated_norm_backward)(const rwkv_rows &, int64_t block, const void *y, const void *gate,
+                                const float *weight, const float *bias, const void *dout, void *dy, void *dgate,
+                                float *dparameters);
+};
+
 #if RWKV_HAS_X86_TARGETS
 namespace avx512 {
 extern const FusedOperators fused_operators;
+extern const Rwkv6Passes rwkv6_passes;
 }
 namespace avx2 {
 extern const FusedOperators fused_operators;
+extern const Rwkv6Passes rwkv6_passes;
 }
 #endif
 namespace portable {
 extern const FusedOperators fused_operators;
+extern const Rwkv6Passes rwkv6_passes;
 }

@@ -10,19 +10,6 @@
 namespace rwkv {
 namespace {
 
-constexpr int FLAT_THREADS = 256;
-
-// A tensor for each of the mixes.
-template <typename T>
-struct Tensors {
-    T *at[RWKV_MOST_MIXES];
-};
-
-// Whether nothing comes before the row, the one of this step: it is the first of its sequence or document.
-__device__ __forceinline__ bool is_first(const rwkv_rows &p, int64_t row, int64_t step) {
-    return step == 0 || (p.starts && p.starts[row]);
-}
-
 template <typename io, int COUNT>
 __global__ void __launch_bounds__(ROW_THREADS)
     mix_forward(rwkv_rows p, const io *x, const float *mixes, Tensors<io> outputs) {
@@ -93,10 +80,6 @@ __device__ __forceinline__ Channels relu(const Channels &x) {
     return each([&](int i) { return x.at[i] < 0.0f ? 0.0f : x.at[i]; });  // NaN stays NaN
 }
 
-__device__ __forceinline__ int64_t flat_place() {
-    return (static_cast<int64_t>(blockIdx.x) * FLAT_THREADS + threadIdx.x) * LANE_CHANNELS;
-}
-
 template <typename io>
 __global__ void __launch_bounds__(FLAT_THREADS) squared_relu_forward(int64_t elements, const io *x, io *y) {
     const int64_t place = flat_place();
@@ -111,35 +94,6 @@ __global__ void __launch_bounds__(FLAT_THREADS)
     const int64_t place = flat_place();
     if (place >= elements) return;
     store(dx + place, relu(load(x + place)) * 2.0f * load(dy + place));
-}
-
-template <typename io, int COUNT>
-__global__ void __launch_bounds__(FLAT_THREADS)
-    blend_forward(int64_t elements, const io *x, const io *delta, Tensors<const io> mixes, Tensors<io> outputs) {
-    const int64_t place = flat_place();
-    if (place >= elements) return;
-    const Channels now = load(x + place), difference = load(delta + place);
-#pragma unroll
-    for (int m = 0; m < COUNT; ++m) store(outputs.at[m] + place, now + difference * load(mixes.at[m] + place));
-}
-
-template <typename io, int COUNT>
-__global__ void __launch_bounds__(FLAT_THREADS)
-    blend_backward(int64_t elements, const io *delta, Tensors<const io> mixes, Tensors<const io> doutputs, io *dx,
-                   io *ddelta, Tensors<io> dmixes) {
-    const int64_t place = flat_place();
-    if (place >= elements) return;
-    const Channels difference = load(delta + place);
-    Channels whole = splat(0.0f), mixed = splat(0.0f);
-#pragma unroll
-    for (int m = 0; m < COUNT; ++m) {
-        const Channels g = load(doutputs.at[m] + place);
-        whole = whole + g;
-        mixed = mixed + g * load(mixes.at[m] + place);
-        store(dmixes.at[m] + place, g * difference);
-    }
-    store(dx + place, whole);
-    store(ddelta + place, mixed);
 }
 
 template <typename io>
@@ -201,27 +155,6 @@ int32_t with_mixes(const rwkv_rows &p, int32_t count, const Body &body) {
     });
 }
 
-template <typename io>
-Tensors<const io> all_in(const void *const *tensors, int count) {
-    Tensors<const io> result{};
-    for (int m = 0; m < count; ++m) result.at[m] = in<io>(tensors[m]);
-    return result;
-}
-
-template <typename io>
-Tensors<io> all_out(void *const *tensors, int count) {
-    Tensors<io> result{};
-    for (int m = 0; m < count; ++m) result.at[m] = out<io>(tensors[m]);
-    return result;
-}
-
-template <typename... Parameters, typename... Arguments>
-int32_t launch_flat(void (*kernel)(int64_t, Parameters...), const rwkv_rows &p, Arguments... arguments) {
-    const int64_t elements = p.rows * p.width, each_block = FLAT_THREADS * LANE_CHANNELS;
-    const dim3 grid((elements + each_block - 1) / each_block);
-    return launch(kernel, grid, dim3(FLAT_THREADS), 0, p.stream, elements, arguments...);
-}
-
 }  // namespace
 }  // namespace rwkv
 
@@ -241,24 +174,6 @@ int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, 
         using io = decltype(element);
         return launch_rows(mix_backward<io, mixed>, mixed, *shape, in<io>(x), mixes, all_in<io>(doutputs, mixed),
                            out<io>(dx), dmixes);
-    });
-}
-
-int32_t rwkv_blend_forward(const rwkv_rows *shape, int32_t count, const void *x, const void *delta,
-                           const void *const *mixes, void *const *outputs) {
-    return with_mixes(*shape, count, [&](auto element, auto mixed) {
-        using io = decltype(element);
-        return launch_flat(blend_forward<io, mixed>, *shape, in<io>(x), in<io>(delta), all_in<io>(mixes, mixed),
-                           all_out<io>(outputs, mixed));
-    });
-}
-
-int32_t rwkv_blend_backward(const rwkv_rows *shape, int32_t count, const void *delta, const void *const *mixes,
-                            const void *const *doutputs, void *dx, void *ddelta, void *const *dmixes) {
-    return with_mixes(*shape, count, [&](auto element, auto mixed) {
-        using io = decltype(element);
-        return launch_flat(blend_backward<io, mixed>, *shape, in<io>(delta), all_in<io>(mixes, mixed),
-                           all_in<io>(doutputs, mixed), out<io>(dx), out<io>(ddelta), all_out<io>(dmixes, mixed));
     });
 }
 

@@ -15,6 +15,7 @@ constexpr int WARP_CHANNELS = 32 * LANE_CHANNELS;
 constexpr int ROW_WARPS = 4;
 constexpr int WARP_ROWS = RWKV_ROWS_IN_BLOCK / ROW_WARPS;
 constexpr int ROW_THREADS = 32 * ROW_WARPS;
+constexpr int FLAT_THREADS = 256;  // of a block of a pass in which every element is by itself
 constexpr int LARGEST_HEAD = WARP_CHANNELS;
 constexpr float NORM_EPS = 64e-5f;  // of the head norm: RWKV-LM's 1e-5 on y / 8
 
@@ -66,9 +67,18 @@ struct alignas(16) Packed {
 };
 
 template <typename io>
-__device__ __forceinline__ Channels load(const io *from) {
-    const Packed<io> packed = *reinterpret_cast<const Packed<io> *>(from);
+__device__ __forceinline__ Packed<io> load_packed(const io *from) {
+    return *reinterpret_cast<const Packed<io> *>(from);
+}
+
+template <typename io>
+__device__ __forceinline__ Channels unpack(const Packed<io> &packed) {
     return each([&](int i) { return to_float(packed.at[i]); });
+}
+
+template <typename io>
+__device__ __forceinline__ Channels load(const io *from) {
+    return unpack(load_packed(from));
 }
 
 template <typename io>
@@ -87,6 +97,17 @@ __host__ __device__ __forceinline__ const io *in(const void *x) {
 template <typename io>
 __host__ __device__ __forceinline__ io *out(void *x) {
     return static_cast<io *>(x);
+}
+
+// A tensor for each of the mixes.
+template <typename T>
+struct Tensors {
+    T *at[RWKV_MOST_MIXES];
+};
+
+// Whether nothing comes before the row, the one of this step: it is the first of its sequence or document.
+__device__ __forceinline__ bool is_first(const rwkv_rows &p, int64_t row, int64_t step) {
+    return step == 0 || (p.starts && p.starts[row]);
 }
 
 // Where a thread works: `rows` from `begin` to `end`, and channels from `channel` on, which it stores where `is_inside`.
@@ -111,6 +132,10 @@ struct Work {
         if (is_inside) store(to + place, x);
     }
 };
+
+__device__ __forceinline__ int64_t flat_place() {
+    return (static_cast<int64_t>(blockIdx.x) * FLAT_THREADS + threadIdx.x) * LANE_CHANNELS;
+}
 
 // sums[i] over the lanes of a head, of which a warp has some: `lanes` is a power of two.
 template <int COUNT>
@@ -178,6 +203,27 @@ int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), int sums, const rw
     const dim3 grid((p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK,
                     (p.width + WARP_CHANNELS - 1) / WARP_CHANNELS);
     return launch(kernel, grid, dim3(32, ROW_WARPS), bytes_of_sums(sums), p.stream, p, arguments...);
+}
+
+template <typename io>
+Tensors<const io> all_in(const void *const *tensors, int count) {
+    Tensors<const io> result{};
+    for (int m = 0; m < count; ++m) result.at[m] = in<io>(tensors[m]);
+    return result;
+}
+
+template <typename io>
+Tensors<io> all_out(void *const *tensors, int count) {
+    Tensors<io> result{};
+    for (int m = 0; m < count; ++m) result.at[m] = out<io>(tensors[m]);
+    return result;
+}
+
+template <typename... Parameters, typename... Arguments>
+int32_t launch_flat(void (*kernel)(int64_t, Parameters...), const rwkv_rows &p, Arguments... arguments) {
+    const int64_t elements = p.rows * p.width, each_block = FLAT_THREADS * LANE_CHANNELS;
+    const dim3 grid((elements + each_block - 1) / each_block);
+    return launch(kernel, grid, dim3(FLAT_THREADS), 0, p.stream, elements, arguments...);
 }
 
 // body(element of io), where there are kernels for the shape.

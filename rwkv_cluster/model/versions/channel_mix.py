@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
@@ -35,4 +34,5 @@ class GatedChannelMix(nn.Module):
         if self.mixes_current:
             mixes = [1 - m.to(x.dtype) for m in mixes]
         x_k, x_r = token_shift_mix(x, before, mixes, self.fused, starts)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
+        value = self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
+        return fused.sigmoid_gate(self.receptance(x_r), value, choice=self.fused)

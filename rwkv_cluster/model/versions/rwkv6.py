@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
-from rwkv_cluster.kernels.documents import Starts
+from rwkv_cluster.kernels.documents import Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
@@ -62,15 +62,21 @@ class TimeMix(nn.Module):
 
     def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         """The inputs of w, k, v, r, g, in this order: 5 x [B,T,C]."""
-        delta = shift_delta(x, before, starts)
+        constants = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        if before is None and fused.is_native(x, self.fused):
+            (base,) = fused.mix(x, (self.time_maa_x,), flags(starts), choice=self.fused)
+            mixes = [linear(part, up) for part, up in self._low_rank(base)]
+            return list(fused.shift_blend(x, mixes, constants, flags(starts), choice=self.fused))
+        delta = shift_delta(x, before, starts)  # shared by both, and the products add the constants on their way
         (base,) = fused.blend(x, delta, (self.time_maa_x,), choice=self.fused)
-        low = torch.tanh(linear(base, self.time_maa_w1.t()))  # [B,T,5M]
-        constant = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        mixes = [
-            linear(part, up.t(), maa.flatten())
-            for part, up, maa in zip(low.chunk(5, dim=-1), self.time_maa_w2, constant, strict=True)
-        ]
+        products = zip(self._low_rank(base), constants, strict=True)
+        mixes = [linear(part, up, constant.flatten()) for (part, up), constant in products]
         return list(fused.blend(x, delta, mixes, choice=self.fused))
+
+    def _low_rank(self, base: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Factors of the five mixes' parts from the data: [B,T,M] of base [B,T,C], and [C,M]."""
+        low = torch.tanh(linear(base, self.time_maa_w1.t()))  # [B,T,5M]
+        return [(part, up.t()) for part, up in zip(low.chunk(5, dim=-1), self.time_maa_w2, strict=True)]
 
 
 ChannelMix = partial(GatedChannelMix, mix="time_maa", mixes_current=False)

@@ -171,13 +171,13 @@ _ROWS = (
         saved=SavedTensors(
             of_width=12,
             of_attention=6,
-            of_attention_uncompiled=3,
+            of_attention_plain=3,
             of_width_trained=7,
             of_attention_trained=1,
             of_width_trained_in_block_0=4,
         ),
         passes=Passes(forward=70, training=221, launches_forward=36, launches=125),
-        passes_compiled=Passes(forward=33, training=80, launches_forward=24, launches=59),
+        passes_compiled=Passes(forward=31, training=74, launches_forward=25, launches=61),
     ),
     Version(
         name="x060",
@@ -196,13 +196,13 @@ _ROWS = (
         saved=SavedTensors(
             of_width=19,
             of_attention=7,
-            of_attention_uncompiled=3,
+            of_attention_plain=3,
             of_width_trained=9,
             of_attention_trained=1,
             of_width_trained_in_block_0=10,
         ),
         passes=Passes(forward=91, training=289, launches_forward=47, launches=164),
-        passes_compiled=Passes(forward=59, training=146, launches_forward=36, launches=97),
+        passes_compiled=Passes(forward=40, training=103, launches_forward=31, launches=84),
         loras=(("time_maa_w1", "time_maa_w2"), ("time_decay_w1", "time_decay_w2")),
     ),
     Version(

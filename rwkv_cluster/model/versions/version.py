@@ -41,7 +41,7 @@ class SavedTensors:
     Attributes:
         of_width: [B,T,C].
         of_attention: [B,T,A], where A is not C by rule.
-        of_attention_uncompiled: [B,T,A] more where neither torch.compile nor CUDA's kernel recomputes the head norm.
+        of_attention_plain: [B,T,A] more in the plain form.
         of_width_plain: [B,T,C] more in the plain form, the last of them fp32 in any precision.
         of_width_not_in_block_0: [B,T,C] that block 0 does without.
         carried: [B,T,C] that pass from block 0 to all others, such as v_first.
@@ -52,7 +52,7 @@ class SavedTensors:
 
     of_width: int
     of_attention: int = 0
-    of_attention_uncompiled: int = 0
+    of_attention_plain: int = 0
     of_width_plain: int = 0
     of_width_not_in_block_0: int = 0
     carried: int = 0
@@ -66,7 +66,7 @@ class SavedTensors:
 class Passes:
     """Work of one block for one token beside its matrix products and WKV, at width 512.
 
-    Weights and LoRAs' small tensors are not in it. A pass that torch.compile makes is counted as one each way.
+    Weights are not in it. A pass of the compiled library is counted as what it reads and writes, and one operation.
 
     Attributes:
         forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
@@ -101,7 +101,8 @@ class Version:
         ranks_of: shapes of a weights file -> fields of the configuration that say its LoRA ranks.
         optimizer_group: (name, whether it is a matrix) -> (learning-rate multiplier, whether weight decay applies).
         saved: what the backward pass needs.
-        passes, passes_compiled: work beside the products, in the plain form, and in the native or a compiled one.
+        passes, passes_compiled: work beside the products, in the plain form and in the native one, for which
+            torch.compile's is taken too.
     """
 
     name: str

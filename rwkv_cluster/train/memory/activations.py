@@ -68,11 +68,6 @@ class Kernels:
         """Whether WKV is a kernel of the compiled library."""
         return self.wkv in ("native", "tensor_cores")
 
-    @property
-    def recomputes_head_norm(self) -> bool:
-        """Whether the reading of RWKV-5 and 6 keeps its inputs alone: torch.compile's, and the CUDA library's."""
-        return self.fused == "compile" or (self.fused == "native" and self.device == "cuda")
-
 
 @dataclass(frozen=True)
 class Activations:
@@ -160,14 +155,15 @@ def _workspace(model: ModelConfig, kernels: Kernels, tokens: int, item: int) -> 
 def _block_bytes(model: ModelConfig, kernels: Kernels, item: int, *, is_frozen: bool) -> float:
     """Bytes that all blocks save for one token, without WKV's states. is_frozen: the block's parameters are."""
     widths, saved, L = model_dims(model), version_of(model).saved, model.n_layer
-    of_attention = saved.of_attention + (0 if kernels.recomputes_head_norm else saved.of_attention_uncompiled)
+    is_plain = kernels.fused == "plain"
+    of_attention = saved.of_attention + (saved.of_attention_plain if is_plain else 0)
     elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
     elements += lora_hidden(model) - saved.of_width_not_in_block_0 * widths.embd
     more_bytes = 0
-    if kernels.fused == "plain" and saved.of_width_plain:
+    if is_plain and saved.of_width_plain:
         more_bytes = L * widths.embd * ((saved.of_width_plain - 1) * item + FP32)
     if is_frozen:
-        of_width = saved.of_width_trained + (saved.of_width_trained_plain if kernels.fused == "plain" else 0)
+        of_width = saved.of_width_trained + (saved.of_width_trained_plain if is_plain else 0)
         elements -= L * (of_width * widths.embd + saved.of_attention_trained * widths.att + widths.ffn)
     return float(elements * item + more_bytes)
 
