@@ -104,6 +104,27 @@ __device__ __forceinline__ float suffix_sum(float x, int rows = L) {
     return x;
 }
 
+// suffix_sum of several columns and both halves, over at most rows[half]: the sums wait for their shuffles together.
+template <int columns>
+__device__ __forceinline__ void suffix_sums(float (&x)[2][columns], const int (&rows)[2]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+        float later[2][columns];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int c = 0; c < columns; ++c) later[half][c] = __shfl_sync(0xffffffffu, x[half][c], lane + distance);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const bool counts = lane + distance < 32 && distance / 4 < rows[half];
+#pragma unroll
+            for (int c = 0; c < columns; ++c) x[half][c] += counts ? later[half][c] : 0.0f;
+        }
+    }
+}
+
 // The value that row 0 of the half holds.
 __device__ __forceinline__ float first_row(float x) {
     return __shfl_sync(0xffffffffu, x, threadIdx.x % 4);

@@ -178,6 +178,13 @@ __device__ __forceinline__ void store_transpose(bf16 *to, int64_t stride, const 
     }
 }
 
+// Two bf16 side by side, as floats; the first at an even place.
+__device__ __forceinline__ void load_pair(float (&to)[2], const bf16 *from) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t *>(from);
+    to[0] = bf16_bits_to_float(pair << 16);
+    to[1] = bf16_bits_to_float(pair & 0xffff0000u);
+}
+
 // Eight bf16 in a register quadruple, as floats and back.
 __device__ __forceinline__ void unpack(float (&to)[8], const uint4 &from) {
     const uint32_t words[4] = {from.x, from.y, from.z, from.w};

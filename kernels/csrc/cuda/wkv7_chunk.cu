@@ -37,6 +37,13 @@ namespace {
 constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
 constexpr float LOG2_DECAY_SCALE = LOG_DECAY_SCALE * LOG2_E;
 
+// Blocks that a multiprocessor has registers for, forward: four where its shared memory has room for them.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int FORWARD_BLOCKS = 3;
+#else
+constexpr int FORWARD_BLOCKS = 4;
+#endif
+
 enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that compute them
 
 struct alignas(16) Chunk {
@@ -219,11 +226,12 @@ __device__ __forceinline__ void multiply_steps(Chunk &x, const Documents &docume
     store(&x.product_rest[matrix][0][0], SMALL_STRIDE, acc);
 }
 
-// X = (1 - AB)^-1 by forward substitution in fp32, lane j column j; warp 0. (Repeated squaring would not be stable:
-// keys that resemble each other make the powers of AB grow before they vanish.) The caller adds a barrier.
+// X = (1 - AB)^-1 by forward substitution in fp32, lanes j and j + 16 column j, of which each stores half; warp 0.
+// (Repeated squaring would not be stable: keys that resemble each other make the powers of AB grow before they vanish.)
+// Nothing is stored before all is solved: loads of AB would wait behind it, and the other warps for them. The caller
+// adds a barrier.
 __device__ __forceinline__ void invert(Chunk &x) {
-    const int column = threadIdx.x;
-    if (column >= L) return;
+    const int column = threadIdx.x % L;
     float solution[L];
 #pragma unroll
     for (int row = 0; row < L; ++row) {
@@ -231,9 +239,14 @@ __device__ __forceinline__ void invert(Chunk &x) {
 #pragma unroll
         for (int before = 0; before < row; ++before) sum += x.ab[row][before] * solution[before];
         solution[row] = sum;
-        const bf16 rounded = to_bf16(sum);
-        x.inverse[row][column] = rounded;
-        x.inverse_rest[row][column] = to_bf16(sum - to_float(rounded));
+    }
+    const int later_half = threadIdx.x / L * (L / 2);
+#pragma unroll
+    for (int i = 0; i < L / 2; ++i) {
+        const float mine = later_half ? solution[L / 2 + i] : solution[i];
+        const bf16 rounded = to_bf16(mine);
+        x.inverse[later_half + i][column] = rounded;
+        x.inverse_rest[later_half + i][column] = to_bf16(mine - to_float(rounded));
     }
 }
 
@@ -267,7 +280,7 @@ __device__ __forceinline__ void pass(State &s, const Chunk &x, const Documents &
 }
 
 template <bool has_starts>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     forward(int64_t time, int heads, const uint8_t *starts, Pointers in, const float *state, bf16 *y, float *final_state, bf16 *saved) {
     Chunk &x = *dynamic_memory<Chunk>();
     const Head head(time, heads);
@@ -288,7 +301,6 @@ __global__ void __launch_bounds__(THREADS)
         multiply_steps(x, documents);
         __syncthreads();
         if (warp == 0) invert(x);
-        __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
         uint32_t state_columns[N / 16][4];
         transpose(state_columns, s);
         if (saved) {
@@ -364,46 +376,63 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, const Gradients 
     multiply_loaded<true>(dbi, operand(x.dproduct[AB]), 0, right);
 
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float dw[2][4];
+    float reads[2][4], read_before[2][4], writes[2][4], at_end[4];  // rows g and g + 8; columns as in a row of tiles
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
+        const int j = first + 8 * n + 2 * t;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const int j = first + 8 * n + 2 * t + side;
-            const float total = x.total[j];
-            const float at_end = documents.starts ? 0.0f : state_product.at(n, 2 * t + side) * total;
-            float reads[2], read_before[2], writes[2];  // rows g and g + 8
+            at_end[2 * n + side] = documents.starts ? 0.0f : state_product.at(n, 2 * t + side) * x.total[j + side];
+        }
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = g + 8 * half, i = 2 * half + side;
-                const float inclusive = x.cumulative[row + 1][j], inverse = reciprocal_approx(inclusive);
-                read_before[half] = daq[n][i] * to_float(x.aq[row][j]);
-                reads[half] = drq[n][i] * to_float(x.rq[row][j]) - dki[n][i] * to_float(x.ki[row][j]) -
-                              dbi[n][i] * to_float(x.bi[row][j]) + read_before[half];
-                writes[half] = dke[n][i] * to_float(x.ke[row][j]) + dbe[n][i] * to_float(x.be[row][j]);
+        for (int half = 0; half < 2; ++half) {
+            const int row = g + 8 * half;
+            float rq[2], aq[2], ki[2], bi[2], ke[2], be[2];
+            load_pair(rq, &x.rq[row][j]);
+            load_pair(aq, &x.aq[row][j]);
+            load_pair(ki, &x.ki[row][j]);
+            load_pair(bi, &x.bi[row][j]);
+            load_pair(ke, &x.ke[row][j]);
+            load_pair(be, &x.be[row][j]);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const int i = 2 * half + side, c = 2 * n + side;
+                const float inclusive = x.cumulative[row + 1][j + side], inverse = reciprocal_approx(inclusive);
+                read_before[half][c] = daq[n][i] * aq[side];
+                reads[half][c] = drq[n][i] * rq[side] - dki[n][i] * ki[side] - dbi[n][i] * bi[side] +
+                                 read_before[half][c];
+                writes[half][c] = dke[n][i] * ke[side] + dbe[n][i] * be[side];
+                const float to_end = inverse * x.total[j + side];
                 drq[n][i] *= inclusive;
-                daq[n][i] *= x.cumulative[row][j];
-                dki[n][i] = dki[n][i] * inverse + dke[n][i] * (inverse * total);
-                dbi[n][i] = dbi[n][i] * inverse + dbe[n][i] * (inverse * total);
+                daq[n][i] *= x.cumulative[row][j + side];
+                dki[n][i] = dki[n][i] * inverse + dke[n][i] * to_end;
+                dbi[n][i] = dbi[n][i] * inverse + dbe[n][i] * to_end;
             }
-            // log d_t reaches what its document reads from t on (aq: after t), and what it writes before t
-            const float late_reads = suffix_sum(reads[1], documents.steps_left(g + 8));
-            const float late_writes = suffix_sum(writes[1]), from_row_8 = first_row(late_reads);
-            const float early_reads = suffix_sum(reads[0], documents.steps_left(g)) +
-                                      (documents.joins(8, g) ? from_row_8 : 0.0f);
-            const float early_writes = suffix_sum(writes[0]) + first_row(late_writes);
-            const float all_writes = first_row(early_writes);
-            const float before_early = reaches_last_state(g) ? all_writes - early_writes : 0.0f;
-            const float before_late = reaches_last_state(g + 8) ? all_writes - late_writes : 0.0f;
-            dw[n][side] = x.slope[g][j] * (early_reads - read_before[0] + before_early + at_end);
-            dw[n][2 + side] = x.slope[g + 8][j] * (late_reads - read_before[1] + before_late + at_end);
         }
     }
     store_steps(out.dr, head, start, first, drq);
-    store_steps(out.dw, head, start, first, dw);
     store_steps(out.dk, head, start, first, dki);
     store_steps(out.da, head, start, first, daq);
     store_steps(out.db, head, start, first, dbi);
+
+    // log d_t reaches what its document reads from t on (aq: after t), and what it writes before t
+    const int rows[2] = {documents.steps_left(g), documents.steps_left(g + 8)}, all_rows[2] = {L, L};
+    suffix_sums(reads, rows);
+    suffix_sums(writes, all_rows);
+    float dw[2][4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int j = first + c / 2 * 8 + 2 * t + c % 2;
+        const float from_row_8 = first_row(reads[1][c]);
+        const float early_writes = writes[0][c] + first_row(writes[1][c]), all_writes = first_row(early_writes);
+        const float early_reads = reads[0][c] + (documents.joins(8, g) ? from_row_8 : 0.0f);
+        const float before_early = reaches_last_state(g) ? all_writes - early_writes : 0.0f;
+        const float before_late = reaches_last_state(g + 8) ? all_writes - writes[1][c] : 0.0f;
+        float(&dlog)[4] = dw[c / 2];
+        dlog[c % 2] = x.slope[g][j] * (early_reads - read_before[0][c] + before_early + at_end[c]);
+        dlog[2 + c % 2] = x.slope[g + 8][j] * (reads[1][c] - read_before[1][c] + before_late + at_end[c]);
+    }
+    store_steps(out.dw, head, start, first, dw);
 }
 
 // This warp's one of the gradients of the four [L,L] matrices. The caller adds a barrier.
@@ -450,7 +479,6 @@ __global__ void __launch_bounds__(THREADS, 2)
         multiply_steps(x, documents);
         __syncthreads();
         if (warp == 0) invert(x);
-        __syncwarp();  // half of the warp has left invert early, and matrix instructions want all of it
         const auto reads_first_state = [&](int row) { return documents.reads_first_state(row); };
         float acc[2][4] = {}, dv[2][4] = {};
         uint32_t gradient_columns[N / 16][4];
