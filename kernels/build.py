@@ -39,6 +39,7 @@ CUDA_SOURCES = (
     "wkv7_exact.cu",
     "wkv6_exact.cu",
     "wkv7_chunk.cu",
+    "wkv7_chunk32.cu",
     "wkv6_chunk.cu",
     "fused.cu",
     "rwkv6_passes.cu",

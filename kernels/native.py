@@ -27,7 +27,7 @@ from rwkv_cluster.kernels.sizes import (
     TENSOR_CORE_HEAD_SIZE,
 )
 
-EXACT, TENSOR_CORES = 0, 1
+EXACT, TENSOR_CORES, TENSOR_CORES_16 = 0, 1, 2
 IO = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNMENT = 16
 """Bytes that the CUDA kernels read at a time."""
@@ -110,7 +110,7 @@ def saved_bytes(version: int, shape: Sequence[int], kernel: int) -> int:
     """Bytes that forward keeps for backward; equals rwkv_saved_bytes of the library, and takes symbolic shapes."""
     batch, time, heads, size = shape
     states = batch * heads * ((time + STEPS_BETWEEN_STATES - 1) // STEPS_BETWEEN_STATES) * size * size
-    if kernel == TENSOR_CORES:
+    if kernel != EXACT:
         return 2 * states
     return 4 * (states + batch * time * heads * size if version == 7 else states)
 
@@ -144,7 +144,7 @@ def _library(device: torch.device) -> loader.Library:
     return library
 
 
-def _call(name: str, exact: bool, starts: Tensor | None, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
+def _call(name: str, kernel: int, starts: Tensor | None, inputs: Sequence[Tensor], *others: Tensor | None) -> None:
     """Run a library's function on the operator's inputs, r first, and other tensors; None is a null pointer."""
     r = inputs[0]
     library = _library(r.device)
@@ -155,7 +155,7 @@ def _call(name: str, exact: bool, starts: Tensor | None, inputs: Sequence[Tensor
         heads=heads,
         size=size,
         io=IO[r.dtype],
-        kernel=_kernel(r, exact),
+        kernel=kernel,
         threads=torch.get_num_threads(),
         constant_decay=_has_constant_decay(inputs),
         stream=torch.cuda.current_stream(r.device).cuda_stream if r.is_cuda else None,
@@ -177,10 +177,29 @@ def _forward(version: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, starts, exact, save = arguments
     *inputs, state = _as_read(tensors)
     y, final_state, saved = outputs = _empty_outputs(version, *arguments)
+    kernel = _kernel(inputs[0], exact)
     _call(
-        f"rwkv_wkv{version}_forward", exact, _as_starts(starts), inputs, state, y, final_state, saved if save else None
+        f"rwkv_wkv{version}_forward", kernel, _as_starts(starts), inputs, state, y, final_state, saved if save else None
     )
     return outputs
+
+
+def wkv7_forward(inputs: Sequence[Tensor], kernel: int) -> Tensor:
+    """RWKV-7's y by TENSOR_CORES or TENSOR_CORES_16, with what backward would need of it and without autograd.
+
+    Measures the form that is not chosen by itself. inputs: r, w, k, v, a, b [B,T,H,64] in bfloat16 on a GPU.
+
+    Raises:
+        KernelError: there is no library for these inputs.
+    """
+    tensors = _as_read([x.detach() for x in inputs])
+    r = tensors[0]
+    if _kernel(r, exact=False) == EXACT:
+        raise KernelError(f"Tensor cores take bfloat16 on a GPU, head size {TENSOR_CORE_HEAD_SIZE}, not these inputs.")
+    y, final_state = _empty_like(r), _empty_state(r)
+    saved = r.new_empty(saved_bytes(7, r.shape, kernel), dtype=torch.uint8)
+    _call("rwkv_wkv7_forward", kernel, None, tensors, None, y, final_state, saved)
+    return y
 
 
 def _as_read(tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -210,7 +229,8 @@ def _backward(version: int, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, starts, exact = arguments
     *inputs, saved, dy, dfinal_state = _as_read(tensors)
     gradients = _empty_gradients(version, *arguments)
-    _call(f"rwkv_wkv{version}_backward", exact, _as_starts(starts), inputs, saved, dy, dfinal_state, *gradients)
+    kernel = _kernel(inputs[0], exact)
+    _call(f"rwkv_wkv{version}_backward", kernel, _as_starts(starts), inputs, saved, dy, dfinal_state, *gradients)
     return gradients
 
 

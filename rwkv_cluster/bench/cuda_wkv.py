@@ -15,6 +15,7 @@ import gc
 import platform
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace, inputs_of: Callable[..., tuple[list[Tensor]
         inputs_of: (version, options) -> the operator's arguments, without a state, and the gradient of y.
 
     Returns:
-        {"device", "torch", "cuda", "python", "copy_gb_per_s", "cases": [{"version", "shape", "contenders": {..}}]}.
+        {"device", "torch", "cuda", "python", "copy_gb_per_s", "cases": [{"version", "shape", "contenders": {..},
+        "forms": {..}}]}.
 
     Raises:
         ConfigError: torch finds no CUDA device.
@@ -96,6 +98,10 @@ def _lines(case: dict[str, Any]) -> list[str]:
             f"{title:28}{1e3 * c['forward_s']:>9.2f}{1e3 * c['both_s']:>12.2f}{1e3 * c['both_s_min']:>8.2f}"
             f"{1e3 * c['both_s_max']:>8.2f}{c['gb_per_s']:>8,.0f}{c['percent_of_copy']:>8.0f}"
             f"{c['ratio']:>10.2f}{c['extra_mb']:>10,.0f}"
+        )
+    for name, seconds in case["forms"].items():
+        lines.append(
+            f"{case['version']} {case['shape']} native, {name} between barriers: forward {1e3 * seconds:.2f} ms"
         )
     return lines
 
@@ -169,7 +175,21 @@ def _case(
                 "ratio": statistics.median(a[1] / b[1] for a, b in zip(rounds[name], rounds[first], strict=True)),
                 "extra_mb": _extra_bytes(version, name, inputs, dy) / 1e6,
             }
-    return {"tokens": options.batch * options.time, "bytes": moved, "contenders": contenders}
+    has_forms = (
+        version == "wkv7" and options.head_size == native.TENSOR_CORE_HEAD_SIZE and "native" in _going_on(contenders)
+    )
+    forms = _forms(inputs, options.repeats, timed) if has_forms else {}
+    return {"tokens": options.batch * options.time, "bytes": moved, "contenders": contenders, "forms": forms}
+
+
+def _forms(inputs: list[Tensor], repeats: int, timed: Clock) -> dict[str, float]:
+    """Seconds of RWKV-7's forward pass that keeps what backward needs, by the steps that it takes between barriers."""
+    kernels = {"16 steps": native.TENSOR_CORES_16, "32 steps": native.TENSOR_CORES}
+    turns = [
+        {name: timed(partial(native.wkv7_forward, inputs, kernel)) for name, kernel in kernels.items()}
+        for _ in range(repeats + 2)
+    ]
+    return {name: statistics.median(turn[name] for turn in turns[2:]) for name in kernels}
 
 
 @contextlib.contextmanager

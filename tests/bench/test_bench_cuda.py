@@ -14,6 +14,7 @@ import torch
 
 from rwkv_cluster.bench import cuda_step, cuda_wkv, step, wkv
 from rwkv_cluster.config import ModelConfig
+from rwkv_cluster.kernels import native
 from rwkv_cluster.model.rwkv import RWKV
 
 
@@ -32,6 +33,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(cuda_wkv, "Timer", WallClock)
     monkeypatch.setattr(cuda_wkv, "copy_bandwidth", lambda timed: 3e12)
+    monkeypatch.setattr(native, "wkv7_forward", lambda inputs, kernel: time.sleep(1e-3 * kernel))
     monkeypatch.setattr(cuda_wkv, "SHAPES", {"small": (2, 40, 128), "tiny": (2, 20, 128)})
 
 
@@ -66,8 +68,11 @@ def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_results(
         assert ours["error"] < 1e-4
         assert chunked["refused"].startswith("CUDA out of memory")
         assert "needs a GPU" in fla["refused"]
+        assert list(case["forms"]) == (["16 steps", "32 steps"] if case["version"] == "wkv7" else [])
+        assert all(seconds > 0 for seconds in case["forms"].values())
     assert json.loads((tmp_path / "found.json").read_text()) == result
     assert "CUDA out of memory" in cuda_wkv.format(result)
+    assert "wkv7 small native, 32 steps between barriers: forward" in cuda_wkv.format(result)
 
 
 @pytest.mark.system

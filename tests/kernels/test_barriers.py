@@ -20,7 +20,7 @@ from rwkv_cluster.kernels import build
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv6_chunk.cu", "loss.cu", "rows.cuh")
+FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu", "loss.cu", "rows.cuh")
 
 IMPLIED = {
     # These order one warp's shared memory beside a matrix product, at which the shim's lanes meet anyway. On a GPU,
@@ -44,11 +44,11 @@ from functools import partial
 from pathlib import Path
 import torch
 import naive_wkv
-from host_kernels import EXACT, TENSOR_CORES, values_and_gradients
+from host_kernels import EXACT, TENSOR_CORES, TENSOR_CORES_16, values_and_gradients
 from rwkv_cluster.kernels import loader
 
 library = loader.open_library(Path(sys.argv[1]))
-version, kernel = sys.argv[2], {"exact": EXACT, "chunk": TENSOR_CORES}[sys.argv[3]]
+version, kernel = sys.argv[2], {"exact": EXACT, "chunk": TENSOR_CORES_16, "chunk32": TENSOR_CORES}[sys.argv[3]]
 dtype = torch.float32 if kernel == EXACT else torch.bfloat16
 worst = 0.0
 for seed in range(9):

@@ -8,7 +8,7 @@ from functools import partial
 import naive_wkv
 import pytest
 import torch
-from host_kernels import EXACT, TENSOR_CORES, values_and_gradients
+from host_kernels import EXACT, TENSOR_CORES, TENSOR_CORES_16, values_and_gradients
 from naive_wkv import VERSIONS, as_starts, each_document_alone, naive, random_inputs, relative_errors
 
 from rwkv_cluster.kernels import native, ops
@@ -24,6 +24,7 @@ TOLERANCES = {
 KERNELS = pytest.mark.parametrize(
     ("kernel", "dtype"), list(TOLERANCES), ids=["exact-fp32", "exact-bf16", "exact-fp16", "tensor-cores"]
 )
+TOLERANCES[TENSOR_CORES_16, torch.bfloat16] = TOLERANCES[TENSOR_CORES, torch.bfloat16]
 pytestmark = pytest.mark.system  # the shim takes a compiler 16 s
 W = {"wkv5": 3, "wkv6": 3, "wkv7": 1}
 
@@ -55,7 +56,7 @@ def check(library, version, inputs, kernel, dtype, *, skip=(), starts=None):
 
 
 @KERNELS
-@pytest.mark.parametrize("time", [1, 15, 16, 17, 33, 77])
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 32, 33, 77])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_any_length(host_library, version, time, kernel, dtype):
     check(host_library, version, random_inputs(version, 1, time, 2, 64), kernel, dtype)
@@ -173,6 +174,16 @@ def test_documents_with_extreme_decays(host_library, version, logits, kernel, dt
     assert torch.isfinite(found[gradient]).all()
 
 
+@pytest.mark.parametrize("starts", [None, as_starts([[3, 5, 9, 14, 20], [16, 32]], 53)], ids=["one", "documents"])
+def test_steps_16_at_a_time_where_32_are_the_rule(host_library, starts):
+    inputs = random_inputs("wkv7", 2, 53, 1, 64)
+    wanted = check(host_library, "wkv7", inputs, TENSOR_CORES_16, torch.bfloat16, starts=starts)
+    for seed in range(1, 4):
+        host_library.rwkv_host_schedule(seed)
+        found = check(host_library, "wkv7", inputs, TENSOR_CORES_16, torch.bfloat16, starts=starts)
+        assert all(map(torch.equal, wanted, found))
+
+
 def resembling_keys(similarity):
     inputs = random_inputs("wkv7", 1, 100, 1, 64)
     kappa = torch.nn.functional.normalize(inputs[5], dim=-1)
@@ -267,7 +278,9 @@ def test_every_schedule_gives_the_same_bits_in_other_head_sizes(host_library, ve
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize(("kernel", "size"), [(EXACT, 32), (EXACT, 64), (EXACT, 128), (TENSOR_CORES, 64)])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(EXACT, 32), (EXACT, 64), (EXACT, 128), (TENSOR_CORES, 64), (TENSOR_CORES_16, 64)]
+)
 @pytest.mark.parametrize("version", [6, 7])
 def test_python_and_the_library_agree_on_what_is_saved(host_library, version, kernel, size):
     for time in (1, 16, 17):

@@ -13,7 +13,7 @@ from torch import Tensor
 from rwkv_cluster.kernels.native import IO
 from rwkv_cluster.kernels.signatures import Problem
 
-EXACT, TENSOR_CORES = 0, 1
+EXACT, TENSOR_CORES, TENSOR_CORES_16 = 0, 1, 2
 
 
 def values_and_gradients(

@@ -19,11 +19,15 @@ int32_t check_io(int32_t io) {
     return io == RWKV_FP32 || io == RWKV_BF16 || io == RWKV_FP16 ? RWKV_OK : RWKV_NO_SUCH_IO;
 }
 
+bool has_tensor_cores(const rwkv_problem &p) {
+    return p.kernel == RWKV_TENSOR_CORES || p.kernel == RWKV_TENSOR_CORES_16;
+}
+
 // RWKV_OK where `p.kernel` takes the problem.
 int32_t check(const rwkv_problem &p) {
     if (p.batch * p.heads > MOST_BLOCKS) return RWKV_NO_SUCH_SIZE;
-    if (p.size != 64 && (p.kernel == RWKV_TENSOR_CORES || (p.size != 32 && p.size != 128))) return RWKV_NO_SUCH_SIZE;
-    if (p.kernel == RWKV_TENSOR_CORES) return p.io == RWKV_BF16 ? RWKV_OK : RWKV_NO_SUCH_IO;
+    if (p.size != 64 && (has_tensor_cores(p) || (p.size != 32 && p.size != 128))) return RWKV_NO_SUCH_SIZE;
+    if (has_tensor_cores(p)) return p.io == RWKV_BF16 ? RWKV_OK : RWKV_NO_SUCH_IO;
     if (p.kernel != RWKV_EXACT) return RWKV_NO_SUCH_KERNEL;
     return check_io(p.io);
 }
@@ -80,7 +84,7 @@ int64_t rwkv_saved_bytes(int32_t version, const rwkv_problem *problem) {
     if ((version != 6 && version != 7) || check(p)) return -1;
     const int64_t states = (p.time + STEPS_BETWEEN_STATES - 1) / STEPS_BETWEEN_STATES;
     const int64_t elements = p.batch * p.heads * states * p.size * p.size;
-    if (p.kernel == RWKV_TENSOR_CORES) return elements * 2;
+    if (has_tensor_cores(p)) return elements * 2;
     const int64_t projections = version == 7 ? p.batch * p.time * p.heads * p.size : 0;
     return (elements + projections) * 4;
 }

@@ -44,6 +44,7 @@ int32_t wkv7_exact(const rwkv_problem &problem, const Wkv7Backward &pointers);
 int32_t wkv6_exact(const rwkv_problem &problem, const Wkv6Forward &pointers);
 int32_t wkv6_exact(const rwkv_problem &problem, const Wkv6Backward &pointers);
 int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Forward &pointers);
+int32_t wkv7_chunk32(const rwkv_problem &problem, const Wkv7Forward &pointers);
 int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Backward &pointers);
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Forward &pointers);
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Backward &pointers);

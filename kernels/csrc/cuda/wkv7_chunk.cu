@@ -28,14 +28,11 @@
 // Thread i loads the 8 channels from 8 (i % 8) on of step i / 8, one 16-byte piece of each input, a chunk ahead.
 #include <type_traits>
 
-#include "chunk.cuh"
 #include "launchers.hpp"
+#include "wkv7.cuh"
 
 namespace rwkv {
 namespace {
-
-constexpr float LOG_DECAY_SCALE = -0.60653065971263342f;  // -e^{-1/2}
-constexpr float LOG2_DECAY_SCALE = LOG_DECAY_SCALE * LOG2_E;
 
 // Blocks that a multiprocessor has registers for, forward: four where its shared memory has room for them.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
@@ -43,8 +40,6 @@ constexpr int FORWARD_BLOCKS = 3;
 #else
 constexpr int FORWARD_BLOCKS = 4;
 #endif
-
-enum { AB, AK, QB, QK };  // the [L,L] matrices, in the order of the warps that compute them
 
 struct alignas(16) Chunk {
     Steps rq, aq, ki, bi, ke, be, v, u;
@@ -68,14 +63,6 @@ struct alignas(16) BackwardChunk : Chunk {
 struct Inputs {
     uint4 r, w, k, v, a, b;
 };
-
-struct Pointers {
-    const bf16 *r, *w, *k, *v, *a, *b;
-};
-
-__device__ __forceinline__ float sigmoid(float x) {
-    return reciprocal_approx(1.0f + exp_approx(-x));
-}
 
 __device__ __forceinline__ Inputs load_inputs(const Pointers &x, const Head &head, int64_t start) {
     return {load_piece(x.r, head, start), load_piece(x.w, head, start), load_piece(x.k, head, start),
@@ -176,25 +163,11 @@ __device__ __forceinline__ void keep(BackwardChunk &x, const float (&inclusive)[
     }
 }
 
-// acc minus acc as bf16.
-__device__ __forceinline__ void leave_rest(float (&acc)[2][4]) {
-    for_pairs(acc, [](int, int, float &x, float &y) {
-        x -= to_float(to_bf16(x));
-        y -= to_float(to_bf16(y));
-    });
-}
-
 // acc as the sum of two bf16, to this warp's columns of two matrices.
 __device__ __forceinline__ void store_split(Steps &columns, Steps &rest, int first, float (&acc)[2][4]) {
     store(&columns[0][first], STRIDE, acc);
     leave_rest(acc);
     store(&rest[0][first], STRIDE, acc);
-}
-
-// Zero above the diagonal, on it for the matrices whose rows are aq, and between documents.
-__device__ __forceinline__ float masked(int matrix, const Documents &documents, int row, int column, float x) {
-    const bool is_read = (column < row && documents.joins(row, column)) || (column == row && matrix >= QB);
-    return is_read ? x : 0.0f;
 }
 
 // This warp's one of the four [L,L] matrices. The caller adds a barrier.
@@ -226,27 +199,15 @@ __device__ __forceinline__ void multiply_steps(Chunk &x, const Documents &docume
     store(&x.product_rest[matrix][0][0], SMALL_STRIDE, acc);
 }
 
-// X = (1 - AB)^-1 by forward substitution in fp32, lanes j and j + 16 column j, of which each stores half; warp 0.
-// (Repeated squaring would not be stable: keys that resemble each other make the powers of AB grow before they vanish.)
-// Nothing is stored before all is solved: loads of AB would wait behind it, and the other warps for them. The caller
-// adds a barrier.
+// X = (1 - AB)^-1, lanes j and j + 16 column j, of which each stores half; warp 0. The caller adds a barrier.
 __device__ __forceinline__ void invert(Chunk &x) {
-    const int column = threadIdx.x % L;
+    const int column = threadIdx.x % L, later_half = threadIdx.x / L * (L / 2);
     float solution[L];
-#pragma unroll
-    for (int row = 0; row < L; ++row) {
-        float sum = row == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int before = 0; before < row; ++before) sum += x.ab[row][before] * solution[before];
-        solution[row] = sum;
-    }
-    const int later_half = threadIdx.x / L * (L / 2);
+    solve_column(solution, x.ab, column);
 #pragma unroll
     for (int i = 0; i < L / 2; ++i) {
-        const float mine = later_half ? solution[L / 2 + i] : solution[i];
-        const bf16 rounded = to_bf16(mine);
-        x.inverse[later_half + i][column] = rounded;
-        x.inverse_rest[later_half + i][column] = to_bf16(mine - to_float(rounded));
+        const int row = later_half + i;
+        store_split(x.inverse[row][column], x.inverse_rest[row][column], later_half ? solution[L / 2 + i] : solution[i]);
     }
 }
 
@@ -517,6 +478,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 }  // namespace
 
 int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Forward &x) {
+    if (p.kernel == RWKV_TENSOR_CORES && p.time > L) return wkv7_chunk32(p, x);
     const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
     return launch(p.starts ? forward<true> : forward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Chunk), p.stream, p.time,
                   static_cast<int>(p.heads), p.starts, pointers, x.state, out(x.y), x.final_state, out(x.saved));
