@@ -117,6 +117,18 @@ def test_what_a_plan_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert small["total"] == small["host"]
 
 
+def test_wkv_takes_its_time_where_heads_are_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """132 multiprocessors with two blocks, or one and then 0.67 of the time, or some with two."""
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"accelerator": "auto"}))
+    large = ("--model.n_embd=768", "--model.head_size_a=64", "--training.accumulate_grad_batches=1")
+    full, some, none, few = (
+        prediction(path, *large, f"--training.micro_bsz={rows}", capsys=capsys)["wkv"] for rows in (22, 12, 11, 2)
+    )
+    assert some == pytest.approx(full)
+    assert none == pytest.approx(0.67 * full)
+    assert few == pytest.approx(none)
+
+
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"accelerator": "auto"}))
     assert cli.main(["plan", str(path), "--step-time"]) == 2
