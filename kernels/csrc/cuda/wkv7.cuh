@@ -45,7 +45,7 @@ __device__ __forceinline__ void solve_column(float (&solution)[L], const float (
 }
 
 // An element of it, as the sum of two bf16. Only when all is solved: loads of AB would wait behind what is stored.
-__device__ __forceinline__ void store_split(bf16 &to, bf16 &rest, float x) {
+__device__ __forceinline__ void split(bf16 &to, bf16 &rest, float x) {
     to = to_bf16(x);
     rest = to_bf16(x - to_float(to));
 }

@@ -207,7 +207,7 @@ __device__ __forceinline__ void invert(Chunk &x) {
 #pragma unroll
     for (int i = 0; i < L / 2; ++i) {
         const int row = later_half + i;
-        store_split(x.inverse[row][column], x.inverse_rest[row][column], later_half ? solution[L / 2 + i] : solution[i]);
+        split(x.inverse[row][column], x.inverse_rest[row][column], later_half ? solution[L / 2 + i] : solution[i]);
     }
 }
 

@@ -205,7 +205,7 @@ __device__ __forceinline__ void invert(Memory &x) {
     solve_column(solution, x.ab[chunk], column);
 #pragma unroll
     for (int row = 0; row < L; ++row) {
-        store_split(x.inverse[chunk][row][column], x.inverse_rest[chunk][row][column], solution[row]);
+        split(x.inverse[chunk][row][column], x.inverse_rest[chunk][row][column], solution[row]);
     }
 }
 
@@ -235,7 +235,6 @@ __global__ void __launch_bounds__(THREADS, 4)
     for (int64_t start = 0; start < time; start += CHUNKS * L) {
         const Documents documents = has_starts ? share_starts(next_start) : Documents{0};
         prepare(x, next, head, documents, start);
-        if (has_starts) next_start = load_start(starts, time, start + CHUNKS * L, CHUNKS * L);
         __syncthreads();
         if (warp < QB) multiply_steps<true>(x, documents, warp);
         else multiply_steps<false>(x, documents, warp);
@@ -274,7 +273,9 @@ __global__ void __launch_bounds__(THREADS, 4)
             if (own.starts) for_pairs(s, [](int, int, float &first, float &second) { first = second = 0.0f; });
             if (chunk == 0) {
                 __syncthreads();  // both inverses
-                load(next.w, in.w, head, start + CHUNKS * L);  // what is read first; registers for more come free later
+                // what is read first; registers for more come free later
+                if (has_starts) next_start = load_start(starts, time, start + CHUNKS * L, CHUNKS * L);
+                load(next.w, in.w, head, start + CHUNKS * L);
             }
             solve(u, x, chunk, read);
             multiply_loaded(out, operand(x.qb[chunk]), 0, u);
