@@ -104,20 +104,20 @@ __device__ __forceinline__ float suffix_sum(float x, int rows = L) {
     return x;
 }
 
-// suffix_sum of several columns and both halves, over at most rows[half]: the sums wait for their shuffles together.
-template <int columns>
-__device__ __forceinline__ void suffix_sums(float (&x)[2][columns], const int (&rows)[2]) {
+// suffix_sum of several columns, of one half or both, over at most rows[half]: the sums wait for their shuffles together.
+template <int halves, int columns>
+__device__ __forceinline__ void suffix_sums(float (&x)[halves][columns], const int (&rows)[halves]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
-        float later[2][columns];
+        float later[halves][columns];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < halves; ++half) {
 #pragma unroll
             for (int c = 0; c < columns; ++c) later[half][c] = __shfl_sync(0xffffffffu, x[half][c], lane + distance);
         }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < halves; ++half) {
             const bool counts = lane + distance < 32 && distance / 4 < rows[half];
 #pragma unroll
             for (int c = 0; c < columns; ++c) x[half][c] += counts ? later[half][c] : 0.0f;
@@ -152,6 +152,26 @@ __device__ __forceinline__ float prefix_sum(float x) {
         if (lane >= distance) x += earlier;
     }
     return x;
+}
+
+// prefix_sum of several columns, of one half or both.
+template <int halves, int columns>
+__device__ __forceinline__ void prefix_sums(float (&x)[halves][columns]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+        float earlier[halves][columns];
+#pragma unroll
+        for (int half = 0; half < halves; ++half) {
+#pragma unroll
+            for (int c = 0; c < columns; ++c) earlier[half][c] = __shfl_sync(0xffffffffu, x[half][c], lane - distance);
+        }
+#pragma unroll
+        for (int half = 0; half < halves; ++half) {
+#pragma unroll
+            for (int c = 0; c < columns; ++c) x[half][c] += lane >= distance ? earlier[half][c] : 0.0f;
+        }
+    }
 }
 
 // The diagonal of a [16,16] matrix of fragments. Lanes whose row g has g / 2 == t hold an element of each tile.

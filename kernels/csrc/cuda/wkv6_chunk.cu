@@ -62,19 +62,30 @@ __device__ __forceinline__ Inputs load_inputs(const Pointers &x, const Head &hea
             load_piece(x.w, head, start)};
 }
 
-// Sums of x over the warp's four steps: up to this one, and after it.
-__device__ __forceinline__ void scan_sums(float x, float &up_to, float &after) {
+// Sums of x over the warp's four steps: up to this one, and after it. All channels' wait for their shuffles together.
+__device__ __forceinline__ void scan_sums(const float (&x)[8], float (&up_to)[8], float (&after)[8]) {
     const int lane = threadIdx.x % 32;
-    up_to = after = x;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) up_to[i] = after[i] = x[i];
 #pragma unroll
     for (int distance = 8; distance < 32; distance *= 2) {
-        const float earlier = __shfl_sync(0xffffffffu, up_to, lane - distance);
-        const float later = __shfl_sync(0xffffffffu, after, lane + distance);
-        if (lane >= distance) up_to += earlier;
-        if (lane + distance < 32) after += later;
+        float earlier[8], later[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            earlier[i] = __shfl_sync(0xffffffffu, up_to[i], lane - distance);
+            later[i] = __shfl_sync(0xffffffffu, after[i], lane + distance);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (lane >= distance) up_to[i] += earlier[i];
+            if (lane + distance < 32) after[i] += later[i];
+        }
     }
-    after = __shfl_sync(0xffffffffu, after, lane + 8);
-    if (lane >= 24) after = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        after[i] = __shfl_sync(0xffffffffu, after[i], lane + 8);
+        if (lane >= 24) after[i] = 0.0f;
+    }
 }
 
 __device__ __forceinline__ float sum_before(float up_to) {
@@ -94,19 +105,25 @@ __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Point
                                               const Documents &documents, bool is_step, int heads) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8;
     const bool before_middle = warp % 2 == 0;  // a leaf is two warps' steps
-    float w[8], up_to[8], after[8];
+    float w[8], own[8], up_to[8], after[8];
     unpack(w, raw);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (in.constant) w[i] = in.constant[blockIdx.x % heads * N + column + i];
         const float log_decay = fmaxf(-expf(w[i]), LEAST_LOG_DECAY);
         f.log_decay[i] = is_step ? log_decay : 0.0f;
-        float leaf_up_to, leaf_after;
-        scan_sums(fmaxf(f.log_decay[i], LEAF_BOUND), leaf_up_to, leaf_after);
-        const float leaf_before = sum_before(leaf_up_to), own = fmaxf(f.log_decay[i], LEAF_BOUND);
-        f.leaf_read[i] = exp_approx(before_middle ? -(own + leaf_after) : leaf_before);
-        f.leaf_write[i] = exp_approx(before_middle ? leaf_after : -leaf_up_to);
-        scan_sums(f.log_decay[i], up_to[i], after[i]);
+        own[i] = fmaxf(f.log_decay[i], LEAF_BOUND);
+    }
+    scan_sums(own, up_to, after);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float before = sum_before(up_to[i]);
+        f.leaf_read[i] = exp_approx(before_middle ? -(own[i] + after[i]) : before);
+        f.leaf_write[i] = exp_approx(before_middle ? after[i] : -up_to[i]);
+    }
+    scan_sums(f.log_decay, up_to, after);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
         if (lane >= 24) x.log_decay[warp][column + i] = up_to[i];
         up_to[i] = sum_before(up_to[i]);
     }
@@ -296,54 +313,65 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sum
     multiply_loaded<true>(dh_written, operand(x.dcross), 0, halves);  // rows ..7
 
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float dw[2][4];
+    // rows g and g + 8; columns as in a row of tiles
+    float reads[2][4], writes[2][4], leaf[2][4], leaf_written[2][4], late_starts[1][4], early_ends[1][4], at_end[4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int c = 0; c < 4; ++c) {
+        const int n = c / 2, side = c % 2, j = first + 8 * n + 2 * t + side;
+        at_end[c] = state_product.at(n, 2 * t + side) * x.total[j];
+        float from_start[2], to_end[2], crossing[2];
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            const int j = first + 8 * n + 2 * t + side;
-            const float at_end = state_product.at(n, 2 * t + side) * x.total[j];
-            float from_start[2], to_end[2], crossing[2], leaf_read[2], leaf_written[2];  // rows g and g + 8
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = g + 8 * half, i = 2 * half + side;
-                const float r = to_float(x.r[row][j]), k = to_float(x.k[row][j]), v_dy = x.v_dy[row];
-                const float dh = half ? dh_read[n][i] : dh_written[n][i];
-                from_start[half] = drs[n][i] * to_float(x.rs[row][j]);
-                to_end[half] = dke[n][i] * to_float(x.ke[row][j]);
-                crossing[half] = dh * to_float(x.h[row][j]);
-                leaf_read[half] = drl[n][i] * to_float(x.rl[row][j]);
-                leaf_written[half] = dkl[n][i] * to_float(x.kl[row][j]);
-                float dr = drs[n][i] * x.start[row][j] + drl[n][i] * x.leaf_read[row][j];
-                float dk = dke[n][i] * x.end[row][j] + dkl[n][i] * x.leaf_write[row][j];
-                (half ? dr : dk) += dh * x.half[row][j];
-                drs[n][i] = dr + u[j] * k * v_dy;
-                dke[n][i] = dk + u[j] * r * v_dy;
-                sums.du[n][side] += r * k * v_dy;
-            }
-            // log d_m counts in: rs after m, ke before m, h between m and row 8, the leaf's products across m
-            const float all_late_starts = first_row(suffix_sum(from_start[1]));
-            const float all_early_ends = __shfl_sync(0xffffffffu, prefix_sum(to_end[0]), 28 + t);
-            float dlog[2];
-            dlog[0] = row_after(suffix_sum(from_start[0])) + all_late_starts +
-                      row_before(prefix_sum(to_end[0] + crossing[0]));
-            dlog[1] = row_after(suffix_sum(from_start[1] + crossing[1])) + row_before(prefix_sum(to_end[1])) +
-                      all_early_ends;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = g + 8 * half;
-                const float log_decay = x.own_log_decay[row][j];
-                const int rows = documents.steps_left(row);
-                const float later = row_after(suffix_sum(leaf_read[half] - leaf_written[half], rows));
-                const float leaf = (rows > 1 ? later : 0.0f) - leaf_written[half];
-                const float all = dlog[half] + at_end + (log_decay > LEAF_BOUND ? leaf : 0.0f);
-                dw[n][2 * half + side] = all * log_decay;  // d log d / dw = -exp(w) = log d
-                if (start + row < head.time) sums.dw[n][side] += all * log_decay;
-            }
+        for (int half = 0; half < 2; ++half) {
+            const int row = g + 8 * half, i = 2 * half + side;
+            const float r = to_float(x.r[row][j]), k = to_float(x.k[row][j]), v_dy = x.v_dy[row];
+            const float dh = half ? dh_read[n][i] : dh_written[n][i];
+            from_start[half] = drs[n][i] * to_float(x.rs[row][j]);
+            to_end[half] = dke[n][i] * to_float(x.ke[row][j]);
+            crossing[half] = dh * to_float(x.h[row][j]);
+            leaf_written[half][c] = dkl[n][i] * to_float(x.kl[row][j]);
+            leaf[half][c] = drl[n][i] * to_float(x.rl[row][j]) - leaf_written[half][c];
+            float dr = drs[n][i] * x.start[row][j] + drl[n][i] * x.leaf_read[row][j];
+            float dk = dke[n][i] * x.end[row][j] + dkl[n][i] * x.leaf_write[row][j];
+            (half ? dr : dk) += dh * x.half[row][j];
+            drs[n][i] = dr + u[j] * k * v_dy;
+            dke[n][i] = dk + u[j] * r * v_dy;
+            sums.du[n][side] += r * k * v_dy;
         }
+        reads[0][c] = from_start[0];
+        reads[1][c] = from_start[1] + crossing[1];
+        late_starts[0][c] = from_start[1];
+        writes[0][c] = to_end[0] + crossing[0];
+        writes[1][c] = to_end[1];
+        early_ends[0][c] = to_end[0];
     }
     store_steps(out.dr, head, start, first, drs);
     store_steps(out.dk, head, start, first, dke);
+
+    // log d_m counts in: rs after m, ke before m, h between m and row 8, the leaf's products across m
+    const int rows[2] = {documents.steps_left(g), documents.steps_left(g + 8)};
+    suffix_sums(reads, {L, L});
+    suffix_sums(late_starts, {L});
+    prefix_sums(writes);
+    prefix_sums(early_ends);
+    suffix_sums(leaf, rows);
+    float dw[2][4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int n = c / 2, side = c % 2, j = first + 8 * n + 2 * t + side;
+        const float all_late_starts = first_row(late_starts[0][c]);
+        const float all_early_ends = __shfl_sync(0xffffffffu, early_ends[0][c], 28 + t);
+        const float dlog[2] = {row_after(reads[0][c]) + all_late_starts + row_before(writes[0][c]),
+                               row_after(reads[1][c]) + row_before(writes[1][c]) + all_early_ends};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = g + 8 * half;
+            const float log_decay = x.own_log_decay[row][j], later = row_after(leaf[half][c]);
+            const float of_leaf = (rows[half] > 1 ? later : 0.0f) - leaf_written[half][c];
+            const float all = dlog[half] + at_end[c] + (log_decay > LEAF_BOUND ? of_leaf : 0.0f);
+            dw[n][2 * half + side] = all * log_decay;  // d log d / dw = -exp(w) = log d
+            if (start + row < head.time) sums.dw[n][side] += all * log_decay;
+        }
+    }
     if (out.dw) store_steps(out.dw, head, start, first, dw);
 }
 
