@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 template <typename io>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, 4)
     read_forward(rwkv_rows p, const io *y, const io *v, const float *bonus, const io *gate, const float *weight,
                  const float *bias, io *to) {
     const Work work(p);
