@@ -229,7 +229,7 @@ _ROWS = (
             of_width_trained_in_block_0=2,
         ),
         passes=Passes(forward=106, training=383, launches_forward=54, launches=210),
-        passes_compiled=Passes(forward=42, training=105, launches_forward=25, launches=65),
+        passes_compiled=Passes(forward=42, training=105, launches_forward=28, launches=72),
         loras=(("w1", "w2"), ("a1", "a2"), ("v1", "v2"), ("g1", "g2")),
         unused_in_block_0=("v0", "v1", "v2"),
     ),
