@@ -42,6 +42,7 @@ CUDA_SOURCES = (
     "wkv7_chunk32.cu",
     "wkv6_chunk.cu",
     "fused.cu",
+    "norm_mix.cu",
     "rwkv6_passes.cu",
     "rwkv7_passes.cu",
     "loss.cu",

@@ -79,6 +79,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 ONLY_SOME: dict[str, tuple[Any, list[Any]]] = {
     "rwkv_mix_forward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 3]),
     "rwkv_mix_backward": (c_int32, [_ROWS, c_int32, *[c_void_p] * 5]),
+    "rwkv_norm_mix_forward": (c_int32, [_ROWS, c_int32, c_int32, *[c_void_p] * 8]),
+    "rwkv_norm_mix_backward": (c_int32, [_ROWS, c_int32, c_int32, *[c_void_p] * 9]),
     "rwkv_squared_relu_forward": (c_int32, [_ROWS, *[c_void_p] * 2]),
     "rwkv_squared_relu_backward": (c_int32, [_ROWS, *[c_void_p] * 3]),
     "rwkv_prepare_forward": (c_int32, [_ROWS, *[c_void_p] * 2]),

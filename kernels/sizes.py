@@ -20,6 +20,12 @@ FUSED_MULTIPLE = 16
 FUSED_CUDA_HEAD_SIZES = (16, 32, 64, 128, 256)
 """Head sizes of the fused passes of the CUDA library, where a warp has whole heads."""
 
+NORM_MIX_COUNTS = (1, 2, 4, 6)
+"""Mixes that the compiled libraries' pass of residual sum, layer norm, token shift and mixes may have."""
+
+WIDEST_NORM_MIX = 3072
+"""Channels that this pass of the CUDA library may have."""
+
 CHUNK = 16
 """Tokens of a chunk of the WKV in chunked matrix form."""
 
@@ -64,3 +70,9 @@ def has_fused_passes(device_type: str, width: int, size: int | None = None) -> b
     if size is None:
         return True
     return size in FUSED_CUDA_HEAD_SIZES if device_type == "cuda" else size % FUSED_MULTIPLE == 0
+
+
+def has_norm_mix(device_type: str, width: int, count: int) -> bool:
+    """Whether the compiled library for "cpu" or "cuda" has the pass of norm and mixes, `count` of them."""
+    is_wide = device_type == "cuda" and width > WIDEST_NORM_MIX
+    return has_fused_passes(device_type, width) and count in NORM_MIX_COUNTS and not is_wide

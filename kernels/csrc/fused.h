@@ -12,6 +12,7 @@
 #define RWKV_ROWS_IN_BLOCK 64
 #define RWKV_MOST_MIXES 6
 #define RWKV_MIXES_OF_DATA 5
+#define RWKV_WIDEST_NORM_MIX 3072  // of CUDA
 
 #ifdef __cplusplus
 extern "C" {
@@ -22,7 +23,7 @@ typedef struct {
     int32_t io;
     int32_t threads;  // CPU: at most this many, counting the caller's. CUDA: ignored
     void *stream;  // CUDA: cudaStream_t on the current device. CPU: ignored
-    const uint8_t *starts;  // mix, shift_blend: [R], 1 where a document begins. Null: only sequences begin
+    const uint8_t *starts;  // mix, norm_mix, shift_blend: [R], 1 where a document begins. Null: only sequences begin
 } rwkv_rows;
 
 // outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before the first of a sequence or document is zero.
@@ -32,6 +33,21 @@ int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, c
 // doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].
 int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
+
+// What stands before each half of a block: sum = x + branch, rounded to io; h = norm(sum) weight + bias, norm over C, eps
+// 1e-5; outputs[m] = h + (previous h - h) mixes[m] for m < count, and h itself where mixes[m] is null. Without a branch,
+// null, x is the sum, and `sum` is not written. weight, bias, mixes[m]: [C], used as they are in io. statistics: [2,R],
+// mean and 1 / deviation. Blocks have rows_in_block rows. 1, 2, 4 or 6 mixes. CUDA: C up to
+// RWKV_WIDEST_NORM_MIX.
+int32_t rwkv_norm_mix_forward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *x,
+                              const void *branch, const float *weight, const float *bias, const float *const *mixes,
+                              void *sum, float *statistics, void *const *outputs);
+// dsum: what reaches the sum from elsewhere; null for nothing. dx: of x and of the branch alike. dparameters: partial
+// [count + 2,C] of mixes, weight and bias, by blocks of rows_in_block rows.
+int32_t rwkv_norm_mix_backward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *sum,
+                               const float *statistics, const float *weight, const float *bias,
+                               const float *const *mixes, const void *dsum, const void *const *doutputs, void *dx,
+                               float *dparameters);
 
 // RWKV-6: outputs[m] = x + (previous x - x) (mixes[m] + constants[m]) for m < RWKV_MIXES_OF_DATA; the previous as in mix.
 // mixes: tensors [R,C]; constants [RWKV_MIXES_OF_DATA,C].

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from rwkv_cluster.kernels.signatures import Rows
 from rwkv_cluster.kernels.sizes import FUSED_MULTIPLE, has_fused_passes
 
 ROWS_IN_BLOCK = 64
+FEWEST_ROWS_IN_BLOCK, BLOCKS_OF_A_GPU = 16, 512
+"""Rows that norm_mix adds up in a block, and the blocks that it should have for a GPU to be busy with few rows."""
 
 
 def serves(x: Tensor, size: int | None = None) -> bool:
@@ -40,6 +43,26 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     if starts is not None:
         starts = starts.contiguous()
     result: tuple[Tensor, ...] = _Mix.apply(aligned(x), torch.stack([_parameter(m, x) for m in mixes]), starts)
+    return result
+
+
+def norm_mix(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mixes: Sequence[Tensor | None],
+    starts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """x + branch, and for each m of `mixes`, 1, 2, 4 or 6, the token shift of its layer norm, or that itself for None.
+
+    x, branch: [B,T,C]; weight, bias, mixes: C elements, rounded to x's dtype within; starts: bool [B,T], as for mix.
+    """
+    if starts is not None:
+        starts = starts.contiguous()
+    branch = None if branch is None else aligned(branch.to(x.dtype))
+    parameters = (None if p is None else aligned(p.flatten().float()) for p in (*mixes, weight, bias))
+    result: tuple[Tensor, ...] = _NormMix.apply(aligned(x), branch, starts, *parameters)
     return result
 
 
@@ -120,6 +143,40 @@ class _Mix(torch.autograd.Function):
         arguments = (len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
         _call("rwkv_mix_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
         return dx, dmixes.sum(0), None
+
+
+class _NormMix(torch.autograd.Function):
+    """Gradients of x and of the branch are one tensor: nothing writes into either."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, starts: Tensor | None, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        *mixes, weight, bias = parameters
+        whole = x if branch is None else torch.empty_like(x)
+        statistics = x.new_empty(2, x.shape[0] * x.shape[1], dtype=torch.float32)
+        outputs = tuple(torch.empty_like(x) for _ in mixes)
+        ctx.save_for_backward(whole, statistics, starts, *parameters)
+        arguments = (len(mixes), _rows_in_block(x), x, branch, weight, bias, _addresses(mixes), whole, statistics)
+        _call("rwkv_norm_mix_forward", x, FUSED_MULTIPLE, *arguments, _addresses(outputs), starts=starts)
+        return whole, *outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dwhole: Tensor | None, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        whole, statistics, starts, *parameters = ctx.saved_tensors
+        *mixes, weight, bias = parameters
+        dwhole = None if dwhole is None else aligned(dwhole)
+        sent = [torch.zeros_like(whole) if g is None else aligned(g) for g in doutputs]
+        rows = _rows_in_block(whole)
+        dx, dparameters = torch.empty_like(whole), _partial(whole, len(parameters), whole.shape[-1], rows=rows)
+        arguments = (len(mixes), rows, whole, statistics, weight, bias, _addresses(mixes), dwhole, _addresses(sent))
+        _call("rwkv_norm_mix_backward", whole, FUSED_MULTIPLE, *arguments, dx, dparameters, starts=starts)
+        grads = [dx, dx, None]
+        if any(ctx.needs_input_grad[3:]):  # none of them does where the model is frozen
+            grads += dparameters.sum(0).unbind()
+        return tuple(g if needed else None for g, needed in zip_longest(grads, ctx.needs_input_grad))
 
 
 class _ShiftBlend(torch.autograd.Function):
@@ -270,10 +327,17 @@ def _parameter(p: Tensor, x: Tensor) -> Tensor:
     return aligned(p.flatten().to(x.dtype).float())
 
 
-def _partial(x: Tensor, *shape: int) -> Tensor:
-    """Uninitialised sums by block of rows of x [B,T,C]."""
-    rows = x.shape[0] * x.shape[1]
-    return x.new_empty((rows + ROWS_IN_BLOCK - 1) // ROWS_IN_BLOCK, *shape, dtype=torch.float32)
+def _rows_in_block(x: Tensor) -> int:
+    """Rows of x [B,T,C] that norm_mix adds up at a time: fewer on a GPU where it would have too few blocks."""
+    if not x.is_cuda:
+        return ROWS_IN_BLOCK
+    wanted = x.shape[0] * x.shape[1] // BLOCKS_OF_A_GPU
+    return max(FEWEST_ROWS_IN_BLOCK, min(ROWS_IN_BLOCK, 1 << wanted.bit_length() >> 1))
+
+
+def _partial(x: Tensor, *shape: int, rows: int = ROWS_IN_BLOCK) -> Tensor:
+    """Uninitialised sums by block of `rows` rows of x [B,T,C]."""
+    return x.new_empty((x.shape[0] * x.shape[1] + rows - 1) // rows, *shape, dtype=torch.float32)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Any:

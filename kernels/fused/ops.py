@@ -18,7 +18,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.fused import reference as plain
 from rwkv_cluster.kernels.fused.reference import Prepared
 from rwkv_cluster.kernels.native import find_library
+from rwkv_cluster.kernels.sizes import has_norm_mix
 
 CHOICES = ("auto", "plain", "native", "compile")
 """Accepted values of `choice`."""
@@ -72,6 +73,40 @@ def mix(
     if form == "native":
         return native.mix(x, mixes, starts)
     result: tuple[Tensor, ...] = _plain(plain.mix, form)(x, mixes, starts)
+    return result
+
+
+def norm_mix(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mixes: Sequence[Tensor | None],
+    starts: Tensor | None = None,
+    *,
+    choice: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Residual sum, layer norm, token shift and mixes: x + branch, and `mix` of h, its layer norm with eps 1e-5.
+
+    Without a native form, for other numbers of mixes than 1, 2, 4 and 6 and on a GPU for more than 3072 channels, the
+    token shift still has its own.
+
+    Args:
+        x, branch: [B,T,C]; x alone where the branch is None.
+        weight, bias: [C], the norm's.
+        mixes: parameters of C elements, or None for h itself, before which nothing is mixed.
+        starts: as in `mix`.
+        choice: one of CHOICES.
+
+    Returns:
+        x + branch, and one [B,T,C] for each of the mixes.
+    """
+    form = _form(choice, x)
+    if form == "native" and has_norm_mix(x.device.type, x.shape[-1], len(mixes)):
+        return native.norm_mix(x, branch, weight, bias, mixes, starts)
+    if form == "native":
+        return plain.norm_mix(x, branch, weight, bias, mixes, starts, partial(mix, choice=choice))
+    result: tuple[Tensor, ...] = _plain(plain.norm_mix, form)(x, branch, weight, bias, mixes, starts)
     return result
 
 

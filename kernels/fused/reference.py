@@ -5,7 +5,7 @@ Legend: B batch, T time, H heads, N head size, C = H N.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 KAPPA_EPS = 1e-12
+LAYER_NORM_EPS = 1e-5
 HEAD_NORM_EPS = 64e-5  # RWKV-LM: 1e-5 on y / 8, which is 64e-5 on y
 
 
@@ -23,6 +24,31 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     starts: bool [B,T], true where a document begins: zeros come before that step.
     """
     return blend(x, without_others(F.pad(x, (0, 0, 1, -1)), starts) - x, mixes)
+
+
+def norm_mix(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mixes: Sequence[Tensor | None],
+    starts: Tensor | None = None,
+    shift: Callable[..., tuple[Tensor, ...]] = mix,
+) -> tuple[Tensor, ...]:
+    """x + branch, and for each m of `mixes` the token shift of its layer norm h, or h itself where m is None.
+
+    x, branch: [B,T,C], None for no branch; weight, bias and each m: C elements; starts as for mix; shift: a form of it.
+    """
+    if branch is not None:
+        x = x + branch
+    h = layer_norm(x, weight, bias)
+    mixed = iter(shift(h, [m for m in mixes if m is not None], starts))
+    return x, *(h if m is None else next(mixed) for m in mixes)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer norm over the last dimension of x [..,C], with weight and bias [C] in x's dtype."""
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), LAYER_NORM_EPS)
 
 
 def without_others(shifted: Tensor, starts: Tensor | None) -> Tensor:

@@ -21,9 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.kernels.documents import Documents, Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.kernels.fused.reference import without_others
-
-LAYER_NORM_EPS = 1e-5
+from rwkv_cluster.kernels.fused.reference import layer_norm, without_others
 
 
 def uninitialized(*shape: int) -> nn.Parameter:
@@ -167,7 +165,40 @@ class LayerNorm(nn.Module):
         self.bias = uninitialized(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C]
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), LAYER_NORM_EPS)
+        return layer_norm(x, self.weight, self.bias)
+
+
+class NormMix(nn.Module):
+    """Layer norm at the beginning of a block's half, with the residual sum before it and the token shift after it.
+
+    The half calls it, and not the block: ZeRO-3 gathers the mixes while the half runs. choice: the pass's form, "auto".
+    """
+
+    def __init__(self, width: int, choice: str) -> None:
+        super().__init__()
+        self.weight = uninitialized(width)
+        self.bias = uninitialized(width)
+        self.choice = choice
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        mixes: Sequence[Tensor | None],
+        before: Tensor | None,
+        starts: Starts | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """x + branch [B,T,C], h + Δ ⊙ mix of its norm h for each [1,1,C] of `mixes`, h for None; and h's last [B,C].
+
+        The last step is for a state, and None without `before` [B,C], that of the segment before. starts: bool [B,T].
+        """
+        if before is None:
+            x, *mixed = fused.norm_mix(x, branch, self.weight, self.bias, mixes, flags(starts), choice=self.choice)
+            return x, tuple(mixed), None
+        x = x if branch is None else x + branch
+        h = layer_norm(x, self.weight, self.bias)
+        delta = shift_delta(h, before, starts)
+        return x, tuple(h if m is None else torch.addcmul(h, delta, m.to(h.dtype)) for m in mixes), h[:, -1]
 
 
 class HeadNorm(nn.Module):
@@ -190,15 +221,6 @@ def previous_tokens(x: Tensor, before: Tensor | None, starts: Starts | None = No
     if isinstance(starts, Documents):
         return F.pad(x, (0, 0, 1, -1)).flatten(0, 1).index_copy(0, starts.first, before).view_as(x)
     return without_others(torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1), starts)
-
-
-def token_shift_mix(
-    x: Tensor, before: Tensor | None, mixes: Sequence[Tensor], choice: str, starts: Starts | None
-) -> list[Tensor]:
-    """x + Δ ⊙ mix for each [1, 1, C] of `mixes`; x [B, T, C], starts bool [B, T]. choice: the pass's form, "auto"."""
-    if before is None:
-        return list(fused.mix(x, mixes, flags(starts), choice=choice))
-    return list(fused.blend(x, shift_delta(x, before, starts), mixes, choice="plain"))
 
 
 def shift_delta(x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:

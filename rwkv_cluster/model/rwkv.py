@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.documents import Documents, Starts
-from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear
+from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear, NormMix
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.table import version_of
 
@@ -38,8 +38,8 @@ class Block(nn.Module):
         version = version_of(config).blocks()
         if layer == 0:
             self.ln0 = LayerNorm(config.n_embd)
-        self.ln1 = LayerNorm(config.n_embd)
-        self.ln2 = LayerNorm(config.n_embd)
+        self.ln1 = NormMix(config.n_embd, fused_choice)
+        self.ln2 = NormMix(config.n_embd, fused_choice)
         self.att = version.TimeMix(config, layer, wkv_backend, fused_choice)
         self.ffn = version.ChannelMix(config, layer, fused_choice)
         self.own_state: nn.Module | None = None  # see rwkv_cluster.model.own_state
@@ -57,14 +57,12 @@ class Block(nn.Module):
         documents, which begin from the block's own state.
         """
         before, wkv, ffn_before = state or self.begin(len(starts) if isinstance(starts, Documents) else len(x))
-        att_input = self.ln1(x)
-        out, v_first, wkv = self.att(att_input, v_first, before, wkv, starts)
+        x, out, v_first, att_last, wkv = self.att(x, self.ln1, v_first, before, wkv, starts)
+        x, out, ffn_last = self.ffn(x, out, self.ln2, ffn_before, starts)
         x = x + out
-        ffn_input = self.ln2(x)
-        x = x + self.ffn(ffn_input, ffn_before, starts)
         if state is None:
             return x, v_first, None
-        return x, v_first, BlockState(att_input[:, -1].clone(), wkv, ffn_input[:, -1].clone())
+        return x, v_first, BlockState(att_last.clone(), wkv, ffn_last.clone())
 
 
 class RWKV(nn.Module):

@@ -20,7 +20,10 @@ from rwkv_cluster.kernels import build
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-FILES = ("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu", "loss.cu", "rows.cuh")
+FILES = (
+    *("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu"),
+    *("loss.cu", "rows.cuh", "norm_mix.cu"),
+)
 
 IMPLIED = {
     # These order one warp's shared memory beside a matrix product, at which the shim's lanes meet anyway. On a GPU,
@@ -106,7 +109,7 @@ for seed in range(5):
 sys.exit(0 if worst < LIMITS[torch.float32] else 9)
 """
 
-OTHER_RUNNERS = {"loss.cu": LOSS_RUNNER, "rows.cuh": FUSED_RUNNER}
+OTHER_RUNNERS = {"loss.cu": LOSS_RUNNER, "rows.cuh": FUSED_RUNNER, "norm_mix.cu": FUSED_RUNNER}
 
 
 def passes(library: Path, file: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sysconfig
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +37,15 @@ def _nan_in_uninitialised_memory():
 @pytest.mark.parametrize("name", NATIVE)
 def test_results_and_every_gradient(name, shape, dtype):
     errors = errors_of(name, shape, dtype)
+    assert max(errors) < LIMITS[dtype], errors
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(3, torch.float32), *product([1, 2, 4, 6], [torch.float32, torch.bfloat16])], ids=str
+)
+def test_norm_and_mixes_of_documents(count, dtype):
+    """Three mixes have no native form of their own."""
+    errors = errors_of("norm_mix", (2, 65, 3, 32), dtype, documents=True, count=count)
     assert max(errors) < LIMITS[dtype], errors
 
 

@@ -11,6 +11,7 @@ import torch
 from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, run, some_starts
 
 from rwkv_cluster.kernels import loader
+from rwkv_cluster.kernels.fused import native
 from rwkv_cluster.kernels.signatures import Rows
 
 pytestmark = pytest.mark.system  # the shim takes a compiler half a minute
@@ -20,6 +21,7 @@ CUDA_SHAPES = [
     (1, 5, 2, 128),
     (2, 3, 2, 256),
     (1, 129, 1, 16),  # the last block has one row
+    (1, 1, 1, 16),
 ]
 
 
@@ -52,9 +54,25 @@ def test_the_token_shift_sees_no_other_document(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_any_number_of_mixes(count: int) -> None:
-    errors = errors_of("mix", (2, 33, 1, 32), torch.float32, documents=True, count=count)
+@pytest.mark.parametrize("name", ["mix", "norm_mix"])
+def test_any_number_of_mixes(name: str, count: int) -> None:
+    errors = errors_of(name, (2, 33, 1, 32), torch.float32, documents=True, count=count)
     assert max(errors) < LIMITS[torch.float32], errors
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_norm_and_mixes_in_blocks_of_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has these for a batch of few rows."""
+    monkeypatch.setattr(native, "ROWS_IN_BLOCK", rows)
+    errors = errors_of("norm_mix", (2, 33, 3, 32), torch.float32, documents=True)
+    assert max(errors) < LIMITS[torch.float32], errors
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 1040), (torch.bfloat16, 3072)], ids=str)
+def test_the_widest_norms(dtype: torch.dtype, width: int) -> None:
+    """Of several warps, and of all that a block may have."""
+    errors = errors_of("norm_mix", (1, 3, 1, width), dtype)
+    assert max(errors) < LIMITS[dtype], errors
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -90,5 +108,8 @@ def test_what_has_no_kernel_is_refused(host_library: ctypes.CDLL) -> None:
         assert host_library.rwkv_prepare_forward(ctypes.byref(shape), *[ctypes.byref(no_pointers)] * 2) == status
     too_many = Rows(rows=1, time=1, width=16, size=16)
     assert host_library.rwkv_mix_forward(ctypes.byref(too_many), 7, *[None] * 3) == 1
+    assert host_library.rwkv_norm_mix_forward(ctypes.byref(too_many), 3, 64, *[None] * 8) == 1
+    too_wide = Rows(rows=1, time=1, width=3088, size=16)
+    assert host_library.rwkv_norm_mix_forward(ctypes.byref(too_wide), 1, 64, *[None] * 8) == 1
     nothing = Rows(rows=0, time=1, width=16, size=16)
     assert host_library.rwkv_prepare_forward(ctypes.byref(nothing), *[ctypes.byref(no_pointers)] * 2) == 0

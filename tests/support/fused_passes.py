@@ -8,10 +8,11 @@ from naive_wkv import relative_errors
 from rwkv_cluster.kernels.fused import ops as fused
 
 NATIVE = [
-    "mix", "shift_blend", "squared_relu", "sigmoid_gate", "prepare", "prepare_block_0", "gated_readout", "gated_norm"
-]  # fmt: skip
-"""Passes of both libraries, the CPU's and CUDA's."""
-SHIFTED = ["mix", "shift_blend"]
+    *("mix", "norm_mix", "norm_mix_alone", "shift_blend", "squared_relu", "sigmoid_gate"),
+    *("prepare", "prepare_block_0", "gated_readout", "gated_norm"),
+]
+"""Passes of both libraries. norm_mix_alone: no branch, no gradient of the sum, and the norm itself as a result."""
+SHIFTED = ["mix", "norm_mix", "norm_mix_alone", "shift_blend"]
 """Those of them that read the row before."""
 SHAPES = [(2, 1, 4, 16), (2, 7, 3, 16), (3, 50, 2, 64), (2, 65, 1, 32)]
 """B, T, H, N: less than a block of 64 rows, more than one, and sequences that do not begin with one."""
@@ -31,6 +32,11 @@ def arguments(name: str, shape: tuple[int, int, int, int], count: int = 6) -> tu
     flat, full, width = (batch, time, heads * size), shape, heads * size
     if name == "mix":
         return [normal(*flat), *(normal(1, 1, width) for _ in range(count))], count
+    if name == "norm_mix":
+        parameters = [normal(width), normal(width), *(normal(1, 1, width) for _ in range(count))]
+        return [normal(*flat), normal(*flat), *parameters], count + 2
+    if name == "norm_mix_alone":
+        return [normal(*flat), normal(width), normal(width), normal(1, 1, width)], 3
     if name == "shift_blend":
         return [*(normal(*flat) for _ in range(6)), *(normal(1, 1, width) for _ in range(5))], 5
     if name in ("squared_relu", "sigmoid_gate"):
@@ -108,4 +114,9 @@ def shifted(
     """Results of a pass of SHIFTED."""
     if name == "mix":
         return list(fused.mix(given[0], given[1:], starts, choice=choice))
+    if name == "norm_mix":
+        return list(fused.norm_mix(*given[:4], given[4:], starts, choice=choice))
+    if name == "norm_mix_alone":
+        x, weight, bias, m = given
+        return list(fused.norm_mix(x, None, weight, bias, [None, m], starts, choice=choice)[1:])
     return list(fused.shift_blend(given[0], given[1:6], given[6:], starts, choice=choice))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import ops
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, uniform, zeros
@@ -33,14 +33,21 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(C)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, None, Tensor]:
-        r, k, v = (layer(x).unflatten(-1, (self.n_head, -1)) for layer in (self.receptance, self.key, self.value))
+        self,
+        x: Tensor,
+        norm: NormMix,
+        v_first: None,
+        before: Tensor | None,
+        wkv: Tensor | None,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
+        x, (h,), last = norm(x, None, (None,), before, starts)
+        r, k, v = (layer(h).unflatten(-1, (self.n_head, -1)) for layer in (self.receptance, self.key, self.value))
         w = self.decay.expand_as(r).contiguous()
         y, wkv = ops.wkv6(r, k, v, w, torch.zeros_like(self.decay), wkv, starts=starts, backend=self.wkv_backend)
-        gate = linear(torch.tanh(linear(x, self.g1.t())), self.g2.t())
+        gate = linear(torch.tanh(linear(h, self.g1.t())), self.g2.t())
         y = y.flatten(2) * self.ln_x.weight + self.ln_x.bias
-        return self.output(y * (1 + gate)), v_first, wkv
+        return x, self.output(y * (1 + gate)), v_first, last, wkv
 
 
 ChannelMix = partial(GatedChannelMix, mix="time_mix", mixes_current=True)

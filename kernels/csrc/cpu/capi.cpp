@@ -2,6 +2,8 @@
 #include <string.h>
 
 #include <atomic>
+#include <memory>
+#include <new>
 
 #pragma GCC visibility push(default)
 #include "../fused.h"
@@ -70,6 +72,23 @@ int32_t for_blocks(const rwkv_rows &p, const Body &body) {
     const FusedOperators &fused = *target().fused;
     const int64_t blocks = (p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK;
     parallel_for(blocks, p.threads, [&](int64_t block, int32_t) { body(fused, block); });
+    return RWKV_OK;
+}
+
+// body(operators, block, scratch) for every block of rows of norm_mix; scratch: `floats` of its own for each thread.
+template <typename Body>
+int32_t for_norms(const rwkv_rows &p, const NormMix &pass, int64_t floats, const Body &body) {
+    if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
+    const bool has_count = pass.count == 1 || pass.count == 2 || pass.count == 4 || pass.count == 6;
+    if (p.width % 16 || !has_count || pass.rows_in_block < 1) return RWKV_NO_SUCH_SIZE;
+    const FusedOperators &fused = *target().fused;
+    const int64_t blocks = (p.rows + pass.rows_in_block - 1) / pass.rows_in_block;
+    const int64_t workers = blocks < p.threads ? blocks : p.threads;
+    const std::unique_ptr<float[]> scratch(new (std::nothrow) float[workers * floats]);
+    if (!scratch) return RWKV_NO_MEMORY;
+    parallel_for(blocks, workers, [&](int64_t block, int32_t worker) {
+        body(fused, block, scratch.get() + worker * floats);
+    });
     return RWKV_OK;
 }
 
@@ -243,5 +262,26 @@ int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const vo
     const auto operate = target().rwkv6->gated_norm_backward;
     return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
         operate(*shape, block, y, gate, weight, bias, dout, dy, dgate, dparameters);
+    });
+}
+
+int32_t rwkv_norm_mix_forward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *x,
+                              const void *branch, const float *weight, const float *bias, const float *const *mixes,
+                              void *sum, float *statistics, void *const *outputs) {
+    const NormMix pass = {count, rows_in_block, weight, bias, mixes};
+    const int64_t floats = (count + 4) * shape->width;
+    return for_norms(*shape, pass, floats, [&](const FusedOperators &fused, int64_t block, float *scratch) {
+        fused.norm_mix_forward(*shape, pass, block, x, branch, sum, statistics, outputs, scratch);
+    });
+}
+
+int32_t rwkv_norm_mix_backward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *sum,
+                               const float *statistics, const float *weight, const float *bias,
+                               const float *const *mixes, const void *dsum, const void *const *doutputs, void *dx,
+                               float *dparameters) {
+    const NormMix pass = {count, rows_in_block, weight, bias, mixes};
+    const int64_t floats = (count + 2 + rows_in_block) * shape->width + 2 * rows_in_block * RWKV_MOST_LANES;
+    return for_norms(*shape, pass, floats, [&](const FusedOperators &fused, int64_t block, float *scratch) {
+        fused.norm_mix_backward(*shape, pass, block, sum, statistics, dsum, doutputs, dx, dparameters, scratch);
     });
 }

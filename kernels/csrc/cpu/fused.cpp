@@ -1,6 +1,7 @@
 // Token shift, and RWKV-7's passes before and after WKV, of one instruction set, on blocks of rows.
 #include "fused.hpp"
 
+#include "norm_mix.hpp"
 #include "rows.hpp"
 
 namespace RWKV_TARGET {
@@ -279,6 +280,7 @@ void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void 
 extern const FusedOperators fused_operators = {
     mix_forward,     mix_backward,     squared_relu_forward, squared_relu_backward,
     prepare_forward, prepare_backward, read_forward,         read_backward,
+    norm_mix_forward, norm_mix_backward,
 };
 
 }  // namespace RWKV_TARGET

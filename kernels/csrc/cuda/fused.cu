@@ -3,8 +3,6 @@
 #include "../fused.h"
 #pragma GCC visibility pop
 
-#include <type_traits>
-
 #include "rows.cuh"
 
 namespace rwkv {
@@ -135,9 +133,6 @@ __global__ void __launch_bounds__(ROW_THREADS)
     float *to[2] = {first, first + p.width};
     add_over_warps(to, totals, p.width);
 }
-
-template <int COUNT>
-using Count = std::integral_constant<int, COUNT>;
 
 // body(element of io, number of mixes).
 template <typename Body>

@@ -5,6 +5,8 @@
 // Sums over rows are added in each thread from row to row, then over warps in their order: no schedule changes a bit.
 #pragma once
 
+#include <type_traits>
+
 #include "../fused.h"
 #include "device.cuh"
 
@@ -58,6 +60,17 @@ __device__ __forceinline__ Channels sigmoid(const Channels &x) {
 
 __device__ __forceinline__ float sum(const Channels &x) {
     return ((x.at[0] + x.at[1]) + (x.at[2] + x.at[3])) + ((x.at[4] + x.at[5]) + (x.at[6] + x.at[7]));
+}
+
+// A tensor for each of the mixes.
+template <typename T>
+struct Tensors {
+    T *at[RWKV_MOST_MIXES];
+};
+
+// Whether nothing comes before the row, the one of this step: it is the first of its sequence or document.
+__device__ __forceinline__ bool is_first(const rwkv_rows &p, int64_t row, int64_t step) {
+    return step == 0 || (p.starts && p.starts[row]);
 }
 
 // Moved in steps of 16 bytes.
@@ -204,6 +217,9 @@ int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), int sums, const rw
                     (p.width + WARP_CHANNELS - 1) / WARP_CHANNELS);
     return launch(kernel, grid, dim3(32, ROW_WARPS), bytes_of_sums(sums), p.stream, p, arguments...);
 }
+
+template <int COUNT>
+using Count = std::integral_constant<int, COUNT>;
 
 template <typename io>
 Tensors<const io> all_in(const void *const *tensors, int count) {

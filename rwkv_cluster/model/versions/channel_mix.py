@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import Linear, token_shift_mix, uninitialized
+from rwkv_cluster.model.layers import Linear, NormMix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 
 
@@ -28,11 +28,13 @@ class GatedChannelMix(nn.Module):
         self.receptance = Linear(widths.embd, widths.embd)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:
-        """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
+    def forward(
+        self, x: Tensor, branch: Tensor, norm: NormMix, before: Tensor | None, starts: Starts | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x + branch [B,T,C], what is to be added to it, and the state's part, see `NormMix`."""
         mixes: list[Tensor] = [self.get_parameter(name) for name in self.mix_names]
         if self.mixes_current:
             mixes = [1 - m.to(x.dtype) for m in mixes]
-        x_k, x_r = token_shift_mix(x, before, mixes, self.fused, starts)
+        x, (x_k, x_r), last = norm(x, branch, mixes, before, starts)
         value = self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
-        return fused.sigmoid_gate(self.receptance(x_r), value, choice=self.fused)
+        return x, fused.sigmoid_gate(self.receptance(x_r), value, choice=self.fused), last

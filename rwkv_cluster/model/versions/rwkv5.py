@@ -14,7 +14,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, token_shift_mix, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, zeros
@@ -40,18 +40,26 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
-    ) -> tuple[Tensor, None, Tensor]:
-        """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
+        self,
+        x: Tensor,
+        norm: NormMix,
+        v_first: None,
+        before: Tensor | None,
+        wkv: Tensor | None,
+        starts: Starts | None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
+        """The residual x [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
+
+        before [B,C], wkv [B,H,N,N], starts [B,T]. v_first is RWKV-7's.
+        """
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x_r, x_k, x_v, x_g = token_shift_mix(x, before, [1 - mix.to(x.dtype) for mix in mixes], self.fused, starts)
+        x, (x_r, x_k, x_v, x_g), last = norm(x, None, [1 - mix.to(x.dtype) for mix in mixes], before, starts)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
         y, wkv = documents.run(ops.wkv5, (r, k, v, decay, bonus), wkv, starts, self.wkv_backend)
-        norm = self.ln_x
-        z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
-        return self.output(z), v_first, wkv
+        z = fused.gated_norm(y, self.gate(x_g), self.ln_x.weight, self.ln_x.bias, choice=self.fused)  # [B,T,A]
+        return x, self.output(z), v_first, last, wkv
 
 
 ChannelMix = partial(GatedChannelMix, mix="time_mix", mixes_current=True)

@@ -15,7 +15,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, shift_delta, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, shift_delta, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, uniform, zeros
@@ -46,37 +46,42 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(A)
 
     def forward(
-        self, x: Tensor, v_first: None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
-    ) -> tuple[Tensor, None, Tensor]:
-        """x [B,T,C], before [B,C], wkv [B,H,N,N], starts [B,T] -> out [B,T,C], None, final wkv. v_first is RWKV-7's."""
-        x_w, x_k, x_v, x_r, x_g = self._mix(x, before, starts)
+        self,
+        x: Tensor,
+        norm: NormMix,
+        v_first: None,
+        before: Tensor | None,
+        wkv: Tensor | None,
+        starts: Starts | None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
+        """The residual x [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
+
+        before [B,C], wkv [B,H,N,N], starts [B,T]. v_first is RWKV-7's.
+        """
+        x, (h, base), last = norm(x, None, (None, self.time_maa_x), before, starts)
+        x_w, x_k, x_v, x_r, x_g = self._mix(h, base, before, starts)
         hidden = torch.tanh(linear(x_w, self.time_decay_w1.t()))  # [B,T,D]
         w = linear(hidden, self.time_decay_w2.t(), self.time_decay.flatten())  # [B,T,A]
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
         bonus = self.time_faaaa.to(r.dtype)  # [H,N]
         y, wkv = documents.run(ops.wkv6, (r, k, v, w, bonus), wkv, starts, self.wkv_backend)
-        norm = self.ln_x
-        z = fused.gated_norm(y, self.gate(x_g), norm.weight, norm.bias, choice=self.fused)  # [B,T,A]
-        return self.output(z), v_first, wkv
+        z = fused.gated_norm(y, self.gate(x_g), self.ln_x.weight, self.ln_x.bias, choice=self.fused)  # [B,T,A]
+        return x, self.output(z), v_first, last, wkv
 
-    def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
-        """The inputs of w, k, v, r, g, in this order: 5 x [B,T,C]."""
+    def _mix(self, h: Tensor, base: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
+        """The inputs of w, k, v, r, g, in this order, 5 x [B,T,C], mixed as `base` says: h + Δ ⊙ time_maa_x."""
         constants = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        if before is None and fused.is_native(x, self.fused):
-            (base,) = fused.mix(x, (self.time_maa_x,), flags(starts), choice=self.fused)
-            mixes = [linear(part, up) for part, up in self._low_rank(base)]
-            return list(fused.shift_blend(x, mixes, constants, flags(starts), choice=self.fused))
-        delta = shift_delta(x, before, starts)  # shared by both, and the products add the constants on their way
-        (base,) = fused.blend(x, delta, (self.time_maa_x,), choice=self.fused)
-        products = zip(self._low_rank(base), constants, strict=True)
-        mixes = [linear(part, up, constant.flatten()) for (part, up), constant in products]
-        return list(fused.blend(x, delta, mixes, choice=self.fused))
-
-    def _low_rank(self, base: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Factors of the five mixes' parts from the data: [B,T,M] of base [B,T,C], and [C,M]."""
         low = torch.tanh(linear(base, self.time_maa_w1.t()))  # [B,T,5M]
-        return [(part, up.t()) for part, up in zip(low.chunk(5, dim=-1), self.time_maa_w2, strict=True)]
+        factors = zip(low.chunk(5, dim=-1), self.time_maa_w2, strict=True)
+        if before is None and fused.is_native(h, self.fused):
+            mixes = [linear(part, up.t()) for part, up in factors]
+            return list(fused.shift_blend(h, mixes, constants, flags(starts), choice=self.fused))
+        # the products add the constants on their way
+        mixes = [
+            linear(part, up.t(), constant.flatten()) for (part, up), constant in zip(factors, constants, strict=True)
+        ]
+        return list(fused.blend(h, shift_delta(h, before, starts), mixes, choice=self.fused))
 
 
 ChannelMix = partial(GatedChannelMix, mix="time_maa", mixes_current=False)

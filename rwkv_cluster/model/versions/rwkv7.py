@@ -13,7 +13,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, linear, token_shift_mix, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, lora_orthogonal, small_orthogonal, zeros
 from rwkv_cluster.model.versions.version import ModelDims
@@ -47,10 +47,20 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(C)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, before: Tensor | None, wkv: Tensor | None, starts: Starts | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, v_first [B,T,C] (block 0: None), before [B,C], wkv [B,H,N,N], starts [B,T] -> out, v_first, final wkv."""
-        x_r, x_w, x_k, x_v, x_a, x_g = self._mix(x, before, starts)
+        self,
+        x: Tensor,
+        norm: NormMix,
+        v_first: Tensor | None,
+        before: Tensor | None,
+        wkv: Tensor | None,
+        starts: Starts | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """The residual x [B,T,C], what is to be added to it, v_first, and the state's parts, see `NormMix`.
+
+        v_first [B,T,C] (block 0: None), before [B,C], wkv [B,H,N,N], starts [B,T].
+        """
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        x, (x_r, x_w, x_k, x_v, x_a, x_g), last = norm(x, None, mixes, before, starts)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v, v_mix = self._values(x_v, is_first=v_first is None)
@@ -61,15 +71,9 @@ class TimeMix(nn.Module):
         prepared = fused.prepare(r, k, a, v, v_first, v_mix, *vectors, choice=self.fused)
         inputs = (prepared.r, omega, prepared.k, prepared.v, prepared.removed, prepared.replaced)
         y, wkv = documents.run(ops.wkv7, [self._heads(z) for z in inputs], wkv, starts, self.wkv_backend)  # [B,T,H,N]
-        norm = self.ln_x
-        z = fused.gated_readout(
-            y, prepared.v_again, prepared.bonus, gate, norm.weight, norm.bias, choice=self.fused
-        )  # [B,T,C]
-        return self.output(z), prepared.v_first, wkv
-
-    def _mix(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
-        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        return token_shift_mix(x, before, mixes, self.fused, starts)  # 6 x [B,T,C]
+        readout = prepared.v_again, prepared.bonus, gate, self.ln_x.weight, self.ln_x.bias
+        z = fused.gated_readout(y, *readout, choice=self.fused)  # [B,T,C]
+        return x, self.output(z), prepared.v_first, last, wkv
 
     def _values(self, x_v: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor | None]:
         """Values [B,T,C] and, but in block 0, the LoRA that mixes them with block 0's."""
@@ -96,10 +100,12 @@ class ChannelMix(nn.Module):
         self.key = Linear(widths.embd, widths.ffn)
         self.value = Linear(widths.ffn, widths.embd)
 
-    def forward(self, x: Tensor, before: Tensor | None, starts: Starts | None) -> Tensor:
-        """x [B,T,C], before [B,C], starts [B,T] -> [B,T,C]."""
-        (k,) = token_shift_mix(x, before, (self.x_k,), self.fused, starts)
-        return self.value(fused.squared_relu(self.key(k), choice=self.fused))
+    def forward(
+        self, x: Tensor, branch: Tensor, norm: NormMix, before: Tensor | None, starts: Starts | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x + branch [B,T,C], what is to be added to it, and the state's part, see `NormMix`."""
+        x, (k,), last = norm(x, branch, (self.x_k,), before, starts)
+        return x, self.value(fused.squared_relu(self.key(k), choice=self.fused)), last
 
 
 def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from rwkv_cluster.kernels.sizes import (
     STEPS_BETWEEN_STATES,
     TENSOR_CORE_HEAD_SIZE,
     has_fused_passes,
+    has_norm_mix,
 )
 from rwkv_cluster.model.parameter_shapes import block_parameters, count, lora_hidden, model_dims
 from rwkv_cluster.model.versions.table import version_of
@@ -29,6 +30,8 @@ from rwkv_cluster.train.optimizers.selection import RunParameters
 
 _OUTSIDE = 3
 """[B,T,C] tensors outside the blocks: the inputs of ln0 and ln_out, and the head's gradient by its input."""
+_SHIFTED = 2
+"""[B,T,C] tensors that a block's token shifts keep where norm and mixes are not one pass, which computes them again."""
 _WORKSPACE = 2
 """[B,T,F] tensors that a block's backward pass has at a time beside the saved ones. Measured on a CPU in fp32."""
 _WORKSPACE_CHUNKED = 16
@@ -159,6 +162,8 @@ def _block_bytes(model: ModelConfig, kernels: Kernels, item: int, *, is_frozen: 
     of_attention = saved.of_attention + (saved.of_attention_plain if is_plain else 0)
     elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
     elements += lora_hidden(model) - saved.of_width_not_in_block_0 * widths.embd
+    keeps_shifted = not is_frozen if kernels.fused == "plain" else not has_norm_mix(kernels.device, widths.embd, 1)
+    elements += L * _SHIFTED * keeps_shifted * widths.embd
     more_bytes = 0
     if is_plain and saved.of_width_plain:
         more_bytes = L * widths.embd * ((saved.of_width_plain - 1) * item + FP32)
