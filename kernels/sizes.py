@@ -23,7 +23,7 @@ FUSED_CUDA_HEAD_SIZES = (16, 32, 64, 128, 256)
 NORM_MIX_COUNTS = (1, 2, 4, 6)
 """Mixes that the compiled libraries' pass of residual sum, layer norm, token shift and mixes may have."""
 
-WIDEST_NORM_MIX = 3072
+WIDEST_NORM_MIX = 2560
 """Channels that this pass of the CUDA library may have."""
 
 CHUNK = 16

@@ -12,7 +12,7 @@
 #define RWKV_ROWS_IN_BLOCK 64
 #define RWKV_MOST_MIXES 6
 #define RWKV_MIXES_OF_DATA 5
-#define RWKV_WIDEST_NORM_MIX 3072  // of CUDA
+#define RWKV_WIDEST_NORM_MIX 2560  // of CUDA
 
 #ifdef __cplusplus
 extern "C" {

@@ -88,7 +88,7 @@ def norm_mix(
 ) -> tuple[Tensor, ...]:
     """Residual sum, layer norm, token shift and mixes: x + branch, and `mix` of h, its layer norm with eps 1e-5.
 
-    Without a native form, for other numbers of mixes than 1, 2, 4 and 6 and on a GPU for more than 3072 channels, the
+    Without a native form, for other numbers of mixes than 1, 2, 4 and 6 and on a GPU for more than 2560 channels, the
     token shift still has its own.
 
     Args:

@@ -100,6 +100,7 @@ struct BlockSums {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) sums[i] = partial[i];
+#pragma unroll(COUNT > 2 ? 4 : 1)
         for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) sums[i] += partial[warp * COUNT + i];
@@ -244,6 +245,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
             later = later + load(doutputs.at[m] + rows.end * p.width + columns.channel) * kept.mix(m);
         }
     }
+#pragma unroll 1
     for (int row = rows.end - 1; row >= rows.begin; --row) {
         const int64_t place = row * p.width + columns.channel;
         step = step ? step - 1 : time - 1;

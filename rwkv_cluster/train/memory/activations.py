@@ -162,7 +162,8 @@ def _block_bytes(model: ModelConfig, kernels: Kernels, item: int, *, is_frozen: 
     of_attention = saved.of_attention + (saved.of_attention_plain if is_plain else 0)
     elements = L * (saved.of_width * widths.embd + 2 * widths.ffn + of_attention * widths.att)
     elements += lora_hidden(model) - saved.of_width_not_in_block_0 * widths.embd
-    keeps_shifted = not is_frozen if kernels.fused == "plain" else not has_norm_mix(kernels.device, widths.embd, 1)
+    is_one_pass = kernels.fused == "native" and has_norm_mix(kernels.device, widths.embd, 1)
+    keeps_shifted = not is_one_pass and (kernels.fused == "native" or not is_frozen)
     elements += L * _SHIFTED * keeps_shifted * widths.embd
     more_bytes = 0
     if is_plain and saved.of_width_plain:
