@@ -28,7 +28,7 @@ REGISTERS = {
     ("fused", "forward", None): 128,
     ("fused", "backward", None): 232,
     ("rwkv6_passes", "forward", None): 168,
-    ("rwkv6_passes", "backward", None): 232,
+    ("rwkv6_passes", "backward", None): 255,
     ("rwkv7_passes", "forward", None): 128,
     ("rwkv7_passes", "backward", None): 168,
     ("norm_mix", "forward", None): 200,
