@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rwkv_cluster.kernels.documents import Documents, Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
@@ -134,15 +135,64 @@ def linear_and_down(x: Tensor, weight: Tensor, down: Tensor) -> tuple[Tensor, Te
     return result
 
 
+class LowPrecisionCopy:
+    """A parameter's values in the dtype of activations, kept from one forward pass to the next.
+
+    They are made anew wherever the parameter has been changed in place, or has been given other memory. Only torch's
+    fused optimizers leave a parameter's version as it was: whoever lets one update it writes `values` anew himself.
+    """
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+        self._source: tuple[StorageWeakRef, int] | None = None  # memory and version that they were made of
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`, through which a gradient goes to `weight` as through `weight.to(dtype)`."""
+        if weight.dtype == dtype:
+            return weight
+        source = _source_of(weight)
+        if self.values is None or self.values.dtype != dtype or self._source != source:
+            self.values, self._source = weight.detach().to(dtype), source
+        return _Kept.apply(weight, self.values) if weight.requires_grad else self.values
+
+    def refreshed(self, weight: Tensor) -> None:
+        """Somebody has copied `weight`, as it is now, into `values`."""
+        self._source = _source_of(weight)
+
+
+def _source_of(weight: Tensor) -> tuple[StorageWeakRef, int]:
+    """Whatever differs once the values of `weight` may: a freed storage's reference equals no later one's."""
+    return StorageWeakRef(weight.untyped_storage()), weight._version
+
+
+class _Kept(torch.autograd.Function):
+    """weight.to(dtype) whose result, `values`, is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return values.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
 class Linear(nn.Module):
-    """y = x Wᵀ without bias; weight [out, in]. With `down` [in, rank] also x `down`, see `linear_and_down`."""
+    """y = x Wᵀ without bias; weight [out, in]. With `down` [in, rank] also x `down`, see `linear_and_down`.
+
+    kept: the weight's copy in x's dtype, where one is kept.
+    """
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = uninitialized(n_out, n_in)
+        self.kept: LowPrecisionCopy | None = None
 
     def forward(self, x: Tensor, down: Tensor | None = None) -> Any:  # [..., in] -> [..., out], or that and [..., rank]
-        return linear(x, self.weight) if down is None else linear_and_down(x, self.weight, down)
+        weight = self.weight if self.kept is None else self.kept.of(self.weight, x.dtype)
+        return linear(x, weight) if down is None else linear_and_down(x, weight, down)
 
 
 class Embedding(nn.Module):

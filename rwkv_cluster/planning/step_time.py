@@ -17,13 +17,16 @@ from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_d
 from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.planning.run_plan import RunPlan
 from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
-from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES
+from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, keeps_copies
 
 PARAMETER_BYTES = 36
 """Moved for a parameter in the update: AdamW reads and writes weight and moments and reads the gradient, 28; its norm
 reads it once more, 4; and it is set to zero, 4."""
-CAST_BYTES = 12
-"""Moved for a parameter of a block in a micro batch where it is kept in fp32: its copy and its gradient's."""
+COPY_BYTES = 6
+"""Moved for a parameter of a block that is kept in fp32: it is read, and its copy in the training precision written. In
+every forward pass, or where the copies are kept, once in a step."""
+GRADIENT_BYTES = 6
+"""Moved for the same parameter in a micro batch: its gradient is read, and written in fp32."""
 LOGIT_PASSES = 3
 """Reads and writes of a logit in the compiled loss: for its row's largest and sum, for its gradient, and of that."""
 
@@ -130,7 +133,10 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     passes = version.passes if kernels.fused == "plain" else version.passes_compiled
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
-    casts = 0 if setting.sharding.stage or item == FP32 else CAST_BYTES * _in_fp32(plan) * micro_batches
+    stage, accumulates = setting.sharding.stage, setting.accumulates
+    is_kept = keeps_copies(plan.config.training.precision, stage, accumulates=accumulates, grad_cp=setting.grad_cp)
+    copies = COPY_BYTES * (1 if is_kept else micro_batches * (1 + again))
+    casts = 0 if stage or item == FP32 else _in_fp32(plan) * (copies + GRADIENT_BYTES * micro_batches)
     backward = 2 if plan.config.adapter.kind == "none" else 1  # a frozen matrix has no gradient of its own
     parameters = count(plan.parameters.trained) / (setting.sharding.ranks if setting.sharding.stage else 1)
     return StepTime(

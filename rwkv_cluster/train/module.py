@@ -20,8 +20,10 @@ from rwkv_cluster.runtime.rank_env import rank
 from rwkv_cluster.train.checkpoint import rng_state
 from rwkv_cluster.train.checkpoint.save_load import Checkpoint
 from rwkv_cluster.train.distributed import collectives
+from rwkv_cluster.train.memory.model_states import keeps_copies
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.step_recorder import StepResult
+from rwkv_cluster.train.optimizers.low_precision import keep_copies
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer, set_learning_rate
 from rwkv_cluster.train.optimizers.update_statistics import UpdateStatistics
 from rwkv_cluster.train.parallel import strategy
@@ -101,6 +103,10 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.state = strategy.train_state(self.trainer, self.model)
+        accumulates, precision = self.trainer.accumulate_grad_batches > 1, self.training_config.precision
+        stage = self.training_config.deepspeed_stage
+        if keeps_copies(precision, stage, accumulates=accumulates, grad_cp=self.model.grad_cp):
+            keep_copies(self.model.blocks, self.optimizer)
         if self._resume_checkpoint is None and self.model.preserve_rng_state:  # dropout: each rank its own masks
             torch.manual_seed(max(self.training_config.random_seed, 0) + rank())
         if self._resume_checkpoint is not None:

@@ -11,8 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.init import initialize
+from rwkv_cluster.model.layers import Linear
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
+from rwkv_cluster.train.optimizers.low_precision import keep_copies
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer
 from rwkv_cluster.train.placement import DTYPES
 
@@ -47,12 +49,18 @@ def saved_bytes(model: RWKV, batch: Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def peak_bytes(model: RWKV, batch: Tensor, training: TrainingConfig) -> int:
-    """Of a whole step, the second: parameters and moments are there before it, everything else is allocated in it."""
+def peak_bytes(model: RWKV, batch: Tensor, training: TrainingConfig, micro_batches: int = 1) -> int:
+    """Of a whole step, the second: parameters and moments are there before it, everything else is allocated in it.
+
+    With several micro batches there are also copies of matrices that are kept.
+    """
     optimizer = build_optimizer(model, model.config.model_type, training)
+    if micro_batches > 1:
+        keep_copies(model.blocks, optimizer)
 
     def step() -> None:
-        next_token_loss(model, batch, training.l2wrap).backward()
+        for _ in range(micro_batches):
+            next_token_loss(model, batch, training.l2wrap).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -62,6 +70,8 @@ def peak_bytes(model: RWKV, batch: Tensor, training: TrainingConfig) -> int:
         step()
     standing = sum(p.nbytes for p in model.parameters())
     standing += sum(p.nbytes for state in optimizer.state.values() for p in state.values() if p.ndim)
+    kept = [module.kept for module in model.modules() if isinstance(module, Linear)]
+    standing += sum(copy.values.nbytes for copy in kept if copy is not None and copy.values is not None)
     now = most = 0
     for _, size in sorted(_allocations(profiled.profiler.kineto_results.experimental_event_tree())):
         now += size

@@ -31,6 +31,15 @@ ALL_REDUCE_ELEMENTS = 500_000_000
 """Elements of the flat copy in which DeepSpeed's stage 0 sums gradients: MEMORY_OPT_ALLREDUCE_SIZE in its engine."""
 
 
+def keeps_copies(precision: str, stage: int | None, *, accumulates: bool, grad_cp: bool) -> bool:
+    """Whether a rank keeps the blocks' matrices in the training precision, too, from one micro batch to the next.
+
+    Without `grad_cp` autograd has such copies in memory at the peak all the same. With it they would be 2 bytes more
+    for each parameter, of which there is not enough then. From ZeRO's stage 1 on parameters are in that precision.
+    """
+    return precision != "fp32" and not stage and accumulates and not grad_cp
+
+
 @dataclass(frozen=True)
 class Sharding:
     """Division of the state of training by ranks. stage: of ZeRO, None without DeepSpeed, on one rank without DDP."""
@@ -58,9 +67,10 @@ class Sharding:
 class ModelStates:
     """Bytes on one rank.
 
-    weights: parameters, without those that the host has. gathered: stage 3's parameters that are whole for a while.
-    gradients: at the end of a backward pass. gradient_copy: fp32, in the update. buckets: for communication.
-    keeps_gradients: whether their memory is held through the forward pass, too. host: of the same rank, offloaded.
+    weights: parameters, without those that the host has; in a peak also the copies of `keeps_copies`. gathered: stage
+    3's parameters that are whole for a while. gradients: at the end of a backward pass. gradient_copy: fp32, in the
+    update. buckets: for communication. keeps_gradients: whether the memory of gradients is held through the forward
+    pass, too. host: of the same rank, offloaded.
     """
 
     weights: float

@@ -17,9 +17,9 @@ from functools import cache, cached_property
 from rwkv_cluster.config import AdapterConfig, ModelConfig, TrainingConfig
 from rwkv_cluster.model.parameter_shapes import count
 from rwkv_cluster.train.memory.activations import Activations, Kernels, activations
-from rwkv_cluster.train.memory.model_states import ModelStates, Sharding, model_states
+from rwkv_cluster.train.memory.model_states import ITEM_BYTES, ModelStates, Sharding, keeps_copies, model_states
 from rwkv_cluster.train.optimizers.selection import RunParameters, run_parameters
-from rwkv_cluster.train.optimizers.table import optimizer_of
+from rwkv_cluster.train.optimizers.table import block_matrices, optimizer_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ class MemoryModel:
             bf16_parameters=bool(stage) and precision != "fp32",
             parameters=self.parameters if self.parameters.is_partial else None,
         )
+        if keeps_copies(precision, stage, accumulates=setting.accumulates, grad_cp=setting.grad_cp):
+            copies = float(ITEM_BYTES[precision] * block_matrices(self.parameters.trained))
+            states = replace(states, weights=states.weights + copies)
+            activation_bytes = replace(activation_bytes, weights=activation_bytes.weights - copies)
         phases = self._phases(states, activation_bytes, setting)
         at = max(phases, key=lambda name: phases[name])
         saved = activation_bytes.saved(grad_cp=setting.grad_cp) + (activation_bytes.one_block if setting.grad_cp else 0)

@@ -100,6 +100,11 @@ class Optimizer:
         return importlib.import_module(self.module)
 
 
+def block_matrices(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Elements of the dense matrices of the blocks among `shapes`."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if _is_block_matrix(name, shape))
+
+
 def _is_block_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is a dense matrix of a block, and none of a LoRA: those have no .weight in their names."""
     return name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2 and min(shape) > 1
