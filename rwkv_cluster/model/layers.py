@@ -118,7 +118,9 @@ class _LinearAndDown(torch.autograd.Function):
         rows, hidden_rows = grad.flatten(0, -2), grad_hidden.flatten(0, -2)  # [M, out], [M, rank]
         grad_x = grad_weight = grad_down = None
         if weight is not None:
-            grad_x = (rows @ weight).addmm_(hidden_rows, down.t()).view(*grad.shape[:-1], -1)
+            grad_x = rows @ weight
+            torch.addmm(grad_x, hidden_rows, down.t(), out=grad_x)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
         _, needs_weight, needs_down = ctx.needs_input_grad
         if needs_weight:
             grad_weight = rows.t() @ x.flatten(0, -2)

@@ -25,7 +25,7 @@ ROWS, TIME = 2, 37
 
 
 def run(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
-    """Version ("x052"), dtype, relative L2 error of the gradients of a loss, and allowed error, on `device`.
+    """Version, dtype, relative L2 error of the gradients of a loss, and allowed error, on `device`.
 
     The worse of one document a row and of several.
     """

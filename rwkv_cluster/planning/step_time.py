@@ -130,7 +130,7 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     products = gpu.peak_tflops * 1e12 * product_share(model.n_embd) * (1 if item < FP32 else 0.5)  # TF32: half
     bandwidth = gpu.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
     version = version_of(model)
-    passes = version.passes if kernels.fused == "plain" else version.passes_compiled
+    passes = version.passes if kernels.fused == "plain" else version.passes_native
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
     stage, accumulates = setting.sharding.stage, setting.accumulates

@@ -42,7 +42,8 @@ class Traffic(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         name, given, made = op.overloadpacket.__name__, tensors((args, kwargs)), tensors(result)
         storages = {x.untyped_storage().data_ptr() for x in given}
-        is_view = not name.endswith("_") and all(x.untyped_storage().data_ptr() in storages for x in made)
+        is_old = all(x.untyped_storage().data_ptr() in storages for x in made)
+        is_view = is_old and not name.endswith("_") and name not in PRODUCTS
         if not (is_view or "wkv" in name or name in ALLOCATIONS):
             self.operations += 1
             self.elements += 0 if name in PRODUCTS else sum(x.numel() for x in given + made)
@@ -66,6 +67,7 @@ def measured(version: str, layers: int, batch: int, form: str, monkeypatch: Any)
     config = ModelConfig(model_type=version, n_layer=layers, n_embd=C, vocab_size=64, head_size_a=64)
     model = RWKV(config, wkv_backend="native", fused=form)
     initialize(model, seed=1)
+    model.compute_dtype = torch.bfloat16  # so that what is done to fp32 masters counts as queued
     tokens = torch.zeros(batch, T, dtype=torch.int64)
     with monkeypatch.context() as patch, traffic:
         patch.setattr(native, "_addresses", list)  # the tensors themselves, until they have been counted
@@ -94,7 +96,7 @@ def test_the_work_of_a_layer_is_counted(version: str, form: str, monkeypatch: py
         more.launches_forward - fewer.launches_forward,
         more.launches - fewer.launches,
     )
-    assert found == (VERSIONS[version].passes if form == "plain" else VERSIONS[version].passes_compiled)
+    assert found == (VERSIONS[version].passes if form == "plain" else VERSIONS[version].passes_native)
 
 
 def prediction(path: Path, *options: str, capsys: Any) -> dict[str, Any]:

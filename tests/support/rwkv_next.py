@@ -91,6 +91,6 @@ ROW = Version(
     optimizer_group=lambda name, is_matrix: (3.0 if "att.decay" in name else 1.0, is_matrix),
     saved=SavedTensors(of_width=10),
     passes=Passes(forward=80, training=250, launches_forward=40, launches=140),
-    passes_compiled=Passes(forward=50, training=120, launches_forward=30, launches=80),
+    passes_native=Passes(forward=50, training=120, launches_forward=30, launches=80),
     loras=(("g1", "g2"),),
 )

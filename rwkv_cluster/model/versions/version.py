@@ -70,7 +70,7 @@ class Passes:
 
     Attributes:
         forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
-        launches_forward, launches: operations that the host queues for the block, products included.
+        launches_forward, launches: operations that the host queues for the block in bf16, products and copies of weights included.
     """
 
     forward: int
@@ -101,7 +101,7 @@ class Version:
         ranks_of: shapes of a weights file -> fields of the configuration that say its LoRA ranks.
         optimizer_group: (name, whether it is a matrix) -> (learning-rate multiplier, whether weight decay applies).
         saved: what the backward pass needs.
-        passes, passes_compiled: work beside the products, in the plain form and in the native one, for which
+        passes, passes_native: work beside the products, in the plain form and in the native one, for which
             torch.compile's is taken too.
     """
 
@@ -119,7 +119,7 @@ class Version:
     optimizer_group: Callable[[str, bool], tuple[float, bool]]
     saved: SavedTensors
     passes: Passes
-    passes_compiled: Passes
+    passes_native: Passes
     state_is_key_value: bool = False
     loras: tuple[tuple[str, str], ...] = ()
     unused_in_block_0: tuple[str, ...] = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 import torch
-from pytorch_lightning import Callback
 from pytorch_lightning.strategies import Strategy
 
 
@@ -19,8 +18,7 @@ def tear_down(strategy: Strategy) -> None:
     if module is not None:
         module.zero_grad(set_to_none=True)
         strategy.model = module
-        callbacks: list[Callback] = module._trainer.callbacks if module._trainer is not None else []
-        for callback in callbacks:
+        for callback in getattr(module._trainer, "callbacks", ()):
             for name in ("log", "log_dict"):  # the module's, by which one that outlives the session would hold it
                 vars(callback).pop(name, None)
     for optimizer in strategy.optimizers:
