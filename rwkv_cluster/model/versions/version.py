@@ -70,7 +70,8 @@ class Passes:
 
     Attributes:
         forward, training: [T,C] tensors read or written, of the forward pass and of forward and backward.
-        launches_forward, launches: operations that the host queues for the block in bf16, products and copies of weights included.
+        launches_forward, launches: operations that the host queues for the block in bf16, products and copies of
+            weights included.
     """
 
     forward: int
