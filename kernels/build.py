@@ -315,7 +315,8 @@ def _run_ninja(folder: Path, jobs: int | None, report: Report | None) -> None:
             elif line and not line.startswith("ninja: Entering"):
                 said.append(line)
     if run.returncode:
-        raise BuildError("the compiler refused the sources:\n  " + "\n  ".join(said[:12]))
+        first = next((i for i, line in enumerate(said) if "error" in line.lower()), 0)  # warnings may come before it
+        raise BuildError("the compiler refused the sources:\n  " + "\n  ".join(said[first : first + 12]))
 
 
 def _ninja() -> str:

@@ -112,17 +112,6 @@ __host__ __device__ __forceinline__ io *out(void *x) {
     return static_cast<io *>(x);
 }
 
-// A tensor for each of the mixes.
-template <typename T>
-struct Tensors {
-    T *at[RWKV_MOST_MIXES];
-};
-
-// Whether nothing comes before the row, the one of this step: it is the first of its sequence or document.
-__device__ __forceinline__ bool is_first(const rwkv_rows &p, int64_t row, int64_t step) {
-    return step == 0 || (p.starts && p.starts[row]);
-}
-
 // Where a thread works: `rows` from `begin` to `end`, and channels from `channel` on, which it stores where `is_inside`.
 struct Work {
     int64_t begin, end, channel;
