@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
-from rwkv_cluster.kernels.sizes import OPERATORS, STEPS_BETWEEN_STATES
+from rwkv_cluster.kernels.sizes import OPERATORS, STEPS_BETWEEN_STATES, has_norm_mix
 from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims
 from rwkv_cluster.model.versions.table import version_of
+from rwkv_cluster.model.versions.version import Passes
 from rwkv_cluster.planning.run_plan import RunPlan
 from rwkv_cluster.runtime.gpu_specs import Gpu, find_gpu
+from rwkv_cluster.train.memory.activations import Kernels
 from rwkv_cluster.train.memory.model_states import FP32, ITEM_BYTES, keeps_copies
 
 PARAMETER_BYTES = 36
@@ -129,8 +132,7 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     again = int(setting.grad_cp)  # forward passes of the blocks that are computed once more
     products = gpu.peak_tflops * 1e12 * product_share(model.n_embd) * (1 if item < FP32 else 0.5)  # TF32: half
     bandwidth = gpu.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
-    version = version_of(model)
-    passes = version.passes if kernels.fused == "plain" else version.passes_native
+    passes = _passes(model, kernels)
     moved = passes.training + again * passes.forward
     launches = passes.launches + again * passes.launches_forward
     stage, accumulates = setting.sharding.stage, setting.accumulates
@@ -152,6 +154,13 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
         six_n=plan.flops.six_n,
         peak=gpu.peak_tflops * 1e12,
     )
+
+
+def _passes(model: ModelConfig, kernels: Kernels) -> Passes:
+    version = version_of(model)
+    if kernels.fused == "plain":
+        return version.passes
+    return version.passes_native if has_norm_mix(kernels.device, model.n_embd, 1) else version.passes_wide
 
 
 def _in_fp32(plan: RunPlan) -> int:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from rwkv_cluster import cli
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.fused import native
+from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model import layers as model_layers
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
@@ -65,11 +66,13 @@ def measured(version: str, layers: int, batch: int, form: str, monkeypatch: Any)
         call(name, x, size, *passed, starts=starts)
 
     config = ModelConfig(model_type=version, n_layer=layers, n_embd=C, vocab_size=64, head_size_a=64)
-    model = RWKV(config, wkv_backend="native", fused=form)
+    model = RWKV(config, wkv_backend="native", fused="plain" if form == "plain" else "native")
     initialize(model, seed=1)
     model.compute_dtype = torch.bfloat16  # so that what is done to fp32 masters counts as queued
     tokens = torch.zeros(batch, T, dtype=torch.int64)
     with monkeypatch.context() as patch, traffic:
+        if form == "wide":
+            patch.setattr(fused, "has_norm_mix", lambda device_type, width, count: False)
         patch.setattr(native, "_addresses", list)  # the tensors themselves, until they have been counted
         patch.setattr(native, "_call", counted)
         patch.setattr(model_layers, "_goes_through_fp32", lambda x: False)  # which is for some CPUs alone
@@ -80,7 +83,7 @@ def measured(version: str, layers: int, batch: int, form: str, monkeypatch: Any)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("form", ["plain", "native"])
+@pytest.mark.parametrize("form", ["plain", "native", "wide"])
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_the_work_of_a_layer_is_counted(version: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = ([measured(version, layers, batch, form, monkeypatch) for layers in (2, 3)] for batch in (1, 2))
@@ -96,7 +99,8 @@ def test_the_work_of_a_layer_is_counted(version: str, form: str, monkeypatch: py
         more.launches_forward - fewer.launches_forward,
         more.launches - fewer.launches,
     )
-    assert found == (VERSIONS[version].passes if form == "plain" else VERSIONS[version].passes_native)
+    row = VERSIONS[version]
+    assert found == {"plain": row.passes, "native": row.passes_native, "wide": row.passes_wide}[form]
 
 
 def prediction(path: Path, *options: str, capsys: Any) -> dict[str, Any]:

@@ -92,5 +92,6 @@ ROW = Version(
     saved=SavedTensors(of_width=10),
     passes=Passes(forward=80, training=250, launches_forward=40, launches=140),
     passes_native=Passes(forward=50, training=120, launches_forward=30, launches=80),
+    passes_wide=Passes(forward=54, training=135, launches_forward=40, launches=95),
     loras=(("g1", "g2"),),
 )

@@ -22,24 +22,6 @@ struct Parameters {
     Tensors<const float> mixes;  // null: a mix of zeros
 };
 
-template <typename io>
-__device__ __forceinline__ Channels rounded(const Channels &x) {
-    return each([&](int i) { return to_float(from_float<io>(x.at[i])); });
-}
-
-template <typename io>
-__device__ __forceinline__ Channels unpacked(const Packed<io> &x) {
-    return each([&](int i) { return to_float(x.at[i]); });
-}
-
-template <typename io>
-__device__ __forceinline__ Packed<io> packed(const Channels &x) {
-    Packed<io> result;
-#pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; ++i) result.at[i] = from_float<io>(x.at[i]);
-    return result;
-}
-
 // A thread's channels of every row, which it stores and adds where `is_inside`.
 struct Columns {
     int channel;
@@ -76,7 +58,7 @@ struct Span {
 template <typename io>
 __device__ __forceinline__ Packed<io> mix_of(const Parameters &parameters, int m, const Columns &columns) {
     const float *from = parameters.mixes.at[m];
-    return packed<io>(from ? load(from + columns.channel) : splat(0.0f));
+    return pack<io>(from ? load(from + columns.channel) : splat(0.0f));
 }
 
 // Sums over the block's threads, COUNT at a time, of calls one after another.
@@ -166,7 +148,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
                 const int64_t place = (row + i) * p.width + columns.channel;
 #pragma unroll
                 for (int m = 0; m < COUNT; ++m) {
-                    columns.put(outputs.at[m], place, normed + difference * unpacked(mixes[m]));
+                    columns.put(outputs.at[m], place, normed + difference * unpack(mixes[m]));
                 }
             }
             before = normed;
@@ -190,7 +172,7 @@ struct Kept {
     }
 
     __device__ __forceinline__ Channels mix(int m) const {
-        return unpacked(mixes[m * blockDim.x + threadIdx.x]);
+        return unpack(mixes[m * blockDim.x + threadIdx.x]);
     }
 
     __device__ __forceinline__ Channels sum(int i) const {
@@ -228,7 +210,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     norm_mix_backward(rwkv_rows p, int32_t rows_in_block, const io *sum, const float *statistics, Parameters parameters,
                       const io *dsum, Tensors<const io> doutputs, io *dx, float *dparameters) {
     const Columns columns(p);
-    const Packed<io> scale = packed<io>(load(parameters.weight + columns.channel));
+    const Packed<io> scale = pack<io>(load(parameters.weight + columns.channel));
     const Kept<io, COUNT> kept(parameters, columns);
     BlockSums<2> sum_over_block;
     const float part = 1.0f / p.width;
@@ -254,10 +236,10 @@ __global__ void __launch_bounds__(MOST_THREADS)
         const Normed now = normed_row(p, sum, statistics, row, columns.channel);
         Channels difference;
         if (first) {
-            difference = now.at * unpacked(scale) * -1.0f - rounded<io>(load(parameters.bias + columns.channel));
+            difference = now.at * unpack(scale) * -1.0f - rounded<io>(load(parameters.bias + columns.channel));
         } else {
             const Normed earlier = normed_row(p, sum, statistics, row - 1, columns.channel);
-            difference = (earlier.at - now.at) * unpacked(scale);
+            difference = (earlier.at - now.at) * unpack(scale);
         }
         Channels dnorm = later, mixed = splat(0.0f);
 #pragma unroll
@@ -270,7 +252,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
         later = first ? splat(0.0f) : mixed;
         kept.add(0, dnorm * now.at);
         kept.add(1, dnorm);
-        dnorm = dnorm * unpacked(scale);
+        dnorm = dnorm * unpack(scale);
         float sums[2] = {columns.total(dnorm), columns.total(dnorm * now.at)};
         sum_over_block(sums);
         Channels result = (dnorm - splat(sums[0] * part) - now.at * (sums[1] * part)) * now.rstd;

@@ -95,11 +95,22 @@ __device__ __forceinline__ Channels load(const io *from) {
 }
 
 template <typename io>
-__device__ __forceinline__ void store(io *to, const Channels &x) {
+__device__ __forceinline__ Packed<io> pack(const Channels &x) {
     Packed<io> packed;
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) packed.at[i] = from_float<io>(x.at[i]);
-    *reinterpret_cast<Packed<io> *>(to) = packed;
+    return packed;
+}
+
+template <typename io>
+__device__ __forceinline__ void store(io *to, const Channels &x) {
+    *reinterpret_cast<Packed<io> *>(to) = pack<io>(x);
+}
+
+// x after a store and a load.
+template <typename io>
+__device__ __forceinline__ Channels rounded(const Channels &x) {
+    return unpack(pack<io>(x));
 }
 
 template <typename io>

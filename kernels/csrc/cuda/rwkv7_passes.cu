@@ -34,11 +34,6 @@ __device__ __forceinline__ float inverse_length(float squares) {
     return 1.0f / (length > KAPPA_EPS ? length : KAPPA_EPS);
 }
 
-template <typename io>
-__device__ __forceinline__ Channels rounded(const Channels &x) {
-    return each([&](int i) { return to_float(from_float<io>(x.at[i])); });
-}
-
 // MIXES: all blocks but the first, which has no v_first.
 template <typename io, bool MIXES>
 __global__ void __launch_bounds__(ROW_THREADS)

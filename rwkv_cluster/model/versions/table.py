@@ -179,6 +179,7 @@ _ROWS = (
         ),
         passes=Passes(forward=70, training=221, launches_forward=60, launches=173),
         passes_native=Passes(forward=27, training=60, launches_forward=48, launches=108),
+        passes_wide=Passes(forward=31, training=74, launches_forward=57, launches=125),
     ),
     Version(
         name="x060",
@@ -205,6 +206,7 @@ _ROWS = (
         ),
         passes=Passes(forward=96, training=301, launches_forward=82, launches=235),
         passes_native=Passes(forward=37, training=88, launches_forward=51, launches=124),
+        passes_wide=Passes(forward=40, training=103, launches_forward=66, launches=154),
         loras=(("time_maa_w1", "time_maa_w2"), ("time_decay_w1", "time_decay_w2")),
     ),
     Version(
@@ -232,6 +234,7 @@ _ROWS = (
         ),
         passes=Passes(forward=110, training=393, launches_forward=91, launches=285),
         passes_native=Passes(forward=38, training=92, launches_forward=44, launches=105),
+        passes_wide=Passes(forward=42, training=105, launches_forward=67, launches=150),
         loras=(("w1", "w2"), ("a1", "a2"), ("v1", "v2"), ("g1", "g2")),
         unused_in_block_0=("v0", "v1", "v2"),
     ),

@@ -102,8 +102,8 @@ class Version:
         ranks_of: shapes of a weights file -> fields of the configuration that say its LoRA ranks.
         optimizer_group: (name, whether it is a matrix) -> (learning-rate multiplier, whether weight decay applies).
         saved: what the backward pass needs.
-        passes, passes_native: work beside the products, in the plain form and in the native one, for which
-            torch.compile's is taken too.
+        passes, passes_native, passes_wide: work beside the products, in the plain form, in the native one, for which
+            torch.compile's is taken too, and in that beyond the width to which it has norm and mixes in one pass.
     """
 
     name: str
@@ -121,6 +121,7 @@ class Version:
     saved: SavedTensors
     passes: Passes
     passes_native: Passes
+    passes_wide: Passes
     state_is_key_value: bool = False
     loras: tuple[tuple[str, str], ...] = ()
     unused_in_block_0: tuple[str, ...] = ()
