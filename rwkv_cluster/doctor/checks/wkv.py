@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rwkv_cluster.doctor.checks.software import has_torch
@@ -41,10 +43,11 @@ def self_test(context: CheckContext) -> list[Row]:
     from rwkv_cluster.kernels import self_test
 
     rows = []
-    for device in _devices():
-        for backend, dtype, error, limit in self_test.run(device):
-            name = f"{backend} on {device}, {_named(dtype)}"
-            rows.append(_compared(name, f"The WKV backend {name}", error, limit, "Use another training.wkv_backend"))
+    with _one_thread():
+        for device in _devices():
+            for backend, dtype, error, limit in self_test.run(device):
+                name, remedy = f"{backend} on {device}, {_named(dtype)}", "Use another training.wkv_backend"
+                rows.append(_compared(name, f"The WKV backend {name}", error, limit, remedy))
     return rows
 
 
@@ -55,12 +58,26 @@ def training_step(context: CheckContext) -> list[Row]:
     from rwkv_cluster.model import self_test
 
     rows = []
-    for device in _devices():
-        for version, dtype, error, limit in self_test.run(device):
-            name = f"a step of {version} on {device}, {_named(dtype)}"
-            remedy = "Set training.fused to plain and training.wkv_backend to chunked"
-            rows.append(_compared(name, f"The gradient of {name}", error, limit, remedy))
+    with _one_thread():
+        for device in _devices():
+            for version, dtype, error, limit in self_test.run(device):
+                name = f"a step of {version} on {device}, {_named(dtype)}"
+                remedy = "Set training.fused to plain and training.wkv_backend to chunked"
+                rows.append(_compared(name, f"The gradient of {name}", error, limit, remedy))
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run the block in one thread: on a busy machine several would wait for each other, for a minute in all."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compared(name: str, what: str, error: float, limit: float, remedy: str) -> Row:
