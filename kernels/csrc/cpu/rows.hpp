@@ -45,4 +45,21 @@ RWKV_INLINE void accumulate(float *to, vec x) {
     store(to, load(to) + x);
 }
 
+struct Moments {
+    float mean, rstd;
+};
+
+// Mean and 1 / deviation of y over a head.
+template <typename io>
+RWKV_INLINE Moments moments(const io *y, int64_t size) {
+    vec total = {}, squares = {};
+    for (int64_t c = 0; c < size; c += LANES) total += load_io(y + c);
+    const float mean = sum(total) / size;
+    for (int64_t c = 0; c < size; c += LANES) {
+        const vec centred = load_io(y + c) - mean;
+        squares += centred * centred;
+    }
+    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / size + NORM_EPS)};
+}
+
 }  // namespace RWKV_TARGET

@@ -92,23 +92,6 @@ void sigmoid_gate_backward(const rwkv_rows &p, int64_t block, const void *gate, 
     });
 }
 
-struct Moments {
-    float mean, rstd;
-};
-
-// Mean and 1 / deviation of y over a head.
-template <typename io>
-RWKV_INLINE Moments moments(const io *y, int64_t size) {
-    vec total = {}, squares = {};
-    for (int64_t c = 0; c < size; c += LANES) total += load_io(y + c);
-    const float mean = sum(total) / size;
-    for (int64_t c = 0; c < size; c += LANES) {
-        const vec centred = load_io(y + c) - mean;
-        squares += centred * centred;
-    }
-    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / size + NORM_EPS)};
-}
-
 void gated_norm_forward(const rwkv_rows &p, int64_t block, const void *y, const void *gate, const float *weight,
                         const float *bias, void *to) {
     with_io(p.io, [&](auto element) {

@@ -92,19 +92,8 @@ __device__ __forceinline__ void store_steps(bf16 *to, const Head &head, int64_t 
     });
 }
 
-// A column of a [16,16] matrix of fragments has rows g = lane / 4 and g + 8. Over the eight rows g of one half:
-// the sum of x from each row on, over at most `rows`.
-__device__ __forceinline__ float suffix_sum(float x, int rows = L) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-        const float later = __shfl_sync(0xffffffffu, x, lane + distance);
-        if (lane + distance < 32 && distance / 4 < rows) x += later;
-    }
-    return x;
-}
-
-// suffix_sum of several columns, of one half or both, over at most rows[half]: the sums wait for their shuffles together.
+// A column of a [16,16] matrix of fragments has rows g = lane / 4 and g + 8. Over the eight rows g of a half: the sum of x
+// from each row on, over at most rows[half], for several columns of one half or both, whose shuffles are waited for together.
 template <int halves, int columns>
 __device__ __forceinline__ void suffix_sums(float (&x)[halves][columns], const int (&rows)[halves]) {
     const int lane = threadIdx.x % 32;
@@ -143,18 +132,7 @@ __device__ __forceinline__ float row_before(float x) {
     return lane >= 4 ? found : 0.0f;
 }
 
-// The sum of x up to each row.
-__device__ __forceinline__ float prefix_sum(float x) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-        const float earlier = __shfl_sync(0xffffffffu, x, lane - distance);
-        if (lane >= distance) x += earlier;
-    }
-    return x;
-}
-
-// prefix_sum of several columns, of one half or both.
+// The sum of x up to each row, as above.
 template <int halves, int columns>
 __device__ __forceinline__ void prefix_sums(float (&x)[halves][columns]) {
     const int lane = threadIdx.x % 32;

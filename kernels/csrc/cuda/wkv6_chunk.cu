@@ -378,12 +378,13 @@ __device__ __forceinline__ void key_gradients(BackwardChunk &x, ChannelSums &sum
 // Over the rows of all lanes, to this head's fp32 [N] at `to`.
 __device__ __forceinline__ void store_channel_sums(float *to, float (&x)[2][2], int first) {
     const int lane = threadIdx.x % 32;
+    suffix_sums(x, {L, L});
+    if (lane >= 4) return;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const float sum = suffix_sum(x[n][side]);
-            if (lane < 4) to[blockIdx.x * static_cast<int64_t>(N) + first + 8 * n + 2 * lane + side] = sum;
+            to[blockIdx.x * static_cast<int64_t>(N) + first + 8 * n + 2 * lane + side] = x[n][side];
         }
     }
 }
