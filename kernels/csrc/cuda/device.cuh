@@ -9,7 +9,15 @@
 //   launch(kernel, grid, block, bytes, stream, ..) RWKV_OK or a status
 #pragma once
 
+#include <stddef.h>
+
 #include "../wkv.h"
+
+namespace rwkv {
+
+constexpr size_t MOST_SHARED_BYTES = 99 << 10;  // that a block has on every architecture
+
+}  // namespace rwkv
 
 #ifdef RWKV_HOST_SHIM
 #include "../host/shim.hpp"

@@ -14,7 +14,6 @@ constexpr int EDGE = 8;  // value rows of a tile, and threads that share them
 constexpr int STEPS_BETWEEN_STATES = 16;
 constexpr int RUN = 8;  // steps whose inputs are in shared memory at a time
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr size_t MOST_SHARED_BYTES = 99 << 10;  // that a block has on every architecture
 
 template <int N>
 struct Shape {

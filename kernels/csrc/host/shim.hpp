@@ -3,7 +3,11 @@
 // Every CUDA thread of a block is a fiber on one OS thread. A barrier, a shuffle or a matrix product switches to the
 // next fiber; blocks run one after another. With schedule 0 warps and lanes take turns in order. Any other schedule
 // picks a warp at random and lets it run as far ahead as the block's barriers allow, with its lanes in random order:
-// a missing barrier then shows as a changed result. Dynamic shared memory starts as NaN in every block.
+// a missing barrier then shows as a changed result. Dynamic shared memory starts as NaN in every block. ldmatrix reads a
+// lane's row when that lane comes to it, so that what other lanes store needs a barrier before it.
+//
+// A launch that no GPU takes is refused with CUDA's own error, for the smallest limits of sm_80 to sm_120. What would be
+// undefined there (a write behind the dynamic shared memory, a row of ldmatrix that is not aligned) ends the process.
 //
 // What it cannot show: orderings within one fiber's run (weak memory, asynchronous copies), and time.
 #pragma once
@@ -204,6 +208,23 @@ inline void run_block(Block &b, char *stacks, std::mt19937 &random) {
 
 using Memory = std::unique_ptr<char, void (*)(void *)>;
 
+constexpr int UNTOUCHED = 0xff;  // bytes of dynamic memory that nothing was written to: NaN as floats
+
+inline void fail(const char *what) {
+    fprintf(stderr, "%s, block %u,%u,%u\n", what, block->index.x, block->index.y, block->index.z);
+    abort();
+}
+
+// cudaErrorInvalidConfiguration or cudaErrorInvalidValue, as an int; 0 for a launch that every GPU takes.
+inline int refusal(const dim3 &grid, const dim3 &size, size_t dynamic_bytes) {
+    constexpr uint64_t MOST_THREADS = 1024, MOST_ROWS = 65535, MOST_BLOCKS = 2147483647;
+    const uint64_t threads = uint64_t(size.x) * size.y * size.z;
+    const bool is_grid_small = grid.x <= MOST_BLOCKS && grid.y <= MOST_ROWS && grid.z <= MOST_ROWS;
+    const bool has_blocks = grid.x && grid.y && grid.z && is_grid_small;
+    if (!has_blocks || !threads || threads > MOST_THREADS) return 9;
+    return dynamic_bytes > rwkv::MOST_SHARED_BYTES ? 1 : 0;
+}
+
 // RWKV_HOST_THREADS OS threads run blocks, one by default.
 inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body) {
     const char *wanted = getenv("RWKV_HOST_THREADS");
@@ -226,9 +247,14 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const std::functi
         b.dynamic_memory = dynamic.get();
         std::mt19937 random(schedule + thread);
         for (unsigned i; (i = next++) < blocks;) {
-            memset(dynamic.get(), 0xff, rounded);
+            memset(dynamic.get(), UNTOUCHED, rounded);
             b.index = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
             run_block(b, stacks.get(), random);
+            const auto is_untouched = [](char byte) { return static_cast<unsigned char>(byte) == UNTOUCHED; };
+            if (!std::all_of(dynamic.get() + dynamic_bytes, dynamic.get() + rounded, is_untouched)) {
+                block = &b;
+                fail("a write behind the dynamic shared memory");
+            }
         }
     };
     std::vector<std::thread> others;
@@ -369,17 +395,19 @@ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 // Four 8 x 8 matrices of bf16, whose rows lane 8 m + i points to: matrix m, row i. Lane l receives of each matrix row
 // l / 4, columns 2 (l % 4) and the next; transposed, column l / 4, rows 2 (l % 4) and the next.
-inline void load_matrices(uint32_t (&to)[4], const bf16 *row, bool transposed) {
-    const auto &slots = shim::exchange(row);
+inline void load_matrices(uint32_t (&to)[4], const bf16 *from, bool transposed) {
+    struct Row {
+        bf16 at[8];
+    };
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(Row)) shim::fail("a row of ldmatrix that is not aligned");
+    Row own;
+    memcpy(&own, from, sizeof(own));
+    const auto &slots = shim::exchange(own);
     const int g = shim::lane() / 4, t = shim::lane() % 4;
+    const auto row = [&](int m, int i) { return shim::received<Row>(slots, 8 * m + i); };
     for (int m = 0; m < 4; ++m) {
-        if (transposed) {
-            to[m] = pack2(shim::received<const bf16 *>(slots, 8 * m + 2 * t)[g],
-                          shim::received<const bf16 *>(slots, 8 * m + 2 * t + 1)[g]);
-        } else {
-            const bf16 *from = shim::received<const bf16 *>(slots, 8 * m + g) + 2 * t;
-            to[m] = pack2(from[0], from[1]);
-        }
+        to[m] = transposed ? pack2(row(m, 2 * t).at[g], row(m, 2 * t + 1).at[g])
+                           : pack2(row(m, g).at[2 * t], row(m, g).at[2 * t + 1]);
     }
 }
 
@@ -399,8 +427,9 @@ T *dynamic_memory() {
 template <typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, void *,
                Arguments... arguments) {
+    if (const int error = shim::refusal(grid, block, dynamic_bytes)) return RWKV_CUDA_ERROR + error;
     shim::launch(grid, block, dynamic_bytes, [=] { kernel(arguments...); });
-    return 0;
+    return RWKV_OK;
 }
 
 }  // namespace rwkv
