@@ -105,8 +105,9 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dyna
     }
     if (error == cudaSuccess) {
         kernel<<<grid, block, dynamic_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-        error = cudaGetLastError();
     }
+    const cudaError_t last = cudaGetLastError();  // always: what stays there would be the next launch's
+    if (error == cudaSuccess) error = last;
     return error == cudaSuccess ? RWKV_OK : RWKV_CUDA_ERROR + static_cast<int32_t>(error);
 }
 
