@@ -93,6 +93,17 @@ def test_extreme_decays_have_finite_results_and_no_gradient(host_library, versio
     assert torch.equal(found[gradient], torch.zeros_like(found[gradient]))
 
 
+@KERNELS
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_hides_a_nan(host_library, version, kernel, dtype):
+    for index, given in enumerate(random_inputs(version, 1, 20, 1, 64)):
+        inputs = random_inputs(version, 1, 20, 1, 64)
+        inputs[index].view(-1)[given.numel() // 4 + 3] = torch.nan
+        wanted = naive_wkv.values_and_gradients(partial(naive, version), inputs)
+        found = values_and_gradients(host_library, version, inputs, dtype, kernel=kernel)
+        assert all(x[y.isnan()].isnan().all() for x, y in zip(found, wanted, strict=True)), index
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["wkv6", "wkv7"])
 def test_decays_near_1_that_err_alike_at_every_step(host_library, version):

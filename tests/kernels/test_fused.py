@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, is_bonus, run, shifted, some_starts
+from fused_passes import (
+    LIMITS,
+    NATIVE,
+    SHAPES,
+    SHIFTED,
+    arguments,
+    errors_of,
+    hidden_nans,
+    is_bonus,
+    run,
+    shifted,
+    some_starts,
+)
 from naive_wkv import relative_errors
 
 from rwkv_cluster.errors import KernelError
@@ -107,6 +119,11 @@ def test_every_instruction_set(name, target):
         assert max(relative_errors(run(name, given, 32, "native"), wanted)) < 2e-6
     finally:
         library.handle.rwkv_select_target(library.target.encode())
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_nothing_hides_a_nan(name):
+    assert not hidden_nans(name)
 
 
 def test_a_vanishing_key_has_finite_gradients():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, run, some_starts
+from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of, hidden_nans, run, some_starts
 
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.fused import native
@@ -85,6 +85,11 @@ def test_every_schedule_gives_the_same_bits(name: str, host_library: ctypes.CDLL
         results.append(run(name, given, 32, "native", some_starts(2, 60)))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_nothing_hides_a_nan(name: str) -> None:
+    assert not hidden_nans(name)
 
 
 def test_a_vanishing_key_has_finite_gradients() -> None:

@@ -90,6 +90,19 @@ def errors_of(
     return relative_errors([x.cpu() for x in found], wanted)
 
 
+def hidden_nans(name: str) -> list[int]:
+    """The arguments whose NaN reaches less of the native form's results and gradients than of the plain form's."""
+    hidden = []
+    for i in range(len(arguments(name, (1, 5, 2, 16))[0])):
+        given, _ = arguments(name, (1, 5, 2, 16))
+        given[i].view(-1)[3] = torch.nan
+        wanted = run(name, given, 16, "plain")
+        found = run(name, [x.float() for x in given], 16, "native")
+        if not all(x[y.isnan()].isnan().all() for x, y in zip(found, wanted, strict=True)):
+            hidden.append(i)
+    return hidden
+
+
 def run(
     name: str, given: list[torch.Tensor], size: int, choice: str, starts: torch.Tensor | None = None
 ) -> list[torch.Tensor]:

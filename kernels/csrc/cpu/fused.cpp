@@ -97,7 +97,7 @@ void squared_relu_backward(const rwkv_rows &p, int64_t block, const void *x, con
 // 1 / max(length, KAPPA_EPS) of a vector with this sum of squares.
 RWKV_INLINE float inverse_length(float squares) {
     const float length = __builtin_sqrtf(squares);
-    return 1.0f / (length > KAPPA_EPS ? length : KAPPA_EPS);
+    return 1.0f / (length < KAPPA_EPS ? KAPPA_EPS : length);  // NaN stays NaN
 }
 
 void prepare_forward(const rwkv_rows &p, int64_t block, const rwkv_prepare_inputs &x, const rwkv_prepare_outputs &to) {

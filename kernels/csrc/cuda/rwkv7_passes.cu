@@ -31,7 +31,7 @@ struct HeadPlace {
 // 1 / max(length, KAPPA_EPS) of a vector with this sum of squares.
 __device__ __forceinline__ float inverse_length(float squares) {
     const float length = sqrtf(squares);
-    return 1.0f / (length > KAPPA_EPS ? length : KAPPA_EPS);
+    return 1.0f / (length < KAPPA_EPS ? KAPPA_EPS : length);  // NaN stays NaN
 }
 
 // MIXES: all blocks but the first, which has no v_first.

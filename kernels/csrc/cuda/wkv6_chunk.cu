@@ -94,6 +94,11 @@ __device__ __forceinline__ float sum_before(float up_to) {
     return lane >= 8 ? found : 0.0f;
 }
 
+// x, or `least` where that is more; NaN stays NaN.
+__device__ __forceinline__ float at_least(float x, float least) {
+    return x < least ? least : x;
+}
+
 // exp of the sums of log d that this thread's 8 channels need at its step.
 struct Factors {
     float start[8], end[8], half[8], leaf_read[8], leaf_write[8], log_decay[8];
@@ -110,9 +115,9 @@ __device__ __forceinline__ void decay_factors(Memory &x, Factors &f, const Point
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (in.constant) w[i] = in.constant[blockIdx.x % heads * N + column + i];
-        const float log_decay = fmaxf(-expf(w[i]), LEAST_LOG_DECAY);
+        const float log_decay = at_least(-expf(w[i]), LEAST_LOG_DECAY);
         f.log_decay[i] = is_step ? log_decay : 0.0f;
-        own[i] = fmaxf(f.log_decay[i], LEAF_BOUND);
+        own[i] = at_least(f.log_decay[i], LEAF_BOUND);
     }
     scan_sums(own, up_to, after);
 #pragma unroll
