@@ -42,7 +42,8 @@ def norm_mix(
     if branch is not None:
         x = x + branch
     h = layer_norm(x, weight, bias)
-    mixed = iter(shift(h, [m for m in mixes if m is not None], starts))
+    shifted = [m for m in mixes if m is not None]
+    mixed = iter(shift(h, shifted, starts) if shifted else ())
     return x, *(h if m is None else next(mixed) for m in mixes)
 
 

@@ -137,6 +137,48 @@ def linear_and_down(x: Tensor, weight: Tensor, down: Tensor) -> tuple[Tensor, Te
     return result
 
 
+class _TanhLinear(torch.autograd.Function):
+    """tanh(z) U + b, whose gradients of U and b are one product, for beside tanh(z) there are columns of ones."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+        rows, rank = z.flatten(0, -2), z.shape[-1]  # [M, rank]
+        needs_z, *needs_parameters = ctx.needs_input_grad
+        kept = rows.new_empty(len(rows), rank + (COLUMNS_OF_ONES if any(needs_parameters) else 0))
+        hidden = torch.tanh(rows, out=kept[:, :rank])
+        kept[:, rank:] = 1.0
+        ctx.save_for_backward(kept, up if needs_z else None)
+        ctx.rank = rank
+        return torch.addmm(bias, hidden, up).view(*z.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        kept, up = ctx.saved_tensors  # [M, rank + ones], [rank, out]
+        rows = grad.flatten(0, -2)  # [M, out]
+        grad_z = grad_up = grad_bias = None
+        if up is not None:
+            grad_z = torch.ops.aten.tanh_backward(rows @ up.t(), kept[:, : ctx.rank]).view(*grad.shape[:-1], -1)
+        _, needs_up, needs_bias = ctx.needs_input_grad
+        if needs_up or needs_bias:
+            grads = kept.t() @ rows  # [rank + ones, out]
+            grad_up, grad_bias = grads[: ctx.rank], grads[ctx.rank]
+        return grad_z, grad_up if needs_up else None, grad_bias if needs_bias else None
+
+
+COLUMNS_OF_ONES = 8
+"""More than one, so that rows of bf16 stay multiples of the 16 bytes that a GPU's products read at once."""
+
+
+def tanh_linear(z: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """tanh(z) U + b, the second half of a LoRA: z [..., rank], U `up` [rank, out], bias [out] -> [..., out]."""
+    is_half = z.dtype in (torch.bfloat16, torch.float16)  # in fp32, products may be TF32's, and sums are not
+    if not (is_half and torch.is_grad_enabled()) or _goes_through_fp32(z):
+        return linear(torch.tanh(z), up.t(), bias)
+    result: Tensor = _TanhLinear.apply(z, up.to(z.dtype), bias.to(z.dtype))
+    return result
+
+
 class LowPrecisionCopy:
     """A parameter's values in the dtype of activations, kept from one forward pass to the next.
 
@@ -218,6 +260,20 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C]
         return layer_norm(x, self.weight, self.bias)
+
+
+class FinalNorm(nn.Module):
+    """Layer norm of the last residual sum, with weight and bias [C]. choice: the pass's form, e.g. "auto"."""
+
+    def __init__(self, width: int, choice: str) -> None:
+        super().__init__()
+        self.weight = uninitialized(width)
+        self.bias = uninitialized(width)
+        self.choice = choice
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Norm of x + branch, [B,T,C]."""
+        return fused.norm_mix(x, branch, self.weight, self.bias, (None,), choice=self.choice)[1]
 
 
 class NormMix(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.documents import Documents, Starts
-from rwkv_cluster.model.layers import Embedding, LayerNorm, Linear, NormMix
+from rwkv_cluster.model.layers import Embedding, FinalNorm, LayerNorm, Linear, NormMix
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.table import version_of
 
@@ -49,20 +49,32 @@ class Block(nn.Module):
         return (None, None, None) if self.own_state is None else self.own_state(n_rows)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: BlockState | None, starts: Starts | None
-    ) -> tuple[Tensor, Tensor | None, BlockState | None]:
-        """Output [B,T,C], v_first and state; v_first [B,T,C] is RWKV-7's, None before block 0; a state if one came.
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        v_first: Tensor | None,
+        state: BlockState | None,
+        starts: Starts | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, BlockState | None]:
+        """Two tensors [B,T,C] whose sum is the output, v_first and state; the input is x + branch [B,T,C] likewise.
 
+        The next norm adds them. v_first [B,T,C] is RWKV-7's, None before block 0; a state is returned if one came.
         starts: bool [B,T], true where a document begins: it sees nothing of what came before, nor of the state. Or
         documents, which begin from the block's own state.
         """
         before, wkv, ffn_before = state or self.begin(len(starts) if isinstance(starts, Documents) else len(x))
-        x, out, v_first, att_last, wkv = self.att(x, self.ln1, v_first, before, wkv, starts)
-        x, out, ffn_last = self.ffn(x, out, self.ln2, ffn_before, starts)
-        x = x + out
+        x, branch, v_first, att_last, wkv = self.att(x, branch, self.ln1, v_first, before, wkv, starts)
+        x, branch, ffn_last = self.ffn(x, branch, self.ln2, ffn_before, starts)
         if state is None:
-            return x, v_first, None
-        return x, v_first, BlockState(att_last.clone(), wkv, ffn_last.clone())
+            return x, branch, v_first, None
+        return x, branch, v_first, BlockState(att_last.clone(), wkv, ffn_last.clone())
+
+    def summed(
+        self, x: Tensor, v_first: Tensor | None, state: BlockState | None, starts: Starts | None
+    ) -> tuple[Tensor, Tensor | None, BlockState | None]:
+        """The output [B,T,C] as one tensor, which is what `grad_cp` keeps of a block; v_first and state."""
+        x, branch, v_first, after = self(x, None, v_first, state, starts)
+        return x + branch, v_first, after
 
 
 class RWKV(nn.Module):
@@ -93,7 +105,7 @@ class RWKV(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer, wkv_backend, fused) for layer in range(config.n_layer))
-        self.ln_out = LayerNorm(config.n_embd)
+        self.ln_out = FinalNorm(config.n_embd, fused)
         self.head = Linear(config.n_embd, config.vocab_size)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
@@ -145,13 +157,15 @@ class RWKV(nn.Module):
         first = self.blocks[0]
         assert isinstance(first, Block)
         x = first.ln0(x if self.compute_dtype is None else x.to(self.compute_dtype))
+        branch: Tensor | None = None
         v_first: Tensor | None = None
         after: State = []
         for layer, block in enumerate(self.blocks):
             before = None if state is None else state[layer]
             if self.grad_cp and torch.is_grad_enabled():
+                assert isinstance(block, Block)
                 x, v_first, block_state = checkpoint(
-                    block,
+                    block.summed,
                     x,
                     v_first,
                     before,
@@ -160,6 +174,6 @@ class RWKV(nn.Module):
                     preserve_rng_state=self.preserve_rng_state,
                 )
             else:
-                x, v_first, block_state = block(x, v_first, before, starts)
+                x, branch, v_first, block_state = block(x, branch, v_first, before, starts)
             after.append(block_state)
-        return self.ln_out(x), after
+        return self.ln_out(x, branch), after

@@ -10,7 +10,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.fused import reference as plain
 from rwkv_cluster.model import layers
-from rwkv_cluster.model.layers import linear, linear_and_down
+from rwkv_cluster.model.layers import linear, linear_and_down, tanh_linear
 from rwkv_cluster.model.loss import head_loss
 from rwkv_cluster.model.rwkv import RWKV
 
@@ -179,6 +179,30 @@ def test_two_products_of_one_input(product, dtype, tolerance, frozen):
         trained = [z for z in leaves if z.requires_grad]
         results.append([*(y.detach() for y in ys), *torch.autograd.grad(ys, trained, upstream)])
     assert [(z.shape, z.dtype) for z in results[0]] == [(z.shape, dtype) for z in results[1]]
+    assert max(relative_errors(*results)) < tolerance
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (2,)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)], ids=str
+)
+def test_the_second_half_of_a_lora(product, dtype, tolerance, frozen):
+    """What is trained gets its gradient in one product, beside which the bias is not summed again."""
+    generator = torch.Generator().manual_seed(0)
+    rounded = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((3, 40, 8), (8, 24), (24,), (3, 40, 24))
+    ]
+    results = []
+    for precision in (dtype, torch.float64):
+        z, up, bias, upstream = (x.to(precision) for x in rounded)
+        leaves = [x.requires_grad_(i not in frozen) for i, x in enumerate((z, up, bias))]
+        y = tanh_linear(*leaves) if precision == dtype else torch.tanh(z) @ up + bias
+        with torch.no_grad():
+            assert precision != dtype or torch.equal(tanh_linear(*leaves), y)
+        trained = [x for x in leaves if x.requires_grad]
+        results.append([y.detach(), *torch.autograd.grad(y, trained, upstream)])
+    assert [(x.shape, x.dtype) for x in results[0]] == [(x.shape, dtype) for x in results[1]]
     assert max(relative_errors(*results)) < tolerance
 
 

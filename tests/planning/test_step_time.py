@@ -41,7 +41,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        name, given, made = op.overloadpacket.__name__, tensors((args, kwargs)), tensors(result)
+        read = args, {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        name, given, made = op.overloadpacket.__name__, tensors(read), tensors(result)
         storages = {x.untyped_storage().data_ptr() for x in given}
         is_old = all(x.untyped_storage().data_ptr() in storages for x in made)
         is_view = is_old and not name.endswith("_") and name not in PRODUCTS

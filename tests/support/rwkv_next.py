@@ -35,13 +35,14 @@ class TimeMix(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         norm: NormMix,
         v_first: None,
         before: Tensor | None,
         wkv: Tensor | None,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
-        x, (h,), last = norm(x, None, (None,), before, starts)
+        x, (h,), last = norm(x, branch, (None,), before, starts)
         r, k, v = (layer(h).unflatten(-1, (self.n_head, -1)) for layer in (self.receptance, self.key, self.value))
         w = self.decay.expand_as(r).contiguous()
         y, wkv = ops.wkv6(r, k, v, w, torch.zeros_like(self.decay), wkv, starts=starts, backend=self.wkv_backend)

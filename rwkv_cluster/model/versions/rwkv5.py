@@ -42,18 +42,19 @@ class TimeMix(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         norm: NormMix,
         v_first: None,
         before: Tensor | None,
         wkv: Tensor | None,
         starts: Starts | None,
     ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
-        """The residual x [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
+        """The residual x + branch [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
 
         before [B,C], wkv [B,H,N,N], starts [B,T]. v_first is RWKV-7's.
         """
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x, (x_r, x_k, x_v, x_g), last = norm(x, None, [1 - mix.to(x.dtype) for mix in mixes], before, starts)
+        x, (x_r, x_k, x_v, x_g), last = norm(x, branch, [1 - mix.to(x.dtype) for mix in mixes], before, starts)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]

@@ -15,7 +15,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts, flags
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, shift_delta, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, shift_delta, tanh_linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, uniform, zeros
@@ -48,20 +48,21 @@ class TimeMix(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         norm: NormMix,
         v_first: None,
         before: Tensor | None,
         wkv: Tensor | None,
         starts: Starts | None,
     ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor]:
-        """The residual x [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
+        """The residual x + branch [B,T,C], what is to be added to it, None, and the state's parts, see `NormMix`.
 
         before [B,C], wkv [B,H,N,N], starts [B,T]. v_first is RWKV-7's.
         """
-        x, (h, base), last = norm(x, None, (None, self.time_maa_x), before, starts)
+        x, (h, base), last = norm(x, branch, (None, self.time_maa_x), before, starts)
         x_w, x_k, x_v, x_r, x_g = self._mix(h, base, before, starts)
-        hidden = torch.tanh(linear(x_w, self.time_decay_w1.t()))  # [B,T,D]
-        w = linear(hidden, self.time_decay_w2.t(), self.time_decay.flatten())  # [B,T,A]
+        hidden = linear(x_w, self.time_decay_w1.t())  # [B,T,D]
+        w = tanh_linear(hidden, self.time_decay_w2, self.time_decay.flatten())  # [B,T,A]
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
         bonus = self.time_faaaa.to(r.dtype)  # [H,N]

@@ -13,7 +13,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, linear, tanh_linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, lora_orthogonal, small_orthogonal, zeros
 from rwkv_cluster.model.versions.version import ModelDims
@@ -49,22 +49,23 @@ class TimeMix(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         norm: NormMix,
         v_first: Tensor | None,
         before: Tensor | None,
         wkv: Tensor | None,
         starts: Starts | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """The residual x [B,T,C], what is to be added to it, v_first, and the state's parts, see `NormMix`.
+        """The residual x + branch [B,T,C], what is to be added to it, v_first, and the state's parts, see `NormMix`.
 
         v_first [B,T,C] (block 0: None), before [B,C], wkv [B,H,N,N], starts [B,T].
         """
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        x, (x_r, x_w, x_k, x_v, x_a, x_g), last = norm(x, None, mixes, before, starts)
+        x, (x_r, x_w, x_k, x_v, x_a, x_g), last = norm(x, branch, mixes, before, starts)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v, v_mix = self._values(x_v, is_first=v_first is None)
-        omega = _lora(torch.tanh(linear(x_w, self.w1.t())), self.w2, self.w0)
+        omega = tanh_linear(linear(x_w, self.w1.t()), self.w2, self.w0.flatten())
         a = _lora(linear(x_a, self.a1.t()), self.a2)  # without bias and sigmoid, as v_mix is
         gate = _lora(torch.sigmoid(linear(x_g, self.g1.t())), self.g2)
         vectors = (self.k_k, self.k_a, self.r_k, self.a0, None if v_first is None else self.v0)
@@ -108,9 +109,9 @@ class ChannelMix(nn.Module):
         return x, self.value(fused.squared_relu(self.key(k), choice=self.fused)), last
 
 
-def _lora(hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden [B,T,D] times up [D,C] plus bias [1,1,C]."""
-    return linear(hidden, up.t(), None if bias is None else bias.flatten())
+def _lora(hidden: Tensor, up: Tensor) -> Tensor:
+    """hidden [B,T,D] times up [D,C]."""
+    return linear(hidden, up.t())
 
 
 INITIAL_MATRICES: dict[str, Fill] = {
