@@ -22,9 +22,11 @@ from fused_passes import (
     errors_of,
     hidden_nans,
     is_bonus,
+    results_of,
     run,
     shifted,
     some_starts,
+    with_gradients,
 )
 from naive_wkv import relative_errors
 
@@ -176,6 +178,21 @@ def test_under_torch_compile(name):
         starts = some_starts(2, 9)
         wanted = run(name, [x.double() for x in given], 32, "plain", starts)
         assert max(relative_errors(run(name, given, 32, "compile", starts), wanted)) < limit
+
+
+def test_in_a_graph_of_torch_compile():
+    """All passes in one graph, as in a model that its user compiles whole: there they take the plain form."""
+    starts = some_starts(2, 9)
+    given = {name: [x.float() for x in arguments(name, (2, 9, 2, 32))[0]] for name in NATIVE}
+    leaves = {name: [x.requires_grad_() for x in tensors] for name, tensors in given.items()}
+
+    def block(leaves):
+        return {name: results_of(name, x, "auto", starts) for name, x in leaves.items()}
+
+    results = torch.compile(block, fullgraph=True, backend="eager")(leaves)
+    for name in NATIVE:
+        wanted = run(name, [x.detach().double() for x in leaves[name]], 32, "plain", starts)
+        assert max(relative_errors(with_gradients(results[name], leaves[name]), wanted)) < LIMITS[torch.float32], name
 
 
 def test_what_the_native_form_does_not_take_goes_the_plain_way(monkeypatch):

@@ -108,14 +108,24 @@ def run(
 ) -> list[torch.Tensor]:
     """Results and the gradients of everything."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
+    return with_gradients(results_of(name, leaves, choice, starts), leaves)
+
+
+def results_of(
+    name: str, given: list[torch.Tensor], choice: str, starts: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Results of any pass."""
     if name in SHIFTED:
-        results = shifted(name, leaves, choice, starts)
-    elif name.startswith("prepare"):
+        return shifted(name, given, choice, starts)
+    if name.startswith("prepare"):
         nothing = [None] if name == "prepare_block_0" else []
-        tensors, vectors = leaves[: 6 - 2 * len(nothing)], leaves[6 - 2 * len(nothing) :]
-        results = list(fused.prepare(*tensors, *nothing * 2, *vectors, *nothing, choice=choice))
-    else:
-        results = [getattr(fused, name)(*leaves, choice=choice)]
+        tensors, vectors = given[: 6 - 2 * len(nothing)], given[6 - 2 * len(nothing) :]
+        return list(fused.prepare(*tensors, *nothing * 2, *vectors, *nothing, choice=choice))
+    return [getattr(fused, name)(*given, choice=choice)]
+
+
+def with_gradients(results: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The results and the gradients of all leaves, for fixed gradients of the results."""
     generator = torch.Generator().manual_seed(4)
     sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
     return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, sent)]
