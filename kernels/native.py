@@ -116,9 +116,12 @@ def saved_bytes(version: int, shape: Sequence[int], kernel: int) -> int:
 
 
 def _contiguous(*inputs: Tensor | None) -> list[Tensor | None]:
-    """The inputs as the kernels read them, the last one, the state, in float32."""
+    """The inputs as the kernels read them: [B,T,H,N] in the first one's dtype, and the last, the state, in float32."""
     *tensors, state = inputs
-    return [None if x is None else x.contiguous() for x in (*tensors, None if state is None else state.float())]
+    assert tensors[0] is not None
+    dtype = tensors[0].dtype
+    alike = [x.to(dtype) if x is not None and x.ndim == 4 and x.dtype != dtype else x for x in tensors]
+    return [None if x is None else x.contiguous() for x in (*alike, None if state is None else state.float())]
 
 
 def _needs_gradient(inputs: Sequence[Tensor | None]) -> bool:

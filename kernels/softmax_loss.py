@@ -33,13 +33,13 @@ def softmax_loss(library: loader.Library, logits: Tensor, targets: Tensor, l2wra
     Args:
         logits: [m,V] in float32, bfloat16 or float16, elements of a row beside each other. With `gradient` they are
             replaced by the gradient of the sum, rounded once; L2Wrap is in it, see `model.loss.head_loss`.
-        targets: int64 [m].
+        targets: [m], integers.
 
     Raises:
         KernelError: the library reports an error.
     """
     assert logits.stride(1) == 1 or logits.shape[1] == 1
-    targets = targets.contiguous()
+    targets = targets.long().contiguous()
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     shape = Logits(
         rows=logits.shape[0],

@@ -60,7 +60,7 @@ def norm_mix(
     """
     if starts is not None:
         starts = starts.contiguous()
-    branch = None if branch is None else aligned(branch.to(x.dtype))
+    branch = None if branch is None else _like(x, branch)
     parameters = (None if p is None else aligned(p.flatten().float()) for p in (*mixes, weight, bias))
     result: tuple[Tensor, ...] = _NormMix.apply(aligned(x), branch, starts, *parameters)
     return result
@@ -76,13 +76,13 @@ def shift_blend(
     if starts is not None:
         starts = starts.contiguous()
     stacked = _parameter(torch.stack([c.flatten() for c in constants]), x).view(len(constants), -1)
-    result: tuple[Tensor, ...] = _ShiftBlend.apply(aligned(x), stacked, starts, *(aligned(m) for m in mixes))
+    result: tuple[Tensor, ...] = _ShiftBlend.apply(aligned(x), stacked, starts, *(_like(x, m) for m in mixes))
     return result
 
 
 def sigmoid_gate(gate: Tensor, value: Tensor) -> Tensor:
     """sigmoid(gate) * value; all [B,T,C]."""
-    result: Tensor = _SigmoidGate.apply(aligned(gate), aligned(value))
+    result: Tensor = _SigmoidGate.apply(_like(value, gate), aligned(value))
     return result
 
 
@@ -107,14 +107,14 @@ def prepare(
 ) -> tuple[Tensor, ...]:
     """RWKV-7's pass before WKV: arguments and results of `reference.prepare`."""
     parameters = torch.stack([p.flatten() for p in (k_k, k_a, r_k, a0, v0) if p is not None])
-    tensors = (None if x is None else aligned(x) for x in (r, k, a, v, v_first, v_mix))
+    tensors = (None if x is None else _like(k, x) for x in (r, k, a, v, v_first, v_mix))
     result: tuple[Tensor, ...] = _Prepare.apply(r_k.shape[-1], *tensors, aligned(parameters.to(k.dtype).float()))
     return result
 
 
 def gated_readout(y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """RWKV-7's reading: y [B,T,H,N], v, gate [B,T,C], bonus [B,T,H], weight and bias [C] -> [B,T,C]."""
-    tensors = (aligned(x) for x in (y, v, bonus.float(), gate))
+    tensors = (_like(gate, y), _like(gate, v), aligned(bonus.float()), aligned(gate))
     result: Tensor = _Read.apply(*tensors, _parameter(weight, gate), _parameter(bias, gate))
     return result
 
@@ -122,7 +122,7 @@ def gated_readout(y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Ten
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The reading of RWKV-5 and 6: y [B,T,H,N], gate [B,T,C], weight and bias [C] -> [B,T,C]."""
     parameters = _parameter(weight, gate), _parameter(bias, gate)
-    result: Tensor = _GatedNorm.apply(aligned(y), aligned(gate), *parameters)
+    result: Tensor = _GatedNorm.apply(_like(gate, y), aligned(gate), *parameters)
     return result
 
 
@@ -320,6 +320,11 @@ def _head_norm_backward(name: str, ctx: Any, dout: Tensor, n_parameters: int) ->
     parameters = _partial(dout, n_parameters, dout.shape[-1])
     _call(f"{name}_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
     return *grads, *parameters.sum(0).unbind()
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """The other tensor as the library reads it beside x, of whose dtype it takes every one to be."""
+    return aligned(other if other.dtype == x.dtype else other.to(x.dtype))
 
 
 def _parameter(p: Tensor, x: Tensor) -> Tensor:

@@ -124,6 +124,17 @@ def test_every_instruction_set(name, target):
 
 
 @pytest.mark.parametrize("name", NATIVE)
+def test_tensors_of_other_dtypes_are_rounded_and_not_misread(name):
+    tensors, parameters = arguments(name, (1, 5, 2, 16))
+    given = [x.bfloat16() for x in tensors]
+    rules = {"sigmoid_gate": 1, "gated_norm": 1, "gated_readout": 3, "prepare": 1, "prepare_block_0": 1}.get(name, 0)
+    others = [x.float() if i != rules else x for i, x in enumerate(given)]
+    alike = [x if i < len(given) - parameters and not is_bonus(name, i) else x.float() for i, x in enumerate(given)]
+    for found, wanted in zip(run(name, others, 16, "native"), run(name, alike, 16, "native"), strict=True):
+        assert torch.equal(found.to(wanted.dtype), wanted)
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_nothing_hides_a_nan(name):
     assert not hidden_nans(name)
 

@@ -53,6 +53,14 @@ def test_half_precision_rounds_only_inputs_and_outputs(version, dtype):
     assert max(relative_errors(found, wanted)) < 2.5e-3
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_inputs_of_other_dtypes_are_rounded_and_not_misread(version):
+    r, *others = (x.bfloat16() for x in random_inputs(version, 1, 9, 2, 16))
+    found = operator(version, "native")(r, *(x.float() for x in others))
+    wanted = operator(version, "native")(r, *others)
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)

@@ -116,5 +116,7 @@ def test_what_has_no_kernel_is_refused(host_library: ctypes.CDLL) -> None:
     assert host_library.rwkv_norm_mix_forward(ctypes.byref(too_many), 3, 64, *[None] * 8) == 1
     too_wide = Rows(rows=1, time=1, width=2576, size=16)
     assert host_library.rwkv_norm_mix_forward(ctypes.byref(too_wide), 1, 64, *[None] * 8) == 1
+    too_long = Rows(rows=2**31 - 1, time=1, width=16, size=16)  # whose last rows' numbers would not fit
+    assert host_library.rwkv_norm_mix_forward(ctypes.byref(too_long), 1, 64, *[None] * 8) == 1
     nothing = Rows(rows=0, time=1, width=16, size=16)
     assert host_library.rwkv_prepare_forward(ctypes.byref(nothing), *[ctypes.byref(no_pointers)] * 2) == 0

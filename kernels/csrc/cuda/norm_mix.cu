@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
 // body(element of io, number of mixes).
 template <typename Body>
 int32_t with_norm(const rwkv_rows &p, int32_t count, int32_t rows_in_block, const Body &body) {
-    if (rows_in_block < 1 || p.rows > INT32_MAX || p.width > RWKV_WIDEST_NORM_MIX) return RWKV_NO_SUCH_SIZE;
+    if (rows_in_block < 1 || p.rows > INT32_MAX - ROWS_AT_ONCE || p.width > RWKV_WIDEST_NORM_MIX) return RWKV_NO_SUCH_SIZE;
     return with_io(p, [&](auto element) {
         switch (count) {
             case 1: return body(element, Count<1>());
