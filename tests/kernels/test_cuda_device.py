@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fused_passes import LIMITS, NATIVE, SHAPES, arguments, errors_of
+from fused_passes import LIMITS, NATIVE, SHAPES, SHIFTED, arguments, errors_of
 from fused_passes import run as run_pass
 from naive_wkv import (
     VERSIONS,
@@ -46,10 +48,14 @@ KERNELS = pytest.mark.parametrize(("backend", "dtype"), list(TOLERANCES), ids=st
 
 
 @pytest.fixture(autouse=True)
-def _needs_a_gpu_and_a_library() -> None:
+def _needs_a_gpu_and_a_library() -> Iterator[None]:
+    """NaN in uninitialised memory: an element that no kernel writes, or that one reads too early, shows."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     assert native.unavailable("cuda", torch.bfloat16, 64) is None
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def operator(version: str, backend: str):
@@ -209,9 +215,18 @@ def test_another_gpu_than_the_first():
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 17, 9, 32), (3, 1000, 12, 64), (1, 5, 2, 128)], ids=str)
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_passes_of_a_block(name, shape, dtype):
-    for documents in (False, True) if name == "mix" else (False,):
+    for documents in (False, True) if name in SHIFTED else (False,):
         errors = errors_of(name, shape, dtype, device="cuda", documents=documents)
         assert max(errors) < LIMITS[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+@pytest.mark.parametrize("width", [1040, 2560])
+def test_the_widest_norms(width, count, dtype):
+    """Of several warps, and of all that a block may have; with fp32 and six mixes most of its shared memory."""
+    errors = errors_of("norm_mix", (2, 40, 1, width), dtype, device="cuda", documents=True, count=count)
+    assert max(errors) < LIMITS[dtype], errors
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -231,6 +246,7 @@ from rwkv_cluster.kernels import ops, softmax_loss
 
 for name in NATIVE:
     errors_of(name, (1, 67, 9, 32), torch.bfloat16, device="cuda", documents=True)
+errors_of("norm_mix", (1, 19, 1, 2560), torch.float32, device="cuda", documents=True)
 
 documents = torch.arange(37, device="cuda")[None] % 9 == 0
 for version in VERSIONS:
@@ -248,13 +264,20 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool, tmp_path):
+    """Without initcheck, which knows nothing of what torch's own kernels have written while only ours are watched.
+
+    Each tensor has its own allocation, so that one byte behind it counts. What torch asks the driver does not, for some
+    of the answers are errors.
+    """
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     script = tmp_path / "all_kernels.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(SUPPORT)!r})\n{SANITIZED}")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=rwkv", sys.executable]
-    run = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
+    options = ["--error-exitcode", "9", "--kernel-name", "kns=rwkv", "--report-api-errors", "no"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, "--tool", tool, *options, sys.executable, str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
