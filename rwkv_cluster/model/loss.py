@@ -142,16 +142,28 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
     Else the product is rounded to the dtype of a and b first, and added in a pass of its own.
     """
-    if a.is_cuda and a.dtype != total.dtype and _has_mixed_addmm():
+    if a.is_cuda and a.dtype != total.dtype and _has_mixed_addmm(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += linear(a, b.t())
 
 
 @cache
-def _has_mixed_addmm() -> bool:
-    """Whether addmm takes bf16 and fp16 products and an fp32 sum, as on NVIDIA's GPUs from torch 2.8 on."""
-    return torch.version.cuda is not None and "dtype_out" in torch.ops.aten.addmm.overloads()
+def _has_mixed_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether addmm on that GPU takes factors of `dtype`, bf16 or fp16, and an fp32 sum; waits for the device.
+
+    It is tried, on 16 by 16 elements, because its signature does not say so: torch 2.8 and 2.9 have it and want the sum
+    in the dtype of the factors (pytorch pull request 167931); below compute capability 8.0 there is no such product.
+    """
+    if torch.version.cuda is None or "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    factor = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones_like(factor, dtype=torch.float32)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 1 + len(factor)).all())
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, l2wrap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -138,26 +138,56 @@ def test_on_a_gpu_the_weight_gradient_is_added_up_inside_the_product(monkeypatch
     loss_module._add_product(rounded, a, b)
     assert 1e-5 < relative_error(rounded.double(), wanted) < 4e-3
 
-    def mixed(summand, first, second, *, out_dtype, out):
-        assert (summand.dtype, first.dtype, second.dtype, out_dtype) == (
-            torch.float32,
-            *[torch.bfloat16] * 2,
-            torch.float32,
-        )
-        assert out is summand
-        return out.copy_(summand + first.float() @ second.float())
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    monkeypatch.setattr(torch, "addmm", mixed)
-    monkeypatch.setattr(loss_module, "_has_mixed_addmm", lambda: True)
+    use_gpus_addmm(monkeypatch, mixed_addmm)
     loss_module._add_product(total, a.as_subclass(OnGpu), b)
     assert relative_error(total.double(), wanted) < 1e-6
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def mixed_addmm(summand, first, second, *, out_dtype, out):
+    """CUDA's addmm of torch 2.10 and later."""
+    dtypes = (summand.dtype, first.dtype, second.dtype, out_dtype)
+    assert dtypes == (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
+    assert out is summand
+    return out.copy_(summand + first.float() @ second.float())
+
+
+def use_gpus_addmm(monkeypatch, addmm):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "addmm", addmm)
+    loss_module._has_mixed_addmm.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_addmm():
+    yield
+    loss_module._has_mixed_addmm.cache_clear()
+
+
+REFUSALS = {
+    "torch 2.8 and 2.9": "self and mat2 must have the same dtype, but got Float and BFloat16",
+    "before sm_80": "gemm input type at::BFloat16 and output type float is only supported for CUDA devices with "
+    "compute capability 8.0 or higher",
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_gpu_without_that_product_rounds_it_first(monkeypatch, refusal):
+    def refusing(summand, first, second, *, out_dtype, out):
+        raise RuntimeError(refusal)
+
+    use_gpus_addmm(monkeypatch, refusing)
+    a, b, total = torch.randn(V, 8).bfloat16(), torch.randn(8, C).bfloat16(), torch.randn(V, C)
+    wanted = total.double() + a.double() @ b.double()
+    loss_module._add_product(total, a.as_subclass(OnGpu), b)
+    assert relative_error(total.double(), wanted) < 4e-3
+
+
 def test_this_torch_has_that_product_by_the_name_that_is_called():
-    if torch.__version__ < "2.8":
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
         pytest.skip("it came with torch 2.8")
     schema = torch.ops.aten.addmm.dtype_out._schema
     names = [argument.name for argument in schema.arguments]
