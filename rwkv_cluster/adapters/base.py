@@ -15,18 +15,20 @@ from rwkv_cluster.model.parameter_shapes import unused_names
 from rwkv_cluster.runtime.terminal.time_left import bytes_left
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
+def fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """sha256, hexadecimal, of a line `<name> <dtype> <shape>` and the bytes of each tensor, in the order of the names.
 
-    Tensors that no computation uses are left out: programs disagree on whether a file has them.
+    Tensors that no computation uses are left out: programs disagree on whether a file has them. dtype: that each is
+    taken in, one at a time; None for its own.
     """
     digest, unused = hashlib.sha256(), unused_names()
     with bytes_left("fingerprint of the base", sum(tensor.nbytes for tensor in weights.values())) as left:
         for name in sorted(weights.keys() - set(unused)):
-            tensor = weights[name].detach().cpu().contiguous()
+            whole = weights[name].detach()
+            tensor = whole.to("cpu", dtype or whole.dtype).contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-            left.advance(tensor.nbytes)
+            left.advance(whole.nbytes)
     return digest.hexdigest()
 
 

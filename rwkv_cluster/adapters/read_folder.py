@@ -46,7 +46,8 @@ def merge_folder(model: RWKV, folder: Path) -> None:
         expected = row.trained(n_out, n_in, next(iter(shapes.values()))[0])
         if shapes != expected:
             raise CheckpointError(f"{folder}: the adapter of {name} is {shapes}, expected {dict(expected)}")
-        weight.copy_(row.functions().merged(weight, parts, scale))
+        on_device = {part: tensor.to(weight.device) for part, tensor in parts.items()}
+        weight.copy_(row.functions().merged(weight, on_device, scale))
 
 
 def _settings(folder: Path) -> tuple[str, float]:
@@ -111,7 +112,7 @@ def _require_base(folder: Path, model: RWKV) -> None:
     if expected is None:
         return
     for dtype in _DTYPES:
-        found = fingerprint({name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+        found = fingerprint(model.state_dict(), dtype)
         if found == expected:
             return
     raise CheckpointError(

@@ -63,6 +63,17 @@ def test_names_of_older_programs_are_read(folder: Path) -> None:
     assert relative_error(model(tokens), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_another_device_than_the_files(kind: str, folder: Path) -> None:
+    """Meta stands in for a GPU: torch refuses to compute with tensors of both."""
+    _folder(folder, kind)
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors, folder / TENSORS)  # without the fingerprint of the base, for there are no values
+    model = _base().to("meta")
+    merge_folder(model, folder)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_other_weights_are_refused_with_both_fingerprints(folder: Path) -> None:
     _folder(folder)
     with pytest.raises(CheckpointError, match=r"trained on other weights: fingerprint [0-9a-f]{64}, these have"):
