@@ -10,7 +10,7 @@ torchao has a tensor class for a moment; here, and in checkpoints, it is two pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_cluster.config import TrainingConfig
+from rwkv_cluster.kernels.fused.ops import missing_for_compile
 from rwkv_cluster.train.optimizers import adamw
 from rwkv_cluster.train.optimizers.adamw import group_of
 from rwkv_cluster.train.optimizers.closure import loss_of
@@ -36,6 +37,13 @@ def build(groups: list[dict[str, Any]], training: TrainingConfig) -> AdamW8bit:
 
 def _is_in_8_bits(group: dict[str, Any]) -> bool:
     return any(moment.endswith(SCALE) for moment in group["moments"])
+
+
+def _may_compile(parameters: Sequence[Tensor]) -> bool:
+    """Whether torchao compiles its formula, for each shape: on a CPU that takes longer than it saves, and a GPU's
+    compiler may be missing.
+    """
+    return all(parameter.is_cuda for parameter in parameters) and missing_for_compile("cuda") is None
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -72,9 +80,7 @@ class AdamW8bit(torch.optim.Optimizer):
         parameters = [parameter for group in in_8_bits for parameter in group["params"] if parameter.grad is not None]
         for parameter in parameters:
             self._torchao.state[parameter] = self._as_torchao(self._state_of(parameter))
-        on_cuda = all(parameter.is_cuda for parameter in parameters)
-        # torchao compiles its formula for each shape, which on a CPU takes longer than it saves
-        with nullcontext() if on_cuda else torch.compiler.set_stance("force_eager"):
+        with nullcontext() if _may_compile(parameters) else torch.compiler.set_stance("force_eager"):
             self._torchao.step()
         return loss
 

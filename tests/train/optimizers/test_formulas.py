@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from rwkv_cluster.config.schema import OptimizerName
 from rwkv_cluster.model.init import initialize
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.memory.model_states import Sharding, model_states
+from rwkv_cluster.train.optimizers import adamw8bit as adamw8bit_module
 from rwkv_cluster.train.optimizers.muon import orthogonalized
 from rwkv_cluster.train.optimizers.param_groups import (
     build_optimizer,
@@ -228,6 +230,32 @@ def test_large_parameters_but_the_embedding_have_moments_of_a_byte() -> None:
         each = 2 * (1 + 4 / 256) if len(moments) == 4 else 8
         assert row.moment_bytes({name: shape}) == math.prod(shape) * each
         assert row.with_ema().moment_bytes({name: shape}) == math.prod(shape) * (each + 4)
+
+
+class OnCuda(torch.nn.Parameter):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("missing", "stances"), [(None, []), ("a C compiler", ["force_eager"])])
+def test_8_bits_on_cuda_without_a_compiler(missing: str | None, stances: list[str], monkeypatch: Any) -> None:
+    """Triton would end the run at its first update: it builds a part of itself with one."""
+    given: list[str] = []
+    monkeypatch.setattr(adamw8bit_module, "missing_for_compile", lambda device: missing)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: given.append(stance) or nullcontext())
+    model = _model()
+    optimizer: Any = build_optimizer(model, "x070", _training(optimizer="adamw8bit"))
+    monkeypatch.setattr(optimizer._torchao, "step", lambda: None)
+    monkeypatch.setattr(optimizer, "_as_torchao", lambda state: {})
+    _update(model, optimizer, 0)
+    assert given == ["force_eager"]  # on a CPU
+    given.clear()
+    for group in optimizer.param_groups:
+        for number, parameter in enumerate(group["params"]):
+            gradient, group["params"][number] = parameter.grad, OnCuda(parameter.detach())
+            group["params"][number].grad = gradient
+    monkeypatch.setattr(optimizer._adamw, "step", lambda: None)
+    optimizer.step()
+    assert given == stances
 
 
 @pytest.mark.gpu
