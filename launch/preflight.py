@@ -43,7 +43,7 @@ def check_nodes(state: Path, number: int, names: Sequence[str], *, first: bool) 
         return int(_read(state / "rendezvous", names[0], patience_s=2 * patience_s())["port"])
     reports = [_read(state / f"node-{other}", name, patience_s()) for other, name in enumerate(names)]
     require_alike(names, reports)
-    port = _free_port()
+    port = free_port()
     write_facts(state / "rendezvous", {"port": port})
     return port
 
@@ -140,7 +140,8 @@ def _read(path: Path, name: str, patience_s: float) -> dict[str, Any]:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -1,38 +1,46 @@
 """Tokens/s and bytes per rank of every ZeRO stage, beside plain DDP on the same number of ranks in the same run.
 
-Each contender is a torchrun of its own that trains through this package's module, strategies and data, without
-checkpoints. The contenders take turns, so that a machine whose speed drifts treats all alike; ratios are taken turn by
-turn. What is counted as weights, gradients and so on: `bench.ddp_memory`; the theory: `train.memory.model_states`; what
-the ranks exchange: `bench.ddp_exchange`.
+Each contender trains through this package's module, strategies and data, without checkpoints, in processes of its own.
+On CPUs these are forks of one that has loaded the libraries. The contenders take turns, so that a machine whose speed
+drifts treats all alike; ratios are taken turn by turn. What is counted as weights, gradients and so on:
+`bench.ddp_memory`; the theory: `train.memory.model_states`; what the ranks exchange: `bench.ddp_exchange`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_cluster.bench.ddp_exchange import UNCOUNTED_STEPS, Overlap, table
+from rwkv_cluster.bench import ddp_worker
+from rwkv_cluster.bench.ddp_exchange import Overlap, table
 from rwkv_cluster.bench.ddp_memory import KINDS
 from rwkv_cluster.config import Config, TrainingConfig
 from rwkv_cluster.config.loader import dump_yaml, parse_config, yaml_text
 from rwkv_cluster.errors import ConfigError, LaunchError
-from rwkv_cluster.train.memory.model_states import theory
+from rwkv_cluster.launch.preflight import free_port
+from rwkv_cluster.runtime.terminal.time_left import Countdown
+from rwkv_cluster.train.memory.model_states import Sharding, model_states, theory
 from rwkv_cluster.train.optimizers.table import optimizer_of
 
 STRATEGIES = ("single", "ddp", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 """single: one process without a process group, on one rank only."""
 
 BASELINE = "ddp"
+PRELOADED = [ddp_worker.__name__, "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+"""What each fork would import for itself otherwise; the last makes torch's compiler ready, which takes two seconds."""
+
 Contender = tuple[str, int]
 """(strategy, ranks)."""
 
@@ -52,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
     arguments.add_argument("--ds-bucket-mb", type=int, default=200, help="training.ds_bucket_mb")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
-    arguments.add_argument("--steps", type=int, default=10, help="counted steps of a turn")
-    arguments.add_argument("--warmup", type=int, default=3, help="steps before them that are not counted")
-    arguments.add_argument("--repeats", type=int, default=3, help="turns of each contender")
+    arguments.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
+    arguments.add_argument("--warmup", type=int, default=1, help="steps before them that are not counted")
+    arguments.add_argument("--repeats", type=int, default=2, help="turns of each contender")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--timeout-s", type=float, default=900.0, help="longest that one turn may take")
     return arguments
@@ -65,13 +73,13 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         {"settings", "torch", "deepspeed", "parameters", "cases": [{"strategy", "ranks", "step_s", "tokens_per_s",
-        "ratio", "peak_mb", "loss", "bytes", "exchange", "overlap"}]}. step_s, tokens_per_s and ratio (tokens/s over
-        DDP's on as many ranks, or None without it) are {"min", "median", "max"} of the turns' medians; bytes has, for
-        each kind of `ddp_memory.KINDS`, {"measured", "theory", "ratio"}: the most that a rank held, what theory gives
-        and the first over the second, None where there is no theory. exchange has the fields of
-        `ddp_exchange.Collectives` for each kind of collective of a step on rank 0; overlap, None without DDP, those of
-        `ddp_exchange.Overlap` and hidden, spread as step_s is; hidden is None on one rank. loss is that of the last
-        step.
+        "ratio", "peak_mb", "loss", "bytes", "exchange", "overlap", "network"}]}. step_s, tokens_per_s and ratio
+        (tokens/s over DDP's on as many ranks, or None without it) are {"min", "median", "max"} of the turns' medians;
+        bytes has, for each kind of `ddp_memory.KINDS`, {"measured", "theory", "ratio"}: the most that a rank held, what
+        theory gives and the first over the second, each None where there is none. exchange has the fields of
+        `ddp_exchange.Collectives` for each kind of collective of a step on rank 0. overlap, None without DDP and on one
+        rank, has those of `ddp_exchange.Overlap` and hidden, spread as step_s is; network, None on GPUs too, the same
+        with a `ddp_exchange.Network` in place of the reduction. loss is that of the first turn's last step.
 
     Raises:
         ConfigError: an argument is wrong, or this machine has no such device.
@@ -85,13 +93,17 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         for strategy in options.strategies
         if strategy != "single" or ranks == 1
     ]
-    with tempfile.TemporaryDirectory(prefix="rwkv-cluster-bench-") as folder:
-        configs = {contender: _config(options, contender, Path(folder)) for contender in contenders}
-        _prepare(configs, options)
-        turns = [
-            {contender: _turn(config, contender, Path(folder), options) for contender, config in configs.items()}
-            for _ in range(options.repeats)
-        ]
+    turns: list[dict[Contender, list[dict[str, Any]]]] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="rwkv-cluster-bench-") as folder,
+        Countdown("measuring", options.repeats * len(contenders), "trainings") as left,
+    ):
+        _prepare(contenders, options, Path(folder))
+        for number in range(options.repeats):
+            turns.append({})
+            for contender in contenders:
+                turns[-1][contender] = _turn(contender, options, Path(folder), looks=number == 0)
+                left.advance(1)
     return _summary(vars(options), turns)
 
 
@@ -108,8 +120,11 @@ def _require_counts(options: argparse.Namespace) -> None:
         raise ConfigError("--strategies single is for one rank", remedy="Add another strategy, or --ranks 1")
 
 
-def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> Config:
-    """The run of one contender; all have one work directory. Raises ConfigError, as for a file."""
+def _config(options: argparse.Namespace, contender: Contender, folder: Path, *, looks: bool = False) -> Config:
+    """The run of one contender; all have one work directory. Raises ConfigError, as for a file.
+
+    looks: whether a last step is looked into, see `ddp_worker.Meter`.
+    """
     strategy, ranks = contender
     fields: dict[str, Any] = {
         "model.model_type": options.model_type,
@@ -130,58 +145,78 @@ def _config(options: argparse.Namespace, contender: Contender, folder: Path) -> 
         "training.accelerator": options.device,
         "training.devices": ranks,
         "training.num_threads": options.threads,
-        "training.max_steps": options.warmup + options.steps + UNCOUNTED_STEPS,
+        "training.max_steps": options.warmup + options.steps + looks,
     }
     overrides = [f"{name}={value}" for name, value in fields.items()]
     return parse_config(f"work_dir: {yaml_text(str(folder))}\n".encode(), "rwkv-cluster bench ddp", overrides).config
 
 
-def _prepare(configs: dict[Contender, Config], options: argparse.Namespace) -> None:
+def _prepare(contenders: Sequence[Contender], options: argparse.Namespace, folder: Path) -> None:
     """Data and initial weights for all, and whatever can be refused before the first contender starts."""
     from rwkv_cluster.train.parallel.strategy import place
     from rwkv_cluster.train.run import initialize, prepare_data
 
-    for config in configs.values():
+    configs = [_config(options, contender, folder) for contender in contenders]
+    for config in configs:
         place(config.training)
     rows = np.random.default_rng(0).integers(0, options.vocab_size - 1, (64, 4 * options.ctx_len))
-    first = next(iter(configs.values()))
-    prepare_data(first, arrays=[rows])
-    initialize(first)
+    prepare_data(configs[0], arrays=[rows])
+    initialize(configs[0])
 
 
-def _turn(config: Config, contender: Contender, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _turn(contender: Contender, options: argparse.Namespace, folder: Path, *, looks: bool) -> list[dict[str, Any]]:
     """One training: every rank's figures, in rank order. Raises LaunchError when it fails or takes too long."""
     strategy, ranks = contender
     path = folder / f"{strategy}-{ranks}.yaml"
-    path.write_text(dump_yaml(config))
-    launcher = [] if strategy == "single" else ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    with tempfile.TemporaryDirectory(dir=folder) as results:
-        worker = ["rwkv_cluster.bench.ddp_worker", str(path), results, str(options.warmup)]
-        modules = [*launcher, "-m", *worker] if launcher else worker
-        command = [sys.executable, "-m", *modules]
-        _complete(command, f"{strategy} on {ranks} rank(s)", folder / "output.txt", options)
-        return [json.loads((Path(results) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    path.write_text(dump_yaml(_config(options, contender, folder, looks=looks)))
+    port = free_port()
+    context = _context(options.device)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        processes = []
+        for rank in range(ranks):
+            environment = {} if strategy == "single" else _environment(rank, ranks, port)
+            job = ddp_worker.Job(path, Path(name), rank, options.warmup, looks, environment)
+            processes.append(context.Process(target=ddp_worker.main, args=(job,)))
+        _complete(processes, f"{strategy} on {ranks} rank(s)", Path(name), options.timeout_s)
+        return [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _complete(command: Sequence[str], name: str, output: Path, options: argparse.Namespace) -> None:
-    """Run to its end. Into a file: ranks that outlive a torchrun which had to be killed would keep a pipe open."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+def _context(device: str) -> ForkServerContext | SpawnContext:
+    """How processes start: a process that has used a GPU cannot be forked, and importing a library may be using it."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Variables as a launcher sets them."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {**{name: str(value) for name, value in values.items()}, "MASTER_ADDR": "127.0.0.1"}
+
+
+def _complete(processes: Sequence[BaseProcess], name: str, results: Path, timeout_s: float) -> None:
+    """Start `processes` and wait for their end; the first that fails ends the others. Raises LaunchError."""
+    deadline = time.monotonic() + timeout_s
     try:
-        with open(output, "wb") as text:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=text,
-                stderr=subprocess.STDOUT,
-                timeout=options.timeout_s,
-            )
-    except subprocess.TimeoutExpired as error:
-        remedy = "Raise --timeout-s, or lower --steps"
-        raise LaunchError(f"{name} took more than {options.timeout_s:g} s", remedy=remedy) from error
-    if done.returncode:
-        end = output.read_text(errors="replace")[-4000:]
-        raise LaunchError(f"{name} ended with code {done.returncode}", remedy=f"The end of its output:\n{end}")
+        for process in processes:
+            process.start()
+        while running := [process for process in processes if process.exitcode is None]:
+            ended = wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
+            if not ended:
+                remedy = "Raise --timeout-s, or lower --steps"
+                raise LaunchError(f"{name} took more than {timeout_s:g} s", remedy=remedy)
+            for rank, process in enumerate(processes):
+                if process.exitcode:
+                    output = (results / f"{rank}.txt").read_text(errors="replace")[-4000:]
+                    remedy = f"The end of its output:\n{output}"
+                    raise LaunchError(f"{name} ended with code {process.exitcode}", remedy=remedy)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 def _summary(settings: dict[str, Any], turns: list[dict[Contender, list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -194,7 +229,7 @@ def _summary(settings: dict[str, Any], turns: list[dict[Contender, list[dict[str
         "torch": version("torch"),
         "deepspeed": version("deepspeed"),
         "parameters": first[0]["parameters"],
-        "cases": [_case(who, [turn[who] for turn in turns], speeds, settings["precision"]) for who in turns[0]],
+        "cases": [_case(who, [turn[who] for turn in turns], speeds, settings) for who in turns[0]],
     }
 
 
@@ -203,12 +238,15 @@ def _tokens_per_s(who: Contender, figures: list[dict[str, Any]], settings: dict[
 
 
 def _case(
-    who: Contender, turns: list[list[dict[str, Any]]], speeds: list[dict[Contender, float]], precision: str
+    who: Contender,
+    turns: list[list[dict[str, Any]]],
+    speeds: list[dict[Contender, float]],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     strategy, ranks = who
     baseline = (BASELINE, ranks)
     every = [figures for turn in turns for figures in turn]
-    measured = {kind: max(figures["held"][kind] for figures in every) for kind in KINDS}
+    measured = {kind: max(figures["held"][kind] for figures in turns[0]) for kind in KINDS}
     return {
         "strategy": strategy,
         "ranks": ranks,
@@ -217,31 +255,36 @@ def _case(
         "ratio": _spread([turn[who] / turn[baseline] for turn in speeds]) if baseline in speeds[0] else None,
         "peak_mb": max(figures["peak_mb"] for figures in every),
         "loss": every[0]["losses"][-1],
-        "bytes": _beside_theory(measured, every[0], who, precision),
+        "bytes": _beside_theory(measured, every[0], who, settings),
         "exchange": every[0]["exchange"],
-        "overlap": _overlap([turn[0]["overlap"] for turn in turns], ranks),
+        "overlap": _overlap([turn[0]["overlap"] for turn in turns]),
+        "network": _overlap([turn[0]["network"] for turn in turns]),
     }
 
 
-def _overlap(turns: list[dict[str, float] | None], ranks: int) -> dict[str, dict[str, float] | None] | None:
+def _overlap(turns: list[dict[str, float] | None]) -> dict[str, dict[str, float]] | None:
     measured = [Overlap(**turn) for turn in turns if turn is not None]
-    if not measured:
-        return None
-    spreads = {name: _spread([getattr(turn, name) for turn in measured]) for name in ("with_s", "without_s", "alone_s")}
-    return {**spreads, "hidden": _spread([turn.hidden for turn in measured]) if ranks > 1 else None}
+    fields = ("with_s", "without_s", "alone_s", "hidden")
+    return {name: _spread([getattr(turn, name) for turn in measured]) for name in fields} if measured else None
 
 
 def _beside_theory(
-    measured: dict[str, int], figures: dict[str, Any], who: Contender, precision: str
+    measured: dict[str, int], figures: dict[str, Any], who: Contender, settings: dict[str, Any]
 ) -> dict[str, dict[str, float | None]]:
-    strategy, ranks = who
+    (strategy, ranks), precision, optimizer = who, settings["precision"], optimizer_of(TrainingConfig())
     stage = int(strategy[-1]) if strategy.startswith("deepspeed") else None
-    predicted = theory(figures["parameters"], ranks, stage, precision, optimizer_of(TrainingConfig()))
+    predicted = theory(figures["parameters"], ranks, stage, precision, optimizer)
     if stage == 3:
         predicted["whole"] = figures["parameters_kept_whole"] * (4.0 if precision == "fp32" else 2.0)
+    if stage:
+        shapes, elements = {"": (figures["parameters"],)}, settings["ds_bucket_mb"] * 1_000_000
+        predicted["buckets"] = model_states(shapes, Sharding(ranks, stage), precision, elements, optimizer).buckets
+    seen: dict[str, float | None] = {**measured}
+    if not stage:  # DDP's buckets are the gradients, and stage 0 has one for as long as an all-reduce takes
+        seen["buckets"] = None
     return {
         kind: {
-            "measured": measured[kind],
+            "measured": seen[kind],
             "theory": predicted.get(kind),
             "ratio": measured[kind] / predicted[kind] if predicted.get(kind) else None,
         }
@@ -270,7 +313,7 @@ def format(result: dict[str, Any]) -> str:
         _name(case) + "".join(f"{_bytes_cell(case['bytes'][kind]):>17}" for kind in KINDS) for case in result["cases"]
     ]
     lines += ["measured / theory; without a theory: measured. Kinds: rwkv_cluster/bench/ddp_memory.py", ""]
-    return "\n".join([*lines, *table(result["cases"], _name)])
+    return "\n".join([*lines, *table(result["cases"], _name, s["device"])])
 
 
 def _name(case: dict[str, Any]) -> str:
@@ -289,5 +332,7 @@ def _speed_row(case: dict[str, Any]) -> str:
 
 
 def _bytes_cell(row: dict[str, float | None]) -> str:
-    measured = f"{(row['measured'] or 0) / 1e6:,.2f}"
+    if row["measured"] is None:
+        return "-"
+    measured = f"{row['measured'] / 1e6:,.2f}"
     return measured if row["theory"] is None else f"{measured} / {row['theory'] / 1e6:,.2f}"

@@ -5,7 +5,9 @@ share of the reduction alone by which a forward and backward pass does not becom
 
     hidden = 1 - (with - without) / alone
 
-The step with it also scales the gradients and copies them into the buckets, which counts as not hidden.
+The step with it also scales the gradients and copies them into the buckets, which counts as not hidden. On CPUs gloo
+takes the cores that the pass computes on, so that little can be hidden and the share says nothing of a network. There a
+`Network` can stand for the reduction, which takes time and no core.
 """
 
 from __future__ import annotations
@@ -15,18 +17,16 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
-
-from rwkv_cluster.data.windows import TokenBatch
-
-UNCOUNTED_STEPS = 2
-"""Steps at the end of a turn whose time does not count: one is profiled, in the other the memory is looked at."""
 
 ITEM_BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2}
 """Bytes of an element by the profiler's name of its dtype; any other has one."""
@@ -88,15 +88,57 @@ def collectives(events: Iterable[Any], n_ranks: int) -> dict[str, dict[str, floa
     return {kind: asdict(each) for kind, each in found.items()}
 
 
-def measure_overlap(model: DistributedDataParallel, batch: TokenBatch, rounds: int) -> Overlap:
-    """Medians of `rounds` turns, as the slowest rank has them. Collective; gradients are None afterwards."""
-    device = batch.inputs.device
-    sizes = [int(size) // 4 for size in str(model._get_ddp_logging_data()["rebuilt_bucket_sizes"]).split(",")]
-    buckets = [torch.zeros(size, device=device) for size in sizes]
+class Network:
+    """A simulated network for gradients: each byte takes its time and no core, and no value changes.
+
+    Buckets travel one after the other, as on NCCL's stream.
+    """
+
+    def __init__(self, seconds_per_byte: float) -> None:
+        self._seconds_per_byte = seconds_per_byte
+        self._link = ThreadPoolExecutor(max_workers=1)
+
+    def reduce(self, bucket: Tensor) -> Future[Tensor]:
+        """Send `bucket`. The future, which has it when it has arrived."""
+        arrived: Future[Tensor] = Future()
+        self._link.submit(self._send, bucket, arrived)
+        return arrived
+
+    def _send(self, bucket: Tensor, arrived: Future[Tensor]) -> None:
+        time.sleep(bucket.nbytes * self._seconds_per_byte)
+        arrived.set_result(bucket)
+
+
+def all_reduce(bucket: Tensor) -> Future[Any]:
+    """The process group's sum of `bucket`, begun: what DDP does with each by itself."""
+    work = dist.all_reduce(bucket, async_op=True)
+    assert work is not None
+    return work.get_future()
+
+
+def measure_network(model: DistributedDataParallel, batch: Any, rounds: int, alone_s: float) -> Overlap:
+    """`measure_overlap` with a `Network` for good in place of the reduction, which takes about `alone_s` by itself."""
+    network = Network(alone_s / sum(_bucket_bytes(model)))
+    model.register_comm_hook(None, lambda _, bucket: network.reduce(bucket.buffer()))
+    return measure_overlap(model, batch, rounds, network.reduce)
+
+
+def measure_overlap(
+    model: DistributedDataParallel,
+    batch: Any,
+    rounds: int,
+    reduce: Callable[[Tensor], Future[Any]] = all_reduce,
+) -> Overlap:
+    """Medians of `rounds` turns, as the slowest rank has them. Collective; gradients are None afterwards.
+
+    model: returns the loss of `batch`, and has trained. reduce: what it does with a bucket.
+    """
+    device = next(model.parameters()).device
+    buckets = [torch.zeros(n_bytes // 4, device=device) for n_bytes in _bucket_bytes(model)]
 
     def reduce_alone() -> None:
-        for work in [dist.all_reduce(bucket, async_op=True) for bucket in buckets]:
-            work.wait()
+        for future in [reduce(bucket) for bucket in buckets]:
+            future.wait()
 
     def forward_backward(*, exchanges: bool) -> None:
         with nullcontext() if exchanges else model.no_sync():
@@ -115,6 +157,10 @@ def measure_overlap(model: DistributedDataParallel, batch: TokenBatch, rounds: i
     return Overlap(*medians.tolist())
 
 
+def _bucket_bytes(model: DistributedDataParallel) -> list[int]:
+    return [int(n_bytes) for n_bytes in str(model._get_ddp_logging_data()["rebuilt_bucket_sizes"]).split(",")]
+
+
 def _seconds(run: Callable[[], None], model: torch.nn.Module, device: torch.device) -> float:
     """Time of `run` with all ranks beginning together and nothing left to do."""
     model.zero_grad()
@@ -128,8 +174,21 @@ def _seconds(run: Callable[[], None], model: torch.nn.Module, device: torch.devi
     return took
 
 
-def table(cases: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
-    """Lines for the cases of `bench.ddp`. name: of a case, 24 characters wide."""
+READING = {
+    "cpu": """\
+On CPUs the collectives take cores from the pass, so what is hidden of them says nothing of a network. "a network": in
+place of the reduction a wait for half of the pass's time, which takes no core: what DDP's buckets allow to be hidden,
+which is all but the last bucket's part, as long as the network keeps up.""",
+    "cuda": "The collectives run beside the pass: what is not hidden is what the reduction costs in a step.",
+}
+"""What the table's last column says on a device."""
+
+SEEN = 0.1
+"""Least share of the pass that a reduction has to take alone: the time of a pass varies by some hundredths."""
+
+
+def table(cases: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str], device: str) -> list[str]:
+    """Lines for the cases of `bench.ddp` on "cpu" or "cuda". name: of a case, 24 characters wide."""
     counts, times = ("MB", "MB sent"), ("with s", "without", "alone")
     heads = [f"{'calls':>7}", *(f"{head:>10}" for head in counts), *(f"{head:>9}" for head in times), f"{'hidden':>8}"]
     lines = [f"{'a step exchanges':24}" + "".join(heads)]
@@ -137,14 +196,21 @@ def table(cases: Iterable[dict[str, Any]], name: Callable[[dict[str, Any]], str]
         kinds = case["exchange"].values()
         calls, given, sent = (sum(kind[field] for kind in kinds) for field in ("calls", "n_bytes", "sent"))
         line = f"{name(case)}{calls:>7}{given / 1e6:>10,.2f}{sent / 1e6:>10,.2f}"
-        if (overlap := case["overlap"]) is not None:
-            line += "".join(f"{overlap[field]['median']:>9.3f}" for field in ("with_s", "without_s", "alone_s"))
-            hidden = overlap["hidden"]
-            line += f"{'-':>8}" if hidden is None else f"{hidden['median']:>8.0%}"
-        lines.append(line)
+        lines.append(line + _overlap_cells(case["overlap"]))
+        if case["network"] is not None:
+            lines.append(f"{'      a network':51}" + _overlap_cells(case["network"]))
     return [
         *lines,
         "MB that a rank hands to collectives, and sends by a ring; forward and backward pass with and without DDP's "
         "reduction,",
-        "and this alone: hidden = 1 - (with - without) / alone",
+        "and this alone: hidden = 1 - (with - without) / alone, if alone is at least a tenth of without",
+        *READING[device].splitlines(),
     ]
+
+
+def _overlap_cells(overlap: dict[str, dict[str, float]] | None) -> str:
+    if overlap is None:
+        return ""
+    times = [overlap[field]["median"] for field in ("with_s", "without_s", "alone_s")]
+    hidden = f"{overlap['hidden']['median']:.0%}" if times[2] >= SEEN * times[1] else "-"
+    return "".join(f"{seconds:>9.3f}" for seconds in times) + f"{hidden:>8}"

@@ -8,7 +8,8 @@ update. What is measured are whole allocations, each counted once, with the padd
     gradients   what the update is about to read, and what is left in `.grad`
     masters     stages 1 to 3: the fp32 copy of this rank's part; elsewhere the parameters are the masters
     moments     Adam's two
-    buckets     DeepSpeed's buffers for communication, allocated in full whatever is in them
+    buckets     DeepSpeed's buffers for communication, allocated in full whatever is in them; stages 1 and 2 have given
+                them back by then, so they are also counted while gradients are computed
     other       every other tensor that Python knows of
 """
 
@@ -48,6 +49,11 @@ def held(module: TrainingModule) -> dict[str, int]:
     }
     sizes = {kind: sum(_new_allocations(tensors, counted)) for kind, tensors in kinds.items()}
     return {kind: sizes[kind] for kind in KINDS}
+
+
+def bucket_bytes(module: TrainingModule) -> int:
+    """Bytes of DeepSpeed's buffers for communication at this moment."""
+    return sum(_new_allocations(_buckets(module), set()))
 
 
 def _new_allocations(tensors: Iterable[Tensor], counted: set[tuple[torch.device, int]]) -> Iterator[int]:

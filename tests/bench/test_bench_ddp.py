@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_cluster.bench import ddp, ddp_exchange
 from rwkv_cluster.bench.ddp_memory import KINDS
@@ -39,7 +44,12 @@ def test_theory(stage: int | None, precision: str, bytes_per_parameter: tuple[fl
     assert found == {kind: 1000 * size for kind, size in zip(kinds, bytes_per_parameter, strict=True)}
 
 
-def _figures(step_s: float, held: dict[str, int], overlap: dict[str, float] | None = None) -> dict[str, Any]:
+def _figures(
+    step_s: float,
+    held: dict[str, int],
+    overlap: dict[str, float] | None = None,
+    network: dict[str, float] | None = None,
+) -> dict[str, Any]:
     return {
         "parameters": 1_000_000,
         "parameters_kept_whole": 10_000,
@@ -49,11 +59,12 @@ def _figures(step_s: float, held: dict[str, int], overlap: dict[str, float] | No
         "peak_mb": 300.0,
         "exchange": {"all_reduce": {"calls": 3, "n_bytes": 4_000_040, "sent": 4_000_040.0}},
         "overlap": overlap,
+        "network": network,
     }
 
 
-def _overlap(seconds: float) -> dict[str, float]:
-    return {"with_s": seconds, "without_s": 0.95 * seconds, "alone_s": 0.2 * seconds}
+def _overlap(seconds: float, alone: float = 0.2) -> dict[str, float]:
+    return {"with_s": seconds, "without_s": 0.95 * seconds, "alone_s": alone * seconds}
 
 
 def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
@@ -61,10 +72,10 @@ def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
     sharded = [{"moments": 4_000_000, "whole": 40_000}, {"moments": 5_000_000}]
     turns = [
         {
-            ("ddp", 2): [_figures(seconds, {"moments": 8_000_000}, _overlap(seconds))] * 2,
+            ("ddp", 2): [_figures(seconds, {"moments": 8_000_000}, _overlap(seconds, 0.02), _overlap(seconds))] * 2,
             ("deepspeed_stage_3", 2): [_figures(2 * seconds, held) for held in sharded],
             ("single", 1): [_figures(1.0, {})],
-            ("ddp", 1): [_figures(1.0, {}, _overlap(1.0))],
+            ("ddp", 1): [_figures(1.0, {})],
         }
         for seconds in (1.0, 4.0)  # the machine became slower
     ]
@@ -72,23 +83,26 @@ def test_ratios_are_of_the_same_turn_and_every_rank_counts() -> None:
     assert json.loads(json.dumps(result)) == result
     plain, stage_3, single, lone = result["cases"]
     assert plain["overlap"]["with_s"] == {"min": 1.0, "median": 2.5, "max": 4.0}
-    assert plain["overlap"]["hidden"] == pytest.approx({"min": 0.75, "median": 0.75, "max": 0.75})
+    assert plain["network"]["hidden"] == pytest.approx({"min": 0.75, "median": 0.75, "max": 0.75})
     assert stage_3["overlap"] is None
-    assert lone["overlap"]["hidden"] is None  # nothing travels
+    assert lone["network"] is None
     assert plain["tokens_per_s"] == {"min": 100.0, "median": 250.0, "max": 400.0}
     assert stage_3["ratio"] == {"min": 0.5, "median": 0.5, "max": 0.5}
     assert single["ratio"] == {"min": 1.0, "median": 1.0, "max": 1.0}
     assert stage_3["bytes"]["moments"] == {"measured": 5_000_000, "theory": 4_000_000, "ratio": 1.25}
     assert stage_3["bytes"]["whole"] == {"measured": 40_000, "theory": 40_000, "ratio": 1.0}
     assert plain["bytes"]["masters"] == {"measured": 0, "theory": 0, "ratio": None}
+    assert plain["bytes"]["buckets"] == {"measured": None, "theory": None, "ratio": None}
+    assert stage_3["bytes"]["buckets"] == {"measured": 0, "theory": 4_000_000, "ratio": 0}
     lines = ddp.format(result).splitlines()
     assert "1,000,000 parameters, fp32, cpu" in lines[0]
     assert lines[3].split() == "2 deepspeed_stage_3 125 50 200 5.000 0.50 0.50 0.50 300".split()  # noqa: SIM905
     assert lines[4].split() == "1 single 200 200 200 1.000 1.00 1.00 1.00 300".split()  # noqa: SIM905
     memory, exchange = [line for line in lines[5:] if "deepspeed_stage_3" in line]
     assert exchange.split() == "2 deepspeed_stage_3 3 4.00 4.00".split()  # noqa: SIM905
-    (exchange,) = [line for line in lines if line.endswith("75%")]
-    assert exchange.split() == "2 ddp 3 4.00 4.00 2.500 2.375 0.500 75%".split()  # noqa: SIM905
+    (number,) = [number for number, line in enumerate(lines) if line.endswith("75%")]
+    assert lines[number].split() == "a network 2.500 2.375 0.500 75%".split()  # noqa: SIM905
+    assert lines[number - 1].split() == ["2", "ddp", "3", "4.00", "4.00", "2.500", "2.375", "0.050", "-"]
     assert "5.00 / 4.00" in memory
     assert "0.04 / 0.04" in memory
 
@@ -142,13 +156,11 @@ def test_two_ranks_hold_what_theory_says() -> None:
         assert case["ratio"]["median"] > 0
         assert case["bytes"]["weights"]["ratio"] == pytest.approx(1, rel=0.05)
     for strategy in strategies[1:]:
-        for kind in ("masters", "moments"):
+        for kind in ("masters", "moments", "buckets"):  # of as many elements as the model has, not of 1 M
             assert cases[strategy]["bytes"][kind]["ratio"] == pytest.approx(1, rel=0.05), (strategy, kind)
     assert cases["ddp"]["bytes"]["gradients"]["ratio"] == pytest.approx(1, rel=0.05)
     assert cases["ddp"]["bytes"]["moments"]["ratio"] == pytest.approx(1, rel=0.05)
     assert cases["deepspeed_stage_3"]["bytes"]["gradients"]["ratio"] == pytest.approx(1, rel=0.05)
-    held = cases["deepspeed_stage_3"]["bytes"]
-    assert held["buckets"]["measured"] == pytest.approx(4 * result["parameters"], rel=0.05)  # fp32, not 200 M elements
     assert ddp.format(result).count("deepspeed_stage_3") == 3
 
 
@@ -164,6 +176,68 @@ def test_two_ranks_say_what_they_exchange_and_what_of_it_is_hidden() -> None:
     overlap = case["overlap"]
     assert all(overlap[name]["median"] > 0 for name in ("with_s", "without_s", "alone_s"))
     assert overlap["hidden"]["median"] < math.inf
+    assert case["network"]["alone_s"]["median"] >= overlap["without_s"]["median"] / 2  # it takes what it is to take
+
+
+class Sleeping(torch.autograd.Function):
+    """A layer without work whose backward pass takes `seconds` and no core."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        time.sleep(ctx.seconds)
+        return gradient, torch.zeros_like(ctx.saved_tensors[0]), None
+
+
+class SleepingLayers(nn.Module):
+    """Four of them, each with a bucket's worth of parameters."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.zeros(300_000)) for _ in range(4)])
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = Sleeping.apply(x, weight, self.seconds)
+        return x
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("network_s", "is_waited_for", "hidden"),
+    [
+        (0.05, False, 3 / 4),  # as fast as the layers: all but the last bucket
+        (0.10, False, 3 / 8),  # half as fast: the time of three layers, of four times 0.1 s
+        (0.05, True, 0.0),
+    ],
+)
+def test_hidden_share_of_a_network_that_takes_no_core(network_s: float, is_waited_for: bool, hidden: float) -> None:
+    network = ddp_exchange.Network(network_s / 1_200_000)
+
+    def send(bucket: Tensor) -> torch.futures.Future[Tensor]:
+        future = network.reduce(bucket)
+        if is_waited_for:
+            future.wait()
+        return future
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(SleepingLayers(0.05), bucket_cap_mb=1)
+        model.register_comm_hook(None, lambda _, bucket: send(bucket.buffer()))
+        x = torch.zeros((), requires_grad=True)
+        for _ in range(3):  # DDP assigns its buckets after the first pass
+            model(x).backward()
+        overlap = ddp_exchange.measure_overlap(model, x, 3, network.reduce)
+    finally:
+        dist.destroy_process_group()
+    assert overlap.alone_s == pytest.approx(4 * network_s, rel=0.2)
+    assert overlap.hidden == pytest.approx(hidden, abs=0.12)
 
 
 @pytest.mark.system
