@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--grad-cp", type=int, default=0, choices=[0, 1])
     arguments.add_argument("--ds-bucket-mb", type=int, default=200, help="training.ds_bucket_mb")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
-    arguments.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
+    arguments.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
     arguments.add_argument("--warmup", type=int, default=1, help="steps before them that are not counted")
     arguments.add_argument("--repeats", type=int, default=2, help="turns of each contender")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

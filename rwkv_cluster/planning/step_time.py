@@ -35,13 +35,18 @@ LOGIT_PASSES = 3
 
 BANDWIDTH_SHARE = 0.78
 """Of the datasheet's bandwidth that passes over tensors reach: 2.6 TB/s of 3.35 on an H100."""
-WKV_OVER_BYTES = 1.7
-"""Time of a WKV kernel over that of its bytes: both are bound by shared memory. From a model of the compiled code:
-4.3 to 5.5 ms for B 8, T 4096, H 64 on an H100, and 6 to 8 ms with fp32 maths."""
+WKV_BYTES_PER_S = 3350e9 * BANDWIDTH_SHARE / 1.7 / 132
+"""Bytes of WKV's tensors that a multiprocessor with two blocks gets through in a second. Shared memory is its limit,
+and the GPU's own memory no more than a floor. From a model of the compiled code for an H100, which has 132: 1.7 times
+the time of the bytes, 4.3 to 5.5 ms for B 8, T 4096, H 64, and 6 to 8 ms with fp32 maths. Clocks are taken to be alike."""
 WKV_BLOCKS = 2
-"""Blocks of the backward pass on a multiprocessor; with fewer heads than places the time stays."""
+"""Blocks on a multiprocessor beyond which there is no gain; with fewer heads than places the time stays."""
+WKV_BLOCK_KIB = (33_088 / 1024 + 1, 72_784 / 1024 + 1)
+"""Shared memory of a block of RWKV-7's forward and backward pass on tensor cores, with what CUDA adds; 68,992 bytes in
+RWKV-6's backward pass make no difference."""
 WKV_ALONE = 0.67
-"""Time of one block on a multiprocessor over that of two, where heads are fewer than multiprocessors.
+"""Time of one block on a multiprocessor over that of two: where heads are fewer than multiprocessors, or where shared
+memory has no room for a second block.
 
 By the same model: 9,160 or 8,830 cycles a chunk forward and backward over 14,030 or 12,530, by what an access to shared
 memory is taken to cost. One block waits for its own results, two for shared memory.
@@ -171,7 +176,7 @@ def _in_fp32(plan: RunPlan) -> int:
 
 
 def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:
-    """Seconds of WKV in a step: of the bytes of inputs, outputs and states, and more where heads are few."""
+    """Seconds of WKV in a step, by the bytes of its inputs, outputs and states."""
     model, setting = plan.config.model, plan.configured.setting
     widths, item = model_dims(model), ITEM_BYTES[plan.config.training.precision]
     inputs = OPERATORS[version_of(model).operator].inputs
@@ -179,7 +184,19 @@ def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:
     forward = (inputs + 1) * item + state  # for an element of [T,A]; backward reads one more, writes a gradient of each
     backward = (2 * inputs + 1) * item + state
     elements = tokens * widths.n_head * widths.head_size * model.n_layer
-    seconds = elements * (forward * (1 + setting.grad_cp) + backward) / bandwidth * WKV_OVER_BYTES
-    heads = setting.micro_bsz * widths.n_head
-    blocks = WKV_BLOCKS if heads > gpu.multiprocessors else WKV_BLOCKS * WKV_ALONE
-    return seconds * max(1.0, blocks * gpu.multiprocessors / heads)
+    heads, passes = setting.micro_bsz * widths.n_head, (forward * (1 + setting.grad_cp), backward)
+    return sum(
+        max(
+            elements * size / bandwidth,
+            elements * size / WKV_BYTES_PER_S / gpu.multiprocessors * _wait(gpu, heads, kib),
+        )
+        for size, kib in zip(passes, WKV_BLOCK_KIB, strict=True)
+    )
+
+
+def _wait(gpu: Gpu, heads: int, block_kib: float) -> float:
+    """Time of a pass of WKV over that where every multiprocessor has two blocks all the time. heads: blocks in all."""
+    fitting = min(WKV_BLOCKS, int(gpu.shared_kib / block_kib))
+    if fitting == 1 or heads <= gpu.multiprocessors:  # one after the other
+        return WKV_BLOCKS * WKV_ALONE * max(1.0, gpu.multiprocessors / heads)
+    return max(1.0, WKV_BLOCKS * gpu.multiprocessors / heads)

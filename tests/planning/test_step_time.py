@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.versions.table import VERSIONS
 from rwkv_cluster.model.versions.version import Passes
 from rwkv_cluster.planning.step_time import PARTS
+from rwkv_cluster.runtime.gpu_specs import GPUS
 
 C, T = 512, 64
+H100 = GPUS["h100"]
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "detach")
 
@@ -134,6 +137,27 @@ def test_wkv_takes_its_time_where_heads_are_few(tmp_path: Path, capsys: pytest.C
     assert some == pytest.approx(full)
     assert none == pytest.approx(0.67 * full)
     assert few == pytest.approx(none)
+
+
+def test_wkv_backward_has_one_block_where_shared_memory_is_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, 44 of 112 bytes an element, it still has two; and no GPU is faster than its memory."""
+    path = write_config(tmp_path / "run.yaml", tiny_run_config(tmp_path, training={"accelerator": "auto"}))
+    options = ("--model.n_embd=768", "--model.head_size_a=64", "--training.micro_bsz=22")
+    seconds = {}
+    for changed in ({}, {"shared_kib": 100}, {"bandwidth_gb_per_s": 500}, {"bandwidth_gb_per_s": 250}):
+        monkeypatch.setitem(GPUS, "h100", replace(H100, **changed))
+        seconds[tuple(changed.items())] = prediction(path, *options, capsys=capsys)["wkv"]
+    full, one_block, slow, slower = seconds.values()
+    assert one_block == pytest.approx((44 + 2 * 0.67 * 68) / 112 * full)
+    assert slower == pytest.approx(2 * slow)
+
+
+def test_every_gpu_has_the_shared_memory_of_its_compute_capability() -> None:
+    small = {name for name, gpu in GPUS.items() if gpu.shared_kib == 100}  # 8.6, 8.9 and 12.0
+    assert small == {"l4", "l40s", "a10", "a6000", "rtx-3090", "rtx-4090", "rtx-5090"}
+    assert {gpu.shared_kib for name, gpu in GPUS.items() if name not in small} == {164, 228}
 
 
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
