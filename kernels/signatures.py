@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
-ABI = 4
+ABI = 5
 """RWKV_KERNELS_ABI of a library that fits."""
 
 

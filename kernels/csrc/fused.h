@@ -1,11 +1,11 @@
 // The C interface of what a block computes beside its matrix products and WKV. Both libraries, the CPU's and CUDA's,
 // export these functions.
 //
-// Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32. Gradients of
-// parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over their first dimension: what a
-// block of rows adds up does not depend on the number of threads. C is a multiple of 16, and so is the head size N. CUDA:
-// addresses of tensors are multiples of 16, and in the passes over heads (prepare, read, gated_norm) N is a power of two
-// up to 256.
+// Tensors are contiguous; [R,C] tensors have R = B T rows and hold elements of `io`; parameters are fp32 [C], and are used
+// as they are in io. Gradients of parameters are partial sums, fp32 [ceil(R / RWKV_ROWS_IN_BLOCK), ..], to be summed over
+// their first dimension: what a block of rows adds up does not depend on the number of threads. C is a multiple of 16, and
+// so is the head size N. CUDA: addresses of tensors are multiples of 16, and in the passes over heads (prepare, read,
+// gated_norm) N is a power of two up to 256.
 #pragma once
 #include <stdint.h>
 
@@ -27,17 +27,15 @@ typedef struct {
 } rwkv_rows;
 
 // outputs[m] = x + (previous x - x) mixes[m] for m < count; the row before the first of a sequence or document is zero.
-// mixes [count,C].
-int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                          void *const *outputs);
 // doutputs: count tensors. dx [R,C]; dmixes: partial [count,C].
-int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                           const void *const *doutputs, void *dx, float *dmixes);
 
 // What stands before each half of a block: sum = x + branch, rounded to io; h = norm(sum) weight + bias, norm over C, eps
 // 1e-5; outputs[m] = h + (previous h - h) mixes[m] for m < count, and h itself where mixes[m] is null. Without a branch,
-// null, x is the sum, and `sum` is not written. weight, bias, mixes[m]: [C], used as they are in io. statistics: [2,R],
-// mean and 1 / deviation. Blocks have rows_in_block rows. 1, 2, 4 or 6 mixes. CUDA: C up to
+// null, x is the sum, and `sum` is not written. statistics: [2,R], mean and 1 / deviation. Blocks have rows_in_block rows. 1, 2, 4 or 6 mixes. CUDA: C up to
 // RWKV_WIDEST_NORM_MIX.
 int32_t rwkv_norm_mix_forward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *x,
                               const void *branch, const float *weight, const float *bias, const float *const *mixes,
@@ -50,13 +48,13 @@ int32_t rwkv_norm_mix_backward(const rwkv_rows *shape, int32_t count, int32_t ro
                                float *dparameters);
 
 // RWKV-6: outputs[m] = x + (previous x - x) (mixes[m] + constants[m]) for m < RWKV_MIXES_OF_DATA; the previous as in mix.
-// mixes: tensors [R,C]; constants [RWKV_MIXES_OF_DATA,C].
+// mixes: tensors [R,C].
 int32_t rwkv_shift_blend_forward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                 const float *constants, void *const *outputs);
+                                 const float *const *constants, void *const *outputs);
 // doutputs, dmixes: tensors as mixes. dx [R,C]; dconstants: partial [RWKV_MIXES_OF_DATA,C].
 int32_t rwkv_shift_blend_backward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                  const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
-                                  float *dconstants);
+                                  const float *const *constants, const void *const *doutputs, void *dx,
+                                  void *const *dmixes, float *dconstants);
 
 // y = sigmoid(gate) value; all [R,C].
 int32_t rwkv_sigmoid_gate_forward(const rwkv_rows *shape, const void *gate, const void *value, void *y);
@@ -68,11 +66,10 @@ int32_t rwkv_squared_relu_forward(const rwkv_rows *shape, const void *x, void *y
 int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const void *dy, void *dx);
 
 // RWKV-7's pass before WKV: [R,C] tensors r, k, v, what passes from block 0 (v_first), and a and v_mix before their sigmoids
-// and without their biases. parameters [5,C]: k_k, k_a, r_k, a0, v0. In block 0 v_first and v_mix are null, parameters
-// [4,C] end with a0, and v stays what it is.
+// and without their biases; and parameters. In block 0 v_first, v_mix and v0 are null, and v stays what it is.
 typedef struct {
     const void *r, *k, *a, *v, *v_first, *v_mix;
-    const float *parameters;
+    const float *k_k, *k_a, *r_k, *a0, *v0;
 } rwkv_prepare_inputs;
 
 // written = k (1 + (rate - 1) k_a), removed = -kappa, replaced = kappa rate, with rate = sigmoid(a + a0) and kappa the
@@ -90,7 +87,8 @@ typedef struct {
     const float *bonus;
 } rwkv_prepare_doutputs;
 
-// Gradients of the inputs. parameters: partial [5,C] or [4,C]. v_first and v_mix are null in block 0.
+// Gradients of the inputs. parameters: partial [5,C] of k_k, k_a, r_k, a0, v0. In block 0 v_first and v_mix are null, and
+// parameters [4,C] are without v0.
 typedef struct {
     void *r, *k, *a, *v, *v_first, *v_mix;
     float *parameters;
@@ -101,7 +99,7 @@ int32_t rwkv_prepare_forward(const rwkv_rows *shape, const rwkv_prepare_inputs *
 int32_t rwkv_prepare_backward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
                               const rwkv_prepare_doutputs *doutputs, const rwkv_prepare_dinputs *dinputs);
 
-// out = (norm(y) weight + bias + bonus v) gate; norm over a head, eps 64e-5. bonus fp32 [R,C/N]; parameters [C].
+// out = (norm(y) weight + bias + bonus v) gate; norm over a head, eps 64e-5. bonus fp32 [R,C/N].
 int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
                           const float *weight, const float *bias, void *out);
 // dparameters: partial [2,C] of weight and bias.
@@ -109,7 +107,7 @@ int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v,
                            const float *weight, const float *bias, const void *dout, void *dy, void *dv, float *dbonus,
                            void *dgate, float *dparameters);
 
-// out = (norm(y) weight + bias) silu(gate); norm as in read. Parameters [C]; dparameters: partial [2,C] of both.
+// out = (norm(y) weight + bias) silu(gate); norm as in read. dparameters: partial [2,C] of weight and bias.
 int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
                                 const float *bias, void *out);
 int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,

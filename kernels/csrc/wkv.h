@@ -13,7 +13,7 @@
 #pragma once
 #include <stdint.h>
 
-#define RWKV_KERNELS_ABI 4
+#define RWKV_KERNELS_ABI 5
 
 #ifdef __cplusplus
 extern "C" {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def mix(x: Tensor, mixes: Sequence[Tensor], starts: Tensor | None = None) -> tup
     """
     if starts is not None:
         starts = starts.contiguous()
-    result: tuple[Tensor, ...] = _Mix.apply(aligned(x), torch.stack([_parameter(m, x) for m in mixes]), starts)
+    result: tuple[Tensor, ...] = _Mix.apply(aligned(x), starts, *_parameters(*mixes))
     return result
 
 
@@ -56,13 +55,12 @@ def norm_mix(
 ) -> tuple[Tensor, ...]:
     """x + branch, and for each m of `mixes`, 1, 2, 4 or 6, the token shift of its layer norm, or that itself for None.
 
-    x, branch: [B,T,C]; weight, bias, mixes: C elements, rounded to x's dtype within; starts: bool [B,T], as for mix.
+    x, branch: [B,T,C]; weight, bias, mixes: C elements; starts: bool [B,T], as for mix.
     """
     if starts is not None:
         starts = starts.contiguous()
     branch = None if branch is None else _like(x, branch)
-    parameters = (None if p is None else aligned(p.flatten().float()) for p in (*mixes, weight, bias))
-    result: tuple[Tensor, ...] = _NormMix.apply(aligned(x), branch, starts, *parameters)
+    result: tuple[Tensor, ...] = _NormMix.apply(aligned(x), branch, starts, *_parameters(*mixes, weight, bias))
     return result
 
 
@@ -75,8 +73,8 @@ def shift_blend(
     """
     if starts is not None:
         starts = starts.contiguous()
-    stacked = _parameter(torch.stack([c.flatten() for c in constants]), x).view(len(constants), -1)
-    result: tuple[Tensor, ...] = _ShiftBlend.apply(aligned(x), stacked, starts, *(_like(x, m) for m in mixes))
+    data = (_like(x, m) for m in mixes)
+    result: tuple[Tensor, ...] = _ShiftBlend.apply(len(mixes), aligned(x), starts, *data, *_parameters(*constants))
     return result
 
 
@@ -106,43 +104,43 @@ def prepare(
     v0: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """RWKV-7's pass before WKV: arguments and results of `reference.prepare`."""
-    parameters = torch.stack([p.flatten() for p in (k_k, k_a, r_k, a0, v0) if p is not None])
     tensors = (None if x is None else _like(k, x) for x in (r, k, a, v, v_first, v_mix))
-    result: tuple[Tensor, ...] = _Prepare.apply(r_k.shape[-1], *tensors, aligned(parameters.to(k.dtype).float()))
+    parameters = _parameters(k_k, k_a, r_k, a0, v0)
+    result: tuple[Tensor, ...] = _Prepare.apply(r_k.shape[-1], *tensors, *parameters)
     return result
 
 
 def gated_readout(y: Tensor, v: Tensor, bonus: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """RWKV-7's reading: y [B,T,H,N], v, gate [B,T,C], bonus [B,T,H], weight and bias [C] -> [B,T,C]."""
     tensors = (_like(gate, y), _like(gate, v), aligned(bonus.float()), aligned(gate))
-    result: Tensor = _Read.apply(*tensors, _parameter(weight, gate), _parameter(bias, gate))
+    result: Tensor = _Read.apply(*tensors, *_parameters(weight, bias))
     return result
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The reading of RWKV-5 and 6: y [B,T,H,N], gate [B,T,C], weight and bias [C] -> [B,T,C]."""
-    parameters = _parameter(weight, gate), _parameter(bias, gate)
-    result: Tensor = _GatedNorm.apply(_like(gate, y), aligned(gate), *parameters)
+    result: Tensor = _GatedNorm.apply(_like(gate, y), aligned(gate), *_parameters(weight, bias))
     return result
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mixes: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, mixes, starts)
+    def forward(ctx: Any, x: Tensor, starts: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, starts, *mixes)
         outputs = tuple(torch.empty_like(x) for _ in mixes)
-        _call("rwkv_mix_forward", x, FUSED_MULTIPLE, len(mixes), x, mixes, _addresses(outputs), starts=starts)
+        arguments = (len(mixes), x, _addresses(mixes), _addresses(outputs))
+        _call("rwkv_mix_forward", x, FUSED_MULTIPLE, *arguments, starts=starts)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, mixes, starts = ctx.saved_tensors
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, starts, *mixes = ctx.saved_tensors
         doutputs = tuple(aligned(g) for g in doutputs)
-        dx, dmixes = torch.empty_like(x), _partial(x, *mixes.shape)
-        arguments = (len(mixes), x, mixes, _addresses(doutputs), dx, dmixes)
+        dx, dmixes = torch.empty_like(x), _partial(x, len(mixes), x.shape[-1])
+        arguments = (len(mixes), x, _addresses(mixes), _addresses(doutputs), dx, dmixes)
         _call("rwkv_mix_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
-        return dx, dmixes.sum(0), None
+        return dx, None, *_summed(dmixes, ctx.needs_input_grad[2:])
 
 
 class _NormMix(torch.autograd.Function):
@@ -173,31 +171,32 @@ class _NormMix(torch.autograd.Function):
         dx, dparameters = torch.empty_like(whole), _partial(whole, len(parameters), whole.shape[-1], rows=rows)
         arguments = (len(mixes), rows, whole, statistics, weight, bias, _addresses(mixes), dwhole, _addresses(sent))
         _call("rwkv_norm_mix_backward", whole, FUSED_MULTIPLE, *arguments, dx, dparameters, starts=starts)
-        grads = [dx, dx, None]
-        if any(ctx.needs_input_grad[3:]):  # none of them does where the model is frozen
-            grads += dparameters.sum(0).unbind()
-        return tuple(g if needed else None for g, needed in zip_longest(grads, ctx.needs_input_grad))
+        grads = (dx, dx, None, *_summed(dparameters, ctx.needs_input_grad[3:]))
+        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 class _ShiftBlend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, constants: Tensor, starts: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, constants, starts, *mixes)
+    def forward(ctx: Any, count: int, x: Tensor, starts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mixes, constants = tensors[:count], tensors[count:]
+        ctx.count = count
+        ctx.save_for_backward(x, starts, *tensors)
         outputs = tuple(torch.empty_like(x) for _ in mixes)
-        arguments = (x, _addresses(mixes), constants, _addresses(outputs))
+        arguments = (x, _addresses(mixes), _addresses(constants), _addresses(outputs))
         _call("rwkv_shift_blend_forward", x, FUSED_MULTIPLE, *arguments, starts=starts)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, constants, starts, *mixes = ctx.saved_tensors
+        x, starts, *tensors = ctx.saved_tensors
+        mixes, constants = tensors[: ctx.count], tensors[ctx.count :]
         doutputs = tuple(aligned(g) for g in doutputs)
         dx, *dmixes = (torch.empty_like(x) for _ in range(1 + len(mixes)))
-        dconstants = _partial(x, *constants.shape)
-        arguments = (x, _addresses(mixes), constants, _addresses(doutputs), dx, _addresses(dmixes), dconstants)
-        _call("rwkv_shift_blend_backward", x, FUSED_MULTIPLE, *arguments, starts=starts)
-        return dx, dconstants.sum(0), None, *dmixes
+        dconstants = _partial(x, len(constants), x.shape[-1])
+        given = (x, _addresses(mixes), _addresses(constants), _addresses(doutputs))
+        _call("rwkv_shift_blend_backward", x, FUSED_MULTIPLE, *given, dx, _addresses(dmixes), dconstants, starts=starts)
+        return None, dx, None, *dmixes, *_summed(dconstants, ctx.needs_input_grad[3 + ctx.count :])
 
 
 class _SigmoidGate(torch.autograd.Function):
@@ -247,9 +246,9 @@ class _Prepare(torch.autograd.Function):
         v: Tensor,
         v_first: Tensor | None,
         v_mix: Tensor | None,
-        parameters: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        inputs = (r, k, a, v, v_first, v_mix, parameters)
+        inputs = (r, k, a, v, v_first, v_mix, *parameters)
         ctx.size = size
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -264,17 +263,18 @@ class _Prepare(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, parameters = inputs = ctx.saved_tensors
-        k = tensors[1]
+        inputs = ctx.saved_tensors
+        tensors, parameters, k = inputs[:6], [p for p in inputs[6:] if p is not None], inputs[1]
         *of_io, of_v_first, dbonus = (None if g is None else aligned(g) for g in doutputs)
         of_io = [torch.zeros_like(k) if g is None else g for g in of_io]
         if dbonus is None:
             dbonus = _bonus_like(k, ctx.size).zero_()
         dinputs = [None if x is None else torch.empty_like(x) for x in tensors]
-        dparameters = _partial(k, *parameters.shape)
+        dparameters = _partial(k, len(parameters), k.shape[-1])
         given = _addresses((*of_io, of_v_first, dbonus))
         _call("rwkv_prepare_backward", k, ctx.size, _addresses(inputs), given, _addresses((*dinputs, dparameters)))
-        return None, *dinputs, dparameters.sum(0)
+        summed = _summed(dparameters, ctx.needs_input_grad[7:])
+        return None, *dinputs, *summed, *[None] * (len(inputs) - 6 - len(summed))
 
 
 def _bonus_like(k: Tensor, size: int) -> Tensor:
@@ -289,7 +289,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _head_norm_backward("rwkv_read", ctx, dout, 2)
 
 
@@ -300,7 +300,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _head_norm_backward("rwkv_gated_norm", ctx, dout, 2)
 
 
@@ -312,14 +312,14 @@ def _head_norm_forward(name: str, ctx: Any, inputs: Sequence[Tensor], gate: Tens
     return out
 
 
-def _head_norm_backward(name: str, ctx: Any, dout: Tensor, n_parameters: int) -> tuple[Tensor, ...]:
+def _head_norm_backward(name: str, ctx: Any, dout: Tensor, n_parameters: int) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs that `_head_norm_forward` kept, of which the last are parameters."""
     inputs = ctx.saved_tensors
     dout = aligned(dout)
     grads = [torch.empty_like(x) for x in inputs[:-n_parameters]]
     parameters = _partial(dout, n_parameters, dout.shape[-1])
     _call(f"{name}_backward", dout, inputs[0].shape[-1], *inputs, dout, *grads, parameters)
-    return *grads, *parameters.sum(0).unbind()
+    return *grads, *_summed(parameters, ctx.needs_input_grad[-n_parameters:])
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -327,9 +327,21 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
     return aligned(other if other.dtype == x.dtype else other.to(x.dtype))
 
 
-def _parameter(p: Tensor, x: Tensor) -> Tensor:
-    """p as the plain form uses it beside x, rounded to x's dtype; flat and in float32, as the library reads it."""
-    return aligned(p.flatten().to(x.dtype).float())
+def _parameters(*given: Tensor | None) -> list[Tensor | None]:
+    """Parameters of C elements flat and in fp32, as the libraries read them, which round them to the dtype of x.
+
+    Those that ZeRO keeps in bf16 or fp16 are made fp32 in one operation.
+    """
+    flat = [p.flatten() for p in given if p is not None]
+    if any(p.dtype != torch.float32 for p in flat):
+        flat = list(torch.stack(flat).float())
+    read = (aligned(p) for p in flat)
+    return [None if p is None else next(read) for p in given]
+
+
+def _summed(partial: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of parameters from their partial sums [blocks,parameter,C]; None of each where none is `needed`."""
+    return partial.sum(0).unbind() if any(needed) else (None,) * partial.shape[1]
 
 
 def _rows_in_block(x: Tensor) -> int:

@@ -318,6 +318,12 @@ class HeadNorm(nn.Module):
         self.bias = uninitialized(width)
 
 
+def complements(mixes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """1 - m of each m [1,1,C], computed in `dtype`: at least fp32, so that the compiled passes read it as it is."""
+    rest = 1 - torch.stack([m.flatten() for m in mixes]).to(dtype)
+    return list(rest.to(torch.promote_types(dtype, torch.float32)))
+
+
 def previous_tokens(x: Tensor, before: Tensor | None, starts: Starts | None = None) -> Tensor:
     """Token shift: x [B, T, C] one step later, with `before` [B, C] (zeros by default) as the first step.
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
 FILES = (
     *("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu"),
-    *("loss.cu", "rows.cuh", "norm_mix.cu"),
+    *("loss.cu", "rows.cuh", "norm_mix.cu", "rwkv7_passes.cu"),
 )
 
 IMPLIED = {
@@ -95,7 +95,7 @@ FUSED_RUNNER = """
 import sys
 from pathlib import Path
 import torch
-from fused_passes import LIMITS, ON_CUDA, errors_of
+from fused_passes import LIMITS, NATIVE, errors_of
 from rwkv_cluster.kernels import loader
 
 path = Path(sys.argv[1])
@@ -104,12 +104,15 @@ loader.cpu = lambda: library
 worst = 0.0
 for seed in range(5):
     library.handle.rwkv_host_schedule(seed)
-    for name in ON_CUDA:
+    for name in NATIVE:
         worst = max(worst, *errors_of(name, (1, 60, 9, 32), torch.float32))
 sys.exit(0 if worst < LIMITS[torch.float32] else 9)
 """
 
-OTHER_RUNNERS = {"loss.cu": LOSS_RUNNER, "rows.cuh": FUSED_RUNNER, "norm_mix.cu": FUSED_RUNNER}
+OTHER_RUNNERS = {
+    "loss.cu": LOSS_RUNNER,
+    **dict.fromkeys(("rows.cuh", "norm_mix.cu", "rwkv7_passes.cu"), FUSED_RUNNER),
+}
 
 
 def passes(library: Path, file: str) -> bool:

@@ -92,6 +92,33 @@ def test_any_number_of_mixes(count):
     assert max(relative_errors(run("mix", given, 32, "native"), wanted)) < 2e-6
 
 
+@pytest.mark.parametrize("name", [name for name in NATIVE if name not in ("squared_relu", "sigmoid_gate")])
+def test_parameters_in_the_precision_of_activations(name):
+    """As ZeRO has them; and gradients of as many parameters as are trained."""
+    tensors, parameters = arguments(name, (2, 9, 2, 32))
+    first = len(tensors) - parameters
+    given = [x.bfloat16() for x in tensors]
+    in_fp32 = [x if i < first and not is_bonus(name, i) else x.float() for i, x in enumerate(given)]
+    found, wanted = (run(name, inputs, 32, "native") for inputs in (given, in_fp32))
+    assert [x.dtype for x in found[-parameters:]] == [torch.bfloat16] * parameters
+    assert all(torch.equal(x, y.to(x.dtype)) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("trained", range(4))
+def test_one_parameter_may_be_trained_alone(trained):
+    tensors, parameters = arguments("prepare_block_0", (1, 5, 2, 16))
+    given = [x.float() for x in tensors]
+    wanted = run("prepare_block_0", given, 16, "native")[-parameters:][trained]
+    leaf = given[len(given) - parameters + trained].requires_grad_()
+    inputs, vectors = given[: len(given) - parameters], given[len(given) - parameters :]
+    prepared = fused.prepare(*inputs, None, None, *vectors, None, choice="native")
+    generator = torch.Generator().manual_seed(4)
+    sent = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in prepared]
+    reached = [(x, g) for x, g in zip(prepared, sent, strict=True) if x.requires_grad]
+    (found,) = torch.autograd.grad([x for x, _ in reached], [leaf], [g for _, g in reached])
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_any_number_of_threads_gives_the_same_bits(name):
     tensors, _ = arguments(name, (3, 100, 2, 32))

@@ -108,7 +108,7 @@ def test_views_at_any_address_are_read() -> None:
 
 def test_what_has_no_kernel_is_refused(host_library: ctypes.CDLL) -> None:
     rows = {1: Rows(rows=1, time=1, width=48, size=48), 2: Rows(rows=1, time=1, width=16, size=16, io=3)}
-    no_pointers = (ctypes.c_void_p * 7)()
+    no_pointers = (ctypes.c_void_p * 11)()
     for status, shape in rows.items():
         assert host_library.rwkv_prepare_forward(ctypes.byref(shape), *[ctypes.byref(no_pointers)] * 2) == status
     too_many = Rows(rows=1, time=1, width=16, size=16)

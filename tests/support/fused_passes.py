@@ -81,10 +81,10 @@ def errors_of(
     if vanishing is not None:
         tensors[vanishing][:, 1] = 0.0
     first = len(tensors) - parameters
-    rounded = [x.to(dtype) for x in tensors]  # parameters too: they are used in the dtype of the activations
-    given = [x if i < first and not is_bonus(name, i) else x.float() for i, x in enumerate(rounded)]
+    given = [x.to(dtype) if i < first and not is_bonus(name, i) else x.float() for i, x in enumerate(tensors)]
+    rounded = [x if is_bonus(name, i) else x.to(dtype) for i, x in enumerate(given)]  # as parameters are used
     starts = some_starts(*shape[:2]) if documents else None
-    wanted = run(name, [x.double() for x in given], shape[-1], "plain", starts)
+    wanted = run(name, [x.double() for x in rounded], shape[-1], "plain", starts)
     starts = None if starts is None else starts.to(device)
     found = run(name, [x.to(device) for x in given], shape[-1], "native", starts)
     return relative_errors([x.cpu() for x in found], wanted)

@@ -75,19 +75,71 @@ int32_t for_blocks(const rwkv_rows &p, const Body &body) {
     return RWKV_OK;
 }
 
-// body(operators, block, scratch) for every block of rows of norm_mix; scratch: `floats` of its own for each thread.
+// Parameters [width] one after another, as io has them; zeros for null. Null itself where there is no memory.
+class Rounded {
+  public:
+    Rounded(const rwkv_rows &p, const float *const *given, int32_t count)
+        : width(p.width), values(new (std::nothrow) float[count * p.width]) {
+        for (int32_t i = 0; values && i < count; ++i) {
+            target().fused->round_parameter(p, given[i], values.get() + i * width);
+        }
+    }
+
+    explicit operator bool() const {
+        return values != nullptr;
+    }
+
+    const float *operator[](int32_t i) const {
+        return values.get() + i * width;
+    }
+
+  private:
+    int64_t width;
+    std::unique_ptr<float[]> values;
+};
+
+// body(operators, block, rounded) for every block of rows of a pass with parameters.
 template <typename Body>
-int32_t for_norms(const rwkv_rows &p, const NormMix &pass, int64_t floats, const Body &body) {
+int32_t for_blocks(const rwkv_rows &p, const float *const *given, int32_t count, const Body &body) {
+    if (p.width % 16) return RWKV_NO_SUCH_SIZE;
+    const Rounded rounded(p, given, count);
+    if (!rounded) return RWKV_NO_MEMORY;
+    return for_blocks(p, [&](const FusedOperators &fused, int64_t block) { body(fused, block, rounded); });
+}
+
+// body(operators, block, inputs with rounded parameters) for every block of rows.
+template <typename Body>
+int32_t for_prepare(const rwkv_rows &p, const rwkv_prepare_inputs &inputs, const Body &body) {
+    const float *const given[] = {inputs.k_k, inputs.k_a, inputs.r_k, inputs.a0, inputs.v0};
+    return for_blocks(p, given, 5, [&](const FusedOperators &fused, int64_t block, const Rounded &rounded) {
+        rwkv_prepare_inputs used = inputs;
+        used.k_k = rounded[0], used.k_a = rounded[1], used.r_k = rounded[2], used.a0 = rounded[3], used.v0 = rounded[4];
+        body(fused, block, used);
+    });
+}
+
+struct NormMixArguments {
+    int32_t count, rows_in_block;
+    const float *weight, *bias;
+    const float *const *mixes;
+};
+
+// body(operators, pass, block, scratch) for every block of rows of norm_mix; scratch: `floats` of its own for each thread.
+template <typename Body>
+int32_t for_norms(const rwkv_rows &p, const NormMixArguments &given, int64_t floats, const Body &body) {
     if (p.io != RWKV_FP32 && p.io != RWKV_BF16 && p.io != RWKV_FP16) return RWKV_NO_SUCH_IO;
-    const bool has_count = pass.count == 1 || pass.count == 2 || pass.count == 4 || pass.count == 6;
-    if (p.width % 16 || !has_count || pass.rows_in_block < 1) return RWKV_NO_SUCH_SIZE;
+    const bool has_count = given.count == 1 || given.count == 2 || given.count == 4 || given.count == 6;
+    if (p.width % 16 || !has_count || given.rows_in_block < 1) return RWKV_NO_SUCH_SIZE;
     const FusedOperators &fused = *target().fused;
-    const int64_t blocks = (p.rows + pass.rows_in_block - 1) / pass.rows_in_block;
+    const float *const norm[] = {given.weight, given.bias};
+    const Rounded mixes(p, given.mixes, given.count), affine(p, norm, 2);
+    const int64_t blocks = (p.rows + given.rows_in_block - 1) / given.rows_in_block;
     const int64_t workers = blocks < p.threads ? blocks : p.threads;
     const std::unique_ptr<float[]> scratch(new (std::nothrow) float[workers * floats]);
-    if (!scratch) return RWKV_NO_MEMORY;
+    if (!mixes || !affine || !scratch) return RWKV_NO_MEMORY;
+    const NormMix pass = {given.count, given.rows_in_block, affine[0], affine[1], mixes[0]};
     parallel_for(blocks, workers, [&](int64_t block, int32_t worker) {
-        body(fused, block, scratch.get() + worker * floats);
+        body(fused, pass, block, scratch.get() + worker * floats);
     });
     return RWKV_OK;
 }
@@ -162,19 +214,19 @@ int32_t rwkv_wkv6_backward(const rwkv_problem *problem, const void *r, const voi
     });
 }
 
-int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                          void *const *outputs) {
     if (count < 1 || count > RWKV_MOST_MIXES) return RWKV_NO_SUCH_SIZE;
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.mix_forward(*shape, block, count, x, mixes, outputs);
+    return for_blocks(*shape, mixes, count, [&](const FusedOperators &fused, int64_t block, const Rounded &rounded) {
+        fused.mix_forward(*shape, block, count, x, rounded[0], outputs);
     });
 }
 
-int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                           const void *const *doutputs, void *dx, float *dmixes) {
     if (count < 1 || count > RWKV_MOST_MIXES) return RWKV_NO_SUCH_SIZE;
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.mix_backward(*shape, block, count, x, mixes, doutputs, dx, dmixes);
+    return for_blocks(*shape, mixes, count, [&](const FusedOperators &fused, int64_t block, const Rounded &rounded) {
+        fused.mix_backward(*shape, block, count, x, rounded[0], doutputs, dx, dmixes);
     });
 }
 
@@ -192,47 +244,52 @@ int32_t rwkv_squared_relu_backward(const rwkv_rows *shape, const void *x, const 
 
 int32_t rwkv_prepare_forward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
                              const rwkv_prepare_outputs *outputs) {
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.prepare_forward(*shape, block, *inputs, *outputs);
+    return for_prepare(*shape, *inputs, [&](const FusedOperators &fused, int64_t block, const auto &rounded) {
+        fused.prepare_forward(*shape, block, rounded, *outputs);
     });
 }
 
 int32_t rwkv_prepare_backward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
                               const rwkv_prepare_doutputs *doutputs, const rwkv_prepare_dinputs *dinputs) {
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.prepare_backward(*shape, block, *inputs, *doutputs, *dinputs);
+    return for_prepare(*shape, *inputs, [&](const FusedOperators &fused, int64_t block, const auto &rounded) {
+        fused.prepare_backward(*shape, block, rounded, *doutputs, *dinputs);
     });
 }
 
 int32_t rwkv_read_forward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
                           const float *weight, const float *bias, void *out) {
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.read_forward(*shape, block, y, v, bonus, gate, weight, bias, out);
+    const float *const given[] = {weight, bias};
+    return for_blocks(*shape, given, 2, [&](const FusedOperators &fused, int64_t block, const Rounded &rounded) {
+        fused.read_forward(*shape, block, y, v, bonus, gate, rounded[0], rounded[1], out);
     });
 }
 
 int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v, const float *bonus, const void *gate,
                            const float *weight, const float *bias, const void *dout, void *dy, void *dv, float *dbonus,
                            void *dgate, float *dparameters) {
-    return for_blocks(*shape, [&](const FusedOperators &fused, int64_t block) {
-        fused.read_backward(*shape, block, y, v, bonus, gate, weight, bias, dout, dy, dv, dbonus, dgate, dparameters);
+    const float *const given[] = {weight, bias};
+    return for_blocks(*shape, given, 2, [&](const FusedOperators &fused, int64_t block, const Rounded &rounded) {
+        fused.read_backward(*shape, block, y, v, bonus, gate, rounded[0], rounded[1], dout, dy, dv, dbonus, dgate,
+                            dparameters);
     });
 }
 
 int32_t rwkv_shift_blend_forward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                 const float *constants, void *const *outputs) {
+                                 const float *const *constants, void *const *outputs) {
     const auto operate = target().rwkv6->shift_blend_forward;
-    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
-        operate(*shape, block, x, mixes, constants, outputs);
+    return for_blocks(*shape, constants, RWKV_MIXES_OF_DATA,
+                      [&](const FusedOperators &, int64_t block, const Rounded &rounded) {
+        operate(*shape, block, x, mixes, rounded[0], outputs);
     });
 }
 
 int32_t rwkv_shift_blend_backward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                  const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
-                                  float *dconstants) {
+                                  const float *const *constants, const void *const *doutputs, void *dx,
+                                  void *const *dmixes, float *dconstants) {
     const auto operate = target().rwkv6->shift_blend_backward;
-    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
-        operate(*shape, block, x, mixes, constants, doutputs, dx, dmixes, dconstants);
+    return for_blocks(*shape, constants, RWKV_MIXES_OF_DATA,
+                      [&](const FusedOperators &, int64_t block, const Rounded &rounded) {
+        operate(*shape, block, x, mixes, rounded[0], doutputs, dx, dmixes, dconstants);
     });
 }
 
@@ -252,36 +309,38 @@ int32_t rwkv_sigmoid_gate_backward(const rwkv_rows *shape, const void *gate, con
 int32_t rwkv_gated_norm_forward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
                                 const float *bias, void *to) {
     const auto operate = target().rwkv6->gated_norm_forward;
-    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
-        operate(*shape, block, y, gate, weight, bias, to);
+    const float *const given[] = {weight, bias};
+    return for_blocks(*shape, given, 2, [&](const FusedOperators &, int64_t block, const Rounded &rounded) {
+        operate(*shape, block, y, gate, rounded[0], rounded[1], to);
     });
 }
 
 int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const void *gate, const float *weight,
                                  const float *bias, const void *dout, void *dy, void *dgate, float *dparameters) {
     const auto operate = target().rwkv6->gated_norm_backward;
-    return for_blocks(*shape, [&](const FusedOperators &, int64_t block) {
-        operate(*shape, block, y, gate, weight, bias, dout, dy, dgate, dparameters);
+    const float *const given[] = {weight, bias};
+    return for_blocks(*shape, given, 2, [&](const FusedOperators &, int64_t block, const Rounded &rounded) {
+        operate(*shape, block, y, gate, rounded[0], rounded[1], dout, dy, dgate, dparameters);
     });
 }
 
 int32_t rwkv_norm_mix_forward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *x,
                               const void *branch, const float *weight, const float *bias, const float *const *mixes,
                               void *sum, float *statistics, void *const *outputs) {
-    const NormMix pass = {count, rows_in_block, weight, bias, mixes};
-    const int64_t floats = (count + 4) * shape->width;
-    return for_norms(*shape, pass, floats, [&](const FusedOperators &fused, int64_t block, float *scratch) {
+    const NormMixArguments given = {count, rows_in_block, weight, bias, mixes};
+    const auto body = [&](const FusedOperators &fused, const NormMix &pass, int64_t block, float *scratch) {
         fused.norm_mix_forward(*shape, pass, block, x, branch, sum, statistics, outputs, scratch);
-    });
+    };
+    return for_norms(*shape, given, 2 * shape->width, body);
 }
 
 int32_t rwkv_norm_mix_backward(const rwkv_rows *shape, int32_t count, int32_t rows_in_block, const void *sum,
                                const float *statistics, const float *weight, const float *bias,
                                const float *const *mixes, const void *dsum, const void *const *doutputs, void *dx,
                                float *dparameters) {
-    const NormMix pass = {count, rows_in_block, weight, bias, mixes};
-    const int64_t floats = (count + 2 + rows_in_block) * shape->width + 2 * rows_in_block * RWKV_MOST_LANES;
-    return for_norms(*shape, pass, floats, [&](const FusedOperators &fused, int64_t block, float *scratch) {
+    const NormMixArguments given = {count, rows_in_block, weight, bias, mixes};
+    const auto body = [&](const FusedOperators &fused, const NormMix &pass, int64_t block, float *scratch) {
         fused.norm_mix_backward(*shape, pass, block, sum, statistics, dsum, doutputs, dx, dparameters, scratch);
-    });
+    };
+    return for_norms(*shape, given, rows_in_block * (shape->width + 2 * RWKV_MOST_LANES), body);
 }

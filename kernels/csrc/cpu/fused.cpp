@@ -68,6 +68,12 @@ void mix_backward(const rwkv_rows &p, int64_t block, int32_t count, const void *
     });
 }
 
+void round_parameter(const rwkv_rows &p, const float *from, float *to) {
+    with_io(p.io, [&](auto element) {
+        for (int64_t c = 0; c < p.width; c += LANES) store(to + c, from ? rounded(load(from + c), element) : vec{});
+    });
+}
+
 RWKV_INLINE vec relu(vec x) {
     return select(x < vec{}, vec{}, x);  // NaN stays NaN
 }
@@ -104,31 +110,29 @@ void prepare_forward(const rwkv_rows &p, int64_t block, const rwkv_prepare_input
     with_io(p.io, [&](auto element) {
         using io = decltype(element);
         const Range rows = rows_of(p, block);
-        const float *k_k = x.parameters, *k_a = k_k + p.width, *r_k = k_a + p.width, *a0 = r_k + p.width;
-        const float *v0 = a0 + p.width;
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
             vec squares = {}, bonus = {};
             for (int64_t c = 0; c < p.size; c += LANES) {
-                const vec q = load_io(in<io>(x.k, head + c)) * load(k_k + channel + c);
+                const vec q = load_io(in<io>(x.k, head + c)) * load(x.k_k + channel + c);
                 squares += q * q;
             }
             const float inverse = inverse_length(sum(squares));
             for (int64_t c = 0; c < p.size; c += LANES) {
                 const vec key = load_io(in<io>(x.k, head + c));
-                const vec rate = sigmoid(load_io(in<io>(x.a, head + c)) + load(a0 + channel + c));
-                const vec kappa = key * load(k_k + channel + c) * inverse;
-                const vec written = key * (1.0f + (rate - 1.0f) * load(k_a + channel + c));
+                const vec rate = sigmoid(load_io(in<io>(x.a, head + c)) + load(x.a0 + channel + c));
+                const vec kappa = key * load(x.k_k + channel + c) * inverse;
+                const vec written = key * (1.0f + (rate - 1.0f) * load(x.k_a + channel + c));
                 store_io(out<io>(to.written, head + c), written);
                 store_io(out<io>(to.removed, head + c), -kappa);
                 store_io(out<io>(to.replaced, head + c), kappa * rate);
-                bonus += load_io(in<io>(x.r, head + c)) * rounded(written, element) * load(r_k + channel + c);
+                bonus += load_io(in<io>(x.r, head + c)) * rounded(written, element) * load(x.r_k + channel + c);
             }
             to.bonus[head / p.size] = sum(bonus);
             if (!x.v_first) continue;
             for (int64_t c = 0; c < p.size; c += LANES) {
                 const vec value = load_io(in<io>(x.v, head + c));
-                const vec share = sigmoid(load_io(in<io>(x.v_mix, head + c)) + load(v0 + channel + c));
+                const vec share = sigmoid(load_io(in<io>(x.v_mix, head + c)) + load(x.v0 + channel + c));
                 store_io(out<io>(to.mixed, head + c), value + (load_io(in<io>(x.v_first, head + c)) - value) * share);
             }
         }
@@ -138,12 +142,11 @@ void prepare_forward(const rwkv_rows &p, int64_t block, const rwkv_prepare_input
 // Of v, v_first, v_mix and v0.
 template <typename io>
 RWKV_INLINE void values_backward(const rwkv_rows &p, int64_t place, const rwkv_prepare_inputs &x,
-                                 const rwkv_prepare_doutputs &g, const rwkv_prepare_dinputs &to, const float *v0,
-                                 float *v0_sums) {
+                                 const rwkv_prepare_doutputs &g, const rwkv_prepare_dinputs &to, float *v0_sums) {
     vec dvalue = load_io(in<io>(g.mixed, place)) + load_io(in<io>(g.mixed_again, place));
     const vec later = g.v_first ? load_io(in<io>(g.v_first, place)) : vec{};
     if (!x.v_first) return store_io(out<io>(to.v, place), dvalue + later);
-    const vec share = sigmoid(load_io(in<io>(x.v_mix, place)) + load(v0)), rest = 1.0f - share;
+    const vec share = sigmoid(load_io(in<io>(x.v_mix, place)) + load(x.v0 + place % p.width)), rest = 1.0f - share;
     const vec of_first = dvalue * share;
     const vec dmix = of_first * rest * (load_io(in<io>(x.v_first, place)) - load_io(in<io>(x.v, place)));
     store_io(out<io>(to.v, place), dvalue * rest);
@@ -162,8 +165,7 @@ void prepare_backward(const rwkv_rows &p, int64_t block, const rwkv_prepare_inpu
         memset(sums, 0, sizeof(float) * count * p.width);
         for (int64_t head = rows.begin * p.width; head < rows.end * p.width; head += p.size) {
             const int64_t channel = head % p.width;
-            const float *k_k = x.parameters + channel, *k_a = k_k + p.width, *r_k = k_a + p.width;
-            const float *a0 = r_k + p.width, *v0 = a0 + p.width;
+            const float *k_k = x.k_k + channel, *k_a = x.k_a + channel, *r_k = x.r_k + channel, *a0 = x.a0 + channel;
             float *k_k_sums = sums + channel, *k_a_sums = k_k_sums + p.width, *r_k_sums = k_a_sums + p.width;
             float *a0_sums = r_k_sums + p.width, *v0_sums = a0_sums + p.width;
             const auto rate_at = [&](int64_t c) { return sigmoid(load_io(in<io>(x.a, head + c)) + load(a0 + c)); };
@@ -196,7 +198,7 @@ void prepare_backward(const rwkv_rows &p, int64_t block, const rwkv_prepare_inpu
                 accumulate(k_a_sums + c, dwritten * key * rest);
                 accumulate(r_k_sums + c, dbonus * read * written);
                 accumulate(a0_sums + c, da);
-                values_backward<io>(p, place, x, g, to, v0 + c, v0_sums + c);
+                values_backward<io>(p, place, x, g, to, v0_sums + c);
             }
         }
     });
@@ -263,7 +265,7 @@ void read_backward(const rwkv_rows &p, int64_t block, const void *y, const void 
 extern const FusedOperators fused_operators = {
     mix_forward,     mix_backward,     squared_relu_forward, squared_relu_backward,
     prepare_forward, prepare_backward, read_forward,         read_backward,
-    norm_mix_forward, norm_mix_backward,
+    norm_mix_forward, norm_mix_backward, round_parameter,
 };
 
 }  // namespace RWKV_TARGET

@@ -3,15 +3,15 @@
 
 #include "../fused.h"
 
-// What both directions of norm_mix have. weight, bias, mixes[m]: [C]; a null mix is one of zeros.
+// What both directions of norm_mix have. weight, bias: [C]; mixes: [count,C].
 struct NormMix {
     int32_t count, rows_in_block;
-    const float *weight, *bias;
-    const float *const *mixes;
+    const float *weight, *bias, *mixes;
 };
 
 constexpr int64_t RWKV_MOST_LANES = 16;  // floats of a vector register
 
+// Parameters are as io has them, see round_parameter; those of mix and shift_blend lie side by side.
 struct FusedOperators {
     void (*mix_forward)(const rwkv_rows &, int64_t block, int32_t count, const void *x, const float *mixes,
                         void *const *outputs);
@@ -27,13 +27,15 @@ struct FusedOperators {
     void (*read_backward)(const rwkv_rows &, int64_t block, const void *y, const void *v, const float *bonus,
                           const void *gate, const float *weight, const float *bias, const void *dout, void *dy,
                           void *dv, float *dbonus, void *dgate, float *dparameters);
-    // scratch: (count + 4) C floats
+    // scratch: 2 C floats
     void (*norm_mix_forward)(const rwkv_rows &, const NormMix &, int64_t block, const void *x, const void *branch,
                              void *sum, float *statistics, void *const *outputs, float *scratch);
-    // scratch: (count + 2 + rows_in_block) C + 2 rows_in_block RWKV_MOST_LANES floats
+    // scratch: rows_in_block C + 2 rows_in_block RWKV_MOST_LANES floats
     void (*norm_mix_backward)(const rwkv_rows &, const NormMix &, int64_t block, const void *sum,
                               const float *statistics, const void *dsum, const void *const *doutputs, void *dx,
                               float *dparameters, float *scratch);
+    // to [C] = from as io has it, or zeros where that is null
+    void (*round_parameter)(const rwkv_rows &, const float *from, float *to);
 };
 
 // Those that RWKV-5 and 6 have alone.

@@ -27,25 +27,6 @@ void with_count(int32_t count, const Body &body) {
     }
 }
 
-// [width] each, as io has them.
-struct NormParameters {
-    const float *weight, *bias, *mixes;  // mixes [count,width]
-
-    // Writes them to `to` [count + 2,width].
-    template <typename io>
-    NormParameters(io element, float *to, int64_t width, const NormMix &pass) {
-        const auto copy = [&](float *row, const float *from) {
-            for (int64_t c = 0; c < width; c += LANES) store(row + c, from ? rounded(load(from + c), element) : vec{});
-        };
-        for (int32_t m = 0; m < pass.count; ++m) copy(to + m * width, pass.mixes[m]);
-        copy(to + pass.count * width, pass.weight);
-        copy(to + (pass.count + 1) * width, pass.bias);
-        mixes = to;
-        weight = to + pass.count * width;
-        bias = weight + width;
-    }
-};
-
 Range block_rows(const rwkv_rows &p, const NormMix &pass, int64_t block) {
     const int64_t begin = block * pass.rows_in_block, end = begin + pass.rows_in_block;
     return {begin, end < p.rows ? end : p.rows};
@@ -70,8 +51,7 @@ void norm_mix_forward(const rwkv_rows &p, const NormMix &pass, int64_t block, co
         with_count(pass.count, [&](auto count) {
             const Range rows = block_rows(p, pass, block);
             const int64_t width = p.width;
-            const NormParameters parameters(element, scratch, width, pass);
-            float *now = scratch + (count.value + 2) * width, *before = now + width;  // a row and the one before
+            float *now = scratch, *before = now + width;  // a row and the one before
             for (int64_t row = rows.begin - !is_first(p, rows.begin); row < rows.end; ++row) {
                 const bool is_own = row >= rows.begin;
                 for (int64_t c = 0; c < width; c += LANES) {
@@ -87,12 +67,12 @@ void norm_mix_forward(const rwkv_rows &p, const NormMix &pass, int64_t block, co
                 measure(now, width, mean, rstd);
                 const bool first = is_first(p, row);
                 for (int64_t c = 0; c < width; c += LANES) {
-                    const vec h = (load(now + c) - mean) * rstd * load(parameters.weight + c) + load(parameters.bias + c);
+                    const vec h = (load(now + c) - mean) * rstd * load(pass.weight + c) + load(pass.bias + c);
                     store(now + c, h);
                     if (!is_own) continue;
                     const vec difference = (first ? vec{} : load(before + c)) - h;
                     for (int m = 0; m < count.value; ++m) {
-                        const vec mix = load(parameters.mixes + m * width + c);
+                        const vec mix = load(pass.mixes + m * width + c);
                         store_io(out<io>(outputs[m], row * width + c), h + difference * mix);
                     }
                 }
@@ -118,10 +98,9 @@ void norm_mix_backward(const rwkv_rows &p, const NormMix &pass, int64_t block, c
         with_count(pass.count, [&](auto count) {
             const Range rows = block_rows(p, pass, block);
             const int64_t width = p.width;
-            const NormParameters parameters(element, scratch, width, pass);
-            float *dnormed = scratch + (count.value + 2) * width;              // [rows,width], dh weight
-            float *totals = dnormed + pass.rows_in_block * width;              // [rows,LANES], its sum
-            float *along = totals + pass.rows_in_block * RWKV_MOST_LANES;      // the same of dnormed normed
+            float *dnormed = scratch;                                      // [rows,width], dh weight
+            float *totals = dnormed + pass.rows_in_block * width;          // [rows,LANES], its sum
+            float *along = totals + pass.rows_in_block * RWKV_MOST_LANES;  // the same of dnormed normed
             memset(totals, 0, sizeof(float) * 2 * pass.rows_in_block * RWKV_MOST_LANES);
             float *sums = dparameters + block * (count.value + 2) * width;
             const auto normed = [&](int64_t row, int64_t c) {
@@ -130,10 +109,10 @@ void norm_mix_backward(const rwkv_rows &p, const NormMix &pass, int64_t block, c
             for (int64_t c = 0; c < width; c += LANES) {
                 vec mix[count.value], total[count.value], dweight = {}, dbias = {}, later = {};
                 for (int m = 0; m < count.value; ++m) {
-                    mix[m] = load(parameters.mixes + m * width + c);
+                    mix[m] = load(pass.mixes + m * width + c);
                     total[m] = vec{};
                 }
-                const vec weight = load(parameters.weight + c), bias = load(parameters.bias + c);
+                const vec weight = load(pass.weight + c), bias = load(pass.bias + c);
                 if (rows.end < p.rows && !is_first(p, rows.end)) {
                     for (int m = 0; m < count.value; ++m) {
                         later += load_io(in<io>(doutputs[m], rows.end * width + c)) * mix[m];

@@ -9,13 +9,13 @@ namespace rwkv {
 namespace {
 
 template <typename io, int COUNT>
-__global__ void __launch_bounds__(ROW_THREADS)
-    mix_forward(rwkv_rows p, const io *x, const float *mixes, Tensors<io> outputs) {
+__global__ void __launch_bounds__(ROW_THREADS, 4)
+    mix_forward(rwkv_rows p, const io *x, Tensors<const float> mixes, Tensors<io> outputs) {
     const Work work(p);
     if (!work.has_rows()) return;
     Channels mix[COUNT];
 #pragma unroll
-    for (int m = 0; m < COUNT; ++m) mix[m] = load(mixes + m * p.width + work.channel);
+    for (int m = 0; m < COUNT; ++m) mix[m] = parameter<io>(mixes.at[m], work);
     int64_t step = work.begin % p.time;
     Channels before = work.begin ? load(x + (work.begin - 1) * p.width + work.channel) : splat(0.0f);
     for (int64_t row = work.begin; row < work.end; ++row) {
@@ -32,13 +32,14 @@ __global__ void __launch_bounds__(ROW_THREADS)
 // dx_t = sum of g_t (1 - mix) + g_{t+1} mix
 template <typename io, int COUNT>
 __global__ void __launch_bounds__(ROW_THREADS)
-    mix_backward(rwkv_rows p, const io *x, const float *mixes, Tensors<const io> doutputs, io *dx, float *dmixes) {
+    mix_backward(rwkv_rows p, const io *x, Tensors<const float> mixes, Tensors<const io> doutputs, io *dx,
+                 float *dmixes) {
     const Work work(p);
     Channels mix[COUNT], total[COUNT];
     float *to[COUNT];
 #pragma unroll
     for (int m = 0; m < COUNT; ++m) {
-        mix[m] = load(mixes + m * p.width + work.channel);
+        mix[m] = parameter<io>(mixes.at[m], work);
         total[m] = splat(0.0f);
         to[m] = dmixes + (static_cast<int64_t>(blockIdx.x) * COUNT + m) * p.width;
     }
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     gated_norm_forward(rwkv_rows p, const io *y, const io *gate, const float *weight, const float *bias, io *out) {
     const Work work(p);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    const Channels scale = parameter<io>(weight, work), shift = parameter<io>(bias, work);
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
         const Channels its_gate = load(gate + place);
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
                         const io *dout, io *dy, io *dgate, float *dparameters) {
     const Work work(p);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    const Channels scale = parameter<io>(weight, work), shift = parameter<io>(bias, work);
     Channels totals[2] = {splat(0.0f), splat(0.0f)};  // of weight, bias
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
@@ -155,20 +156,21 @@ int32_t with_mixes(const rwkv_rows &p, int32_t count, const Body &body) {
 
 using namespace rwkv;
 
-int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_forward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                          void *const *outputs) {
     return with_mixes(*shape, count, [&](auto element, auto mixed) {
         using io = decltype(element);
-        return launch_rows(mix_forward<io, mixed>, 0, *shape, in<io>(x), mixes, all_out<io>(outputs, mixed));
+        return launch_rows(mix_forward<io, mixed>, 0, *shape, in<io>(x), all_parameters(mixes, mixed),
+                           all_out<io>(outputs, mixed));
     });
 }
 
-int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *mixes,
+int32_t rwkv_mix_backward(const rwkv_rows *shape, int32_t count, const void *x, const float *const *mixes,
                           const void *const *doutputs, void *dx, float *dmixes) {
     return with_mixes(*shape, count, [&](auto element, auto mixed) {
         using io = decltype(element);
-        return launch_rows(mix_backward<io, mixed>, mixed, *shape, in<io>(x), mixes, all_in<io>(doutputs, mixed),
-                           out<io>(dx), dmixes);
+        return launch_rows(mix_backward<io, mixed>, bytes_of_sums(mixed), *shape, in<io>(x),
+                           all_parameters(mixes, mixed), all_in<io>(doutputs, mixed), out<io>(dx), dmixes);
     });
 }
 
@@ -198,7 +200,7 @@ int32_t rwkv_gated_norm_backward(const rwkv_rows *shape, const void *y, const vo
                                  const float *bias, const void *dout, void *dy, void *dgate, float *dparameters) {
     return with_heads(*shape, [&](auto element) {
         using io = decltype(element);
-        return launch_rows(gated_norm_backward<io>, 2, *shape, in<io>(y), in<io>(gate), weight, bias, in<io>(dout),
-                           out<io>(dy), out<io>(dgate), dparameters);
+        return launch_rows(gated_norm_backward<io>, bytes_of_sums(2), *shape, in<io>(y), in<io>(gate), weight, bias,
+                           in<io>(dout), out<io>(dy), out<io>(dgate), dparameters);
     });
 }

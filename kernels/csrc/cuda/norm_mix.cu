@@ -282,9 +282,7 @@ int32_t with_norm(const rwkv_rows &p, int32_t count, int32_t rows_in_block, cons
 }
 
 Parameters gather(const float *weight, const float *bias, const float *const *mixes, int count) {
-    Parameters result{weight, bias, {}};
-    for (int m = 0; m < count; ++m) result.mixes.at[m] = mixes[m];
-    return result;
+    return {weight, bias, all_parameters(mixes, count)};
 }
 
 unsigned threads_of(const rwkv_rows &p) {

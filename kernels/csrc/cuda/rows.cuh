@@ -146,6 +146,12 @@ struct Work {
     }
 };
 
+// A parameter [width], as io has it.
+template <typename io>
+__device__ __forceinline__ Channels parameter(const float *from, const Work &work) {
+    return rounded<io>(load(from + work.channel));
+}
+
 __device__ __forceinline__ int64_t flat_place() {
     return (static_cast<int64_t>(blockIdx.x) * FLAT_THREADS + threadIdx.x) * LANE_CHANNELS;
 }
@@ -212,10 +218,10 @@ __device__ __forceinline__ void add_over_warps(float *const (&to)[COUNT], const 
 }
 
 template <typename... Parameters, typename... Arguments>
-int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), int sums, const rwkv_rows &p, Arguments... arguments) {
+int32_t launch_rows(void (*kernel)(rwkv_rows, Parameters...), size_t bytes, const rwkv_rows &p, Arguments... arguments) {
     const dim3 grid((p.rows + RWKV_ROWS_IN_BLOCK - 1) / RWKV_ROWS_IN_BLOCK,
                     (p.width + WARP_CHANNELS - 1) / WARP_CHANNELS);
-    return launch(kernel, grid, dim3(32, ROW_WARPS), bytes_of_sums(sums), p.stream, p, arguments...);
+    return launch(kernel, grid, dim3(32, ROW_WARPS), bytes, p.stream, p, arguments...);
 }
 
 template <int COUNT>
@@ -232,6 +238,12 @@ template <typename io>
 Tensors<io> all_out(void *const *tensors, int count) {
     Tensors<io> result{};
     for (int m = 0; m < count; ++m) result.at[m] = out<io>(tensors[m]);
+    return result;
+}
+
+inline Tensors<const float> all_parameters(const float *const *parameters, int count) {
+    Tensors<const float> result{};
+    for (int m = 0; m < count; ++m) result.at[m] = parameters[m];
     return result;
 }
 

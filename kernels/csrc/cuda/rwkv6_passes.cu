@@ -28,13 +28,13 @@ struct Row {
 
 template <typename io>
 __global__ void __launch_bounds__(ROW_THREADS)
-    shift_blend_forward(rwkv_rows p, const io *x, Tensors<const io> mixes, const float *constants,
+    shift_blend_forward(rwkv_rows p, const io *x, Tensors<const io> mixes, Tensors<const float> constants,
                         Tensors<io> outputs) {
     const Work work(p);
     if (!work.has_rows()) return;
     Channels constant[MIXES];
 #pragma unroll
-    for (int m = 0; m < MIXES; ++m) constant[m] = load(constants + m * p.width + work.channel);
+    for (int m = 0; m < MIXES; ++m) constant[m] = parameter<io>(constants.at[m], work);
     int64_t step = work.begin % p.time;
     Channels before = work.begin ? load(x + (work.begin - 1) * p.width + work.channel) : splat(0.0f);
     for (int64_t row = work.begin; row < work.end; ++row) {
@@ -53,14 +53,14 @@ __global__ void __launch_bounds__(ROW_THREADS)
 // dx_t = sum of g_t (1 - mix_t) + g_{t+1} mix_{t+1}
 template <typename io>
 __global__ void __launch_bounds__(ROW_THREADS, 2)
-    shift_blend_backward(rwkv_rows p, const io *x, Tensors<const io> mixes, const float *constants,
+    shift_blend_backward(rwkv_rows p, const io *x, Tensors<const io> mixes, Tensors<const float> constants,
                          Tensors<const io> doutputs, io *dx, Tensors<io> dmixes, float *dconstants) {
     const Work work(p);
     Channels constant[MIXES], total[MIXES];
     float *to[MIXES];
 #pragma unroll
     for (int m = 0; m < MIXES; ++m) {
-        constant[m] = load(constants + m * p.width + work.channel);
+        constant[m] = parameter<io>(constants.at[m], work);
         total[m] = splat(0.0f);
         to[m] = dconstants + (static_cast<int64_t>(blockIdx.x) * MIXES + m) * p.width;
     }
@@ -123,21 +123,22 @@ __global__ void __launch_bounds__(FLAT_THREADS)
 using namespace rwkv;
 
 int32_t rwkv_shift_blend_forward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                 const float *constants, void *const *outputs) {
+                                 const float *const *constants, void *const *outputs) {
     return with_io(*shape, [&](auto element) {
         using io = decltype(element);
-        return launch_rows(shift_blend_forward<io>, 0, *shape, in<io>(x), all_in<io>(mixes, MIXES), constants,
-                           all_out<io>(outputs, MIXES));
+        return launch_rows(shift_blend_forward<io>, 0, *shape, in<io>(x), all_in<io>(mixes, MIXES),
+                           all_parameters(constants, MIXES), all_out<io>(outputs, MIXES));
     });
 }
 
 int32_t rwkv_shift_blend_backward(const rwkv_rows *shape, const void *x, const void *const *mixes,
-                                  const float *constants, const void *const *doutputs, void *dx, void *const *dmixes,
-                                  float *dconstants) {
+                                  const float *const *constants, const void *const *doutputs, void *dx,
+                                  void *const *dmixes, float *dconstants) {
     return with_io(*shape, [&](auto element) {
         using io = decltype(element);
-        return launch_rows(shift_blend_backward<io>, MIXES, *shape, in<io>(x), all_in<io>(mixes, MIXES), constants,
-                           all_in<io>(doutputs, MIXES), out<io>(dx), all_out<io>(dmixes, MIXES), dconstants);
+        return launch_rows(shift_blend_backward<io>, bytes_of_sums(MIXES), *shape, in<io>(x),
+                           all_in<io>(mixes, MIXES), all_parameters(constants, MIXES), all_in<io>(doutputs, MIXES),
+                           out<io>(dx), all_out<io>(dmixes, MIXES), dconstants);
     });
 }
 

@@ -34,6 +34,33 @@ __device__ __forceinline__ float inverse_length(float squares) {
     return 1.0f / (length < KAPPA_EPS ? KAPPA_EPS : length);  // NaN stays NaN
 }
 
+// A thread's channels of COUNT parameters, as io has them, in shared memory for want of registers.
+template <typename io, int COUNT>
+struct SharedParameters {
+    float4 *lanes = reinterpret_cast<float4 *>(dynamic_memory<char>() + bytes_of_sums(COUNT)) + threadIdx.x;  // [COUNT,2,lane]
+
+    __device__ __forceinline__ SharedParameters(const float *const (&from)[COUNT], const Work &work) {
+        if (threadIdx.y == 0) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                const Channels x = parameter<io>(from[i], work);
+                lanes[2 * i * 32] = float4{x.at[0], x.at[1], x.at[2], x.at[3]};
+                lanes[(2 * i + 1) * 32] = float4{x.at[4], x.at[5], x.at[6], x.at[7]};
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ Channels operator[](int i) const {
+        const float4 low = lanes[2 * i * 32], high = lanes[(2 * i + 1) * 32];
+        return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    }
+};
+
+constexpr size_t bytes_of_backward(int parameters) {
+    return bytes_of_sums(parameters) + parameters * WARP_CHANNELS * sizeof(float);
+}
+
 // MIXES: all blocks but the first, which has no v_first.
 template <typename io, bool MIXES>
 __global__ void __launch_bounds__(ROW_THREADS)
@@ -41,10 +68,9 @@ __global__ void __launch_bounds__(ROW_THREADS)
     const Work work(p);
     const HeadPlace bonus(p, work);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const float *parameters = x.parameters + work.channel;
-    const Channels k_k = load(parameters), k_a = load(parameters + p.width), r_k = load(parameters + 2 * p.width);
-    const Channels a0 = load(parameters + 3 * p.width);
-    const Channels v0 = MIXES ? load(parameters + 4 * p.width) : splat(0.0f);
+    const Channels k_k = parameter<io>(x.k_k, work), k_a = parameter<io>(x.k_a, work);
+    const Channels r_k = parameter<io>(x.r_k, work), a0 = parameter<io>(x.a0, work);
+    const Channels v0 = MIXES ? parameter<io>(x.v0, work) : splat(0.0f);
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
         const Channels key = load(in<io>(x.k) + place), rate = sigmoid(load(in<io>(x.a) + place) + a0);
@@ -65,13 +91,12 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 template <typename io, bool MIXES>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, 3)
     prepare_backward(rwkv_rows p, rwkv_prepare_inputs x, rwkv_prepare_doutputs g, rwkv_prepare_dinputs dx) {
     constexpr int COUNT = MIXES ? 5 : 4;
     const Work work(p);
     const HeadPlace bonus(p, work);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const float *parameters = x.parameters + work.channel;
     Channels totals[COUNT];
     float *to[COUNT];
 #pragma unroll
@@ -79,14 +104,15 @@ __global__ void __launch_bounds__(ROW_THREADS)
         totals[i] = splat(0.0f);
         to[i] = dx.parameters + (static_cast<int64_t>(blockIdx.x) * COUNT + i) * p.width;
     }
+    const float *from[COUNT] = {x.k_k, x.k_a, x.r_k, x.a0};
+    if constexpr (MIXES) from[COUNT - 1] = x.v0;
+    const SharedParameters<io, COUNT> shared(from, work);
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
-        // read again for each row: they stay in the cache, and their registers make room for a third block
-        const Channels k_k = load(parameters), k_a = load(parameters + p.width), r_k = load(parameters + 2 * p.width);
-        const Channels a0 = load(parameters + 3 * p.width);
-        const Channels v0 = MIXES ? load(parameters + 4 * p.width) : splat(0.0f);
+        asm volatile("" ::: "memory");  // or parameters would be read once, into registers
+        const Channels k_k = shared[0], k_a = shared[1], r_k = shared[2];
         const Channels key = load(in<io>(x.k) + place), read = load(in<io>(x.r) + place), q = key * k_k;
-        const Channels rate = sigmoid(load(in<io>(x.a) + place) + a0), rest = rate - splat(1.0f);
+        const Channels rate = sigmoid(load(in<io>(x.a) + place) + shared[3]), rest = rate - splat(1.0f);
         const Channels dreplaced = load(in<io>(g.replaced) + place);
         const Channels dkappa = dreplaced * rate - load(in<io>(g.removed) + place);
         float sums[2] = {sum(q * q), sum(q * dkappa)};
@@ -109,7 +135,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
         const Channels dvalue = load(in<io>(g.mixed) + place) + load(in<io>(g.mixed_again) + place);
         const Channels later = g.v_first ? load(in<io>(g.v_first) + place) : splat(0.0f);
         if constexpr (MIXES) {
-            const Channels share = sigmoid(load(in<io>(x.v_mix) + place) + v0), of_first = dvalue * share;
+            const Channels share = sigmoid(load(in<io>(x.v_mix) + place) + shared[COUNT - 1]);
+            const Channels of_first = dvalue * share;
             const Channels kept = splat(1.0f) - share;
             const Channels dmix =
                 of_first * kept * (load(in<io>(x.v_first) + place) - load(in<io>(x.v) + place));
@@ -131,7 +158,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 4)
     const Work work(p);
     const HeadPlace its_bonus(p, work);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    const Channels scale = parameter<io>(weight, work), shift = parameter<io>(bias, work);
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
         const Normed normed = norm(load(y + place), lanes);
@@ -147,7 +174,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     const Work work(p);
     const HeadPlace its_bonus(p, work);
     const int lanes = static_cast<int>(p.size / LANE_CHANNELS);
-    const Channels scale = load(weight + work.channel), shift = load(bias + work.channel);
+    const Channels scale = parameter<io>(weight, work), shift = parameter<io>(bias, work);
     Channels totals[2] = {splat(0.0f), splat(0.0f)};  // of weight, bias
     for (int64_t row = work.begin; row < work.end; ++row) {
         const int64_t place = row * p.width + work.channel;
@@ -192,8 +219,8 @@ int32_t rwkv_prepare_forward(const rwkv_rows *shape, const rwkv_prepare_inputs *
 int32_t rwkv_prepare_backward(const rwkv_rows *shape, const rwkv_prepare_inputs *inputs,
                               const rwkv_prepare_doutputs *doutputs, const rwkv_prepare_dinputs *dinputs) {
     return with_values(*shape, *inputs, [&](auto element, auto mixes) {
-        const int sums = mixes ? 5 : 4;
-        return launch_rows(prepare_backward<decltype(element), mixes>, sums, *shape, *inputs, *doutputs, *dinputs);
+        return launch_rows(prepare_backward<decltype(element), mixes>, bytes_of_backward(mixes ? 5 : 4), *shape,
+                           *inputs, *doutputs, *dinputs);
     });
 }
 
@@ -211,7 +238,7 @@ int32_t rwkv_read_backward(const rwkv_rows *shape, const void *y, const void *v,
                            void *dgate, float *dparameters) {
     return with_heads(*shape, [&](auto element) {
         using io = decltype(element);
-        return launch_rows(read_backward<io>, 2, *shape, in<io>(y), in<io>(v), bonus, in<io>(gate), weight, bias,
-                           in<io>(dout), out<io>(dy), out<io>(dv), dbonus, out<io>(dgate), dparameters);
+        return launch_rows(read_backward<io>, bytes_of_sums(2), *shape, in<io>(y), in<io>(v), bonus, in<io>(gate), weight,
+                           bias, in<io>(dout), out<io>(dy), out<io>(dv), dbonus, out<io>(dgate), dparameters);
     });
 }

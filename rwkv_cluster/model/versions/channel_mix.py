@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import Linear, NormMix, uninitialized
+from rwkv_cluster.model.layers import Linear, NormMix, complements, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 
 
@@ -34,7 +34,7 @@ class GatedChannelMix(nn.Module):
         """x + branch [B,T,C], what is to be added to it, and the state's part, see `NormMix`."""
         mixes: list[Tensor] = [self.get_parameter(name) for name in self.mix_names]
         if self.mixes_current:
-            mixes = [1 - m.to(x.dtype) for m in mixes]
+            mixes = complements(mixes, x.dtype)
         x, (x_k, x_r), last = norm(x, branch, mixes, before, starts)
         value = self.value(fused.squared_relu(self.key(x_k), choice=self.fused))
         return x, fused.sigmoid_gate(self.receptance(x_r), value, choice=self.fused), last

@@ -14,7 +14,7 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, complements, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.channel_mix import GatedChannelMix
 from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, small_orthogonal, zeros
@@ -54,7 +54,7 @@ class TimeMix(nn.Module):
         before [B,C], wkv [B,H,N,N], starts [B,T]. v_first is RWKV-7's.
         """
         mixes = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
-        x, (x_r, x_k, x_v, x_g), last = norm(x, branch, [1 - mix.to(x.dtype) for mix in mixes], before, starts)
+        x, (x_r, x_k, x_v, x_g), last = norm(x, branch, complements(mixes, x.dtype), before, starts)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v))  # [B,T,H,N]
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)  # [H,N]
