@@ -110,8 +110,9 @@ def test_numbers_of_mixes() -> None:
     assert isinstance(library, loader.Library)
     no_rows = signatures.Rows(rows=0, time=1, width=16, size=16)
     counts = range(int(DEFINED["RWKV_MOST_MIXES"]) + 2)
+    nothing = [(ctypes.c_void_p * len(counts))() for _ in range(8)]  # of which no tensor is read
     status = [
-        library.handle.rwkv_norm_mix_forward(ctypes.byref(no_rows), count, fused.ROWS_IN_BLOCK, *[None] * 8)
+        library.handle.rwkv_norm_mix_forward(ctypes.byref(no_rows), count, fused.ROWS_IN_BLOCK, *nothing)
         for count in counts
     ]
     assert tuple(count for count in counts if status[count] == ENUMERATED["RWKV_OK"]) == sizes.NORM_MIX_COUNTS
