@@ -38,7 +38,7 @@ BANDWIDTH_SHARE = 0.78
 WKV_BYTES_PER_S = 3350e9 * BANDWIDTH_SHARE / 1.7 / 132
 """Bytes of WKV's tensors that a multiprocessor with two blocks gets through in a second. Shared memory is its limit,
 and the GPU's own memory no more than a floor. From a model of the compiled code for an H100, which has 132: 1.7 times
-the time of the bytes, 4.3 to 5.5 ms for B 8, T 4096, H 64, and 6 to 8 ms with fp32 maths. Clocks are taken to be alike."""
+the time of the bytes, 4.3 to 5.5 ms for B 8, T 4096, H 64, and 6 to 8 ms with fp32 maths."""
 WKV_BLOCKS = 2
 """Blocks on a multiprocessor beyond which there is no gain; with fewer heads than places the time stays."""
 WKV_BLOCK_KIB = (33_088 / 1024 + 1, 72_784 / 1024 + 1)

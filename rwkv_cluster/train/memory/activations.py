@@ -9,6 +9,8 @@ B batch, T time, C width, A attention width, F channel-mix width, N head size, V
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.kernels.sizes import (
@@ -43,13 +45,15 @@ class Kernels:
     """Forms that compute a block, and the loss.
 
     wkv: "tensor_cores", "native", "chunked", "reference". fused: "plain" or another. has_loss: whether the library's
-    loss is there, on a GPU; a CPU has none.
+    loss is there, on a GPU; a CPU has none. sums_products: whether torch adds bf16 and fp16 products to an fp32 sum in
+    place, on a GPU; a CPU makes each product first.
     """
 
     device: str
     wkv: str
     fused: str
     has_loss: bool = True
+    sums_products: bool = True
 
     @classmethod
     def of(cls, training: TrainingConfig, model: ModelConfig, device: str) -> Kernels:
@@ -64,12 +68,18 @@ class Kernels:
         if fused == "auto":
             serves = has_fused_passes(device, model.n_embd, head_size)
             fused = "native" if serves else "compile" if on_gpu else "plain"
-        return cls(device, {"exact": "native"}.get(wkv, wkv), fused)
+        return cls(device, {"exact": "native"}.get(wkv, wkv), fused, sums_products=_torch_sums_products())
 
     @property
     def is_compiled(self) -> bool:
         """Whether WKV is a kernel of the compiled library."""
         return self.wkv in ("native", "tensor_cores")
+
+
+@cache
+def _torch_sums_products() -> bool:
+    """Whether the installed torch, which is not imported, is 2.10 or newer, as `model.loss` needs it."""
+    return tuple(int(number) for number in version("torch").split(".")[:2]) >= (2, 10)
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ def activations(
         trains_head, hidden = "head.weight" in parameters.trained, parameters.adapter_hidden
     of_head = vocab_size * C if trains_head else 0  # elements of its weight's gradient
     head = _head_bytes(tokens, vocab_size, item, kernels)
+    product = 0 if kernels.device == "cuda" and kernels.sums_products and item < FP32 else item
     return Activations(
         n_layer=L,
         block=tokens * (_block_bytes(model, kernels, item, is_frozen=is_frozen) + hidden * item),
@@ -137,7 +148,7 @@ def activations(
         inputs=float(tokens * C * item * (L + version_of(model).saved.carried)),
         outside=float(tokens * ((_OUTSIDE - is_frozen) * C * item + 8) + of_head * FP32),
         workspace=dequantized + _workspace(model, kernels, tokens, item) + _chunked(model, kernels, micro_bsz),
-        head=head + of_head * (item + copies),
+        head=head + of_head * (product + copies),
         head_backward=float(of_head * (FP32 + (item if bf16_parameters and item < FP32 else 0))),
         first_less=float(tokens * C * item * version_of(model).saved.of_width_trained_in_block_0 * is_frozen),
     )
@@ -210,8 +221,8 @@ def _head_bytes(tokens: int, V: int, item: int, kernels: Kernels) -> float:
     """Bytes of `model.loss.head_loss` at work, where the head is frozen.
 
     Logits of a chunk of rows, in whose place a GPU's library writes their gradient; without it their softmax in fp32
-    and its gradient too, which a CPU's product wants transposed. A trained head has the chunk's product for the
-    weight's gradient, and the weight in the training precision, beside them.
+    and its gradient too, which a CPU's product wants transposed. A trained head has the weight in the training
+    precision beside them, and the chunk's product for the weight's gradient where it cannot be added in place.
     """
     rows, on_cpu = min(tokens, max(16, LOGITS_IN_FLIGHT[kernels.device] // V)), kernels.device == "cpu"
     if kernels.has_loss and not on_cpu:

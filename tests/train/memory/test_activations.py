@@ -18,7 +18,7 @@ from rwkv_cluster.kernels import loader, native
 from rwkv_cluster.model import layers
 from rwkv_cluster.planning.options import Assumptions
 from rwkv_cluster.planning.run_plan import plan_run
-from rwkv_cluster.train.memory.activations import Kernels, activations
+from rwkv_cluster.train.memory.activations import Kernels, _torch_sums_products, activations
 from rwkv_cluster.train.memory.model_states import Sharding
 from rwkv_cluster.train.memory.peak import MemoryModel, Setting
 from rwkv_cluster.train.optimizers.param_groups import freeze
@@ -153,13 +153,40 @@ def test_the_loss_of_a_gpu_needs_its_logits_alone_where_the_library_is(precision
     """Else softmax in fp32, and a copy of its gradient in bf16."""
     with_library, without = (
         activations(
-            _config("x070"), 500, Kernels("cuda", "chunked", "plain", has_loss), micro_bsz=2, precision=precision,
-            bf16_parameters=True,
+            _config("x070"), 500, Kernels("cuda", "chunked", "plain", has_loss, sums_products=False), micro_bsz=2,
+            precision=precision, bf16_parameters=True,
         ).head
         for has_loss in (True, False)
     )  # fmt: skip
     assert without - with_library == 2 * 96 * 500 * (4 if item == 4 else 4 + 2)
     assert with_library - 500 * 192 * item == 2 * 96 * 500 * item
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "item"), [("cuda", "bf16", 2), ("cuda", "fp16", 2), ("cuda", "fp32", 0), ("cpu", "bf16", 0)]
+)
+def test_a_product_that_a_gpu_adds_in_place_is_not_counted(device: str, precision: str, item: int) -> None:
+    """As the loss does it: in two bytes, on a GPU, from torch 2.10 on."""
+    made, added = (
+        activations(
+            _config("x070"),
+            500,
+            Kernels(device, "chunked", "plain", sums_products=sums),
+            micro_bsz=2,
+            precision=precision,
+            bf16_parameters=False,
+        ).head
+        for sums in (False, True)
+    )
+    assert made - added == 500 * 192 * item
+
+
+@pytest.mark.parametrize(("torch_version", "sums"), [("2.9.1", False), ("2.10.0", True), ("2.13.0+cpu", True)])
+def test_which_torch_adds_products_in_place(torch_version: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_cluster.train.memory.activations.version", lambda _: torch_version)
+    _torch_sums_products.cache_clear()
+    assert Kernels.of(TrainingConfig(), _config("x070"), "cuda").sums_products == sums
+    _torch_sums_products.cache_clear()
 
 
 def test_kernels_are_those_that_auto_takes() -> None:
