@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_cluster.errors import KernelError, KernelMemoryError
 from rwkv_cluster.kernels import build
-from rwkv_cluster.kernels.signatures import ABI, ONLY_SOME, SIGNATURES
+from rwkv_cluster.kernels.signatures import ABI, NO_MEMORY, ONLY_SOME, SIGNATURES
 
 FOLDER_VARIABLE = "RWKV_CLUSTER_KERNELS"
 COMMAND = "python -m rwkv_cluster.kernels.build"
@@ -43,6 +44,12 @@ class Missing:
     def reason(self) -> str:
         """Both as whole sentences."""
         return "".join(f"{part}. " for part in (self.what, self.remedy) if part).rstrip()
+
+
+def failure(library: Library, status: int, what: str) -> KernelError:
+    """The error for a function of `library` that has returned `status`, not 0. what: the call that has failed."""
+    kind = KernelMemoryError if status in NO_MEMORY else KernelError
+    return kind(f"{what}: {library.handle.rwkv_status_text(status).decode()}")
 
 
 @functools.cache

@@ -168,8 +168,8 @@ def _call(name: str, kernel: int, starts: Tensor | None, inputs: Sequence[Tensor
     with torch.cuda.device_of(r):
         status = getattr(library.handle, name)(ctypes.byref(problem), *pointers)
     if status:
-        reason = library.handle.rwkv_status_text(status).decode()
-        raise KernelError(f"{name} of {library.path} failed on {r.device} for {r.dtype} {tuple(r.shape)}: {reason}")
+        what = f"{name} of {library.path} failed on {r.device} for {r.dtype} {tuple(r.shape)}"
+        raise loader.failure(library, status, what)
 
 
 def _has_constant_decay(inputs: Sequence[Tensor]) -> bool:

@@ -9,6 +9,9 @@ from typing import Any
 ABI = 5
 """RWKV_KERNELS_ABI of a library that fits."""
 
+NO_MEMORY = (4, 1002)
+"""Statuses of a function that has found no memory: RWKV_NO_MEMORY, RWKV_CUDA_ERROR + cudaErrorMemoryAllocation."""
+
 
 class Problem(ctypes.Structure):
     """rwkv_problem."""

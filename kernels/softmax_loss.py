@@ -11,7 +11,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.native import IO, find_library
 from rwkv_cluster.kernels.signatures import Logits
@@ -55,7 +54,6 @@ def softmax_loss(library: loader.Library, logits: Tensor, targets: Tensor, l2wra
             ctypes.byref(shape), logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
         )
     if status:
-        reason = library.handle.rwkv_status_text(status).decode()
         what = f"{logits.dtype} {tuple(logits.shape)} on {logits.device}"
-        raise KernelError(f"rwkv_softmax_loss of {library.path} failed for {what}: {reason}")
+        raise loader.failure(library, status, f"rwkv_softmax_loss of {library.path} failed for {what}")
     return losses.sum()

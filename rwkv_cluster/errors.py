@@ -76,6 +76,10 @@ class KernelError(RWKVClusterError, RuntimeError):
     exit_code = 5
 
 
+class KernelMemoryError(KernelError):
+    """A compiled kernel has found no memory. Exit code 5."""
+
+
 class LaunchError(RWKVClusterError, RuntimeError):
     """A job cannot be launched, or the work directory is held by another run. Exit code 6."""
 

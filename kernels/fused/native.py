@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import loader
 from rwkv_cluster.kernels.native import IO, aligned, find_library
 from rwkv_cluster.kernels.signatures import Rows
@@ -374,5 +373,4 @@ def _call(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | Non
     with torch.cuda.device_of(x):
         status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
     if status:
-        reason = library.handle.rwkv_status_text(status).decode()
-        raise KernelError(f"{name} of {library.path} failed for {x.dtype} {tuple(x.shape)}: {reason}")
+        raise loader.failure(library, status, f"{name} of {library.path} failed for {x.dtype} {tuple(x.shape)}")

@@ -89,12 +89,15 @@ def _fitting(n_layer: int, n_embd: int, batch: int, grad_cp: int, options: argpa
     """Figures of as many layers as fit, or {"error": why there are none}."""
     import torch
 
+    from rwkv_cluster.train.memory.out_of_memory import is_out_of_memory
+
     while n_layer:
         try:
             return _measure(n_layer, n_embd, batch, grad_cp, options)
-        except torch.cuda.OutOfMemoryError:
-            n_layer //= 2
         except Exception as error:  # whatever it is, the other cases go on
+            if is_out_of_memory(error):
+                n_layer //= 2
+                continue
             return {"error": f"{type(error).__name__}: {f'{error} '.splitlines()[0][:160]}"}
         finally:
             gc.collect()  # the model is in circles with its gradients

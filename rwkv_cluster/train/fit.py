@@ -32,6 +32,7 @@ from rwkv_cluster.train.checkpoint.weights import load_model
 from rwkv_cluster.train.distributed.collectives import fault_point
 from rwkv_cluster.train.guards.spike_guard import Spike
 from rwkv_cluster.train.guards.stop_request import StopRequest
+from rwkv_cluster.train.memory.out_of_memory import is_out_of_memory, naming_remedy
 from rwkv_cluster.train.metrics import environment
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.train.metrics.loggers import finishing
@@ -171,7 +172,7 @@ def _run_session(
     if is_first_session:
         _tell_begin(session, events)
     with events.log_exit(lambda: module.step):
-        with after_step, quiet_lightning():
+        with after_step, quiet_lightning(), naming_remedy(config.training):
             trainer = build_trainer(
                 session, [StableBuckets(), AllReduceCheck(), timer, after_step, DetachProcessWatcher(), *callbacks]
             )
@@ -236,7 +237,9 @@ def _last_sample(session: Session, tokenizer: Any) -> str | None:
         try:
             model = _final_model(session, "cuda", DTYPES[session.config.training.precision])
             return sample_text(model, tokenizer, session.config.logging)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             log.info("the last sample is made on the CPU: the GPU has no memory for it")
     return sample_text(_final_model(session, "cpu", torch.float32), tokenizer, session.config.logging)
 

@@ -69,6 +69,9 @@ def test_constants() -> None:
     assert int(DEFINED["RWKV_MOST_MIXES"]) == max(sizes.NORM_MIX_COUNTS)
     assert {kind: ENUMERATED[f"RWKV_{name}"] for kind, name in NAMES_OF_IO.items()} == native.IO
     kernels = ("RWKV_EXACT", "RWKV_TENSOR_CORES", "RWKV_TENSOR_CORES_16")
+    cuda_error_memory_allocation = 2  # of the CUDA runtime
+    no_memory = (ENUMERATED["RWKV_NO_MEMORY"], ENUMERATED["RWKV_CUDA_ERROR"] + cuda_error_memory_allocation)
+    assert no_memory == signatures.NO_MEMORY
     assert tuple(ENUMERATED[name] for name in kernels) == (native.EXACT, native.TENSOR_CORES, native.TENSOR_CORES_16)
     assert f"L = {sizes.STEPS_BETWEEN_STATES} steps between checkpoints" in HEADERS["wkv.h"]
 

@@ -60,10 +60,22 @@ def test_a_jinja_template_says_what_ends_an_answer(answer: str, tmp_path: Path) 
     assert load_template(str(file)).ask("q") == ("<u>q</u><a>", "</a>")
 
 
+class CublasError(RuntimeError):
+    """As torch raises it for cuBLAS without memory: a RuntimeError with this in its text."""
+
+    def __str__(self) -> str:
+        return "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
 @pytest.mark.parametrize("has_room", [True, False])
-@pytest.mark.parametrize("kind", ["none", "state"])
+@pytest.mark.parametrize(("kind", "shortage"), [("none", torch.cuda.OutOfMemoryError), ("state", CublasError)])
 def test_the_last_sample_is_made_where_the_run_was_trained(
-    kind: str, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str,
+    shortage: type[Exception],
+    has_room: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In its precision; where the GPU has no room, on the CPU in fp32. The GPU is the CPU here."""
     caplog.set_level(logging.INFO, logger="rwkv_cluster")
@@ -73,7 +85,7 @@ def test_the_last_sample_is_made_where_the_run_was_trained(
     def load(source: Path, *, device: str, dtype: torch.dtype) -> RWKV:
         made.append((device, dtype))
         if device == "cuda" and not has_room:
-            raise torch.cuda.OutOfMemoryError
+            raise shortage
         return load_model(source, dtype=dtype)
 
     def sample_of(session: Session, tokenizer: object) -> str | None:
