@@ -1,9 +1,18 @@
 """What torch's NCCL process group is told through the environment, where the user's environment does not say it.
 
-What torch 2.6 to 2.13 do without it was read in their ProcessGroupNCCL.hpp and FlightRecorder.hpp. Left as torch and
-NCCL have them, for want of a reason: how an error ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING, which torchrun
-sets and which ends it in either form), the heartbeat of torch's own watchdog (which is no limit on collectives: that
-is training.timeout_s), and every choice of algorithm, protocol, channel and network.
+What torch 2.6 to 2.13 do without it was read in their ProcessGroupNCCL and FlightRecorder, and in the pull requests in
+brackets:
+
+    TORCH_NCCL_HIGH_PRIORITY, TORCH_NCCL_DUMP_ON_TIMEOUT           all; the second is on by default from 2.7 on (143446)
+    TORCH_NCCL_TRACE_BUFFER_SIZE, TORCH_NCCL_DEBUG_INFO_TEMP_FILE  all; from 2.8 on with a warning
+    TORCH_FR_BUFFER_SIZE, TORCH_FR_DUMP_TEMP_FILE                  from 2.8 on (152563)
+
+The recorder's size is 0 by default before 2.11 (172843). The process group dumps where its own copy of the size is not
+0, which it reads by the old name alone; that has been 2000 by default since before 2.8 (142260): the new name will do.
+
+Left as torch and NCCL have them, for want of a reason: how an error ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING,
+which torchrun sets and which ends it in either form), the heartbeat of torch's own watchdog (which is no limit on
+collectives: that is training.timeout_s), and every choice of algorithm, protocol, channel and network.
 """
 
 from __future__ import annotations
@@ -45,7 +54,7 @@ def missing_variables(environment: Mapping[str, str], dumps: Path, torch_version
 
     TORCH_NCCL_HIGH_PRIORITY: a GPU's scheduler takes the blocks of a waiting reduction before those of the backward
     pass's next kernels, so that it begins while these run (pytorch pull requests 43796, 122830). No sum changes by it.
-    Flight recorder: torch 2.6 to 2.9 record nothing by default, 2.6 writes nothing on a timeout, and each version
+    Flight recorder: torch 2.6 to 2.10 record nothing by default, 2.6 writes nothing on a timeout, and each version
     writes it where the next run overwrites it: /tmp or the home directory.
     TORCH_NCCL_USE_COMM_NONBLOCKING: before 2.7.1 torch makes a communicator that is bound to a device non-blocking,
     in which NCCL 2.26 hangs now and then (pytorch issue 153960, pull request 154055).
