@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rwkv_cluster.doctor.checks.wkv import libraries, self_test, training_step
 from rwkv_cluster.doctor.context import IMAGE_VARIABLE, CheckContext
 from rwkv_cluster.doctor.results import Row
 from rwkv_cluster.doctor.run_checks import CHECKS, OF_EACH_RANK
+from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import build, loader
 from rwkv_cluster.kernels import self_test as kernels_self_test
 from rwkv_cluster.kernels.fused import native as fused_passes
@@ -136,6 +138,24 @@ def test_a_wrong_kernel_ends_it_with_exit_code_5(error: float, monkeypatch: Any,
     assert f"error: The WKV backend native on cpu, float32 is wrong: relative error {error:.1e} where 5e-05" in said.err
     assert "problem  self-test: native on cpu, float32" in said.out
     assert "ok       locks" in said.out
+
+
+DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
+
+
+@pytest.mark.parametrize("error", [KernelError(f"rwkv_wkv7_forward failed: {DRIVER}"), RuntimeError(DRIVER)])
+def test_a_device_that_fails_is_a_row_and_the_examination_goes_on(error: Exception, monkeypatch: Any) -> None:
+    def failing(device: str) -> Iterator[tuple[str, torch.dtype, float, float]]:
+        yield "chunked", torch.float32, 1e-7, 5e-5
+        raise error
+
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(kernels_self_test, "run", failing)
+    right, wrong = self_test(CheckContext())
+    assert (right.state, wrong.state) == ("ok", "problem")
+    assert wrong.text.startswith("The WKV backends on cpu failed: ")
+    assert wrong.text.endswith(DRIVER)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
 
 
 def test_a_wrong_pass_is_found_by_a_step(monkeypatch: Any) -> None:

@@ -24,7 +24,7 @@ from naive_wkv import (
 )
 
 from rwkv_cluster.errors import KernelError
-from rwkv_cluster.kernels import fla, ops
+from rwkv_cluster.kernels import fla, ops, self_test
 
 
 def started(r, initial_state):
@@ -105,6 +105,25 @@ def test_documents_are_given_as_sequences_of_one_row(version, stand_in):
     wanted = values_and_gradients(partial(each_document_alone, version, starts), inputs)
     found = values_and_gradients(partial(getattr(fla, version), starts=starts), inputs, torch.float32)
     assert max(relative_errors(found, wanted)) < 5e-6
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_doctor_allows_products_in_tf32(version, stand_in, monkeypatch):
+    """Inputs cut to TF32's 10 bits of mantissa, as tensor cores take them."""
+    name = "chunk_rwkv7" if version == "wkv7" else "chunk_rwkv6"
+    module = sys.modules[f"fla.ops.{name.removeprefix('chunk_')}"]
+    exact = getattr(module, name)
+
+    def cut(x):
+        return x + ((x.detach().view(torch.int32) & ~0x1FFF).view(torch.float32) - x.detach())
+
+    def in_tf32(r, log_decay, *others, **options):
+        return exact(cut(r), log_decay, *map(cut, others), **options)
+
+    monkeypatch.setattr(module, name, in_tf32)
+    monkeypatch.setattr(fla, "require", lambda device: None)
+    error = self_test._error(version, 64, None, "fla", torch.float32, "cpu")
+    assert self_test.FLOAT32_LIMIT < error < self_test.LIMITS["fla", torch.float32] / 2
 
 
 def test_where_documents_begin_as_offsets():
