@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, on this machine: `bash tests/gpu.sh`, after README's test command.
 # STAGES: which of those below, in this order. BUDGET: seconds for all of them. OUT: folder of the results.
+# WORKERS: processes that tests are run by at once on the one GPU; half the time of a test is the host's.
 # Each stage has its share of the time and goes on where an earlier one has failed; where there is no GPU all are skipped.
 # In OUT: summary.txt, a log of each stage, and results.json and what the benchmarks write, for kernels/benchmarks.
 # Exit code: 0, or 1 where a stage has failed or was stopped.
 set -uo pipefail
 STAGES=${STAGES:-facts kernels sanitizer training wkv step}
 BUDGET=${BUDGET:-1800}
+cores=$(nproc)
+WORKERS=${WORKERS:-$((cores < 4 ? 1 : cores < 12 ? cores / 2 : 6))}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(realpath -m -- "${OUT:-gpu-results}")
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
@@ -20,7 +23,8 @@ facts() { # the ceilings of all that follows
 }
 
 tests() { # FOLDER...
-    "$PYTHON" -m pytest -m gpu -q --no-header --tb=short -p no:cacheprovider --durations=5 "$@"
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} "$PYTHON" -m pytest -m gpu -n "$WORKERS" -q --no-header --tb=short \
+        -p no:cacheprovider --durations=5 "$@"
 }
 
 kernels() { # outputs and gradients against float64, streams, graphs, torch.compile
@@ -78,7 +82,7 @@ for stage in $STAGES; do
     share "$stage" >/dev/null || exit 2
 done
 export -f facts tests kernels sanitizer training wkv step
-export PYTHON OUT
+export PYTHON OUT WORKERS
 failures=0
 has_gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())') || exit 1
 for stage in $STAGES; do

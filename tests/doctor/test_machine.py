@@ -167,6 +167,8 @@ def test_what_torch_compile_needs_on_a_gpu(monkeypatch: Any) -> None:
 def test_the_real_driver_and_torch_agree() -> None:
     import torch
 
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
     assert len(gpus.listed()) >= torch.cuda.device_count()
     assert gpus.torch_cuda(CheckContext())[0].state == "ok"
 

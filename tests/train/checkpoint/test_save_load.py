@@ -331,6 +331,8 @@ def test_copies_of_a_gpus_tensors_pin_one_buffer() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     _require_copies_of_their_own("cuda")
+    if not hasattr(torch.cuda, "host_memory_stats"):
+        pytest.skip("this torch does not count what it has pinned")
     large = {str(number): torch.randn(40_000_001, device="cuda") for number in range(4)}
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     host_copies = HostCopies()
