@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from rwkv_cluster.errors import EXIT_CODES, LaunchError, Preempted
-from rwkv_cluster.launch.command import IN_LAUNCH_FOLDER
+from rwkv_cluster.launch.command import ALL_GPUS_VARIABLE, IN_LAUNCH_FOLDER
 from rwkv_cluster.launch.launch_folder import BAD_NODE, RANK_ENVIRONMENT, STATE
 from rwkv_cluster.launch.logs import Echo
 from rwkv_cluster.launch.meeting import ATTEMPT_VARIABLE, NODE_VARIABLE, NODES_VARIABLE, join
@@ -137,7 +137,8 @@ def run(
         raise LaunchError(
             f"{node.host}: {error.strerror}: {error.filename}", remedy="Every node must see this directory"
         ) from None
-    environment = {**os.environ, STATE_VARIABLE: str(node.state), **_rendezvous(node, port)}
+    own = {STATE_VARIABLE: str(node.state), **_rendezvous(node, port), **gpus_of_job(os.environ)}
+    environment = {**os.environ, **own}
     if forward is not None:
         environment["DS_ENV_FILE"] = str(_for_deepspeed(node, environment, forward))
     argv = [argument.replace(IN_LAUNCH_FOLDER, f"{node.launch}/", 1) for argument in command]
@@ -152,6 +153,18 @@ def run(
     if code == PREEMPTED and node.is_numbered:
         wait_for_other_nodes(node)
     return code
+
+
+def gpus_of_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """CUDA's variables for the ranks in a docker container of a Slurm job, which has all GPUs of its node.
+
+    Slurm numbers a job's GPUs in CUDA_VISIBLE_DEVICES from 0 where cgroups hide the others. In a container of docker's
+    daemon they do not, and two jobs on a node would take the same. SLURM_STEP_GPUS has the node's numbers.
+    """
+    numbers = environment.get("SLURM_STEP_GPUS") or environment.get("SLURM_JOB_GPUS")
+    if ALL_GPUS_VARIABLE not in environment or not numbers:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": numbers, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def wait_for_end(node: Node, ranks: Ranks, echo: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from rwkv_cluster.runtime.terminal.plain_text import hidden_character
 
 # Before the name of a file, in an argument: the launch directory, which is known where the agent runs.
 IN_LAUNCH_FOLDER = "@launch/"
+ALL_GPUS_VARIABLE = "RWKV_CLUSTER_ALL_GPUS"  # set in a container that has all of its node's GPUs, whatever the job has
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that bash reads as grammar when they stand first and are not quoted.
 _RESERVED = re.compile("if|then|else|elif|fi|case|esac|for|select|while|until|do|done|in|function|time|coproc")

@@ -6,14 +6,14 @@ import os
 
 from rwkv_cluster.config import Config
 from rwkv_cluster.errors import LaunchError
-from rwkv_cluster.launch.command import Command
+from rwkv_cluster.launch.command import ALL_GPUS_VARIABLE, Command
 from rwkv_cluster.launch.launch_folder import CONTAINER_ID
 
 # What the ranks of a Slurm step know of their place; other runtimes pass the whole environment.
 PASSED = (
     *("RWKV_CLUSTER_LAUNCH", "RWKV_CLUSTER_ATTEMPT", "RWKV_CLUSTER_NODES", "SLURMD_NODENAME", "SLURM_NODEID"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID"),
-    *("SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES"),
+    *("SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"),
 )
 
 
@@ -68,6 +68,8 @@ def _docker(config: Config, inner: Command, cwd: str, engine: str, has_id_file: 
         options += [f"--cidfile={CONTAINER_ID}"]
     if launch.gpus_per_node:
         options += ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
+        if engine == "docker" and not has_id_file:  # its daemon starts it outside of the job's cgroup
+            options += [f"--env={ALL_GPUS_VARIABLE}=1"]
     if launch.num_nodes > 1 or not has_id_file:
         options += ["--network=host", "--ipc=host"]
         options.remove(f"--shm-size={container.shm_size}")  # the host's

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_cluster.errors import DataError, LaunchError, MissingDataError, RWKVClusterError, TrainingError
-from rwkv_cluster.launch.agent import Node, Ranks, classify_exit
+from rwkv_cluster.launch.agent import Node, Ranks, classify_exit, gpus_of_job
+from rwkv_cluster.launch.command import ALL_GPUS_VARIABLE
 from rwkv_cluster.launch.outcome import Outcome, read_outcome
 from rwkv_cluster.runtime.exit_report import STATE_VARIABLE, ExitReport, read_exit_report, report_exit
 
@@ -70,6 +71,24 @@ def test_the_first_node_to_end_is_the_one_that_is_believed_and_a_cut_line_is_non
     assert read_outcome(tmp_path) == Outcome("failed", 4, "the first")
     (tmp_path / "outcome").write_text("failed 4")
     assert read_outcome(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible"),
+    [
+        ({"SLURM_STEP_GPUS": "4,5", "SLURM_JOB_GPUS": "4,5,6", ALL_GPUS_VARIABLE: "1"}, "4,5"),
+        ({"SLURM_JOB_GPUS": "4,5", ALL_GPUS_VARIABLE: "1"}, "4,5"),
+        ({"SLURM_STEP_GPUS": "4,5"}, None),  # where cgroups hide the others
+        ({ALL_GPUS_VARIABLE: "1"}, None),
+    ],
+)
+def test_a_docker_container_under_slurm_takes_the_gpus_of_its_job(
+    variables: dict[str, str], visible: str | None
+) -> None:
+    """CUDA_VISIBLE_DEVICES counts them from 0, whatever others the node has."""
+    found = gpus_of_job({"CUDA_VISIBLE_DEVICES": "0,1", **variables})
+    wanted = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if visible else {}
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
