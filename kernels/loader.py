@@ -18,7 +18,7 @@ from typing import Any
 
 from rwkv_cluster.errors import KernelError, KernelMemoryError
 from rwkv_cluster.kernels import build
-from rwkv_cluster.kernels.signatures import ABI, NO_MEMORY, ONLY_SOME, SIGNATURES
+from rwkv_cluster.kernels.signatures import ABI, CUDA_ERROR, NO_MEMORY, ONLY_SOME, SIGNATURES
 
 FOLDER_VARIABLE = "RWKV_CLUSTER_KERNELS"
 COMMAND = "python -m rwkv_cluster.kernels.build"
@@ -32,6 +32,21 @@ class Library:
     path: Path
     target: str
 
+    def check(self, name: str, status: int, inputs: str) -> None:
+        """Raise an error unless the function `name` has returned 0. inputs: what it was given, in words.
+
+        Raises:
+            KernelMemoryError: it has found no memory.
+            KernelError: it reports another error.
+        """
+        if not status:
+            return
+        reason = self.handle.rwkv_status_text(status).decode()
+        blocking = "It may be of an earlier call, as a GPU works behind: CUDA_LAUNCH_BLOCKING=1 tells which"
+        remedy = blocking if status >= CUDA_ERROR else ""
+        kind = KernelMemoryError if status in NO_MEMORY else KernelError
+        raise kind(f"{name} of {self.path} failed for {inputs}: {reason}", remedy=remedy)
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -44,12 +59,6 @@ class Missing:
     def reason(self) -> str:
         """Both as whole sentences."""
         return "".join(f"{part}. " for part in (self.what, self.remedy) if part).rstrip()
-
-
-def failure(library: Library, status: int, what: str) -> KernelError:
-    """The error for a function of `library` that has returned `status`, not 0. what: the call that has failed."""
-    kind = KernelMemoryError if status in NO_MEMORY else KernelError
-    return kind(f"{what}: {library.handle.rwkv_status_text(status).decode()}")
 
 
 @functools.cache
@@ -77,6 +86,9 @@ def cuda(name: str, capability: tuple[int, int]) -> Library | Missing:
         if not any(runs_on(arch, capability) for arch in architectures):
             faults.append(f"{path} has {' '.join(architectures) or 'no architecture'}")
             continue
+        if fault := _too_new(manifest, driver_version()):
+            faults.append(f"{path} {fault}")
+            continue
         library = _load(path, manifest, faults)
         if library is not None:
             return Library(library, path, " ".join(architectures))
@@ -94,6 +106,25 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     if kind == "compute":
         return (major, minor) <= capability
     return major == capability[0] and minor <= capability[1]
+
+
+@functools.cache
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that this machine's driver knows, e.g. (13, 0); None without one."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status else (version.value // 1000, version.value % 1000 // 10)
+
+
+def _too_new(manifest: dict[str, Any], driver: tuple[int, int] | None) -> str:
+    """What is wrong with a library whose CUDA has a later major version than the driver; empty where nothing is."""
+    release = re.search(r"release (\d+)\.(\d+)", str(manifest.get("compiler")))
+    if driver is None or release is None or int(release[1]) <= driver[0]:
+        return ""
+    return f"was built by CUDA {release[1]}.{release[2]}, and the driver knows CUDA {driver[0]}.{driver[1]} and older"
 
 
 def folders() -> list[Path]:

@@ -167,9 +167,7 @@ def _call(name: str, kernel: int, starts: Tensor | None, inputs: Sequence[Tensor
     pointers = [None if x is None else x.data_ptr() for x in (*inputs, *others)]
     with torch.cuda.device_of(r):
         status = getattr(library.handle, name)(ctypes.byref(problem), *pointers)
-    if status:
-        what = f"{name} of {library.path} failed on {r.device} for {r.dtype} {tuple(r.shape)}"
-        raise loader.failure(library, status, what)
+    library.check(name, status, f"{r.dtype} {tuple(r.shape)} on {r.device}")
 
 
 def _has_constant_decay(inputs: Sequence[Tensor]) -> bool:

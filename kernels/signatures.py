@@ -9,6 +9,9 @@ from typing import Any
 ABI = 5
 """RWKV_KERNELS_ABI of a library that fits."""
 
+CUDA_ERROR = 1000
+"""RWKV_CUDA_ERROR: a status from here on is CUDA's own, counted from this."""
+
 NO_MEMORY = (4, 1002)
 """Statuses of a function that has found no memory: RWKV_NO_MEMORY, RWKV_CUDA_ERROR + cudaErrorMemoryAllocation."""
 

@@ -53,7 +53,5 @@ def softmax_loss(library: loader.Library, logits: Tensor, targets: Tensor, l2wra
         status = library.handle.rwkv_softmax_loss(
             ctypes.byref(shape), logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
         )
-    if status:
-        what = f"{logits.dtype} {tuple(logits.shape)} on {logits.device}"
-        raise loader.failure(library, status, f"rwkv_softmax_loss of {library.path} failed for {what}")
+    library.check("rwkv_softmax_loss", status, f"{logits.dtype} {tuple(logits.shape)} on {logits.device}")
     return losses.sum()

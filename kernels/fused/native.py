@@ -372,5 +372,4 @@ def _call(name: str, x: Tensor, size: int, *arguments: Any, starts: Tensor | Non
     passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
     with torch.cuda.device_of(x):
         status = getattr(library.handle, name)(ctypes.byref(shape), *passed)
-    if status:
-        raise loader.failure(library, status, f"{name} of {library.path} failed for {x.dtype} {tuple(x.shape)}")
+    library.check(name, status, f"{x.dtype} {tuple(x.shape)} on {x.device}")

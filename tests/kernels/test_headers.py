@@ -67,6 +67,7 @@ def test_constants() -> None:
     assert int(DEFINED["RWKV_WIDEST_NORM_MIX"]) == sizes.WIDEST_NORM_MIX
     assert int(DEFINED["RWKV_ROWS_IN_BLOCK"]) == fused.ROWS_IN_BLOCK
     assert int(DEFINED["RWKV_MOST_MIXES"]) == max(sizes.NORM_MIX_COUNTS)
+    assert ENUMERATED["RWKV_CUDA_ERROR"] == signatures.CUDA_ERROR
     assert {kind: ENUMERATED[f"RWKV_{name}"] for kind, name in NAMES_OF_IO.items()} == native.IO
     kernels = ("RWKV_EXACT", "RWKV_TENSOR_CORES", "RWKV_TENSOR_CORES_16")
     cuda_error_memory_allocation = 2  # of the CUDA runtime

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rwkv_cluster.errors import KernelError
 from rwkv_cluster.kernels import build, loader
 from rwkv_cluster.kernels.signatures import ABI
 
@@ -106,12 +109,17 @@ def test_a_file_that_is_no_library(folder: Path) -> None:
     assert reason().startswith(f"{path} does not load (")
 
 
-def test_a_gpu_that_no_library_fits_is_named_with_what_there_is_and_the_command(folder: Path) -> None:
+def place_cuda_library(folder: Path, **manifest) -> None:
+    """A library of no bytes for sm_80 and sm_90, which is as its manifest says."""
     (folder / "libwkv_cuda.so").write_bytes(b"")
-    manifest = {"manifest_version": 1, "abi": 1, "architectures": ["sm_80", "sm_90", "compute_120"],
-                "sources": build.source_digests("cuda"),
-                "library": {"sha256": build._sha256(folder / "libwkv_cuda.so")}}  # fmt: skip
-    (folder / "wkv_cuda.json").write_text(json.dumps(manifest))
+    content = {"manifest_version": 1, "abi": 1, "architectures": ["sm_80", "sm_90", "compute_120"],
+               "sources": build.source_digests("cuda"),
+               "library": {"sha256": build._sha256(folder / "libwkv_cuda.so")}}  # fmt: skip
+    (folder / "wkv_cuda.json").write_text(json.dumps(content | manifest))
+
+
+def test_a_gpu_that_no_library_fits_is_named_with_what_there_is_and_the_command(folder: Path) -> None:
+    place_cuda_library(folder)
     found = loader.cuda.__wrapped__("Tesla V100", (7, 0))
     assert isinstance(found, loader.Missing)
     assert re.fullmatch(
@@ -119,6 +127,37 @@ def test_a_gpu_that_no_library_fits_is_named_with_what_there_is_and_the_command(
         r"`python -m rwkv_cluster\.kernels\.build cuda --arch 70` .*",
         found.reason,
     )
+
+
+@pytest.mark.parametrize("driver", [None, (12, 8), (13, 0), (14, 1)], ids=str)
+def test_a_library_whose_cuda_the_driver_does_not_know(
+    driver: tuple[int, int] | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older minor version serves; a later major one would fail in the first launch."""
+    place_cuda_library(folder, compiler="Cuda compilation tools, release 13.1, V13.1.80")
+    monkeypatch.setattr(loader, "driver_version", lambda: driver)
+    found = loader.cuda.__wrapped__("H100", (9, 0))
+    assert isinstance(found, loader.Missing)
+    too_new = "libwkv_cuda.so was built by CUDA 13.1, and the driver knows CUDA 12.8 and older. "
+    assert (too_new if driver == (12, 8) else "libwkv_cuda.so does not load (") in found.reason
+
+
+def test_without_a_driver_its_version_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    assert loader.driver_version.__wrapped__() is None
+
+
+def test_a_gpu_s_error_may_be_of_an_earlier_call() -> None:
+    handle = SimpleNamespace(rwkv_status_text=lambda status: f"status {status}".encode())
+    library = loader.Library(handle, Path("lib.so"), "sm_90")
+    library.check("rwkv_mix_forward", 0, "nothing")
+    with pytest.raises(KernelError, match=r"rwkv_mix_forward of lib.so failed for a tensor: status 1$"):
+        library.check("rwkv_mix_forward", 1, "a tensor")
+    with pytest.raises(KernelError, match=r"status 1700\. It may be of an earlier call.*CUDA_LAUNCH_BLOCKING=1"):
+        library.check("rwkv_mix_forward", 1700, "a tensor")
 
 
 @pytest.mark.parametrize(

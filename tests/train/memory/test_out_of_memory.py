@@ -55,9 +55,9 @@ def test_where_nothing_smaller_is_left_the_rest_is_named() -> None:
 )
 def test_a_librarys_status_says_that_memory_is_missing(status: int, kind: type[KernelError]) -> None:
     handle: Any = SimpleNamespace(rwkv_status_text=lambda status: b"text")
-    error = loader.failure(loader.Library(handle, Path("x.so"), "cuda"), status, "call")
-    assert type(error) is kind
-    assert str(error) == "call: text"
+    with pytest.raises(KernelError, match=r"^call of x.so failed for a tensor: text") as caught:
+        loader.Library(handle, Path("x.so"), "cuda").check("call", status, "a tensor")
+    assert caught.type is kind
 
 
 def test_a_benchmark_tries_fewer_layers_whatever_memory_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
