@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -341,6 +342,30 @@ def test_a_value_that_cannot_be_is_refused(
     with pytest.raises(CheckpointError, match=f"ln_out.bias has a .*{message}"):
         export(replace(source, tensors=tensors), FORMATS[format], dtype="fp16", output=tmp_path / "new")
     assert [each.name for each in tmp_path.iterdir()] == ["x070.pth"]
+
+
+@pytest.mark.parametrize("format", ["fla", "pth"])
+def test_what_killed_exports_have_left_goes_with_the_next(
+    format: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Unless another export is at it, or it is of another name."""
+    source, output = source_of(saved()), tmp_path / "new[1]"
+    left, in_use, other = (
+        tmp_path / f".tmp-{name}" for name in ("new[1]-0123abcd", "new[1]-4567cdef", "new1-0123abcd")
+    )
+    for entry in (left, in_use, other):
+        if format == "fla":
+            entry.mkdir()
+            (entry / "model.safetensors").write_bytes(b"some")
+        else:
+            entry.write_bytes(b"some")
+    descriptor = os.open(in_use, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        export(source, FORMATS[format], output=output)
+    finally:
+        os.close(descriptor)
+    assert {each.name for each in tmp_path.glob(".tmp-*")} == {in_use.name, other.name}
 
 
 def test_an_export_that_ends_half_way_has_no_name(saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -203,3 +203,4 @@ def test_a_killed_export_leaves_no_folder_of_that_name(weights: Path, tmp_path: 
     process.wait(timeout=60)
     assert not output.exists()
     assert main(command[3:]) == 0
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -6,12 +6,14 @@ something of that name exists.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -137,11 +139,14 @@ def publish(path: Path, parts: Sequence[Part]) -> dict[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if parts[0].name:
             with _atomic_folder(path) as temporary:
-                return {part.name: _write_file(part, temporary / part.name, left.advance) for part in parts}
-        with atomic_writer(path) as handle:
-            sink = DigestingSink(left.advance, handle)
-            parts[0].write(sink)
-        return {"": sink.hexdigest()}
+                digests = {part.name: _write_file(part, temporary / part.name, left.advance) for part in parts}
+        else:
+            with atomic_writer(path) as handle, _in_use(handle.fileno()):
+                sink = DigestingSink(left.advance, handle)
+                parts[0].write(sink)
+            digests = {"": sink.hexdigest()}
+    _remove_abandoned(path)
+    return digests
 
 
 def _write_file(part: Part, path: Path, advance: Advance) -> str:
@@ -160,13 +165,43 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
     temporary, old = (path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}") for _ in range(2))
     temporary.mkdir()
     try:
-        yield temporary
-        fsync_directory(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+        with _opened(temporary) as descriptor, _in_use(descriptor):
+            yield temporary
+            fsync_directory(temporary)
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Descriptor of a file or folder for reading."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _in_use(descriptor: int) -> Iterator[None]:
+    """Hold a lock that the system gives back when this process ends; none where the file system has no locks."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what killed exports to `path` have left beside it: temporary files and folders that nobody has locked."""
+    for entry in path.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(path.name)}-" + "[0-9a-f]" * 8):
+        with suppress(OSError), _opened(entry) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
