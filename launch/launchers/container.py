@@ -16,6 +16,16 @@ PASSED = (
     *("SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"),
 )
 
+GPU_PARAMETERS = ("gres", "gpus", "tres")
+"""First words of Slurm's options that ask for GPUs: --gres=gpu:a100:8, --gpus-per-task=1."""
+
+
+def wants_gpus(config: Config) -> bool:
+    """Whether a container gets its node's GPUs: by their number, or as Slurm is asked for them by type."""
+    parameters = config.launch.slurm_parameters.items()
+    by_type = any("gpu" in f"{name}={value}" for name, value in parameters if name.split("-")[0] in GPU_PARAMETERS)
+    return bool(config.launch.gpus_per_node) or by_type
+
 
 def mounts(config: Config, cwd: str) -> list[tuple[str, str, str]]:
     """(host, container, ro or rw). The work directory comes last, because it may lie in the current one."""
@@ -53,7 +63,7 @@ def srun_options(config: Config, cwd: str) -> tuple[str, ...]:
 def _apptainer(config: Config, inner: Command, cwd: str) -> Command:
     container = config.launch.container
     binds = tuple(f"--bind={':'.join(mount)}" for mount in mounts(config, cwd))
-    gpus = ("--nv",) if config.launch.gpus_per_node else ()
+    gpus = ("--nv",) if wants_gpus(config) else ()
     return Command(("apptainer", "exec", *gpus, *binds, *container.extra_args, str(container.image), *inner.argv))
 
 
@@ -61,12 +71,12 @@ def _docker(config: Config, inner: Command, cwd: str, engine: str, has_id_file: 
     """Run as the caller, who then owns what the run writes; with the shared and locked memory that NCCL needs."""
     launch, container = config.launch, config.launch.container
     options = ["run", "--rm", "--init", f"--shm-size={container.shm_size}"]
-    if launch.gpus_per_node:  # a user's podman may not raise limits: it passes on what the user has
+    if wants_gpus(config):  # a user's podman may not raise limits: it passes on what the user has
         raises = engine == "docker" or os.getuid() == 0
         options += ["--ulimit=memlock=-1", "--ulimit=stack=67108864"] if raises else ["--ulimit=host"]
     if has_id_file:
         options += [f"--cidfile={CONTAINER_ID}"]
-    if launch.gpus_per_node:
+    if wants_gpus(config):
         options += ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
         if engine == "docker" and not has_id_file:  # its daemon starts it outside of the job's cgroup
             options += [f"--env={ALL_GPUS_VARIABLE}=1"]

@@ -114,6 +114,19 @@ def test_only_root_raises_limits_with_podman(monkeypatch: pytest.MonkeyPatch) ->
     assert " --ulimit=memlock=-1 " in planned("podman").files["job.sh"]
 
 
+@pytest.mark.parametrize(
+    ("runtime", "option"), [("apptainer", "--nv"), ("docker", "--gpus=all"), ("podman", "--device=nvidia.com/gpu=all")]
+)
+def test_a_container_gets_gpus_that_slurm_is_asked_for_by_type(runtime: str, option: str) -> None:
+    """As docs/slurm.md has it: slurm_parameters in place of gpus_per_node."""
+    case, container = f"sbatch-{runtime}", {**IMAGE, "runtime": runtime}
+    for parameters in ({"gres": "gpu:a100:8"}, {"gpus-per-task": "1"}):
+        made = planned(case, gpus_per_node=None, ranks_per_node=8, slurm_parameters=parameters, container=container)
+        assert f" {option} " in made.files["job.sh"]
+    made = planned(case, gpus_per_node=None, slurm_parameters={"gres": "license:2"}, container=container)
+    assert f" {option} " not in made.files["job.sh"]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "slurm-sweep"])
 def test_bash_runs_it_with_exact_arguments(case: str, tmp_path: Path) -> None:
     made = planned(case)
