@@ -204,6 +204,18 @@ class LowPrecisionCopy:
         self._source = _source_of(weight)
 
 
+class LowPrecisionCopies:
+    """Copies of matrices that a module has without a layer around them, by name; none where none are kept."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, LowPrecisionCopy] = {}
+
+    def of(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`: the copy that is kept under `name`, or one made now."""
+        kept = self.by_name.get(name)
+        return weight.to(dtype) if kept is None else kept.of(weight, dtype)
+
+
 def _source_of(weight: Tensor) -> tuple[StorageWeakRef, int]:
     """Whatever differs once the values of `weight` may: a freed storage's reference equals no later one's."""
     return StorageWeakRef(weight.untyped_storage()), weight._version

@@ -11,7 +11,7 @@ M rows (B * T), C width, V vocabulary.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_cluster.kernels import softmax_loss
 from rwkv_cluster.kernels.sizes import LOGITS_IN_FLIGHT
-from rwkv_cluster.model.layers import linear
+from rwkv_cluster.model.layers import LowPrecisionCopy, linear
 from rwkv_cluster.model.rwkv import RWKV
 
 
@@ -51,7 +51,7 @@ def target_loss(
     rows, wanted = hidden.flatten(0, 1), targets.flatten()  # [b T, C], [b T]
     if trained is not None:
         rows, wanted = rows.index_select(0, trained), wanted.index_select(0, trained)
-    return head_loss(rows, model.head.weight, wanted, l2wrap, divisor=divisor)
+    return head_loss(rows, model.head.weight, wanted, l2wrap, divisor=divisor, kept=model.head.kept)
 
 
 def head_loss(
@@ -61,6 +61,7 @@ def head_loss(
     l2wrap: float,
     chunk_rows: int | None = None,
     divisor: float | None = None,
+    kept: LowPrecisionCopy | None = None,
 ) -> Tensor:
     """Mean cross entropy of softmax(hidden Wᵀ) against `targets`.
 
@@ -74,6 +75,7 @@ def head_loss(
         l2wrap: weight of the extra gradient, 1e-4 in RWKV-LM; 0 for none.
         chunk_rows: rows at a time; by default as many as have 2**24 logits, on a GPU 2**28.
         divisor: of the sums over the rows in place of M.
+        kept: the weight's copy in hidden's dtype, where one is kept.
 
     Returns:
         Scalar in fp32 (float64 for float64).
@@ -83,7 +85,15 @@ def head_loss(
     if not torch.is_grad_enabled():  # which a Function cannot see: its needs_input_grad stays
         hidden, weight = hidden.detach(), weight.detach()
     divisor = max(hidden.shape[0], 1) if divisor is None else divisor
-    return _HeadLoss.apply(hidden, weight, targets, l2wrap, rows, divisor)
+    values = weight.detach()
+    values = values.to(hidden.dtype) if kept is None else kept.of(values, hidden.dtype)
+    return _HeadLoss.apply(hidden, weight, values, targets, _How(l2wrap, rows, divisor))
+
+
+class _How(NamedTuple):
+    l2wrap: float
+    chunk_rows: int
+    divisor: float
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -92,22 +102,21 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        values: Tensor,
         targets: Tensor,
-        l2wrap: float,
-        chunk_rows: int,
-        divisor: float,
+        how: _How,
     ) -> Tensor:
+        l2wrap, chunk_rows, divisor = how
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         needs_any = needs_hidden or needs_weight
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=hidden.device)
-        cast_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
         library = softmax_loss.library_for(hidden)
         for start in range(0, hidden.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
-            logits = linear(hidden[part], cast_weight)  # [chunk, V]
+            logits = linear(hidden[part], values)  # [chunk, V]
             if library is not None:
                 total += softmax_loss.softmax_loss(library, logits, targets[part], l2wrap, gradient=needs_any)
                 grad_logits = logits
@@ -118,7 +127,7 @@ class _HeadLoss(torch.autograd.Function):
                 continue
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = linear(grad_logits, cast_weight.t())
+                grad_hidden[part] = linear(grad_logits, values.t())
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -127,14 +136,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad / ctx.divisor  # the mean's 1 / M comes last: in fp16 the gradients would vanish with it
         if grad_hidden is not None:
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.errors import ConfigError
 from rwkv_cluster.kernels.sizes import OPERATORS, STEPS_BETWEEN_STATES, has_norm_mix
-from rwkv_cluster.model.parameter_shapes import block_parameters, count, model_dims
+from rwkv_cluster.model.parameter_shapes import count, model_dims
 from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.model.versions.version import Passes
 from rwkv_cluster.planning.run_plan import RunPlan
@@ -26,10 +26,10 @@ PARAMETER_BYTES = 36
 """Moved for a parameter in the update: AdamW reads and writes weight and moments and reads the gradient, 28; its norm
 reads it once more, 4; and it is set to zero, 4."""
 COPY_BYTES = 6
-"""Moved for a parameter of a block that is kept in fp32: it is read, and its copy in the training precision written. In
-every forward pass, or where the copies are kept, once in a step."""
+"""Moved for a parameter of blocks and head that is kept in fp32: it is read, and its copy in the training precision
+written. In every forward pass, or where the copies are kept, once in a step."""
 GRADIENT_BYTES = 6
-"""Moved for the same parameter in a micro batch: its gradient is read, and written in fp32."""
+"""Moved for such a parameter of a block in a micro batch: its gradient is read, and written in fp32."""
 LOGIT_PASSES = 3
 """Reads and writes of a logit in the compiled loss: for its row's largest and sum, for its gradient, and of that."""
 
@@ -143,7 +143,9 @@ def step_time(plan: RunPlan, gpu: Gpu) -> StepTime:
     stage, accumulates = setting.sharding.stage, setting.accumulates
     is_kept = keeps_copies(plan.config.training.precision, stage, accumulates=accumulates, grad_cp=setting.grad_cp)
     copies = COPY_BYTES * (1 if is_kept else micro_batches * (1 + again))
-    casts = 0 if stage or item == FP32 else _in_fp32(plan) * (copies + GRADIENT_BYTES * micro_batches)
+    of_head = COPY_BYTES * _in_fp32(plan, "head.") * (1 if is_kept else micro_batches)
+    in_blocks = _in_fp32(plan, "blocks.") * (copies + GRADIENT_BYTES * micro_batches)
+    casts = 0 if stage or item == FP32 else in_blocks + of_head
     backward = 2 if plan.config.adapter.kind == "none" else 1  # a frozen matrix has no gradient of its own
     parameters = count(plan.parameters.trained) / (setting.sharding.ranks if setting.sharding.stage else 1)
     return StepTime(
@@ -168,11 +170,10 @@ def _passes(model: ModelConfig, kernels: Kernels) -> Passes:
     return version.passes_native if has_norm_mix(kernels.device, model.n_embd, 1) else version.passes_wide
 
 
-def _in_fp32(plan: RunPlan) -> int:
-    """Parameters of the blocks that one process or DDP keeps in fp32: those that are trained."""
-    if not plan.parameters.is_partial:
-        return block_parameters(plan.config.model)
-    return count({name: shape for name, shape in plan.parameters.trained.items() if name.startswith("blocks.")})
+def _in_fp32(plan: RunPlan, part: str) -> int:
+    """Parameters of "blocks." or "head." that one process or DDP keeps in fp32: those that are trained."""
+    shapes = plan.parameters.trained if plan.parameters.is_partial else plan.parameters.model
+    return count({name: shape for name, shape in shapes.items() if name.startswith(part)})
 
 
 def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:

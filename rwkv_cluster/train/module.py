@@ -106,7 +106,7 @@ class TrainingModule(LightningModule):
         accumulates, precision = self.trainer.accumulate_grad_batches > 1, self.training_config.precision
         stage = self.training_config.deepspeed_stage
         if keeps_copies(precision, stage, accumulates=accumulates, grad_cp=self.model.grad_cp):
-            keep_copies(self.model.blocks, self.optimizer)
+            keep_copies(self.model, self.optimizer)
         if self._resume_checkpoint is None and self.model.preserve_rng_state:  # dropout: each rank its own masks
             torch.manual_seed(max(self.training_config.random_seed, 0) + rank())
         if self._resume_checkpoint is not None:

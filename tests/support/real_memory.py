@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.init import initialize
-from rwkv_cluster.model.layers import Linear
+from rwkv_cluster.model.layers import Linear, LowPrecisionCopies, LowPrecisionCopy
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.optimizers.low_precision import keep_copies
@@ -56,7 +56,7 @@ def peak_bytes(model: RWKV, batch: Tensor, training: TrainingConfig, micro_batch
     """
     optimizer = build_optimizer(model, model.config.model_type, training)
     if micro_batches > 1:
-        keep_copies(model.blocks, optimizer)
+        keep_copies(model, optimizer)
 
     def step() -> None:
         for _ in range(micro_batches):
@@ -70,13 +70,24 @@ def peak_bytes(model: RWKV, batch: Tensor, training: TrainingConfig, micro_batch
         step()
     standing = sum(p.nbytes for p in model.parameters())
     standing += sum(p.nbytes for state in optimizer.state.values() for p in state.values() if p.ndim)
-    kept = [module.kept for module in model.modules() if isinstance(module, Linear)]
-    standing += sum(copy.values.nbytes for copy in kept if copy is not None and copy.values is not None)
+    standing += sum(copy.values.nbytes for copy in kept_copies(model) if copy.values is not None)
     now = most = 0
     for _, size in sorted(_allocations(profiled.profiler.kineto_results.experimental_event_tree())):
         now += size
         most = max(most, now)
     return standing + most
+
+
+def kept_copies(model: RWKV) -> list[LowPrecisionCopy]:
+    """Those of `keep_copies`, with or without values."""
+    found: list[LowPrecisionCopy] = []
+    for module in model.modules():
+        kept = getattr(module, "kept", None)
+        if isinstance(kept, LowPrecisionCopies):
+            found += kept.by_name.values()
+        elif isinstance(module, Linear) and kept is not None:
+            found.append(kept)
+    return found
 
 
 def _allocations(events: Any) -> list[tuple[int, int]]:

@@ -204,9 +204,9 @@ _ROWS = (
             of_width_trained_plain=1,
             of_width_trained_in_block_0=10,
         ),
-        passes=Passes(forward=96, training=300, launches_forward=83, launches=235),
-        passes_native=Passes(forward=35, training=85, launches_forward=44, launches=110),
-        passes_wide=Passes(forward=40, training=102, launches_forward=52, launches=127),
+        passes=Passes(forward=96, training=300, launches_forward=79, launches=227),
+        passes_native=Passes(forward=35, training=85, launches_forward=40, launches=102),
+        passes_wide=Passes(forward=40, training=102, launches_forward=48, launches=119),
         loras=(("time_maa_w1", "time_maa_w2"), ("time_decay_w1", "time_decay_w2")),
     ),
     Version(

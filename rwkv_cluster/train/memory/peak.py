@@ -16,10 +16,11 @@ from functools import cache, cached_property
 
 from rwkv_cluster.config import AdapterConfig, ModelConfig, TrainingConfig
 from rwkv_cluster.model.parameter_shapes import count
+from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.train.memory.activations import Activations, Kernels, activations
 from rwkv_cluster.train.memory.model_states import ITEM_BYTES, ModelStates, Sharding, keeps_copies, model_states
 from rwkv_cluster.train.optimizers.selection import RunParameters, run_parameters
-from rwkv_cluster.train.optimizers.table import block_matrices, optimizer_of
+from rwkv_cluster.train.optimizers.table import copied_matrices, optimizer_of
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,13 @@ class MemoryModel:
             parameters=self.parameters if self.parameters.is_partial else None,
         )
         if keeps_copies(precision, stage, accumulates=setting.accumulates, grad_cp=setting.grad_cp):
-            copies = float(ITEM_BYTES[precision] * block_matrices(self.parameters.trained))
-            states = replace(states, weights=states.weights + copies)
-            activation_bytes = replace(activation_bytes, weights=activation_bytes.weights - copies)
+            item, trained = ITEM_BYTES[precision], self.parameters.trained
+            in_blocks = float(item * copied_matrices(trained, version_of(self.model).loras))
+            of_head = float(item * count({name: shape for name, shape in trained.items() if name == "head.weight"}))
+            states = replace(states, weights=states.weights + in_blocks + of_head)
+            activation_bytes = replace(
+                activation_bytes, weights=activation_bytes.weights - in_blocks, head=activation_bytes.head - of_head
+            )
         phases = self._phases(states, activation_bytes, setting)
         at = max(phases, key=lambda name: phases[name])
         saved = activation_bytes.saved(grad_cp=setting.grad_cp) + (activation_bytes.one_block if setting.grad_cp else 0)

@@ -100,9 +100,14 @@ class Optimizer:
         return importlib.import_module(self.module)
 
 
-def block_matrices(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Elements of the dense matrices of the blocks among `shapes`."""
-    return sum(math.prod(shape) for name, shape in shapes.items() if _is_block_matrix(name, shape))
+def copied_matrices(shapes: Mapping[str, Sequence[int]], loras: Sequence[tuple[str, str]]) -> int:
+    """Elements of the blocks' matrices among `shapes`: dense ones and those of `loras`, as a version's row has them."""
+    of_loras = {f"att.{name}" for pair in loras for name in pair}
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if _is_block_matrix(name, shape) or name.split(".", 2)[-1] in of_loras
+    )
 
 
 def _is_block_matrix(name: str, shape: Sequence[int]) -> bool:

@@ -10,15 +10,19 @@ import torch
 from tiny_models import VERSIONS, some_tokens, tiny_model
 from tiny_run import fingerprint, tiny_run_config
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_cluster.config import TrainingConfig
 from rwkv_cluster.errors import Preempted
 from rwkv_cluster.model.layers import Linear, LowPrecisionCopy
 from rwkv_cluster.model.loss import next_token_loss
+from rwkv_cluster.model.parameter_shapes import unused_names
+from rwkv_cluster.model.versions.table import version_of
 from rwkv_cluster.train import module
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
 from rwkv_cluster.train.optimizers.low_precision import keep_copies
 from rwkv_cluster.train.optimizers.param_groups import build_optimizer
+from rwkv_cluster.train.optimizers.table import copied_matrices
 from rwkv_cluster.train.parallel.state import replaced
 from rwkv_cluster.train.run import train
 
@@ -30,7 +34,7 @@ def _trained(model_type: str, *, keep: bool, grad_cp: bool, optimizer: str, step
     training = TrainingConfig(precision="bf16", optimizer=optimizer, lr_init=1e-2)
     updater = build_optimizer(model, model_type, training)
     if keep:
-        keep_copies(model.blocks, updater)
+        keep_copies(model, updater)
     for step in range(steps):
         for micro_batch in range(2):
             tokens = some_tokens(2, 9, seed=2 * step + micro_batch)
@@ -56,6 +60,43 @@ def test_training_is_equal(model_type: str, grad_cp: bool, optimizer: str) -> No
     )
     assert kept.keys() == cast.keys()
     assert all(torch.equal(tensor, cast[name]) for name, tensor in kept.items())
+
+
+class _Casts(TorchDispatchMode):
+    """Memory of what is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.overloadpacket.__name__ == "_to_copy":
+            self.storages.add(args[0].untyped_storage().data_ptr())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", VERSIONS)
+def test_no_matrix_is_cast_in_a_later_forward_pass(model_type: str) -> None:
+    model = tiny_model(model_type)
+    model.compute_dtype = torch.bfloat16
+    updater = build_optimizer(model, model_type, TrainingConfig(precision="bf16"))
+    keep_copies(model, updater)
+    found = []
+    for micro_batch in range(2):
+        with _Casts() as casts:
+            loss = next_token_loss(model, some_tokens(2, 9, seed=micro_batch))
+        loss.backward()
+        updater.step()
+        found.append(casts.storages)
+    loras = version_of(model.config).loras
+    matrices = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if copied_matrices({name: parameter.shape}, loras) or name == "head.weight"
+    }
+    first, second = ({name for name, p in matrices.items() if p.data_ptr() in storages} for storages in found)
+    assert first == matrices.keys() - set(unused_names())
+    assert not second
 
 
 def test_whatever_changes_a_weight_is_noticed() -> None:
