@@ -40,6 +40,7 @@ CUDA_SOURCES = (
     "wkv6_exact.cu",
     "wkv7_chunk.cu",
     "wkv7_chunk32.cu",
+    "wkv7_chunk32_backward.cu",
     "wkv6_chunk.cu",
     "fused.cu",
     "norm_mix.cu",

@@ -20,8 +20,8 @@ extern "C" {
 #endif
 
 enum { RWKV_FP32 = 0, RWKV_BF16 = 1, RWKV_FP16 = 2 };
-// fp32 maths; bf16 products with fp32 accumulation (CUDA, bf16 io); the same with the forward pass of wkv7 16 steps at a
-// time, where it else takes 32 from T = 17 on
+// fp32 maths; bf16 products with fp32 accumulation (CUDA, bf16 io); the same with wkv7 16 steps at a time, where it else
+// takes 32 from T = 17 on
 enum { RWKV_EXACT = 0, RWKV_TENSOR_CORES = 1, RWKV_TENSOR_CORES_16 = 2 };
 enum { RWKV_OK = 0, RWKV_NO_SUCH_SIZE = 1, RWKV_NO_SUCH_IO = 2, RWKV_NO_SUCH_KERNEL = 3, RWKV_NO_MEMORY = 4,
        RWKV_CUDA_ERROR = 1000 };  // RWKV_CUDA_ERROR + cudaError_t

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
 FILES = (
-    *("wkv7_exact.cu", "wkv6_exact.cu", "wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu"),
+    *("wkv7_exact.cu", "wkv6_exact.cu", "wkv6_chunk.cu"),
+    *("wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv7_chunk32_backward.cu"),
     *("loss.cu", "rows.cuh", "norm_mix.cu", "rwkv7_passes.cu"),
 )
 

@@ -23,6 +23,7 @@ REGISTERS = {
     ("wkv7_chunk", "forward", None): 168,
     ("wkv7_chunk", "backward", None): 255,
     ("wkv7_chunk32", "forward", None): 128,
+    ("wkv7_chunk32_backward", "backward", None): 255,
     ("wkv6_chunk", "forward", None): 168,
     ("wkv6_chunk", "backward", None): 255,
     ("fused", "forward", None): 128,
@@ -85,7 +86,7 @@ def test_registers_and_spills(architectures: list[str], compiler: str, tmp_path:
     assert wanted <= seen
 
 
-@pytest.mark.parametrize("source", ["wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv6_chunk.cu"])
+@pytest.mark.parametrize("source", ["wkv7_chunk.cu", "wkv7_chunk32.cu", "wkv7_chunk32_backward.cu", "wkv6_chunk.cu"])
 def test_kernels_on_tensor_cores_divide_and_exponentiate_in_single_instructions(
     compiler: str, source: str, tmp_path: Path
 ) -> None:

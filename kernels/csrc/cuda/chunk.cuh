@@ -85,7 +85,8 @@ __device__ __forceinline__ void decay(State &s, const float (&total)[N]) {
 }
 
 // Rows of this chunk that are steps, as 4-byte pairs to a [B,T,H,N] tensor, from column `first` of the head on.
-__device__ __forceinline__ void store_steps(bf16 *to, const Head &head, int64_t start, int first, float (&acc)[2][4]) {
+template <int tiles>
+__device__ __forceinline__ void store_steps(bf16 *to, const Head &head, int64_t start, int first, float (&acc)[tiles][4]) {
     for_pairs(acc, [&](int row, int column, float x, float y) {
         if (start + row >= head.time) return;
         *reinterpret_cast<uint32_t *>(to + head.at(start + row) + first + column) = pack2(x, y);

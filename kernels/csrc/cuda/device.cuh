@@ -7,6 +7,7 @@
 //   ldmatrix(to, row), ldmatrix_transposed        four 8 x 8 matrices from shared memory to fragments
 //   dynamic_memory<T>()                           the block's dynamic shared memory
 //   launch(kernel, grid, block, bytes, stream, ..) RWKV_OK or a status
+//   holds_blocks(bytes, blocks)                   whether a multiprocessor has so much dynamic shared memory
 #pragma once
 
 #include <stddef.h>
@@ -109,6 +110,18 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dyna
     const cudaError_t last = cudaGetLastError();  // always: what stays there would be the next launch's
     if (error == cudaSuccess) error = last;
     return error == cudaSuccess ? RWKV_OK : RWKV_CUDA_ERROR + static_cast<int32_t>(error);
+}
+
+// Of the current device. One that does not tell holds none.
+inline bool holds_blocks(size_t dynamic_bytes, int blocks) {
+    int device, bytes, reserved;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    const auto ask = [device](int &value, cudaDeviceAttr attribute) {
+        return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    };
+    return ask(bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor) &&
+           ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock) &&
+           blocks * (dynamic_bytes + reserved) <= static_cast<size_t>(bytes);
 }
 
 }  // namespace rwkv

@@ -46,6 +46,8 @@ int32_t wkv6_exact(const rwkv_problem &problem, const Wkv6Backward &pointers);
 int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Forward &pointers);
 int32_t wkv7_chunk32(const rwkv_problem &problem, const Wkv7Forward &pointers);
 int32_t wkv7_chunk(const rwkv_problem &problem, const Wkv7Backward &pointers);
+int32_t wkv7_chunk32(const rwkv_problem &problem, const Wkv7Backward &pointers);
+bool wkv7_chunk32_backward_is_faster();  // on the current device
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Forward &pointers);
 int32_t wkv6_chunk(const rwkv_problem &problem, const Wkv6Backward &pointers);
 int32_t softmax_loss(const rwkv_logits &shape, void *logits, const int64_t *targets, float *losses);

@@ -485,6 +485,8 @@ int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Forward &x) {
 }
 
 int32_t wkv7_chunk(const rwkv_problem &p, const Wkv7Backward &x) {
+    const bool is_long = p.kernel == RWKV_TENSOR_CORES && p.time > L;
+    if (is_long && wkv7_chunk32_backward_is_faster()) return wkv7_chunk32(p, x);
     const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
     const Gradients gradients{out(x.dr), out(x.dw), out(x.dk), out(x.dv), out(x.da), out(x.db)};
     return launch(p.starts ? backward<true> : backward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(BackwardChunk), p.stream, p.time,

@@ -7,65 +7,23 @@
 // U and what it comes from are transposed, [value,step]: as sums of one product they are, rounded, the next one's operand
 // in the registers of the same lanes, and no other warp reads them.
 #include "launchers.hpp"
-#include "wkv7.cuh"
+#include "wkv7_chunk32.cuh"
 
 namespace rwkv {
 namespace {
-
-constexpr int CHUNKS = 2, STEPS = 2;  // chunks between barriers, and steps of a thread
-constexpr int WARPS_OF_CHUNK = WARPS / CHUNKS;
-
-using Rows = bf16[CHUNKS * L][STRIDE];
 
 struct alignas(16) Memory {
     Rows rq, aq, ki, bi, ke, be, v;
     Rows aq_rest;  // what bf16 left of aq, where keys that resemble each other amplify it
     Small ak[CHUNKS], ak_rest[CHUNKS], qb[CHUNKS], qk[CHUNKS], inverse[CHUNKS], inverse_rest[CHUNKS];
-    float decay[WARPS][N];   // product over the eight steps that a warp loads
+    Channels decay[WARPS];   // product over the eight steps that a warp loads
     float total[CHUNKS][N];  // c_L
     float ab[CHUNKS][L][L + 1];
 };
 
-// What a thread loads: 8 channels from 8 (i % 8) on of the steps from 2 (i / 8) on.
 struct Inputs {
-    uint4 r[STEPS], w[STEPS], k[STEPS], v[STEPS], a[STEPS], b[STEPS];
+    Pieces r, w, k, v, a, b;
 };
-
-__device__ __forceinline__ void load(uint4 (&to)[STEPS], const bf16 *x, const Head &head, int64_t start) {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        const int64_t step = start + threadIdx.x / 8 * STEPS + i;
-        to[i] = {0, 0, 0, 0};
-        if (step >= head.time) continue;
-        to[i] = *reinterpret_cast<const uint4 *>(x + head.at(step) + threadIdx.x % 8 * 8);
-    }
-}
-
-// The documents of one chunk of both.
-__device__ __forceinline__ Documents of_chunk(const Documents &documents, int chunk) {
-    return {documents.starts >> chunk * L & ((1u << L) - 1)};
-}
-
-// x times the other lanes' of the warp's earlier steps; 1 for the first ones.
-__device__ __forceinline__ float scan_products(float x) {
-    const int lane = threadIdx.x % 32;
-    const float before = __shfl_sync(0xffffffffu, x, lane - 8);
-    float product = lane >= 8 ? before : 1.0f;
-#pragma unroll
-    for (int distance = 8; distance < 24; distance *= 2) {
-        const float earlier = __shfl_sync(0xffffffffu, product, lane - distance);
-        if (lane >= distance) product *= earlier;
-    }
-    return product;
-}
-
-__device__ __forceinline__ void load_eight(float (&to)[8], const float *from) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        const float4 x = *reinterpret_cast<const float4 *>(from + i);
-        to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
-    }
-}
 
 // From inputs in registers to the factors of both chunks in shared memory. One barrier inside; the caller adds the next.
 __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, const Documents &documents,
@@ -87,21 +45,21 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) exclusive[i] = scan_products(inclusive[STEPS - 1][i]);
+    float total[8];
     if (lane >= 24) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x.decay[warp][column + i] = exclusive[i] * inclusive[STEPS - 1][i];
+        for (int i = 0; i < 8; ++i) total[i] = exclusive[i] * inclusive[STEPS - 1][i];
+        store_eight(x.decay[warp], total);
     }
     __syncthreads();  // also ends the last chunks: nobody reads their factors any more
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) *reinterpret_cast<uint4 *>(&x.v[row + step][column]) = in.v[step];
-    float total[8];
-    load_eight(total, &x.decay[chunk * WARPS_OF_CHUNK][column]);
+    store(x.v, in.v);
+    load_eight(total, x.decay[chunk * WARPS_OF_CHUNK]);
     if (warp % WARPS_OF_CHUNK) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) exclusive[i] *= total[i];
     }
     float of_second[8];
-    load_eight(of_second, &x.decay[chunk * WARPS_OF_CHUNK + 1][column]);
+    load_eight(of_second, x.decay[chunk * WARPS_OF_CHUNK + 1]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) total[i] *= of_second[i];
     if (row % L == 0) {
@@ -177,25 +135,18 @@ __device__ __forceinline__ void multiply_steps(Memory &x, const Documents &docum
 // U^T from X and acc^T. Both factors are sums of two bf16: with keys that resemble each other the product is small
 // beside its terms.
 __device__ __forceinline__ void solve(uint32_t (&u)[4], const Memory &x, int chunk, float (&acc)[2][4]) {
-    uint32_t rounded[1][4], rest[1][4], right[4];
-    transpose(rounded, acc);
-    leave_rest(acc);
-    transpose(rest, acc);
+    uint32_t rounded[4], rest[4], right[4];
+    transpose_split(rounded, rest, acc);
     float solution[2][4] = {};
     load_b<true>(right, operand(x.inverse[chunk]), 0, 0);
-    multiply_transposed(solution, rounded[0], right);
-    multiply_transposed(solution, rest[0], right);
+    multiply_transposed(solution, rounded, right);
+    multiply_transposed(solution, rest, right);
     load_b<true>(right, operand(x.inverse_rest[chunk]), 0, 0);
-    multiply_transposed(solution, rounded[0], right);
-    transpose(rounded, solution);
+    multiply_transposed(solution, rounded, right);
+    uint32_t columns[1][4];
+    transpose(columns, solution);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) u[i] = rounded[0][i];
-}
-
-// s += A^T B for 16 steps; A as fragments of B.
-__device__ __forceinline__ void write(State &s, const uint32_t (&a)[4], const Operand &b) {
-    const uint32_t left[4] = {a[0], a[2], a[1], a[3]};
-    multiply_wide(s, left, b);
+    for (int i = 0; i < 4; ++i) u[i] = columns[0][i];
 }
 
 // X of both chunks, a lane a column; warp 0. The caller adds a barrier.

@@ -432,4 +432,9 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dyna
     return RWKV_OK;
 }
 
+// As sm_90 and sm_100 do.
+inline bool holds_blocks(size_t dynamic_bytes, int blocks) {
+    return blocks * (dynamic_bytes + (1 << 10)) <= 228 << 10;
+}
+
 }  // namespace rwkv
