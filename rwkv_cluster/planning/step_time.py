@@ -38,18 +38,25 @@ BANDWIDTH_SHARE = 0.78
 WKV_BYTES_PER_S = 3350e9 * BANDWIDTH_SHARE / 1.7 / 132
 """Bytes of WKV's tensors that a multiprocessor with two blocks gets through in a second. Shared memory is its limit,
 and the GPU's own memory no more than a floor. From a model of the compiled code for an H100, which has 132: 1.7 times
-the time of the bytes, 4.3 to 5.5 ms for B 8, T 4096, H 64, and 6 to 8 ms with fp32 maths."""
+the time of the bytes, and with fp32 maths more."""
+WKV7_BYTES_PER_S = 19.3e9
+"""The same of RWKV-7's forms that take 32 steps between barriers, by that model: 45,056 bytes of two blocks in 3,918 to
+4,200 cycles forward, 69,632 in 5,796 to 6,961 backward, by what an access to shared memory is taken to cost, at
+1.755 GHz. For B 8, T 4096, H 64 on an H100 both ways take 2.9 to 3.2 ms, in which memory could be read just once."""
 WKV_BLOCKS = 2
 """Blocks on a multiprocessor beyond which there is no gain; with fewer heads than places the time stays."""
 WKV_BLOCK_KIB = (33_088 / 1024 + 1, 72_784 / 1024 + 1)
-"""Shared memory of a block of RWKV-7's forward and backward pass on tensor cores, with what CUDA adds; 68,992 bytes in
-RWKV-6's backward pass make no difference."""
+"""Shared memory of a block of the forward and the backward pass on tensor cores that take 16 steps between barriers,
+with what CUDA adds; 68,992 bytes in RWKV-6's backward pass make no difference."""
+WKV7_BLOCK_KIB = (49_888 / 1024 + 1, 115_264 / 1024 + 1)
+"""The same of RWKV-7's that take 32, backward where two of them fit and forward always."""
 WKV_ALONE = 0.67
 """Time of one block on a multiprocessor over that of two: where heads are fewer than multiprocessors, or where shared
 memory has no room for a second block.
 
 By the same model: 9,160 or 8,830 cycles a chunk forward and backward over 14,030 or 12,530, by what an access to shared
-memory is taken to cost. One block waits for its own results, two for shared memory.
+memory is taken to cost, and of RWKV-7's forms with 32 steps 2,539 over 3,918 and 3,870 over 5,796. One block waits for
+its own results, two for shared memory.
 """
 LAUNCH_SECONDS = 16e-6
 """Of the host for one operation with its backward in Python and PyTorch."""
@@ -189,10 +196,19 @@ def _wkv(plan: RunPlan, gpu: Gpu, tokens: int, bandwidth: float) -> float:
     return sum(
         max(
             elements * size / bandwidth,
-            elements * size / WKV_BYTES_PER_S / gpu.multiprocessors * _wait(gpu, heads, kib),
+            elements * size / rate / gpu.multiprocessors * _wait(gpu, heads, kib),
         )
-        for size, kib in zip(passes, WKV_BLOCK_KIB, strict=True)
+        for size, (rate, kib) in zip(passes, _wkv_forms(plan, gpu), strict=True)
     )
+
+
+def _wkv_forms(plan: RunPlan, gpu: Gpu) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Rate and shared memory of a block of WKV's forward and of its backward pass."""
+    of_16_steps = [(WKV_BYTES_PER_S, kib) for kib in WKV_BLOCK_KIB]
+    if version_of(plan.config.model).operator != "wkv7" or plan.kernels.wkv != "tensor_cores":
+        return of_16_steps[0], of_16_steps[1]
+    forward, backward = ((WKV7_BYTES_PER_S, kib) for kib in WKV7_BLOCK_KIB)
+    return forward, backward if gpu.shared_kib >= WKV_BLOCKS * backward[1] else of_16_steps[1]
 
 
 def _wait(gpu: Gpu, heads: int, block_kib: float) -> float:
