@@ -16,7 +16,8 @@
 
 namespace rwkv {
 
-constexpr size_t MOST_SHARED_BYTES = 99 << 10;  // that a block has on every architecture
+constexpr size_t MOST_SHARED_BYTES = 99 << 10;      // that a block has on every architecture
+constexpr size_t MOST_SHARED_BYTES_90 = 227 << 10;  // and on sm_90 and sm_100
 
 }  // namespace rwkv
 
@@ -96,7 +97,7 @@ __device__ __forceinline__ T *dynamic_memory() {
 
 constexpr size_t DYNAMIC_BYTES_WITHOUT_ASKING = 48 << 10;
 
-template <typename... Parameters, typename... Arguments>
+template <size_t most_bytes = MOST_SHARED_BYTES, typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, void *stream,
                Arguments... arguments) {
     cudaError_t error = cudaSuccess;

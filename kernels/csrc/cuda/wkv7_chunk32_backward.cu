@@ -93,8 +93,8 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
         const bool is_step = start + row + step < head.time, is_start = documents.is_start(row + step);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            // both sigmoids, of w and -w; where exp(-w) is beyond all floats, the first is 0
-            const float power = fminf(exp_approx(-w[i]), 3e38f), open = reciprocal_approx(1.0f + power);
+            // both sigmoids, of w and -w; where exp(-w) is beyond all floats, the first is 0. NaN stays NaN
+            const float any = exp_approx(-w[i]), power = any > 3e38f ? 3e38f : any, open = reciprocal_approx(1.0f + power);
             const float d = exp2_approx(LOG2_DECAY_SCALE * open);
             of_w[i] = is_start ? 0.0f : LOG_DECAY_SCALE * open * (power * open);
             inclusive[step][i] = is_step ? d : 1.0f;
@@ -634,9 +634,10 @@ bool wkv7_chunk32_backward_is_faster() {
 int32_t wkv7_chunk32(const rwkv_problem &p, const Wkv7Backward &x) {
     const Pointers pointers{in(x.r), in(x.w), in(x.k), in(x.v), in(x.a), in(x.b)};
     const Gradients gradients{out(x.dr), out(x.dw), out(x.dk), out(x.dv), out(x.da), out(x.db)};
-    return launch(p.starts ? backward<true> : backward<false>, dim3(p.batch * p.heads), dim3(THREADS), sizeof(Memory),
-                  p.stream, p.time, static_cast<int>(p.heads), p.starts, pointers, in(x.saved), in(x.dy),
-                  x.dfinal_state, gradients, x.dstate);
+    return launch<MOST_SHARED_BYTES_90>(p.starts ? backward<true> : backward<false>, dim3(p.batch * p.heads),
+                                        dim3(THREADS), sizeof(Memory), p.stream, p.time, static_cast<int>(p.heads),
+                                        p.starts, pointers, in(x.saved), in(x.dy), x.dfinal_state, gradients,
+                                        x.dstate);
 }
 
 }  // namespace rwkv

@@ -215,14 +215,15 @@ inline void fail(const char *what) {
     abort();
 }
 
-// cudaErrorInvalidConfiguration or cudaErrorInvalidValue, as an int; 0 for a launch that every GPU takes.
-inline int refusal(const dim3 &grid, const dim3 &size, size_t dynamic_bytes) {
+// cudaErrorInvalidConfiguration or cudaErrorInvalidValue, as an int; 0 for a launch that every GPU
+// takes whose blocks may have so many bytes of shared memory.
+inline int refusal(const dim3 &grid, const dim3 &size, size_t dynamic_bytes, size_t most_bytes) {
     constexpr uint64_t MOST_THREADS = 1024, MOST_ROWS = 65535, MOST_BLOCKS = 2147483647;
     const uint64_t threads = uint64_t(size.x) * size.y * size.z;
     const bool is_grid_small = grid.x <= MOST_BLOCKS && grid.y <= MOST_ROWS && grid.z <= MOST_ROWS;
     const bool has_blocks = grid.x && grid.y && grid.z && is_grid_small;
     if (!has_blocks || !threads || threads > MOST_THREADS) return 9;
-    return dynamic_bytes > rwkv::MOST_SHARED_BYTES ? 1 : 0;
+    return dynamic_bytes > most_bytes ? 1 : 0;
 }
 
 // RWKV_HOST_THREADS OS threads run blocks, one by default.
@@ -424,10 +425,10 @@ T *dynamic_memory() {
     return reinterpret_cast<T *>(shim::block->dynamic_memory);
 }
 
-template <typename... Parameters, typename... Arguments>
+template <size_t most_bytes = MOST_SHARED_BYTES, typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, void *,
                Arguments... arguments) {
-    if (const int error = shim::refusal(grid, block, dynamic_bytes)) return RWKV_CUDA_ERROR + error;
+    if (const int error = shim::refusal(grid, block, dynamic_bytes, most_bytes)) return RWKV_CUDA_ERROR + error;
     shim::launch(grid, block, dynamic_bytes, [=] { kernel(arguments...); });
     return RWKV_OK;
 }
