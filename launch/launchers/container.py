@@ -27,6 +27,21 @@ def wants_gpus(config: Config) -> bool:
     return bool(config.launch.gpus_per_node) or by_type
 
 
+def without_gpus(config: Config) -> Config:
+    """`config` for a job of Slurm, and its container, that asks for none: neither by number nor by type.
+
+    What says how GPUs are used goes too, such as mem-per-gpu; of gres=gpu:a100:8,nvme:1 the rest stays.
+    """
+    parameters = {}
+    for name, value in config.launch.slurm_parameters.items():
+        by_type = name.split("-")[0] in GPU_PARAMETERS
+        rest = ",".join(part for part in value.split(",") if "gpu" not in part) if by_type else value
+        if rest and "gpu" not in name:
+            parameters[name] = rest
+    launch = config.launch.model_copy(update={"gpus_per_node": None, "slurm_parameters": parameters})
+    return config.model_copy(update={"launch": launch})
+
+
 def mounts(config: Config, cwd: str) -> list[tuple[str, str, str]]:
     """(host, container, ro or rw). The work directory comes last, because it may lie in the current one."""
     places = [(cwd, cwd, "ro")]

@@ -139,6 +139,7 @@ def batch_script(config: Config, cwd: str, verb: str, *, through_submitit: bool)
 
 def prepare_script(config: Config, cwd: str) -> str:
     """Script for sbatch that prepares the data, without GPUs."""
+    config = container.without_gpus(config)
     prepare = config.launch.prepare
     options = {
         "job-name": f"{config.launch.name}-data",

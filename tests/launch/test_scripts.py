@@ -127,6 +127,28 @@ def test_a_container_gets_gpus_that_slurm_is_asked_for_by_type(runtime: str, opt
     assert f" {option} " not in made.files["job.sh"]
 
 
+@pytest.mark.parametrize("runtime", ["none", "apptainer", "docker", "podman"])
+def test_the_job_that_prepares_data_asks_for_no_gpus(runtime: str) -> None:
+    """However the training job asks for them: a partition of CPUs refuses such a job, or never starts it."""
+    parameters = {
+        "gres": "gpu:a100:8,nvme:1",
+        "tres-per-node": "gres/gpu:8",
+        "gpus": "8",
+        "gpus-per-task": "1",
+        "gpu-bind": "closest",
+        "mem-per-gpu": "60G",
+        "reservation": "week",
+    }
+    container = {**IMAGE, "runtime": runtime} if runtime != "none" else {}
+    made = planned("sbatch-prepare", gpus_per_node=8, slurm_parameters=parameters, container=container)
+    prepare, job = made.files["prepare.sh"], made.files["job.sh"]
+    assert all(f"#SBATCH --{name}={value}\n" in job for name, value in parameters.items())
+    assert "#SBATCH --gres=nvme:1\n" in prepare
+    assert "#SBATCH --reservation=week\n" in prepare
+    assert "gpu" not in prepare
+    assert " --nv " not in prepare
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "slurm-sweep"])
 def test_bash_runs_it_with_exact_arguments(case: str, tmp_path: Path) -> None:
     made = planned(case)
