@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,6 +96,47 @@ def test_bitsandbytes_has_the_same_bits(dtype: torch.dtype) -> None:
     codes, absmax = int8.quantize(half)
     assert torch.equal(codes, theirs)
     assert torch.equal(absmax.float(), largest)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that takes the ways of a GPU, and is on the CPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("fails", ["import", "call", None])
+def test_a_bitsandbytes_that_does_not_work_is_left(
+    fails: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose CUDA library does not load is there, and raises at its import or at the first call."""
+    calls: list[tuple[int, int]] = []
+
+    def import_module(name: str) -> ModuleType:
+        calls.append((0, 0))
+        raise OSError("libcudart.so.13: cannot open shared object file\n\nRun python -m bitsandbytes")
+
+    def call(codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        calls.append(shape)
+        if fails:
+            raise RuntimeError("libcudart.so.13: cannot open shared object file\n\nRun python -m bitsandbytes")
+        return torch.full(shape, 7, dtype=dtype)
+
+    if fails == "import":
+        monkeypatch.setattr(importlib, "import_module", import_module)
+    else:
+        monkeypatch.setattr(nf4, "by_bitsandbytes", call)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    nf4._bitsandbytes_works.cache_clear()
+    shape = (6, 64)
+    codes, absmax = nf4.quantize(_weight(shape=shape))
+    expected = nf4.dequantize(codes, absmax, shape, torch.float32) if fails else torch.full(shape, 7.0)
+    for _ in range(2):
+        assert torch.equal(nf4.dequantize(codes.as_subclass(OnGpu), absmax, shape, torch.float32), expected)
+    nf4._bitsandbytes_works.cache_clear()
+    assert len(calls) == (1 if fails else 3)  # tried once
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(fails)
+    assert all(line.endswith("does not work here: libcudart.so.13: cannot open shared object file") for line in lines)
 
 
 def _frozen(model_type: str, adapter: AdapterConfig, dtype: torch.dtype) -> RWKV:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import math
 from functools import cache
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_cluster.adapters.quantized.table import BLOCK
+
+log = logging.getLogger("rwkv_cluster")
 
 VALUES = (
     -1.0,
@@ -57,8 +60,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The matrix [out,in] in `dtype`; computed in fp32 and rounded once. On a GPU by bitsandbytes where it is here."""
-    if codes.is_cuda and _has_bitsandbytes() and math.prod(shape) % BLOCK == 0:
+    """The matrix [out,in] in `dtype`; computed in fp32 and rounded once. On a GPU by bitsandbytes where it works."""
+    if codes.is_cuda and math.prod(shape) % BLOCK == 0 and _bitsandbytes_works(codes.device):
         return by_bitsandbytes(codes, absmax, shape, dtype)
     pairs = _pairs(codes.device)
     packed, scales = codes.view(-1, BLOCK // 2), absmax.float().unsqueeze(1)
@@ -84,8 +87,18 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 @cache
-def _has_bitsandbytes() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
+def _bitsandbytes_works(device: torch.device) -> bool:
+    """Whether it is installed and dequantises a block on `device`. A line says why where it is there and does not."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    codes = torch.zeros(BLOCK // 2, dtype=torch.uint8, device=device)
+    try:
+        by_bitsandbytes(codes, torch.ones(1, device=device), (1, BLOCK), torch.float32)
+    except Exception as error:  # its import and its calls raise whatever loading its CUDA library has raised
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        log.warning("nf4 is dequantised in PyTorch, which is slower: bitsandbytes does not work here: %s", cause)
+        return False
+    return True
 
 
 def _chunks(blocks: Tensor) -> list[slice]:
