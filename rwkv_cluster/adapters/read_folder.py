@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rwkv_cluster.adapters.table import KINDS, is_adapter_part
 from rwkv_cluster.errors import CheckpointError, MissingCheckpointError
 from rwkv_cluster.interchange.read import read_tensors
 from rwkv_cluster.model.rwkv import RWKV
-from rwkv_cluster.model.weights_file import check_finite
+from rwkv_cluster.model.weights_file import check_finite, strip_prefixes
 
 _CHANGE_THE_MEANING = ("rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 """Settings of peft with which the tensors mean something else."""
@@ -29,15 +30,17 @@ Parts = dict[str, Tensor]
 
 
 @torch.no_grad()
-def merge_folder(model: RWKV, folder: Path) -> None:
-    """Put the adapter of a folder into the fp32 weights of `model`.
+def merge_folder(model: RWKV, folder: Path, base: Mapping[str, Tensor] | None = None) -> None:
+    """Put the adapter of a folder into the weights of `model`, computed in fp32, one matrix at a time.
+
+    base: the tensors that the model was made of, where it has them in another precision.
 
     Raises MissingCheckpointError where there is none, CheckpointError where it is damaged, of a kind that is not known,
     or of other weights.
     """
     kind, scale = _settings(folder)
     by_weight = _by_weight(folder, model)
-    _require_base(folder, model)
+    _require_base(folder, model.state_dict() if base is None else strip_prefixes(base))
     row = KINDS[kind]
     for name, parts in by_weight.items():
         weight = model.get_parameter(name)
@@ -47,7 +50,8 @@ def merge_folder(model: RWKV, folder: Path) -> None:
         if shapes != expected:
             raise CheckpointError(f"{folder}: the adapter of {name} is {shapes}, expected {dict(expected)}")
         on_device = {part: tensor.to(weight.device) for part, tensor in parts.items()}
-        weight.copy_(row.functions().merged(weight, on_device, scale))
+        accurate = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.copy_(row.functions().merged(accurate, on_device, scale))
 
 
 def _settings(folder: Path) -> tuple[str, float]:
@@ -102,8 +106,8 @@ def _native(name: str) -> str:
     return name
 
 
-def _require_base(folder: Path, model: RWKV) -> None:
-    """Raise CheckpointError where the folder says which weights it belongs to, and `model` has others.
+def _require_base(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where the folder says which weights it belongs to, and `weights` are others.
 
     Those are in the precision of the run that trained it, which the folder does not say.
     """
@@ -112,7 +116,7 @@ def _require_base(folder: Path, model: RWKV) -> None:
     if expected is None:
         return
     for dtype in _DTYPES:
-        found = fingerprint(model.state_dict(), dtype)
+        found = fingerprint(weights, dtype)
         if found == expected:
             return
     raise CheckpointError(

@@ -23,12 +23,15 @@ from rwkv_cluster.data.windows import TokenBatch, Windows, open_validation
 from rwkv_cluster.errors import CheckpointError, ConfigError, DataError
 from rwkv_cluster.interchange.state_file import load_state
 from rwkv_cluster.model.loss import target_loss
+from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.terminal.time_left import Countdown
 from rwkv_cluster.tokenizer.token_bytes import token_bytes
-from rwkv_cluster.train.checkpoint.weights import load_model
+from rwkv_cluster.train.checkpoint.weights import model_from_weights, weights_of
 from rwkv_cluster.train.distributed import collectives
 from rwkv_cluster.train.guards.early_stop import EarlyStopState
+from rwkv_cluster.train.memory.inference import inference_dtype
 from rwkv_cluster.train.metrics.events import Events
+from rwkv_cluster.train.placement import DTYPES
 from rwkv_cluster.workdir import WorkDir
 
 log = logging.getLogger("rwkv_cluster")
@@ -173,7 +176,8 @@ def sizes_of(tokenizer: Any) -> Tensor | None:
 def evaluate_run(config: Config, weights: Path | None = None, state: Path | None = None) -> EvalResult:
     """Loss of a run's newest weights, or of a file or folder of weights, on all of the run's validation tokens.
 
-    state: file of a state that each document begins from, or each sample where documents are not told apart.
+    In fp32, on a GPU without the memory for that in 16 bits. state: file of a state that each document begins from, or
+    each sample where documents are not told apart.
     Raises DataError when the work directory holds no validation data, CheckpointError when it holds no weights.
     """
     work = WorkDir(config.work_dir)
@@ -186,13 +190,14 @@ def evaluate_run(config: Config, weights: Path | None = None, state: Path | None
     check_files(manifest, work.data, manifest.validation_files)
     device = "cuda" if torch.cuda.is_available() and config.training.accelerator != "cpu" else "cpu"
     require_same_packing(manifest, config.data, config.model.ctx_len)
-    model = load_model(weights or work.root, ctx_len=config.model.ctx_len, device=device)
+    source = weights or work.root
+    model = _model_of(source, device, config)
     if state is not None:
         load_state(model, state)
     n_rows = model.config.vocab_size or 0
     if n_rows < manifest.vocab_size:
         raise CheckpointError(
-            f"{weights or work.root} has {n_rows:,} vocabulary rows, but the tokens in {work.data} are ids up to "
+            f"{source} has {n_rows:,} vocabulary rows, but the tokens in {work.data} are ids up to "
             f"{manifest.vocab_size - 1:,}",
             remedy="Use weights that were trained with the tokenizer of this data",
         )
@@ -218,6 +223,14 @@ def evaluate_run(config: Config, weights: Path | None = None, state: Path | None
             device=torch.device(device),
             token_sizes=_sizes_of_run(config),
         )
+
+
+def _model_of(source: Path, device: str, config: Config) -> RWKV:
+    tensors, ctx_len = weights_of(source), config.model.ctx_len
+    dtype = inference_dtype(
+        tensors, device, tokens=config.training.micro_bsz * ctx_len, trained_in=DTYPES[config.training.precision]
+    )
+    return model_from_weights(source, tensors, ctx_len=ctx_len, device=device, dtype=dtype)
 
 
 def _sizes_of_run(config: Config) -> Tensor | None:

@@ -21,7 +21,7 @@ from rwkv_cluster.errors import ConfigError, DataError, MissingCheckpointError
 from rwkv_cluster.interchange.read import is_work_dir, peek_weights
 from rwkv_cluster.interchange.state_file import load_state
 from rwkv_cluster.interchange.tokenizer_file import tokenizer_beside
-from rwkv_cluster.model.generate import END_OF_DOCUMENT, generate_together, stream
+from rwkv_cluster.model.generate import END_OF_DOCUMENT, PROMPT_CHUNK, generate_together, stream
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.runtime.disk_errors import writing
 from rwkv_cluster.runtime.own_file import require_own
@@ -36,7 +36,8 @@ from rwkv_cluster.tokenizer import (
     world_tokenizer,
 )
 from rwkv_cluster.tokenizer.world import FILE_NAME
-from rwkv_cluster.train.checkpoint.weights import load_model
+from rwkv_cluster.train.checkpoint.weights import model_from_weights, weights_of
+from rwkv_cluster.train.memory.inference import inference_dtype
 from rwkv_cluster.train.metrics.events import Events
 from rwkv_cluster.workdir import CONFIG_YAML, WorkDir, atomic_write
 
@@ -183,6 +184,8 @@ def load_generator(
 ) -> Generator:
     """The newest weights of a work directory, or those of a file or folder, with their tokenizer.
 
+    The model is in fp32, on a GPU without the memory for that in 16 bits.
+
     tokenizer: default the work directory's own (of a file: of the work directory that it lies in), or the World
     vocabulary that lies beside the weights, or an installed one for a model with its number of rows. adapter: folder of
     one that is added to the weights. state: file of a state that the model begins from. Raises ConfigError where
@@ -190,7 +193,9 @@ def load_generator(
     """
     chosen = build_tokenizer(tokenizer) if tokenizer else _tokenizer_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(source, device=device)
+    weights = weights_of(source)
+    dtype = inference_dtype(weights, device, tokens=PROMPT_CHUNK)
+    model = model_from_weights(source, weights, device=device, dtype=dtype)
     if chosen is None:
         chosen = _tokenizer_by_rows(source, model)
     n_ids, n_rows = int(chosen.vocab_size), model.config.vocab_size or 0
@@ -200,7 +205,7 @@ def load_generator(
             remedy="Name the tokenizer that it was trained with by --tokenizer and --vocab-file",
         )
     if adapter is not None:
-        merge_folder(model, adapter)
+        merge_folder(model, adapter, base=weights)
     if state is not None:
         load_state(model, state)
     return Generator(model, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import adapter_parts, add_trained_adapter, relative_error, some_tokens, tiny_model
 
 from rwkv_cluster.adapters.base import fingerprint
-from rwkv_cluster.adapters.peft_folder import CONFIG, TENSORS, TrainedAdapter, write_folder
+from rwkv_cluster.adapters.peft_folder import BASE, CONFIG, TENSORS, TrainedAdapter, write_folder
 from rwkv_cluster.adapters.read_folder import merge_folder
 from rwkv_cluster.adapters.table import KINDS
 from rwkv_cluster.config import AdapterConfig
@@ -61,6 +62,25 @@ def test_names_of_older_programs_are_read(folder: Path) -> None:
     model = _base()
     merge_folder(model, folder)
     assert relative_error(model(tokens), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_16_bits_has_the_merged_weights_rounded_once(kind: str, dtype: torch.dtype, folder: Path) -> None:
+    """The base is known by the tensors of its file: in fp16 those of bf16 have other values."""
+    _folder(folder, kind)
+    file = {name: 1e-6 * tensor for name, tensor in _base().bfloat16().state_dict().items()}
+    tensors, base = load_file(folder / TENSORS), fingerprint(file)
+    save_file(tensors, folder / TENSORS, {BASE: base})
+    model = _base()
+    model.load_state_dict(file)
+    in_fp32 = copy.deepcopy(model.to(dtype)).float()
+    merge_folder(in_fp32, folder, base=file)
+    merge_folder(model, folder, base=file)
+    merged = in_fp32.state_dict()
+    assert all(torch.equal(tensor, merged[name].to(dtype)) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        merge_folder(model, folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from tiny_models import VERSIONS, some_tokens, tiny_model
 from tiny_run import tiny_run_config
 
 from rwkv_cluster.data.conversations.template import load_template
+from rwkv_cluster.interchange.state_file import write_state
+from rwkv_cluster.model.generate import read
+from rwkv_cluster.model.own_state import named_state
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.weights_file import save_pth
 from rwkv_cluster.tokenizer import ByteTokenizer
-from rwkv_cluster.train import fit, sample
-from rwkv_cluster.train.checkpoint.weights import load_model
+from rwkv_cluster.train import evaluate, fit, sample
+from rwkv_cluster.train.checkpoint.weights import load_model, model_from_weights
+from rwkv_cluster.train.evaluate import evaluate_run
 from rwkv_cluster.train.run import train
 from rwkv_cluster.train.session import Session
 
@@ -104,6 +109,42 @@ def test_the_last_sample_is_made_where_the_run_was_trained(
     assert len(texts) == 2
     assert has_room or texts[0] == texts[1]
     assert ("made on the CPU" in caplog.text) != has_room
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_generate_and_eval_take_16_bits_where_a_gpu_has_no_room_for_fp32(
+    fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a conversation's state, too. The GPU is the CPU here."""
+    config = tiny_run_config(tmp_path, training={"max_steps": 1}, logging={"sample_tokens": 0})
+    train(config)
+    root, state, expected = Path(config.work_dir), tmp_path / "state.pth", evaluate_run(config)
+    model = load_model(root)
+    _, after = read(model, BYTES.encode("some text"), model.initial_state(1))
+    write_state(state, named_state(model, after))
+    of_state = evaluate_run(config, state=state)
+    assert of_state.loss != expected.loss
+    made: list[tuple[str, torch.dtype]] = []
+
+    def on_cpu(*arguments: Any, device: str, dtype: torch.dtype, **options: Any) -> RWKV:
+        made.append((device, dtype))
+        return model_from_weights(*arguments, **options, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << (40 if fits else 20), 1 << 40))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    evaluate_here = evaluate.evaluate
+    monkeypatch.setattr(
+        evaluate,
+        "evaluate",
+        lambda *args, **options: evaluate_here(*args, **{**options, "device": torch.device("cpu")}),
+    )
+    for module in (sample, evaluate):
+        monkeypatch.setattr(module, "model_from_weights", on_cpu)
+    for own, wanted in ((None, expected), (state, of_state)):
+        assert evaluate_run(config, state=own).loss == pytest.approx(wanted.loss, rel=0 if fits else 1e-3)
+        assert sample.generate_text(root, "a", state=own, **OPTIONS).startswith("a")
+    assert made == [("cuda", torch.float32 if fits else torch.bfloat16)] * 4
 
 
 @pytest.mark.parametrize("model_type", VERSIONS)

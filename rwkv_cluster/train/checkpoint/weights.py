@@ -168,37 +168,40 @@ def load_model(
     dtype: torch.dtype = torch.float32,
 ) -> RWKV:
     """An RWKV from a file or folder of weights or a work directory, its architecture inferred from the tensors."""
-    if is_work_dir(source):
-        return model_from_weights(newest_weights(WorkDir(source)), ctx_len=ctx_len, device=device, dtype=dtype)
-    weights = read_weights(source, mapped=True)
-    try:
-        return model_from_weights(weights, ctx_len=ctx_len, device=device, dtype=dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return model_from_weights(source, weights_of(source), ctx_len=ctx_len, device=device, dtype=dtype)
+
+
+def weights_of(source: Path) -> dict[str, Tensor]:
+    """The newest weights of a work directory, or those of a file or folder, which stay in it until they are used."""
+    return newest_weights(WorkDir(source)) if is_work_dir(source) else read_weights(source, mapped=True)
 
 
 def model_from_weights(
-    weights: dict[str, Tensor],
+    source: Path,
+    weights: Mapping[str, Tensor],
     *,
     ctx_len: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> RWKV:
-    """An RWKV of `dtype` that holds `weights`, and begins from the state that is among them, in fp32.
+    """An RWKV of `dtype` that holds `weights`, those of `source`; it begins from the state among them, in fp32.
 
-    It is made where it is wanted: in the host's memory there is nothing of it.
+    It is made where it is wanted: in the host's memory there is nothing of it. Raises CheckpointError.
     """
     state = {
         name: tensor for name, tensor in weights.items() if name.endswith((WKV_NAME, ATT_SHIFT_NAME, FFN_SHIFT_NAME))
     }
-    weights = {name: tensor for name, tensor in weights.items() if name not in state}
-    config: ModelConfig = infer_model_config(weights)
-    if ctx_len is not None:
-        config = config.model_copy(update={"ctx_len": ctx_len})
-    with torch.device("meta"):
-        model = RWKV(config)
-    model.to(dtype).to_empty(device=device)
-    model.load_state_dict(fit_state_dict(weights, model))
-    if state:
-        set_own_state(model, state)
+    try:
+        weights = {name: tensor for name, tensor in weights.items() if name not in state}
+        config: ModelConfig = infer_model_config(weights)
+        if ctx_len is not None:
+            config = config.model_copy(update={"ctx_len": ctx_len})
+        with torch.device("meta"):
+            model = RWKV(config)
+        model.to(dtype).to_empty(device=device)
+        model.load_state_dict(fit_state_dict(weights, model))
+        if state:
+            set_own_state(model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     return model
