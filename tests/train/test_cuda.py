@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from rwkv_cluster.kernels import native, ops
 from rwkv_cluster.train.callbacks.after_step import AfterStep
 from rwkv_cluster.train.datamodule import TokenDataModule
 from rwkv_cluster.train.distributed.collectives import FAULT_VARIABLE
+from rwkv_cluster.train.evaluate import evaluate_run
 from rwkv_cluster.train.run import train
+from rwkv_cluster.train.sample import generate_text
 
 pytestmark = pytest.mark.gpu
 SIZES = pytest.mark.parametrize(
@@ -177,6 +180,25 @@ def test_the_host_waits_for_nothing_but_the_numbers_of_a_step(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert pinned == [True] * 6
+
+
+@pytest.mark.parametrize("low_precision", [torch.bfloat16, torch.float16])
+def test_eval_and_generate_in_16_bits(
+    low_precision: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU without the memory for fp32."""
+    caplog.set_level(logging.INFO, logger="rwkv_cluster")
+    config = tiny_run_config(tmp_path, model={"n_embd": 128, "head_size_a": 64}, training={"max_steps": 3})
+    train(config)
+    expected = evaluate_run(config).loss
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: low_precision == torch.bfloat16)
+    assert evaluate_run(config).loss == pytest.approx(expected, rel=3e-3)
+    options = {"n_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert generate_text(Path(config.work_dir), "a", **options).startswith("a")
+    name = "bf16" if low_precision == torch.bfloat16 else "fp16"
+    assert caplog.text.count(f"the model is in {name}: in fp32") == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2 or os.geteuid() != 0, reason="needs two GPUs, and root for a mount")
