@@ -15,7 +15,9 @@ from rwkv_cluster.kernels import build
 pytestmark = pytest.mark.system
 
 EXACT_FORWARD = {32: 96, 64: 128, 128: 255}
-EXACT_BACKWARD = {32: 168, 64: 248, 128: 255}
+EXACT_BACKWARD = {32: 168, 64: 255, 128: 255}
+EXACT_FORWARD_OF_32_ON_SM_86 = 128
+"""One warp a block: sm_86 has at most 16 blocks on an SM, and has registers for them; others for 21 with 96."""
 
 REGISTERS = {
     **{(f"wkv{version}_exact", "forward", size): most for version in (6, 7) for size, most in EXACT_FORWARD.items()},
@@ -38,7 +40,7 @@ REGISTERS = {
 }
 """Budgets by file, direction and head size, where that is a parameter of the kernel.
 
-Two warps a block and 248 registers leave room for four blocks on an SM, four warps and 128 too, 168 for three,
+Two warps a block and 255 registers leave room for four blocks on an SM, four warps and 128 too, 168 for three,
 255 for two. The loss does both directions in one: 16 warps a block, of which two have room. The widest norms have 10
 warps, for which 168 are all.
 """
@@ -81,7 +83,10 @@ def test_registers_and_spills(architectures: list[str], compiler: str, tmp_path:
             kernel = (Path(source).stem, direction, int(size[1]) if size else None)
             seen.add((*kernel, match["architecture"]))
             assert (match["stores"], match["loads"]) == ("0", "0"), (kernel, match["architecture"])
-            assert int(match["registers"]) <= REGISTERS[kernel], (kernel, match["architecture"], match["registers"])
+            most = REGISTERS[kernel]
+            if (most, match["architecture"]) == (EXACT_FORWARD[32], "sm_86"):
+                most = EXACT_FORWARD_OF_32_ON_SM_86
+            assert int(match["registers"]) <= most, (kernel, match["architecture"], match["registers"])
     wanted = {(*kernel, f"sm_{architecture}") for kernel in REGISTERS for architecture in architectures}
     assert wanted <= seen
 
