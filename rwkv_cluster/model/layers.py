@@ -204,16 +204,21 @@ class LowPrecisionCopy:
         self._source = _source_of(weight)
 
 
-class LowPrecisionCopies:
-    """Copies of matrices that a module has without a layer around them, by name; none where none are kept."""
+class OwnMatrices(nn.Module):
+    """A module that has matrices without a layer around them, as those of LoRAs, and copies of them by name.
+
+    kept: none, where none are kept.
+    """
 
     def __init__(self) -> None:
-        self.by_name: dict[str, LowPrecisionCopy] = {}
+        super().__init__()
+        self.kept: dict[str, LowPrecisionCopy] = {}
 
-    def of(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype`: the copy that is kept under `name`, or one made now."""
-        kept = self.by_name.get(name)
-        return weight.to(dtype) if kept is None else kept.of(weight, dtype)
+    def matrix(self, name: str, x: Tensor) -> Tensor:
+        """The parameter `name` in x's dtype: the copy that is kept, or one made now."""
+        weight: Tensor = getattr(self, name)
+        kept = self.kept.get(name)
+        return weight.to(x.dtype) if kept is None else kept.of(weight, x.dtype)
 
 
 def _source_of(weight: Tensor) -> tuple[StorageWeakRef, int]:

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv_cluster.config import ModelConfig, TrainingConfig
 from rwkv_cluster.model.init import initialize
-from rwkv_cluster.model.layers import Linear, LowPrecisionCopies, LowPrecisionCopy
+from rwkv_cluster.model.layers import Linear, LowPrecisionCopy, OwnMatrices
 from rwkv_cluster.model.loss import next_token_loss
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.train.optimizers.low_precision import keep_copies
@@ -82,11 +82,10 @@ def kept_copies(model: RWKV) -> list[LowPrecisionCopy]:
     """Those of `keep_copies`, with or without values."""
     found: list[LowPrecisionCopy] = []
     for module in model.modules():
-        kept = getattr(module, "kept", None)
-        if isinstance(kept, LowPrecisionCopies):
-            found += kept.by_name.values()
-        elif isinstance(module, Linear) and kept is not None:
-            found.append(kept)
+        if isinstance(module, OwnMatrices):
+            found += module.kept.values()
+        elif isinstance(module, Linear) and module.kept is not None:
+            found.append(module.kept)
     return found
 
 

@@ -16,7 +16,7 @@ struct alignas(16) Memory {
     Rows rq, aq, ki, bi, ke, be, v;
     Rows aq_rest;  // what bf16 left of aq, where keys that resemble each other amplify it
     Small ak[CHUNKS], ak_rest[CHUNKS], qb[CHUNKS], qk[CHUNKS], inverse[CHUNKS], inverse_rest[CHUNKS];
-    Channels decay[WARPS];   // product over the eight steps that a warp loads
+    WarpProducts decay;
     float total[CHUNKS][N];  // c_L
     float ab[CHUNKS][L][L + 1];
 };
@@ -28,7 +28,7 @@ struct Inputs {
 // From inputs in registers to the factors of both chunks in shared memory. One barrier inside; the caller adds the next.
 __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, const Documents &documents,
                                         int64_t start) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8;
+    const int warp = threadIdx.x / 32, column = threadIdx.x % 8 * 8;
     const int row = threadIdx.x / 8 * STEPS, chunk = warp / WARPS_OF_CHUNK;
     float inclusive[STEPS][8], exclusive[8];  // of the first step
 #pragma unroll
@@ -43,21 +43,11 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
             if (step) inclusive[step][i] *= inclusive[step - 1][i];
         }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) exclusive[i] = scan_products(inclusive[STEPS - 1][i]);
-    float total[8];
-    if (lane >= 24) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] = exclusive[i] * inclusive[STEPS - 1][i];
-        store_eight(x.decay[warp], total);
-    }
+    scan_in_warp(exclusive, x.decay, inclusive[STEPS - 1]);
     __syncthreads();  // also ends the last chunks: nobody reads their factors any more
     store(x.v, in.v);
-    load_eight(total, x.decay[chunk * WARPS_OF_CHUNK]);
-    if (warp % WARPS_OF_CHUNK) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) exclusive[i] *= total[i];
-    }
+    float total[8];
+    scan_over_warps(exclusive, total, x.decay);
     float of_second[8];
     load_eight(of_second, x.decay[chunk * WARPS_OF_CHUNK + 1]);
 #pragma unroll

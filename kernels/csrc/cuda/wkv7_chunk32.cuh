@@ -77,6 +77,28 @@ __device__ __forceinline__ void store_eight(Channels &to, const float (&from)[8]
     }
 }
 
+using WarpProducts = Channels[WARPS];  // of the decays of the eight steps that a warp loads
+
+// last: the product up to this thread's last step. exclusive: that over the warp's earlier steps. The caller adds a barrier.
+__device__ __forceinline__ void scan_in_warp(float (&exclusive)[8], WarpProducts &whole, const float (&last)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) exclusive[i] = scan_products(last[i]);
+    if (threadIdx.x % 32 < 24) return;
+    float product[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) product[i] = exclusive[i] * last[i];
+    store_eight(whole[threadIdx.x / 32], product);
+}
+
+// exclusive: now over the chunk's earlier steps. first: the product of its first warp's.
+__device__ __forceinline__ void scan_over_warps(float (&exclusive)[8], float (&first)[8], const WarpProducts &whole) {
+    const int warp = threadIdx.x / 32;
+    load_eight(first, whole[warp / WARPS_OF_CHUNK * WARPS_OF_CHUNK]);
+    if (warp % WARPS_OF_CHUNK == 0) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) exclusive[i] *= first[i];
+}
+
 // acc^T as the sum of two bf16, as fragments of B. acc is used up.
 __device__ __forceinline__ void transpose_split(uint32_t (&rounded)[4], uint32_t (&rest)[4], float (&acc)[2][4]) {
     uint32_t columns[1][4];

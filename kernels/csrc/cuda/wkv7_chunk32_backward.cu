@@ -51,7 +51,7 @@ struct alignas(16) Memory {
     };
     Small qk[CHUNKS];
     union {
-        Channels decay[WARPS];  // product over the eight steps that a warp loads
+        WarpProducts decay;
         Inverse inverse;
     };
     Square s[CHUNKS], ds[CHUNKS];        // ds: G
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load(Inputs &to, const Pointers &x, const Head &
 // From inputs in registers to both chunks' factors in shared memory. One barrier inside; the caller adds the next.
 __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head &head, const Documents &documents,
                                         int64_t start) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x % 8 * 8;
+    const int warp = threadIdx.x / 32, column = threadIdx.x % 8 * 8;
     const int row = threadIdx.x / 8 * STEPS, chunk = warp / WARPS_OF_CHUNK;
     float inclusive[STEPS][8], exclusive[8];  // of the first step
     Pieces slope;
@@ -102,21 +102,11 @@ __device__ __forceinline__ void prepare(Memory &x, const Inputs &in, const Head 
         }
         slope[step] = pack(of_w);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) exclusive[i] = scan_products(inclusive[STEPS - 1][i]);
-    float total[8];
-    if (lane >= 24) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] = exclusive[i] * inclusive[STEPS - 1][i];
-        store_eight(x.decay[warp], total);
-    }
+    scan_in_warp(exclusive, x.decay, inclusive[STEPS - 1]);
     __syncthreads();  // also ends the last chunks: nobody reads their factors any more
     store(x.slope, slope);
-    load_eight(total, x.decay[chunk * WARPS_OF_CHUNK]);
-    if (warp % WARPS_OF_CHUNK) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) exclusive[i] *= total[i];
-    }
+    float total[8];
+    scan_over_warps(exclusive, total, x.decay);
     if (row % L == 0) {
         float of_second[8];
         load_eight(of_second, x.decay[chunk * WARPS_OF_CHUNK + 1]);

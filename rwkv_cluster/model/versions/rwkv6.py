@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
@@ -18,8 +18,8 @@ from rwkv_cluster.kernels.fused import ops as fused
 from rwkv_cluster.model.layers import (
     HeadNorm,
     Linear,
-    LowPrecisionCopies,
     NormMix,
+    OwnMatrices,
     linear,
     shift_delta,
     tanh_linear,
@@ -31,7 +31,7 @@ from rwkv_cluster.model.versions.initial import Fill, decay_and_bonus, delta, sm
 from rwkv_cluster.model.versions.version import ModelDims
 
 
-class TimeMix(nn.Module):
+class TimeMix(OwnMatrices):
     """Attention of RWKV-6: token mix and decay depend on the data through low-rank corrections."""
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
@@ -39,7 +39,6 @@ class TimeMix(nn.Module):
         widths = model_dims(config)
         C, A, M, D = widths.embd, widths.att, widths.mix_rank, widths.decay_rank
         self.n_head, self.wkv_backend, self.fused = widths.n_head, wkv_backend, fused_choice
-        self.kept = LowPrecisionCopies()  # of the LoRAs' matrices
         self.time_maa_x, self.time_maa_w, self.time_maa_k = (uninitialized(1, 1, C) for _ in range(3))
         self.time_maa_v, self.time_maa_r, self.time_maa_g = (uninitialized(1, 1, C) for _ in range(3))
         self.time_maa_w1 = uninitialized(C, 5 * M)
@@ -71,8 +70,8 @@ class TimeMix(nn.Module):
         """
         x, (h, base), last = norm(x, branch, (None, self.time_maa_x), before, starts)
         x_w, x_k, x_v, x_r, x_g = self._mix(h, base, before, starts)
-        hidden = linear(x_w, self._matrix("time_decay_w1", x_w).t())  # [B,T,D]
-        w = tanh_linear(hidden, self._matrix("time_decay_w2", x_w), self.time_decay.flatten())  # [B,T,A]
+        hidden = linear(x_w, self.matrix("time_decay_w1", x_w).t())  # [B,T,D]
+        w = tanh_linear(hidden, self.matrix("time_decay_w2", x_w), self.time_decay.flatten())  # [B,T,A]
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, w = (z.unflatten(-1, (self.n_head, -1)) for z in (r, k, v, w))  # [B,T,H,N]
         bonus = self.time_faaaa.to(r.dtype)  # [H,N]
@@ -80,15 +79,11 @@ class TimeMix(nn.Module):
         z = fused.gated_norm(y, self.gate(x_g), self.ln_x.weight, self.ln_x.bias, choice=self.fused)  # [B,T,A]
         return x, self.output(z), v_first, last, wkv
 
-    def _matrix(self, name: str, x: Tensor) -> Tensor:
-        """A LoRA's matrix in x's dtype."""
-        return self.kept.of(name, self.get_parameter(name), x.dtype)
-
     def _mix(self, h: Tensor, base: Tensor, before: Tensor | None, starts: Starts | None) -> list[Tensor]:
         """The inputs of w, k, v, r, g, in this order, 5 x [B,T,C], mixed as `base` says: h + Δ ⊙ time_maa_x."""
         constants = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        low = torch.tanh(linear(base, self._matrix("time_maa_w1", base).t()))  # [B,T,5M]
-        factors = zip(low.chunk(5, dim=-1), self._matrix("time_maa_w2", base), strict=True)
+        low = torch.tanh(linear(base, self.matrix("time_maa_w1", base).t()))  # [B,T,5M]
+        factors = zip(low.chunk(5, dim=-1), self.matrix("time_maa_w2", base), strict=True)
         if before is None and fused.is_native(h, self.fused):
             mixes = [linear(part, up.t()) for part, up in factors]
             return list(fused.shift_blend(h, mixes, constants, flags(starts), choice=self.fused))

@@ -13,13 +13,13 @@ from rwkv_cluster.config import ModelConfig
 from rwkv_cluster.kernels import documents, ops
 from rwkv_cluster.kernels.documents import Starts
 from rwkv_cluster.kernels.fused import ops as fused
-from rwkv_cluster.model.layers import HeadNorm, Linear, LowPrecisionCopies, NormMix, linear, tanh_linear, uninitialized
+from rwkv_cluster.model.layers import HeadNorm, Linear, NormMix, OwnMatrices, linear, tanh_linear, uninitialized
 from rwkv_cluster.model.parameter_shapes import model_dims
 from rwkv_cluster.model.versions.initial import Fill, delta, fraction, lora_orthogonal, small_orthogonal, zeros
 from rwkv_cluster.model.versions.version import ModelDims
 
 
-class TimeMix(nn.Module):
+class TimeMix(OwnMatrices):
     """Attention of RWKV-7: a state that is decayed, corrected along κ and written with v kᵀ."""
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str, fused_choice: str) -> None:
@@ -28,7 +28,6 @@ class TimeMix(nn.Module):
         C, H, N = widths.embd, widths.n_head, widths.head_size
         self.layer, self.n_head = layer, H
         self.wkv_backend, self.fused = wkv_backend, fused_choice
-        self.kept = LowPrecisionCopies()  # of the LoRAs' matrices
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (uninitialized(1, 1, C) for _ in range(6))
         self.w0, self.a0, self.k_k, self.k_a = (uninitialized(1, 1, C) for _ in range(4))
         self.w1, self.w2 = uninitialized(C, widths.decay_rank), uninitialized(widths.decay_rank, C)
@@ -66,7 +65,7 @@ class TimeMix(nn.Module):
         r = self.receptance(x_r)
         k = self.key(x_k)
         v, v_mix = self._values(x_v, is_first=v_first is None)
-        omega = tanh_linear(self._product(x_w, "w1"), self._matrix("w2", x_w), self.w0.flatten())
+        omega = tanh_linear(self._product(x_w, "w1"), self.matrix("w2", x_w), self.w0.flatten())
         a = self._product(self._product(x_a, "a1"), "a2")  # without bias and sigmoid, as v_mix is
         gate = self._product(torch.sigmoid(self._product(x_g, "g1")), "g2")
         vectors = (self.k_k, self.k_a, self.r_k, self.a0, None if v_first is None else self.v0)
@@ -82,18 +81,14 @@ class TimeMix(nn.Module):
         if is_first:
             return self.value(x_v), None
         if isinstance(self.value, Linear) and self.value.weight.requires_grad:
-            v, hidden = self.value(x_v, self._matrix("v1", x_v))
+            v, hidden = self.value(x_v, self.matrix("v1", x_v))
         else:  # an adapter's or a quantised one, or frozen, where it has the same bits as quantised
             v, hidden = self.value(x_v), self._product(x_v, "v1")
         return v, self._product(hidden, "v2")
 
-    def _matrix(self, name: str, x: Tensor) -> Tensor:
-        """A LoRA's matrix in x's dtype."""
-        return self.kept.of(name, self.get_parameter(name), x.dtype)
-
     def _product(self, x: Tensor, name: str) -> Tensor:
         """x [B,T,..] times a LoRA's matrix."""
-        return linear(x, self._matrix(name, x).t())
+        return linear(x, self.matrix(name, x).t())
 
     def _heads(self, z: Tensor) -> Tensor:  # [B,T,C] -> [B,T,H,N]
         return z.unflatten(-1, (self.n_head, -1))

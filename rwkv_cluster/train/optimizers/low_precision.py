@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_cluster.model.layers import Linear, LowPrecisionCopies, LowPrecisionCopy
+from rwkv_cluster.model.layers import Linear, LowPrecisionCopy, OwnMatrices
 from rwkv_cluster.model.rwkv import RWKV
 from rwkv_cluster.model.versions.table import version_of
 
@@ -39,8 +39,8 @@ def _begin(model: RWKV) -> list[tuple[LowPrecisionCopy, Tensor]]:
         if isinstance(module, Linear):
             module.kept = LowPrecisionCopy()
             pairs.append((module.kept, module.weight))
-        elif isinstance(kept := getattr(module, "kept", None), LowPrecisionCopies):
+        elif isinstance(module, OwnMatrices):
             own = dict(module.named_parameters(recurse=False))
-            kept.by_name = {name: LowPrecisionCopy() for name in of_loras if name in own}
-            pairs += [(copy, own[name]) for name, copy in kept.by_name.items()]
+            module.kept = {name: LowPrecisionCopy() for name in of_loras if name in own}
+            pairs += [(copy, own[name]) for name, copy in module.kept.items()]
     return pairs
